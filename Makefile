@@ -1,0 +1,59 @@
+# Everything a newcomer needs. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROTOS := $(wildcard proto/knnlm/v1/*.proto)
+.DEFAULT_GOAL := help
+.PHONY: help venv demo up down test test-all check format proto proto-check clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## create the environment in .venv, pinned by requirements.lock
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; this is " + sys.version.split()[0] + ". Name one: make PYTHON=/path/to/python3.12")'
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing what requirements.lock names (torch alone is some 200 MB)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c requirements.lock -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## build two domains from text on this machine, start the three services, show what they do
+	@$(BIN)/python -m demo.run
+
+up: $(STAMP) ## start the services with what `make demo` built
+	@$(BIN)/python -m demo.services up
+
+down: ## stop the services
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m demo.services down; else echo "nothing is installed, so nothing runs"; fi
+
+test: $(STAMP) ## the tests: offline, on CPU, under five minutes
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(STAMP) ## the tests that take longer, too
+	@$(BIN)/python -m pytest -q
+
+check: $(STAMP) proto-check ## style, types, layers, generated code
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+format: $(STAMP) ## put the code into the one format
+	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+proto: $(STAMP) ## generate knnlm/v1 from proto/
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. \
+		--grpc_python_out=. --mypy_grpc_out=. $(PROTOS)
+	@rm -f knnlm/v1/common_pb2_grpc.py knnlm/v1/common_pb2_grpc.pyi
+
+proto-check: $(STAMP) # generated code must be what proto/ gives
+	@rm -rf build/proto && mkdir -p build/proto
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=build/proto \
+		--pyi_out=build/proto --grpc_python_out=build/proto --mypy_grpc_out=build/proto $(PROTOS)
+	@rm -f build/proto/knnlm/v1/common_pb2_grpc.py* && cp knnlm/v1/__init__.py build/proto/knnlm/v1/
+	@diff -r -x __pycache__ build/proto/knnlm/v1 knnlm/v1 || { echo "knnlm/v1 is not what proto/ gives: run \`make proto\`"; exit 1; }
+
+clean: down ## remove what was built and installed
+	rm -rf $(VENV) build store *.egg-info

@@ -1,0 +1,1 @@
+"""`make demo`: the whole system on real text that every machine with this project installed has."""

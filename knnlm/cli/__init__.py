@@ -1,0 +1,1 @@
+"""The `knnlm` command: one file per sub-command."""

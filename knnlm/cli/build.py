@@ -1,0 +1,135 @@
+"""`knnlm build`: a datastore from documents, its index, and making it the version that answers."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from knnlm.cli.common import (
+    DEFAULT_STORE,
+    DeviceOption,
+    DomainArgument,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    PartOption,
+    SourcesArgument,
+    StoreOption,
+    parse_part,
+    print_json,
+    progress,
+    remark,
+)
+from knnlm.cli.index import AUTO, make_index
+from knnlm.errors import KnnlmError
+
+if TYPE_CHECKING:
+    from knnlm.datastore.progress import Progress
+
+NO_INDEX = "none"
+
+
+def build(
+    domain: DomainArgument,
+    sources: SourcesArgument,
+    model: ModelOption,
+    store: StoreOption = DEFAULT_STORE,
+    version: Annotated[
+        str | None,
+        typer.Option("--version", help="Its name; by default the next of v1, v2, ..., or the unfinished one."),
+    ] = None,
+    part: PartOption = "all",
+    context_length: Annotated[
+        int | None, typer.Option(help="Tokens fed to the model at once; by default all it can take.")
+    ] = None,
+    min_context: Annotated[
+        int | None, typer.Option(help="Tokens that every key sees at least; by default half the context length.")
+    ] = None,
+    key_dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    key_function: Annotated[
+        str, typer.Option(help="ffn_input, attention_input or model_output; each also with _before_norm.")
+    ] = "ffn_input",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in the model at once.")] = 8192,
+    index: Annotated[str, typer.Option(help="auto, a recipe of `knnlm index`, or none for exact search.")] = "auto",
+    activate: Annotated[bool, typer.Option(help="Make it the current version of the domain.")] = True,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Build a datastore from documents, index it and activate it. Stopped builds continue with the same command."""
+    from knnlm.datastore.build import build as run
+    from knnlm.datastore.catalog import Catalog
+    from knnlm.datastore.manifest import Manifest
+    from knnlm.datastore.text import read_documents
+    from knnlm.evaluation.splits import select
+    from knnlm.index.table import family
+    from knnlm.lm.model import LanguageModel
+
+    # what can be refused is refused before hours of work
+    catalog = Catalog(store)
+    catalog.folder(domain, catalog.next_version(domain) if version is None else version)
+    if index not in (AUTO, NO_INDEX):
+        family(index)
+    documents = select(read_documents(sources), parse_part(part))
+    lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=key_function)
+    try:
+        with _showing() as on_progress:
+            path = run(
+                documents,
+                lm,
+                catalog,
+                domain,
+                version=version,
+                context_length=context_length,
+                min_context=min_context,
+                key_dtype=key_dtype,
+                batch_tokens=batch_tokens,
+                on_progress=on_progress,
+            )
+    except KeyboardInterrupt:
+        remark("stopped: the same command continues where it was")
+        raise
+    reason = "exact search, as asked"
+    if index != NO_INDEX:
+        try:
+            reason = make_index(path, index)[1]
+        except (KnnlmError, KeyboardInterrupt):
+            remark(
+                f"the keys of {path.name} are complete, its index is not: continue with `knnlm index {domain} "
+                f"--version {path.name}` and `knnlm domains activate {domain} {path.name}`"
+            )
+            raise
+    if activate:
+        catalog.activate(domain, path.name)
+    manifest = Manifest.load(path)
+    if as_json:
+        print_json(
+            {
+                "domain": domain, "version": path.name, "path": str(path), "active": activate,
+                "entries": manifest.entries, "documents": manifest.documents, "tokens": manifest.tokens,
+                "index": manifest.index.recipe, "index_reason": reason,
+            }
+        )  # fmt: skip
+        return
+    print(f"{path}: {manifest.entries:,} entries of {manifest.documents:,} documents")
+    print(f"index {manifest.index.recipe}: {reason}")
+    if activate:
+        print(
+            f"{path.name} is now the current version of {domain}; fit temperature and lambda with `knnlm tune {domain}`"
+        )
+    else:
+        print(f"not activated: `knnlm domains activate {domain} {path.name}`")
+
+
+@contextmanager
+def _showing() -> Iterator[Callable[["Progress"], None]]:
+    """A bar for all phases of a build."""
+    with progress("entries", None, description="reading documents") as update:
+
+        def on_progress(p: "Progress") -> None:
+            names = {"tokenize": "reading documents", "encode": "making keys", "publish": "checksums"}
+            rate = f", {p.tokens_per_second:,.0f} tokens/s" if p.tokens else ""
+            update(p.entries_done, f"{names[p.phase]}{rate}", p.entries_total or None)
+
+        yield on_progress

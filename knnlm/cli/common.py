@@ -1,0 +1,189 @@
+"""What the commands share: options that mean the same everywhere, and the two ways of answering.
+
+People get tables on standard output; `--json` gives one JSON document there and nothing else. Progress and remarks go
+to standard error in both cases. Nothing heavy is imported before a command runs.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+
+from knnlm.errors import InvalidRequest, UnknownVersion
+
+if TYPE_CHECKING:
+    from knnlm.datastore.catalog import Catalog
+    from knnlm.evaluation.splits import Part
+    from knnlm.mixer import KnnOptions
+
+DomainArgument = Annotated[str, typer.Argument(help="The domain: a-z, 0-9, '-', '_' and '.'.")]
+SourcesArgument = Annotated[
+    list[str], typer.Argument(help="Text: .txt, .md, .rst, .jsonl or .parquet files, folders of them, or - for stdin.")
+]
+TextArgument = Annotated[str, typer.Argument(help="The text, or - for standard input.")]
+StoreOption = Annotated[Path, typer.Option("--store", envvar="KNNLM_STORE", help="The folder of all datastores.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", envvar="KNNLM_MODEL", help="Hugging Face folder or hub id of the language model.")
+]
+VersionOption = Annotated[str | None, typer.Option("--version", help="A version; by default the current one.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+PartOption = Annotated[
+    str, typer.Option("--part", help="Use this part of the documents: all, store (80 %), tune (10 %) or report (10 %).")
+]
+MinContextOption = Annotated[
+    int | None,
+    typer.Option("--min-context", help="Tokens that every prediction sees at least; by default half the context."),
+]
+DomainsOption = Annotated[
+    list[str] | None, typer.Option("--domain", help="Retrieve from this domain; may be repeated. None: the LM alone.")
+]
+KOption = Annotated[int | None, typer.Option("--k", help="Neighbors; by default as tuned.")]
+LambdaOption = Annotated[
+    float | None, typer.Option("--lambda", help="Weight of what is retrieved, 0 to 1; by default as tuned.")
+]
+TemperatureOption = Annotated[
+    float | None, typer.Option("--temperature", help="Divides squared distances; by default as tuned.")
+]
+CombineOption = Annotated[
+    str, typer.Option("--combine", help="Several domains: mixture (a weight each) or union (one softmax over all).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+DEFAULT_STORE = Path("store")
+COMBINE = "mixture"
+PIPE_WIDTH = 160  # columns of a table that no terminal limits
+LINE_SECONDS = 30.0  # between two lines of progress in a log
+
+
+def print_json(value: Any) -> None:  # Any: JSON
+    """One document on one line; numbers that JSON does not know (inf, nan) as null."""
+    print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+
+
+def remark(text: str) -> None:
+    """A line for the person at the terminal, not for what reads standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> None:
+    """rows of text; the columns numbered in `left` begin at the left, the others are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i in left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: brackets in it are no markup
+    console = Console()
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    console.print(table)
+
+
+class Bar(Protocol):
+    """How a running command says how far it is."""
+
+    def __call__(self, completed: int, description: str | None = None, total: int | None = None) -> None: ...
+
+
+@contextmanager
+def progress(unit: str, total: int | None, *, description: str) -> Iterator[Bar]:
+    """A bar on standard error with `unit` per second and the time left; a line now and then where that is no terminal.
+
+    Call what it gives with the count so far.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} {task.fields[unit]}"),
+        TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    said = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        task = bars.add_task(description, total=total, unit=unit, rate="")
+
+        def update(completed: int, description: str | None = None, total: int | None = None) -> None:
+            nonlocal said
+            bars.update(task, completed=completed, description=description, total=total)
+            state = bars.tasks[0]
+            rate = f"{state.speed:,.0f} {unit}/s" if state.speed else ""
+            bars.update(task, rate=rate)
+            if not console.is_terminal and time.monotonic() - said > LINE_SECONDS:
+                said = time.monotonic()
+                share = f" of {state.total:,.0f}" if state.total else ""
+                remark(f"{state.description}: {completed:,}{share} {unit}  {rate}")
+
+        yield update
+
+
+def read_text(text: str) -> str:
+    """The argument itself, or standard input for "-". Raises InvalidRequest when it is empty or no UTF-8."""
+    if text == "-":
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as err:
+            raise InvalidRequest(f"standard input is not UTF-8 text: {err}", param="text") from err
+    if not text:
+        raise InvalidRequest("the text is empty", param="text")
+    return text
+
+
+def parse_part(name: str) -> "Part":
+    from knnlm.evaluation.splits import Part
+
+    try:
+        return Part(name)
+    except ValueError as err:
+        raise InvalidRequest(f"part must be one of {', '.join(Part)}, got {name!r}", param="part") from err
+
+
+def knn_options(
+    domains: Sequence[str], *, k: int | None, lmbda: float | None, temperature: float | None, combine: str
+) -> "KnnOptions | None":
+    """None without domains; then the other options would be ignored, which is refused."""
+    from knnlm.mixer import DomainOptions, KnnOptions
+
+    if not domains:
+        given = {
+            "--k": k is not None, "--lambda": lmbda is not None, "--temperature": temperature is not None,
+            "--combine": combine != COMBINE,
+        }  # fmt: skip
+        unused = [name for name, is_given in given.items() if is_given]
+        if unused:
+            raise InvalidRequest(f"{unused[0]} means nothing without --domain", param=unused[0])
+        return None
+    parts = tuple(DomainOptions(domain, lmbda=lmbda, temperature=temperature) for domain in domains)
+    return KnnOptions(parts, k=k, combine=combine)
+
+
+def version_folder(catalog: "Catalog", domain: str, version: str | None) -> Path:
+    """The folder of a version, of the current one for None. Raises UnknownDomain or UnknownVersion."""
+    chosen = catalog.current(domain) if version is None else version
+    if chosen is None:
+        raise UnknownVersion(
+            f"domain {domain} has no current version: name one with --version, it has "
+            f"{', '.join(catalog.versions(domain))}",
+            param="version",
+        )
+    return catalog.path(domain, chosen)
+
+
+def _finite(value: Any) -> Any:  # Any: JSON
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

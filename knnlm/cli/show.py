@@ -1,0 +1,89 @@
+"""`knnlm show`: what a datastore is, and what its entries are."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from knnlm.cli.common import (
+    DEFAULT_STORE,
+    DomainArgument,
+    JsonOption,
+    StoreOption,
+    VersionOption,
+    print_json,
+    print_table,
+    version_folder,
+)
+from knnlm.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from knnlm.datastore.manifest import Manifest
+    from knnlm.datastore.reader import Datastore
+    from knnlm.tokenizer import Tokenizer
+
+
+def show(
+    domain: DomainArgument,
+    store: StoreOption = DEFAULT_STORE,
+    version: VersionOption = None,
+    entry: Annotated[list[int] | None, typer.Option("--entry", help="Show this entry too; may be repeated.")] = None,
+    around: Annotated[int, typer.Option(help="Tokens to show on either side of an entry.")] = 24,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the manifest of a datastore and, with --entry, entries with their text and document."""
+    from knnlm.datastore.catalog import Catalog
+    from knnlm.datastore.layout import TOKENIZER
+    from knnlm.datastore.reader import Datastore
+    from knnlm.tokenizer import Tokenizer
+
+    if around < 1:
+        raise InvalidRequest(f"--around must be at least 1, got {around}", param="--around")
+    path = version_folder(Catalog(store), domain, version)
+    datastore = Datastore.open(path)
+    try:
+        tokenizer = Tokenizer((path / TOKENIZER).read_text(encoding="utf-8"), bos_token_id=None, eos_token_id=None)
+        entries = [_entry(datastore, tokenizer, number, around) for number in entry or ()]
+    finally:
+        datastore.close()
+    if as_json:
+        print_json({**datastore.manifest.model_dump(mode="json"), "shown": entries})
+        return
+    print_table(["domain", domain], _summary(datastore.manifest), left=(0, 1))
+    for e in entries:
+        print(f"\nentry {e['entry']}: token {e['position']} of {e['document']}")
+        print(f"{e['before']!r} → {e['after']!r}")
+
+
+def _entry(datastore: "Datastore", tokenizer: "Tokenizer", number: int, around: int) -> dict[str, Any]:  # Any: JSON
+    passage = datastore.passage(number, around, around)
+    return {
+        "entry": number,
+        "document": passage.document,
+        "position": passage.position,
+        "value": int(passage.after[0]),
+        "token": tokenizer.token(int(passage.after[0])),
+        "before": tokenizer.decode(passage.before),
+        "after": tokenizer.decode(passage.after),
+    }
+
+
+def _summary(m: "Manifest") -> list[tuple[str, str]]:
+    """(what, value) of everything that a person decides by."""
+    tuned = "no: run `knnlm tune`"
+    if m.tuning is not None:
+        tuned = (
+            f"temperature {m.tuning.temperature:.5g}, lambda {m.tuning.lmbda:.3f}, k {m.tuning.k}; perplexity "
+            f"{m.tuning.lm_perplexity:.3f} → {m.tuning.knn_perplexity:.3f} on {m.tuning.tokens:,} tokens"
+        )
+    return [
+        ("version", m.version),
+        ("created", m.created.isoformat(timespec="seconds")),
+        ("entries", f"{m.entries:,} of {m.documents:,} documents"),
+        ("keys", f"{m.key_function}, {m.key_dim} x {m.key_dtype}"),
+        ("windows", f"{m.windows.context_length} tokens, at least {m.windows.min_context} of context"),
+        ("model", f"{m.model.model_id} ({m.model.architecture}), weights {m.model.weights_sha256[:12]}"),
+        ("tokenizer", m.model.tokenizer_sha256[:12]),
+        ("index", m.index.recipe),
+        ("bytes", f"{sum(f.bytes for f in m.files.values()):,}"),
+        ("tuned", tuned),
+    ]

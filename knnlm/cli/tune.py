@@ -1,0 +1,113 @@
+"""`knnlm tune`: fit temperature, lambda and k of a domain, and store them with it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from knnlm.cli.common import (
+    DEFAULT_STORE,
+    DeviceOption,
+    DomainArgument,
+    DtypeOption,
+    JsonOption,
+    MinContextOption,
+    ModelOption,
+    PartOption,
+    SourcesArgument,
+    StoreOption,
+    VersionOption,
+    parse_part,
+    print_json,
+    progress,
+    remark,
+    version_folder,
+)
+from knnlm.errors import InvalidRequest
+
+
+def tune(
+    domain: DomainArgument,
+    sources: SourcesArgument,
+    model: ModelOption,
+    store: StoreOption = DEFAULT_STORE,
+    version: VersionOption = None,
+    part: PartOption = "all",
+    k: Annotated[
+        list[int] | None, typer.Option("--k", help="Neighbors to try; may be repeated. Default: 64, 256 and 1024.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(help="Fit on a sample of so many tokens, spread over all documents.")
+    ] = 20_000,
+    min_context: MinContextOption = None,
+    page: Annotated[Path | None, typer.Option(help="Also write the tuning curve as an HTML page.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Fit temperature, lambda and k on held-out documents and store them with the datastore.
+
+    Documents that are in the datastore are left out.
+    """
+    from knnlm.datastore.catalog import Catalog
+    from knnlm.datastore.manifest import Manifest, with_tuning
+    from knnlm.datastore.text import read_documents
+    from knnlm.evaluation.collect import collect
+    from knnlm.evaluation.plots import write_tuning_page
+    from knnlm.evaluation.splits import encode, sample, select, unseen
+    from knnlm.evaluation.tuning import fit
+    from knnlm.index.searcher import Searcher
+    from knnlm.lm.model import LanguageModel
+
+    ks = k or [64, 256, 1024]
+    path = version_folder(Catalog(store), domain, version)
+    chosen = list(select(read_documents(sources), parse_part(part)))
+    lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=Manifest.load(path).key_function)
+    searcher = Searcher.open(path, expect=lm.info)
+    try:
+        encoded = encode(chosen, lm.tokenizer)
+        held_out = unseen(encoded, path)
+        if len(held_out) < len(encoded):
+            remark(f"{len(encoded) - len(held_out)} of {len(encoded)} documents are in the datastore and left out")
+        if not held_out:
+            raise InvalidRequest(f"no document to fit on that is not in {path}", param="sources")
+        few = sample(held_out, lm.tokenizer, max_tokens)
+        with progress("tokens", sum(len(d.tokens) - 1 for d in few), description="searching") as update:
+            observations = collect(
+                lm, searcher, domain, few, k=max(ks), min_context=min_context, on_progress=lambda done: update(done)
+            )
+    finally:
+        searcher.close()
+    result = fit(observations, ks)
+    with_tuning(path, result.tuning)
+    tuning = result.tuning
+    warnings = _warnings(observations.leak, tuning.lmbda)
+    if page is not None:
+        write_tuning_page(page, result, f"{domain} {path.name}")
+    for warning in warnings:
+        remark(f"warning: {warning}")
+    if as_json:
+        curve = [asdict(point) for point in result.curve]
+        answer = {"domain": domain, "version": path.name, **asdict(tuning), "leak": observations.leak}
+        print_json({**answer, "warnings": warnings, "curve": curve})
+        return
+    print(f"{domain} {path.name}: temperature {tuning.temperature:.5g}, lambda {tuning.lmbda:.3f}, k {tuning.k}")
+    print(
+        f"perplexity {tuning.lm_perplexity:.4f} of the LM alone, {tuning.knn_perplexity:.4f} with neighbors, "
+        f"on {tuning.tokens:,} tokens of {tuning.documents:,} documents"
+    )
+
+
+def _warnings(leak: float, lmbda: float) -> list[str]:
+    from knnlm.evaluation.collect import LEAK_ALARM
+
+    found = []
+    if leak >= LEAK_ALARM:
+        found.append(
+            f"{leak:.0%} of the queries coincide with stored keys: the same text is in the datastore under other "
+            "names, so lambda is too high for new text"
+        )
+    if lmbda == 0:
+        found.append("retrieval does not help on these documents: lambda is 0, and the domain answers as the LM alone")
+    return found

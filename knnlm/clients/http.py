@@ -1,0 +1,164 @@
+"""The services over HTTP, for where gRPC cannot go: the same messages as JSON, arrays packed in base64."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from knnlm.clients.context import outgoing_id, time_limit
+from knnlm.clients.errors import rebuild
+from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, Unavailable
+from knnlm.messages import DomainInfo, ForwardRequest, ForwardResult, ModelInfo, SearchRequest, SearchResult
+from knnlm.wire import jsonable
+
+__all__ = ["HttpDatastore", "HttpLanguageModel"]
+
+
+class HttpLanguageModel:
+    """An lm service. base_url: http://host:port. timeout: seconds per call; a request's deadline is kept too.
+
+    encoding: of arrays, "base64" or "list". transport: for tests, an httpx.ASGITransport. Every method raises the
+    KnnlmError the service raised, Unavailable when there is no service, DeadlineExceeded.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        encoding: str = "base64",
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._link = _Link(base_url, api_key, timeout, transport)
+        self._encoding = encoding
+
+    async def forward(self, request: ForwardRequest) -> ForwardResult:
+        body = jsonable.forward_request_to_json(request, self._encoding)
+        return jsonable.forward_result_from_json(await self._link.json("POST", "/v1/forward", body))
+
+    async def get_model(self) -> ModelInfo:
+        return jsonable.model_from_json(await self._link.json("GET", "/v1/model"))
+
+    async def get_tokenizer(self) -> str:
+        return (await self._link.call("GET", "/v1/tokenizer")).content.decode()
+
+    async def aclose(self) -> None:
+        await self._link.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+
+class HttpDatastore:
+    """A datastore service; see HttpLanguageModel. `activate` needs an admin key."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        encoding: str = "base64",
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._link = _Link(base_url, api_key, timeout, transport)
+        self._encoding = encoding
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        body = jsonable.search_request_to_json(request, self._encoding)
+        path = f"/v1/domains/{quote(request.domain, safe='')}/search"
+        return jsonable.search_result_from_json(await self._link.json("POST", path, body))
+
+    async def list_domains(self) -> Sequence[DomainInfo]:
+        return [jsonable.domain_from_json(given) for given in (await self._link.json("GET", "/v1/domains"))["domains"]]
+
+    async def get_domain(self, domain: str) -> DomainInfo:
+        return jsonable.domain_from_json(await self._link.json("GET", f"/v1/domains/{quote(domain, safe='')}"))
+
+    async def activate(self, domain: str, version: str) -> DomainInfo:
+        path = f"/v1/domains/{quote(domain, safe='')}:activate"
+        return jsonable.domain_from_json(await self._link.json("POST", path, {"version": version}))
+
+    async def aclose(self) -> None:
+        await self._link.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+
+class _Link:
+    """One pool of connections to one service, and what every call over it has in common."""
+
+    def __init__(
+        self, base_url: str, api_key: str | None, timeout: float, transport: httpx.AsyncBaseTransport | None
+    ) -> None:
+        self._base_url = base_url
+        self._timeout = timeout
+        self._http = httpx.AsyncClient(
+            base_url=base_url,
+            headers={} if api_key is None else {"authorization": f"Bearer {api_key}"},
+            transport=transport,
+            # shorter than the services keep idle connections, so that none is used that has just been closed
+            limits=httpx.Limits(keepalive_expiry=60.0),
+        )
+
+    async def json(self, method: str, path: str, body: Mapping[str, object] | None = None) -> dict[str, Any]:
+        """The answer's JSON object; its fields are checked by those who read them."""
+        response = await self.call(method, path, body)
+        try:
+            answer = response.json()
+        except ValueError as err:
+            raise KnnlmError(f"{self._base_url}{path} answered something that is not JSON") from err
+        if not isinstance(answer, dict):
+            raise KnnlmError(f"{self._base_url}{path} answered {type(answer).__name__}, expected a JSON object")
+        return answer
+
+    async def call(self, method: str, path: str, body: Mapping[str, object] | None = None) -> httpx.Response:
+        limit = time_limit(self._timeout)
+        headers = {"x-request-timeout": f"{limit:.3f}"}
+        request_id = outgoing_id()
+        if request_id is not None:
+            headers["x-request-id"] = request_id
+        content = None
+        if body is not None:
+            content = _encoded(body)
+            headers["content-type"] = "application/json"
+        try:
+            response = await self._http.request(method, path, content=content, headers=headers, timeout=limit)
+        except httpx.TimeoutException as err:
+            raise DeadlineExceeded(f"{self._base_url} did not answer within {limit:.3g} s") from err
+        except httpx.TransportError as err:
+            raise Unavailable(f"{self._base_url} does not answer: {err}") from err
+        if response.status_code >= 400:
+            raise _translated(response)
+        return response
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+
+def _encoded(body: Mapping[str, object]) -> bytes:
+    try:
+        return json.dumps(body, allow_nan=False).encode()
+    except ValueError as err:
+        raise InvalidRequest(f"a number in the request is not finite: {err}") from err
+
+
+def _translated(response: httpx.Response) -> KnnlmError:
+    try:
+        error = response.json()["error"]
+        code, message, param = error["code"], error["message"], error["param"]
+    except (ValueError, KeyError, TypeError):  # not one of our services, a proxy before it perhaps
+        unreachable = response.status_code in (502, 503, 504)
+        text = f"{response.url} answered {response.status_code}"
+        return Unavailable(text) if unreachable else KnnlmError(text)
+    return rebuild(code, message, param=param, retry_after=response.headers.get("retry-after"))

@@ -1,0 +1,127 @@
+"""The store: which domains and versions exist, and which version of a domain is current.
+
+store/<domain>/<version>/ is a published version, immutable; store/<domain>/CURRENT names the one that answers. Whatever
+begins with a dot is work in progress and is never listed. Knows nothing of what is inside a version but its manifest.
+"""
+
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from knnlm.datastore.files import disk_errors, locked, sync_folder, write_atomic
+from knnlm.datastore.layout import CURRENT, MANIFEST
+from knnlm.datastore.manifest import Manifest
+from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreMismatch, InvalidRequest, UnknownDomain, UnknownVersion
+
+__all__ = ["Catalog"]
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+class Catalog:
+    """`store` need not exist yet: then there are no domains. Safe for several processes at once."""
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+
+    def domains(self) -> list[str]:
+        """Domains with at least one published version, in alphabetical order."""
+        if not self.store.is_dir():
+            return []
+        return sorted(d.name for d in self.store.iterdir() if NAME.fullmatch(d.name) and self._published(d.name))
+
+    def versions(self, domain: str) -> list[str]:
+        """Published versions, oldest first as people number them: v2 before v10. Raises UnknownDomain."""
+        versions = self._published(_checked(domain, "domain"))
+        if not versions:
+            known = ", ".join(self.domains()) or "none"
+            raise UnknownDomain(f"unknown domain {domain!r}; in {self.store}: {known}", param="domain")
+        return versions
+
+    def current(self, domain: str) -> str | None:
+        """The version that is to answer, None when none was ever activated. Raises UnknownDomain."""
+        self.versions(domain)
+        file = self.store / domain / CURRENT
+        try:
+            version = file.read_text(encoding="utf-8").removesuffix("\n")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as err:
+            raise DatastoreCorrupt(f"{file} cannot be read: {err}") from err
+        if not NAME.fullmatch(version):
+            raise DatastoreCorrupt(f"{file} holds {version[:80]!r}, expected the name of a version in one line")
+        return version
+
+    def path(self, domain: str, version: str) -> Path:
+        """The folder of a published version. Raises UnknownDomain or UnknownVersion, which list what exists."""
+        versions = self.versions(domain)
+        if _checked(version, "version") not in versions:
+            raise UnknownVersion(
+                f"domain {domain} has no version {version!r}; it has {', '.join(versions)}", param="version"
+            )
+        return self.store / domain / version
+
+    def activate(self, domain: str, version: str) -> None:
+        """Make a published version the current one; rolling back is the same. Replicas that watch the store follow.
+
+        Raises as `path` does, DatastoreCorrupt when the manifest is not valid, and DatastoreMismatch when the folder
+        was moved here under another name.
+        """
+        manifest = Manifest.load(self.path(domain, version))
+        if (manifest.domain, manifest.version) != (domain, version):
+            raise DatastoreMismatch(
+                f"{self.store / domain / version} was built as {manifest.domain}/{manifest.version}, "
+                f"it cannot be activated as {domain}/{version}"
+            )
+        with locked(self.store / domain, wait=True, doing="changing the domain"):
+            self.path(domain, version)  # it may have been removed while we waited
+            write_atomic(self.store / domain / CURRENT, f"{version}\n".encode())
+
+    def remove(self, domain: str, version: str) -> None:
+        """Delete a version for good. Raises Conflict for the current one, and as `path` does."""
+        folder = self.store / _checked(domain, "domain")
+        self.path(domain, version)
+        with locked(folder, wait=True, doing="changing the domain"):
+            if self.current(domain) == version:
+                raise Conflict(
+                    f"version {version} of domain {domain} is current: activate another one before it is removed",
+                    param="version",
+                )
+            with disk_errors(self.path(domain, version)):
+                # renamed first: a version that is half deleted must not be found
+                self.path(domain, version).rename(folder / f".{version}.removed.{secrets.token_hex(4)}")
+                sync_folder(folder)
+                for leftover in folder.glob(".*.removed.*"):
+                    shutil.rmtree(leftover)
+
+    def next_version(self, domain: str) -> str:
+        """ "v1", or one more than the highest published v<number>. The domain need not exist."""
+        numbers = [int(v[1:]) for v in self._published(_checked(domain, "domain")) if re.fullmatch(r"v\d+", v)]
+        return f"v{max(numbers, default=0) + 1}"
+
+    def folder(self, domain: str, version: str) -> Path:
+        """Where a version is or will be; only the names are checked (InvalidRequest)."""
+        return self.store / _checked(domain, "domain") / _checked(version, "version")
+
+    def _published(self, domain: str) -> list[str]:
+        folder = self.store / domain
+        if not folder.is_dir():
+            return []
+        names = [v.name for v in folder.iterdir() if NAME.fullmatch(v.name) and (v / MANIFEST).is_file()]
+        return sorted(names, key=_natural)
+
+
+def _checked(name: str, param: str) -> str:
+    if not NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{param} {name[:80]!r} is not a name: expected 1 to 64 of a-z, 0-9, '-', '_', '.', "
+            "beginning with a letter or digit",
+            param=param,
+        )
+    return name
+
+
+def _natural(name: str) -> list[str | int]:
+    """Digits compare as numbers: ["v", 2, ""] before ["v", 10, ""]; text and numbers alternate, so they never meet."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]

@@ -1,0 +1,97 @@
+"""What an index family is, and what an opened index can be asked. FAISS stays behind it.
+
+A family is one file and one row of table.py. It is made from a recipe ("ivf256,sq8"), says whether it suits a
+datastore, builds a file once, and opens it in any number of processes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Family", "Float32", "Index", "Int64", "Keys", "Parameters", "SearchParameters", "chunks", "to_float32"]
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.floating]
+Parameters = Mapping[str, int | float]
+
+CHUNK_BYTES = 1 << 26  # of float32: what building and opening hold at once, beside the index itself
+
+
+@dataclass(frozen=True)
+class SearchParameters:
+    """Of one request. nprobe: lists to visit, None = the index's default."""
+
+    k: int
+    nprobe: int | None = None
+
+
+class Index(ABC):
+    """An opened index: immutable, and safe for searches from any number of threads.
+
+    lossy: its distances are not the squared L2 to the stored keys, or it may miss a nearest one. nprobe: its default,
+    None for an index without lists. overfetch: candidates per neighbor that rescoring should start from.
+    """
+
+    lossy: bool
+    nprobe: int | None = None
+    overfetch: float = 1.0
+
+    @abstractmethod
+    def search(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
+        """queries: (n, d) C-contiguous. Returns distances and ids, both (n, k); id -1 where nothing was found.
+
+        Nothing is promised about the order, or about the distance beside an id of -1.
+        """
+
+    @property
+    @abstractmethod
+    def memory_bytes(self) -> int:
+        """What it holds in memory once every part of it has been used, file maps included."""
+
+    def warm(self) -> None:
+        """Bring what is mapped into memory, so that the first searches do not wait for the disk."""
+        return
+
+
+class Family(ABC):
+    """One way to search, with one recipe."""
+
+    has_file: bool
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, recipe: str) -> Self:
+        """Raises InvalidRequest, saying what recipes look like."""
+
+    @abstractmethod
+    def refusal(self, entries: int, dim: int) -> str | None:
+        """Why it cannot hold this many keys of this dimension; None when it can."""
+
+    @abstractmethod
+    def build(self, keys: Keys, file: Path, seed: int, on_progress: Callable[[int, int], None]) -> Parameters:
+        """Write the index of keys (n, d) to `file` and return the defaults of its searches.
+
+        Deterministic for one seed. on_progress hears (keys added, n). Memory: the index and one chunk of keys.
+        A family with has_file=False writes nothing.
+        """
+
+    @abstractmethod
+    def open(self, keys: Keys, file: Path | None, parameters: Parameters) -> Index:
+        """Open what `build` wrote for these keys. Raises DatastoreCorrupt when the file is not that."""
+
+
+def chunks(entries: int, dim: int) -> list[tuple[int, int]]:
+    """[lo, hi) over all entries, each worth at most CHUNK_BYTES of float32."""
+    step = max(1, CHUNK_BYTES // (4 * dim))
+    return [(lo, min(lo + step, entries)) for lo in range(0, entries, step)]
+
+
+def to_float32(keys: Keys) -> Float32:
+    """C-contiguous, as FAISS takes it; FAISS itself would copy silently."""
+    return np.ascontiguousarray(keys, np.float32)

@@ -1,0 +1,59 @@
+"""Exact search: every query against every key. No file; made from the stored keys when a version is opened.
+
+It costs 4 d bytes per entry and time in proportion to them: the right choice for tens of thousands of entries, and the
+twin that every other family is tested against.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import faiss
+
+from knnlm.errors import InvalidRequest
+from knnlm.index.contract import Family, Float32, Index, Int64, Keys, Parameters, SearchParameters, chunks, to_float32
+
+__all__ = ["Flat"]
+
+
+class Flat(Family):
+    """Recipe "flat"."""
+
+    has_file = False
+
+    @classmethod
+    def parse(cls, recipe: str) -> Self:
+        if recipe != "flat":
+            raise InvalidRequest(f"recipe {recipe!r} is not known: exact search is called flat", param="recipe")
+        return cls()
+
+    def refusal(self, entries: int, dim: int) -> str | None:
+        del entries, dim
+        return None
+
+    def build(self, keys: Keys, file: Path, seed: int, on_progress: Callable[[int, int], None]) -> Parameters:
+        del file, seed
+        on_progress(len(keys), len(keys))
+        return {}
+
+    def open(self, keys: Keys, file: Path | None, parameters: Parameters) -> Index:
+        del file, parameters
+        index = faiss.IndexFlatL2(keys.shape[1])
+        for lo, hi in chunks(*keys.shape):
+            index.add(to_float32(keys[lo:hi]))
+        return FlatIndex(index)
+
+
+class FlatIndex(Index):
+    lossy = False
+
+    def __init__(self, index: faiss.IndexFlatL2) -> None:
+        self._index = index
+
+    def search(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
+        distances, ids = self._index.search(queries, parameters.k)
+        return distances, ids
+
+    @property
+    def memory_bytes(self) -> int:
+        return 4 * int(self._index.ntotal) * int(self._index.d)

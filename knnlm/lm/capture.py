@@ -1,0 +1,79 @@
+"""One forward pass of a base model, with the key tensor taken out on its way.
+
+A hook lives for the duration of one call and is removed whatever happens. The base model is run, not the one with the
+head: the logits of a whole batch are never made here. What a site means is written in knnlm/lm/architectures.py.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from knnlm.errors import ModelError
+from knnlm.lm.architectures import Site
+
+__all__ = ["capture", "encode"]
+
+
+def encode(base: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Final hidden states (batch, T, h), what the language-model head reads, on the model's device.
+
+    input_ids: (batch, T) int64. attention_mask: (batch, T), 1 at tokens and 0 at padding, on either side; it may be
+    left out when the padding is on the right, where a causal model cannot see it. What comes out at padding has no
+    meaning. Position ids are counted over the tokens, so that left padding moves nothing.
+    """
+    arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False, "return_dict": True}
+    if attention_mask is not None:
+        arguments["attention_mask"] = attention_mask
+        if "position_ids" in inspect.signature(base.forward).parameters:  # ALiBi models read the mask instead
+            arguments["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    hidden: Tensor = base(**arguments).last_hidden_state
+    return hidden
+
+
+def capture(
+    base: nn.Module, site: Site, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `encode` gives, and the keys (batch, T, d) found at `site` in the same pass.
+
+    Raises ModelError when the model has no such module, or what is there is not one tensor with a row per token.
+    """
+    with _recorded(_module(base, site), site) as seen:
+        hidden = encode(base, input_ids, attention_mask)
+    rows = input_ids.shape
+    # OPT flattens to (batch * T, d) before its FFN
+    if len(seen) != 1 or seen[0].shape[:-1] not in (rows, (rows.numel(),)):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in seen) or "nothing"
+        raise ModelError(f"the {site.side} of {site.module} was {shapes}, expected one vector for each of {rows}")
+    return hidden, seen[0].reshape(*rows, -1)
+
+
+@contextmanager
+def _recorded(module: nn.Module, site: Site) -> Iterator[list[Tensor]]:
+    seen: list[Tensor] = []
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    if site.side == "input":
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(after)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _module(base: nn.Module, site: Site) -> nn.Module:
+    found: Any = base
+    for part in site.module.split("."):
+        found = found[int(part)] if isinstance(found, nn.ModuleList) else getattr(found, part, None)
+    if not isinstance(found, nn.Module):
+        raise ModelError(f"{type(base).__name__} has no module {site.module!r}")
+    return found

@@ -1,0 +1,174 @@
+"""The nouns that cross borders: what a language model and a datastore are asked, and what they answer.
+
+In process, over gRPC and over HTTP the same objects are meant; knnlm/wire.py turns them into bytes and back. Rows are
+flat: the answers to several sequences or positions stand one below the other, in the order they were asked.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.neighbors import Neighbors
+
+__all__ = [
+    "DatastoreClient", "DomainInfo", "ForwardRequest", "ForwardResult", "LanguageModelClient", "ModelInfo", "Passage",
+    "SearchRequest", "SearchResult", "Tuning",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ForwardRequest:
+    """Sequences to run through the model, and what is wanted at which positions.
+
+    tokens: one (t_i,) int32 array per sequence, BOS included by the caller. positions: one ascending (p_i,) int32
+    array per sequence; position j asks for the distribution of the token *after* tokens[:j + 1]. n = sum of p_i.
+    full: log-probabilities of every token. targets: (n,) int32, log-probability of these tokens alone. top_n: the n
+    likeliest tokens. keys: the context vectors.
+    """
+
+    tokens: Sequence[npt.NDArray[np.int32]]
+    positions: Sequence[npt.NDArray[np.int32]]
+    full: bool = False
+    targets: npt.NDArray[np.int32] | None = None
+    top_n: int = 0
+    keys: bool = False
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """What was asked for, None elsewhere; n rows. All log-probabilities are natural logarithms, float32.
+
+    log_probs: (n, V). target_log_probs: (n,). top_tokens: (n, m) int32, likeliest first; top_log_probs: (n, m).
+    keys: (n, d) float32, or float16 when the model's dtype is a half. timings: seconds per stage.
+    """
+
+    log_probs: npt.NDArray[np.float32] | None = None
+    target_log_probs: npt.NDArray[np.float32] | None = None
+    top_tokens: npt.NDArray[np.int32] | None = None
+    top_log_probs: npt.NDArray[np.float32] | None = None
+    keys: npt.NDArray[np.floating] | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A loaded model, as its users and the manifests of datastores know it.
+
+    vocab_size: the width of the logits. context_length: tokens of the longest sequence. bos_token_id: put before every
+    document once; None when the tokenizer has none.
+    """
+
+    model_id: str
+    architecture: str
+    weights_sha256: str
+    tokenizer_sha256: str
+    vocab_size: int
+    context_length: int
+    key_function: str
+    key_dim: int
+    dtype: str
+    device: str
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """k neighbors of each query in one domain.
+
+    queries: (n, d) float32 or float16, finite. version: answer from this version or not at all; None = the current
+    one. nprobe: lists to visit, for indexes that have them. rescore: true distances from the stored keys; None = when
+    the index is lossy. overfetch: candidates per neighbor before rescoring. ids: also return entry numbers.
+    passages: for so many nearest neighbors per query also return the text around them, `passage_tokens` a side.
+    """
+
+    domain: str
+    queries: npt.NDArray[np.floating]
+    k: int
+    version: str | None = None
+    nprobe: int | None = None
+    rescore: bool | None = None
+    overfetch: float | None = None
+    ids: bool = False
+    passages: int = 0
+    passage_tokens: int = 24
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Where an entry came from. before: the tokens that end its context; after: its value and what followed."""
+
+    document: str
+    entry: int
+    position: int  # of the value, in tokens from the document's beginning
+    before: npt.NDArray[np.int32]
+    after: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """neighbors: (n, k'), k' = min(k, entries). passages: one list per query, nearest first; empty when not asked."""
+
+    domain: str
+    version: str
+    neighbors: Neighbors
+    passages: Sequence[Sequence[Passage]] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Fitted on documents that are in neither the datastore nor any reported figure. Perplexities of those."""
+
+    temperature: float
+    lmbda: float
+    k: int
+    lm_perplexity: float
+    knn_perplexity: float
+    tokens: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class DomainInfo:
+    """A domain as a datastore service serves it. `versions`: all on disk, oldest first.
+
+    state: "ready", "loading v2", or "stale: REASON" when the version that is current on disk cannot be loaded.
+    """
+
+    domain: str
+    version: str
+    versions: Sequence[str]
+    state: str
+    entries: int
+    documents: int
+    key_dim: int
+    key_dtype: str
+    key_function: str
+    index: str
+    model_id: str
+    weights_sha256: str
+    tokenizer_sha256: str
+    tuning: Tuning | None
+
+
+class LanguageModelClient(Protocol):
+    """A language model somewhere: in this process, or behind gRPC or HTTP."""
+
+    async def forward(self, request: ForwardRequest) -> ForwardResult: ...
+    async def get_model(self) -> ModelInfo: ...
+    async def get_tokenizer(self) -> str:
+        """The tokenizer as the JSON of the tokenizers library; its sha256 is in ModelInfo."""
+        ...
+
+
+class DatastoreClient(Protocol):
+    """A set of domains somewhere."""
+
+    async def search(self, request: SearchRequest) -> SearchResult: ...
+    async def list_domains(self) -> Sequence[DomainInfo]: ...
+    async def get_domain(self, domain: str) -> DomainInfo: ...
+    async def activate(self, domain: str, version: str) -> DomainInfo: ...

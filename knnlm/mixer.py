@@ -1,0 +1,369 @@
+"""One kNN-LM call from token ids to mixed distributions: forward, search, mix.
+
+The flow is written once over the Protocols of messages.py. The aggregator runs it over gRPC clients, knnlm.pipeline
+over objects in the same process, so that server and library cannot drift apart. All maths is in decoding.py.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.decoding import Mixed, Retrieved, Window, mix_distributions, mix_targets, plan_windows
+from knnlm.errors import DatastoreMismatch, DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
+from knnlm.messages import (
+    DatastoreClient,
+    DomainInfo,
+    ForwardRequest,
+    ForwardResult,
+    LanguageModelClient,
+    ModelInfo,
+    SearchRequest,
+    SearchResult,
+)
+
+__all__ = ["DEFAULT_K", "DomainOptions", "KnnOptions", "Mixer", "NextTokens", "Score", "UsedDomain"]
+
+T = TypeVar("T")
+DEFAULT_K = 1024  # of the paper; a domain's tuning says otherwise
+
+
+@dataclass(frozen=True)
+class DomainOptions:
+    """One domain of a request. What is None is taken from the tuning that is stored with the domain."""
+
+    domain: str
+    version: str | None = None
+    lmbda: float | None = None
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class KnnOptions:
+    """How to retrieve and mix. `on_datastore_error`: "fail", or "lm_only" to answer from the LM and say so."""
+
+    domains: tuple[DomainOptions, ...]
+    k: int | None = None
+    combine: str = "mixture"
+    nprobe: int | None = None
+    rescore: bool | None = None
+    overfetch: float | None = None
+    rule: str = "fixed"
+    on_datastore_error: str = "fail"
+
+    def __post_init__(self) -> None:
+        names = [d.domain for d in self.domains]
+        if not names or len(set(names)) != len(names):
+            raise InvalidRequest(f"expected one or more distinct domains, got {names}", param="knn.domains")
+        for d in self.domains:
+            if d.lmbda is not None and not 0 <= d.lmbda <= 1:
+                raise InvalidRequest(f"lambda must lie in [0, 1], got {d.lmbda}", param="knn.lambda")
+            if d.temperature is not None and not 0 < d.temperature < np.inf:
+                raise InvalidRequest(f"temperature must be > 0, got {d.temperature}", param="knn.temperature")
+        if self.k is not None and self.k < 1:
+            raise InvalidRequest(f"k must be at least 1, got {self.k}", param="knn.k")
+
+
+@dataclass(frozen=True)
+class UsedDomain:
+    """What a domain was asked with in the end, and the version that answered."""
+
+    domain: str
+    version: str
+    temperature: float
+    lmbda: float
+    k: int
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """mixed: (n, V) distributions of the next token of n contexts. found: one SearchResult per used domain.
+
+    degraded: why the answer comes from the LM alone, None when it is as asked. timings: seconds per stage.
+    """
+
+    mixed: Mixed
+    domains: Sequence[UsedDomain] = ()
+    found: Sequence[SearchResult] = ()
+    degraded: str | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """tokens: (t,) int32. The rest is (t - 1,), about tokens[1:]; natural logarithms.
+
+    knn_log_probs: None without retrieval. weight: what retrieval weighed at each token.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    log_probs: npt.NDArray[np.float64]
+    lm_log_probs: npt.NDArray[np.floating]
+    knn_log_probs: npt.NDArray[np.float64] | None
+    weight: npt.NDArray[np.float64]
+    domains: Sequence[UsedDomain] = ()
+    degraded: str | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return float(self.log_probs.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """Per token of this tokenizer: exp of the mean negative log-probability. inf where a token has none."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(-self.log_probs.mean()))
+
+
+class Mixer:
+    """`info` is the model behind `lm`: domains made by another model, tokenizer or key function are refused."""
+
+    def __init__(
+        self,
+        lm: LanguageModelClient,
+        datastore: DatastoreClient | None,
+        info: ModelInfo,
+        *,
+        batch_tokens: int = 4096,
+    ) -> None:
+        self.info = info
+        self._lm = lm
+        self._datastore = datastore
+        self._batch_tokens = batch_tokens
+
+    async def next_token(
+        self,
+        contexts: Sequence[npt.NDArray[np.int32]],
+        knn: KnnOptions | None = None,
+        *,
+        passages: int = 0,
+        passage_tokens: int = 24,
+    ) -> NextTokens:
+        """The distribution of the token after each context, a (t_i,) int32 array with its BOS.
+
+        passages: also find the text around so many nearest neighbors of each context. Raises InvalidRequest for an
+        empty or too long context and whatever the services raise.
+        """
+        for context in contexts:
+            if not len(context):
+                raise InvalidRequest("the context is empty: expected at least one token", param="tokens")
+            if len(context) > self.info.context_length:
+                raise TooLarge(
+                    f"the context has {len(context)} tokens, the model takes {self.info.context_length}", param="text"
+                )
+        timings: dict[str, float] = {}
+        request = ForwardRequest(
+            tokens=contexts,
+            positions=[np.array([len(c) - 1], np.int32) for c in contexts],
+            full=True,
+            keys=knn is not None,
+        )
+        if knn is None:
+            forward = await _timed(self._lm.forward(request), "lm", timings)
+            return NextTokens(mix_distributions(_given(forward.log_probs), []), timings=timings)
+        outcome, used = await asyncio.gather(
+            _timed(self._lm.forward(request), "lm", timings), self._resolve(knn), return_exceptions=True
+        )
+        forward = _raised(outcome)
+        log_probs = _given(forward.log_probs)
+        try:
+            domains = _raised(used)
+            found = await _timed(
+                self._search(domains, knn, _given(forward.keys), passages=passages, passage_tokens=passage_tokens),
+                "search",
+                timings,
+            )
+        except (Unavailable, DeadlineExceeded) as err:
+            if knn.on_datastore_error != "lm_only":
+                raise
+            return NextTokens(mix_distributions(log_probs, []), degraded=err.message, timings=timings)
+        begin = time.perf_counter()
+        mixed = mix_distributions(log_probs, _retrieved(found, domains, knn.rule), combine=knn.combine)
+        timings["mix"] = time.perf_counter() - begin
+        return NextTokens(mixed, domains, found, timings=timings)
+
+    async def score(
+        self,
+        tokens: npt.NDArray[np.int32],
+        knn: KnnOptions | None = None,
+        *,
+        min_context: int | None = None,
+    ) -> Score:
+        """Log-probability of every token but the first of a text of any length, a (t,) int32 array with its BOS.
+
+        Windows as in evaluation and building: `min_context` tokens of context at least (half of the context length by
+        default). While one batch of windows is searched, the next one is already in the model.
+        """
+        if len(tokens) < 2:
+            raise InvalidRequest(f"nothing to score: expected at least 2 tokens, got {len(tokens)}", param="text")
+        context = self.info.context_length
+        windows = plan_windows(len(tokens), context, context // 2 if min_context is None else min_context)
+        batches = self._batches(windows)
+        timings: dict[str, float] = {}
+        used, degraded = await self._resolve_or_degrade(knn)
+        parts: list[Mixed] = []
+        pending = asyncio.ensure_future(self._forward_targets(tokens, batches[0], used, timings))
+        try:
+            for i, batch in enumerate(batches):
+                forward = await pending
+                if i + 1 < len(batches):
+                    pending = asyncio.ensure_future(self._forward_targets(tokens, batches[i + 1], used, timings))
+                targets = _targets(tokens, batch)
+                lm_log_probs = _given(forward.target_log_probs)
+                retrieved: list[Retrieved] = []
+                if knn is not None and used:
+                    try:
+                        found = await _timed(self._search(used, knn, _given(forward.keys)), "search", timings)
+                        retrieved = _retrieved(found, used, knn.rule)
+                    except (Unavailable, DeadlineExceeded) as err:
+                        if knn.on_datastore_error != "lm_only":
+                            raise
+                        used, degraded, parts = [], err.message, [_lm_part(part) for part in parts]
+                begin = time.perf_counter()
+                parts.append(mix_targets(lm_log_probs, targets, retrieved, combine=knn.combine if knn else "mixture"))
+                timings["mix"] = timings.get("mix", 0.0) + time.perf_counter() - begin
+        finally:
+            pending.cancel()
+        knn_parts = [p.knn_log_probs for p in parts if p.knn_log_probs is not None]
+        return Score(
+            tokens=tokens,
+            log_probs=np.concatenate([p.log_probs for p in parts]),
+            lm_log_probs=np.concatenate([p.lm_log_probs for p in parts]),
+            knn_log_probs=np.concatenate(knn_parts) if used else None,
+            weight=np.concatenate([p.weight for p in parts]),
+            domains=used,
+            degraded=degraded,
+            timings=timings,
+        )
+
+    def _batches(self, windows: Sequence[Window]) -> list[list[Window]]:
+        """Consecutive windows of at most `batch_tokens` tokens together, never fewer than one."""
+        batches: list[list[Window]] = [[]]
+        size = 0
+        for window in windows:
+            size += window.end - window.start
+            if batches[-1] and size > self._batch_tokens:
+                batches.append([])
+                size = window.end - window.start
+            batches[-1].append(window)
+        return batches
+
+    async def _forward_targets(
+        self,
+        tokens: npt.NDArray[np.int32],
+        windows: Sequence[Window],
+        used: Sequence[UsedDomain],
+        timings: dict[str, float],
+    ) -> ForwardResult:
+        request = ForwardRequest(
+            tokens=[tokens[w.start : w.end] for w in windows],
+            positions=[w.positions for w in windows],
+            targets=_targets(tokens, windows),
+            keys=bool(used),
+        )
+        return await _timed(self._lm.forward(request), "lm", timings)
+
+    async def _resolve(self, knn: KnnOptions) -> list[UsedDomain]:
+        """The version that each domain serves now and the values that hold for it: asked for, else its tuning's."""
+        if self._datastore is None:
+            raise Unavailable("no datastore service is configured, so no domain can be used")
+        infos = await asyncio.gather(*(self._datastore.get_domain(d.domain) for d in knn.domains))
+        return [self._used(options, info, knn) for options, info in zip(knn.domains, infos, strict=True)]
+
+    async def _resolve_or_degrade(self, knn: KnnOptions | None) -> tuple[list[UsedDomain], str | None]:
+        if knn is None:
+            return [], None
+        try:
+            return await self._resolve(knn), None
+        except (Unavailable, DeadlineExceeded) as err:
+            if knn.on_datastore_error != "lm_only":
+                raise
+            return [], err.message
+
+    def _used(self, options: DomainOptions, info: DomainInfo, knn: KnnOptions) -> UsedDomain:
+        for name in ("weights_sha256", "tokenizer_sha256", "key_function", "key_dim"):
+            theirs, ours = getattr(info, name), getattr(self.info, name)
+            if theirs != ours:
+                raise DatastoreMismatch(
+                    f"domain {info.domain} was made with {name} {theirs} (model {info.model_id}), "
+                    f"the language model has {ours} (model {self.info.model_id})"
+                )
+        tuning = info.tuning
+        temperature = options.temperature if options.temperature is not None else tuning and tuning.temperature
+        lmbda = options.lmbda if options.lmbda is not None else tuning and tuning.lmbda
+        for name, value in (("temperature", temperature), ("lambda", lmbda)):
+            if value is None:
+                raise InvalidRequest(
+                    f"domain {info.domain} has not been tuned: give knn.{name}, or run `knnlm tune {info.domain}`",
+                    param=f"knn.{name}",
+                )
+        k = knn.k or (tuning.k if tuning else DEFAULT_K)
+        return UsedDomain(info.domain, options.version or info.version, float(temperature or 0), float(lmbda or 0), k)
+
+    async def _search(
+        self,
+        domains: Sequence[UsedDomain],
+        knn: KnnOptions,
+        keys: npt.NDArray[np.floating],
+        *,
+        passages: int = 0,
+        passage_tokens: int = 24,
+    ) -> list[SearchResult]:
+        if self._datastore is None:
+            raise Unavailable("no datastore service is configured, so no domain can be used")
+        request = SearchRequest(
+            domain="",
+            queries=keys,
+            k=1,
+            nprobe=knn.nprobe,
+            rescore=knn.rescore,
+            overfetch=knn.overfetch,
+            passages=passages,
+            passage_tokens=passage_tokens,
+        )
+        return await asyncio.gather(
+            *(self._datastore.search(replace(request, domain=d.domain, version=d.version, k=d.k)) for d in domains)
+        )
+
+
+def _targets(tokens: npt.NDArray[np.int32], windows: Sequence[Window]) -> npt.NDArray[np.int32]:
+    return np.concatenate([tokens[w.first : w.end] for w in windows])
+
+
+def _retrieved(found: Sequence[SearchResult], used: Sequence[UsedDomain], rule: str) -> list[Retrieved]:
+    return [
+        Retrieved(u.domain, result.neighbors, u.temperature, u.lmbda, rule)
+        for result, u in zip(found, used, strict=True)
+    ]
+
+
+def _lm_part(part: Mixed) -> Mixed:
+    """What was mixed before retrieval failed, as the LM alone: one answer never mixes two ways of making it."""
+    return mix_targets(part.lm_log_probs, np.zeros(len(part.lm_log_probs), np.int32), [])
+
+
+def _given(value: T | None) -> T:
+    """A field that the request asked for. A service that leaves it out broke the protocol."""
+    if value is None:
+        raise Unavailable("the language model service did not answer what it was asked for")
+    return value
+
+
+def _raised(value: T | BaseException) -> T:
+    if isinstance(value, BaseException):
+        raise value
+    return value
+
+
+async def _timed(call: Awaitable[T], stage: str, timings: dict[str, float]) -> T:
+    """Await, and add the seconds it took to timings[stage]."""
+    begin = time.perf_counter()
+    try:
+        return await call
+    finally:
+        timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - begin

@@ -1,0 +1,88 @@
+"""Mixing distributions: the language model and any number of components, in log space, by weights of the components.
+
+lambda is always the weight of what is retrieved. Weight 0 is the component's absence exactly, weight 1 exactly the
+component; nothing is clipped or floored on the way.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.errors import InvalidRequest
+from knnlm.neighbors import Neighbors
+
+__all__ = ["RULES", "Component", "mix", "rule_weights"]
+
+TOLERANCE = 1e-9  # how far over one the weights may add up: rounding of decimal fractions
+
+
+@dataclass(frozen=True)
+class Component:
+    """One distribution beside the LM's.
+
+    log_probs: (n,) of chosen targets or (n, V). weight: (n,) float64 in [0, 1], 0 where the component is absent.
+    """
+
+    name: str
+    log_probs: npt.NDArray[np.float64]
+    weight: npt.NDArray[np.float64]
+
+
+def mix(lm_log_probs: npt.NDArray[np.floating], components: Sequence[Component]) -> npt.NDArray[np.float64]:
+    """log p(w) with p(w) = (1 - sum of weights) p_LM(w) + sum of weight_c p_c(w) (Khandelwal et al. 2020, eq. 3).
+
+    lm_log_probs: (n,) or (n, V); every component has the same shape. Returns float64 of that shape. Raises
+    InvalidRequest when a weight lies outside [0, 1], the weights of a row exceed one, or shapes differ.
+    """
+    result = lm_log_probs.astype(np.float64)
+    total = np.zeros(len(result))
+    for component in components:
+        weight = component.weight
+        if component.log_probs.shape != result.shape or weight.shape != result.shape[:1]:
+            raise InvalidRequest(
+                f"component {component.name} has log_probs {component.log_probs.shape} and weight {weight.shape}, "
+                f"expected {result.shape} and {result.shape[:1]}"
+            )
+        if not np.all((weight >= 0) & (weight <= 1)):
+            raise InvalidRequest(
+                f"lambda of {component.name} must lie in [0, 1], got {weight[~((weight >= 0) & (weight <= 1))][0]}",
+                param="lambda",
+            )
+        total += weight
+    if np.any(total > 1 + TOLERANCE):
+        raise InvalidRequest(
+            f"the weights of all components add up to {total.max():g}, at most 1 is left", param="lambda"
+        )
+    if not components:
+        return result
+    wide = (slice(None),) + (None,) * (result.ndim - 1)
+    with np.errstate(divide="ignore"):  # log 0 = -inf is what an absent component must weigh
+        result += np.log(np.clip(1 - total, 0, 1))[wide]
+        for component in components:
+            result = np.logaddexp(result, component.log_probs + np.log(component.weight)[wide])
+    return result
+
+
+Rule = Callable[[Neighbors, float], npt.NDArray[np.float64]]
+
+
+def fixed(neighbors: Neighbors, lmbda: float) -> npt.NDArray[np.float64]:
+    """(n,) the same weight everywhere."""
+    return np.full(len(neighbors.values), lmbda)
+
+
+RULES: Mapping[str, Rule] = {"fixed": fixed}
+
+
+def rule_weights(name: str, neighbors: Neighbors, lmbda: float) -> npt.NDArray[np.float64]:
+    """(n,) the weight of the retrieved distribution per query: the named rule, and 0 where nothing was found.
+
+    Raises InvalidRequest for a rule that is not in RULES or a lambda outside [0, 1].
+    """
+    if name not in RULES:
+        raise InvalidRequest(f"unknown rule {name!r}; known: {', '.join(RULES)}", param="rule")
+    if not 0 <= lmbda <= 1:
+        raise InvalidRequest(f"lambda must lie in [0, 1], got {lmbda}", param="lambda")
+    return np.where(neighbors.present, RULES[name](neighbors, lmbda), 0.0)

@@ -1,0 +1,206 @@
+"""Neighbors and the distribution they give: arrays in, arrays out, log space, float64 accumulation.
+
+A neighbor that was not found is padding: its value is -1. FAISS pads with id -1 and a huge distance; both are masked
+here before anything is computed, because `values[-1]` is a real entry and exp(-huge / T) need not be zero.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.errors import InvalidRequest
+
+__all__ = ["Neighbors", "TokenMasses", "add", "merge", "neighbor_log_probs", "target_log_probs", "token_masses"]
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """For each of n queries, k entries, nearest first.
+
+    distances: (n, k) float32, squared L2. values: (n, k) int32, the token each entry stores, -1 for padding.
+    ids: (n, k) int64, entry numbers, -1 for padding; None where they were not asked for.
+    """
+
+    distances: npt.NDArray[np.float32]
+    values: npt.NDArray[np.int32]
+    ids: npt.NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.distances.ndim != 2 or self.distances.shape != self.values.shape:
+            raise InvalidRequest(
+                f"distances {self.distances.shape} and values {self.values.shape} must have one shape (n, k)"
+            )
+        if self.ids is not None and self.ids.shape != self.values.shape:
+            raise InvalidRequest(f"ids {self.ids.shape} and values {self.values.shape} must have one shape (n, k)")
+
+    @property
+    def present(self) -> npt.NDArray[np.bool_]:
+        """(n,) whether a query has any neighbor. Where it has none there is no distribution."""
+        found: npt.NDArray[np.bool_] = np.any(self.values >= 0, axis=1)
+        return found
+
+    def log_weights(self, temperature: float) -> npt.NDArray[np.float64]:
+        """(n, k) float64: -distance / T, and -inf for padding; not normalised."""
+        if not np.isfinite(temperature) or temperature <= 0:
+            raise InvalidRequest(f"temperature must be > 0, got {temperature}", param="temperature")
+        # inf - not FAISS's 3.4e38 - is what padding must become: 3.4e38 / T overflows for T < 1
+        return np.where(self.values >= 0, self.distances.astype(np.float64) / -temperature, -np.inf)
+
+
+@dataclass(frozen=True)
+class TokenMasses:
+    """n sparse vectors over tokens in log space: row i is tokens[offsets[i]:offsets[i+1]], ascending and distinct.
+
+    offsets: (n + 1,) int64. tokens: (m,) int32. log_masses: (m,) float64. The masses of a row need not sum to one
+    until `normalized`: sums of exp(-d / T) from several shards or domains can be added first.
+    """
+
+    offsets: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int32]
+    log_masses: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """(m,) the row that each mass belongs to."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    def row(self, i: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
+        """Tokens and log masses of row i, both empty when it has none."""
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[part], self.log_masses[part]
+
+    def normalized(self) -> "TokenMasses":
+        """The same rows, each summing to one; an empty row stays empty."""
+        totals = np.full(len(self), -np.inf)
+        filled = np.flatnonzero(np.diff(self.offsets))
+        if len(filled):
+            totals[filled] = _log_sums(self.log_masses, self.offsets[filled])
+        return TokenMasses(self.offsets, self.tokens, self.log_masses - totals[self.rows])
+
+    def of(self, targets: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+        """(n,) the log mass of one token per row, -inf where the row does not hold it."""
+        result = np.full(len(self), -np.inf)
+        hits = np.flatnonzero(self.tokens == targets[self.rows])
+        result[self.rows[hits]] = self.log_masses[hits]
+        return result
+
+    def dense(self, vocab_size: int) -> npt.NDArray[np.float64]:
+        """(n, vocab_size) float64, -inf where a row holds no mass."""
+        result = np.full((len(self), vocab_size), -np.inf)
+        result[self.rows, self.tokens] = self.log_masses
+        return result
+
+
+def token_masses(neighbors: Neighbors, temperature: float) -> TokenMasses:
+    """Per query and token, log of the sum of exp(-d / T) over the neighbors that store the token."""
+    log_weights = neighbors.log_weights(temperature)
+    row, slot = np.nonzero(neighbors.values >= 0)
+    return _grouped(row, neighbors.values[row, slot], log_weights[row, slot], n=len(neighbors.values))
+
+
+def neighbor_log_probs(neighbors: Neighbors, temperature: float) -> TokenMasses:
+    """p_kNN in log space (Khandelwal et al. 2020, eq. 2, with a temperature): every non-empty row sums to one."""
+    return token_masses(neighbors, temperature).normalized()
+
+
+def target_log_probs(
+    neighbors: Neighbors, targets: npt.NDArray[np.integer], temperature: float
+) -> npt.NDArray[np.float64]:
+    """(n,) log p_kNN of one token per query, without building the distribution. -inf where no neighbor stores it.
+
+    targets: (n,). Equals `neighbor_log_probs(...).of(targets)`; several times cheaper, for scoring and tuning.
+    """
+    log_weights = neighbors.log_weights(temperature)
+    top = log_weights.max(axis=1, initial=-np.inf, keepdims=True)
+    top[~np.isfinite(top)] = 0.0
+    hits = np.where(neighbors.values == targets[:, None], log_weights, -np.inf)
+    best = hits.max(axis=1, initial=-np.inf, keepdims=True)
+    best[~np.isfinite(best)] = 0.0
+    with np.errstate(divide="ignore"):  # log 0 is -inf: no neighbor stores the target, or there is no neighbor at all
+        total = top[:, 0] + np.log(np.exp(log_weights - top).sum(axis=1))
+        share = best[:, 0] + np.log(np.exp(hits - best).sum(axis=1))
+    return np.where(np.isfinite(share), share - np.where(np.isfinite(total), total, 0.0), -np.inf)
+
+
+def add(parts: Sequence[TokenMasses]) -> TokenMasses:
+    """The union of several sets of neighbors in one softmax: masses of equal tokens added, row by row.
+
+    Exact for shards of one datastore and for a union of domains, when all were made with the same temperature.
+    """
+    if not parts:
+        raise InvalidRequest("nothing to add: expected at least one set of masses")
+    if len({len(part) for part in parts}) != 1:
+        raise InvalidRequest(f"cannot add masses of {[len(part) for part in parts]} rows: expected equal numbers")
+    row = np.concatenate([part.rows for part in parts])
+    token = np.concatenate([part.tokens for part in parts])
+    return _grouped(row, token, np.concatenate([part.log_masses for part in parts]), n=len(parts[0]))
+
+
+def merge(parts: Sequence[Neighbors], k: int) -> Neighbors:
+    """The k nearest of several shards' neighbors. An id that comes twice counts once; ties go to the lower id.
+
+    Ids must be global to the datastore (-1 stays -1: never add a shard's offset to padding).
+    """
+    if not parts or k < 1:
+        raise InvalidRequest(f"expected at least one part and k >= 1, got {len(parts)} parts and k {k}")
+    distances = np.concatenate([part.distances for part in parts], axis=1)
+    values = np.concatenate([part.values for part in parts], axis=1)
+    ids = None
+    keys: tuple[npt.NDArray[np.generic], ...] = ()
+    if all(part.ids is not None for part in parts):
+        ids = np.concatenate([part.ids for part in parts if part.ids is not None], axis=1)
+        values = np.where(_repeated(ids), -1, values).astype(np.int32)
+        keys = (ids,)
+    far = np.where(values >= 0, distances, np.inf)
+    order = np.lexsort((*keys, far), axis=1)[:, :k]
+
+    def take(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        return np.take_along_axis(array, order, axis=1)
+
+    kept = take(values).astype(np.int32)
+    return Neighbors(
+        np.where(kept >= 0, take(distances), np.finfo(np.float32).max).astype(np.float32),
+        kept,
+        None if ids is None else np.where(kept >= 0, take(ids), -1).astype(np.int64),
+    )
+
+
+def _repeated(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """(n, k) True for every later occurrence of an id in its row, padding excepted."""
+    order = np.argsort(ids, axis=1, kind="stable")
+    ordered = np.take_along_axis(ids, order, axis=1)
+    again = np.zeros(ids.shape, np.bool_)
+    again[:, 1:] = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    result = np.empty_like(again)
+    np.put_along_axis(result, order, again, axis=1)
+    return result
+
+
+def _grouped(
+    row: npt.NDArray[np.integer], token: npt.NDArray[np.integer], log_mass: npt.NDArray[np.float64], *, n: int
+) -> TokenMasses:
+    """Add up (row, token, log mass) triples that share row and token."""
+    if not len(row):
+        return TokenMasses(np.zeros(n + 1, np.int64), np.empty(0, np.int32), np.empty(0))
+    place = row.astype(np.int64) << 32 | token.astype(np.int64)
+    order = np.argsort(place, kind="stable")
+    place = place[order]
+    starts = np.flatnonzero(np.concatenate([[True], place[1:] != place[:-1]]))
+    distinct = place[starts]
+    offsets = np.searchsorted(distinct >> 32, np.arange(n + 1)).astype(np.int64)
+    return TokenMasses(offsets, (distinct & 0xFFFFFFFF).astype(np.int32), _log_sums(log_mass[order], starts))
+
+
+def _log_sums(values: npt.NDArray[np.float64], starts: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+    """log of the sum of exp over consecutive groups that begin at `starts` (the first is 0, none is empty)."""
+    tops = np.maximum.reduceat(values, starts)
+    tops[~np.isfinite(tops)] = 0.0
+    spread = np.repeat(tops, np.diff(np.append(starts, len(values))))
+    with np.errstate(divide="ignore"):
+        sums: npt.NDArray[np.float64] = np.log(np.add.reduceat(np.exp(values - spread), starts)) + tops
+    return sums

@@ -1,0 +1,216 @@
+"""Model and datastores in one process: the library's front door, and what the services must equal.
+
+It runs the Mixer of the services over objects instead of connections. The adapters here only make synchronous objects
+answer as the clients do; nothing is computed in this file. This is the one module where torch and faiss may meet.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.datastore.encode import KeyEncoder
+from knnlm.errors import Conflict, InvalidRequest, UnknownDomain, UnknownVersion
+from knnlm.messages import (
+    DomainInfo,
+    ForwardRequest,
+    ForwardResult,
+    ModelInfo,
+    SearchRequest,
+    SearchResult,
+)
+from knnlm.mixer import DomainOptions, KnnOptions, Mixer, NextTokens, Score
+from knnlm.tokenizer import Tokenizer
+
+__all__ = ["Context", "LocalDatastore", "LocalLanguageModel", "Pipeline", "Search"]
+
+T = TypeVar("T")
+Context = str | Sequence[int] | npt.NDArray[np.integer]
+
+
+class Search(Protocol):
+    """One opened version of one domain: knnlm.index.searcher.Searcher."""
+
+    def search(self, request: SearchRequest) -> SearchResult: ...
+    def info(self, versions: Sequence[str]) -> DomainInfo: ...
+    def close(self) -> None: ...
+
+
+class Pipeline:
+    """A model and the datastores it may look into, by domain. Close it, or use it in a `with` block.
+
+    Works in a plain program and where an event loop runs already (Jupyter): then on a thread of its own.
+    """
+
+    def __init__(self, lm: KeyEncoder, searchers: Mapping[str, Search] | None = None) -> None:
+        self.lm = lm
+        self.searchers = dict(searchers or {})
+        self._mixer = Mixer(LocalLanguageModel(lm), LocalDatastore(self.searchers), lm.info)
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        store: str | Path | None = None,
+        domains: Sequence[str] | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        key_function: str | None = None,
+    ) -> Self:
+        """A Hugging Face folder or hub id, and the current versions of `domains` in `store` (all by default).
+
+        key_function: by default the one that the first domain was made with. Raises UnknownDomain, UnknownVersion for
+        a domain without a current version, DatastoreMismatch for one of another model, and as LanguageModel.load does.
+        """
+        from knnlm.datastore.manifest import Manifest
+        from knnlm.index.searcher import Searcher
+        from knnlm.lm.model import LanguageModel
+
+        paths = _current_versions(store, domains)  # first: a model takes longer to load than a name to be refused
+        functions = [key_function] if key_function else [Manifest.load(p).key_function for p in paths.values()]
+        lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=(functions or ["ffn_input"])[0])
+        return cls(lm, {domain: Searcher.open(path, expect=lm.info) for domain, path in paths.items()})
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.lm.tokenizer
+
+    def next_token(
+        self,
+        contexts: Context | Sequence[Context],
+        knn: KnnOptions | str | None = None,
+        *,
+        passages: int = 0,
+        passage_tokens: int = 24,
+    ) -> NextTokens:
+        """The distribution of the token after a context, or after each of several: one row each.
+
+        A context is a text or token ids (with their BOS). knn: None for the LM alone, the name of a domain for that
+        domain as it was tuned, or options. The rest, and what is raised, as in `Mixer.next_token`.
+        """
+        encoded = [self._tokens(c) for c in _listed(contexts)]
+        call = self._mixer.next_token(encoded, _options(knn), passages=passages, passage_tokens=passage_tokens)
+        return _run(call)
+
+    def score(self, text: Context, knn: KnnOptions | str | None = None, *, min_context: int | None = None) -> Score:
+        """Log-probability of every token of a text but its first; `knn` as in `next_token`, see `Mixer.score`."""
+        return _run(self._mixer.score(self._tokens(text), _options(knn), min_context=min_context))
+
+    def close(self) -> None:
+        for searcher in self.searchers.values():
+            searcher.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _tokens(self, context: Context) -> npt.NDArray[np.int32]:
+        if isinstance(context, str):
+            return self.tokenizer.encode(context)
+        tokens = np.asarray(context)
+        if tokens.ndim != 1 or (len(tokens) and not np.issubdtype(tokens.dtype, np.integer)):
+            raise InvalidRequest(
+                f"a context is a text or a row of token ids, got {tokens.dtype} of shape {tokens.shape}", param="tokens"
+            )
+        # checked before the cast: an id that does not fit int32 would wrap into a valid one
+        size = self.lm.info.vocab_size
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < size:
+            bad = tokens[(tokens < 0) | (tokens >= size)][0]
+            raise InvalidRequest(f"token {bad} lies outside the vocabulary of {size}", param="tokens")
+        return tokens.astype(np.int32)
+
+
+class LocalLanguageModel:
+    """A model of this process as a LanguageModelClient. Calls run on a thread, so that a search can run meanwhile."""
+
+    def __init__(self, lm: KeyEncoder) -> None:
+        self._lm = lm
+
+    async def forward(self, request: ForwardRequest) -> ForwardResult:
+        return await asyncio.to_thread(self._lm.forward, request)
+
+    async def get_model(self) -> ModelInfo:
+        return self._lm.info
+
+    async def get_tokenizer(self) -> str:
+        return self._lm.tokenizer.json
+
+
+class LocalDatastore:
+    """Opened searchers as a DatastoreClient. Each domain stays on the version it was opened with."""
+
+    def __init__(self, searchers: Mapping[str, Search]) -> None:
+        self._searchers = searchers
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        return await asyncio.to_thread(self._searcher(request.domain).search, request)
+
+    async def list_domains(self) -> Sequence[DomainInfo]:
+        return [await self.get_domain(domain) for domain in sorted(self._searchers)]
+
+    async def get_domain(self, domain: str) -> DomainInfo:
+        info = self._searcher(domain).info(())
+        return replace(info, versions=(info.version,))
+
+    async def activate(self, domain: str, version: str) -> DomainInfo:
+        info = await self.get_domain(domain)
+        raise Conflict(f"domain {domain} was opened with version {info.version}: open {version} instead")
+
+    def _searcher(self, domain: str) -> Search:
+        if domain not in self._searchers:
+            known = ", ".join(sorted(self._searchers)) or "none"
+            raise UnknownDomain(f"unknown domain {domain!r}; opened: {known}", param="domain")
+        return self._searchers[domain]
+
+
+def _current_versions(store: str | Path | None, domains: Sequence[str] | None) -> dict[str, Path]:
+    from knnlm.datastore.catalog import Catalog
+
+    if store is None:
+        if domains:
+            raise InvalidRequest(f"domains {', '.join(domains)} were asked for, but no store", param="store")
+        return {}
+    catalog = Catalog(Path(store))
+    paths = {}
+    for domain in catalog.domains() if domains is None else domains:
+        version = catalog.current(domain)
+        if version is None:
+            raise UnknownVersion(
+                f"domain {domain} has no current version: activate one of {', '.join(catalog.versions(domain))}",
+                param="domain",
+            )
+        paths[domain] = catalog.path(domain, version)
+    return paths
+
+
+def _listed(contexts: Context | Sequence[Context]) -> Sequence[Context]:
+    """One context as a list of one. A list of numbers is one context, a list of anything else is several."""
+    if isinstance(contexts, str | np.ndarray):
+        return [contexts]
+    if all(isinstance(item, int | np.integer) for item in contexts):
+        return [contexts] if len(contexts) else []  # type: ignore[list-item]  # just checked, element by element
+    return contexts  # type: ignore[return-value]  # what is neither is refused by _tokens
+
+
+def _options(knn: KnnOptions | str | None) -> KnnOptions | None:
+    return KnnOptions((DomainOptions(knn),)) if isinstance(knn, str) else knn
+
+
+def _run(call: Coroutine[Any, Any, T]) -> T:  # Any: what a coroutine is sent and yields is its loop's affair
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(call)
+    with ThreadPoolExecutor(1, thread_name_prefix="knnlm") as thread:
+        return thread.submit(asyncio.run, call).result()

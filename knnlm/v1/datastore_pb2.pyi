@@ -1,0 +1,155 @@
+from knnlm.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class SearchRequest(_message.Message):
+    __slots__ = ("domain", "queries", "k", "version", "nprobe", "rescore", "overfetch", "ids", "passages", "passage_tokens")
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NPROBE_FIELD_NUMBER: _ClassVar[int]
+    RESCORE_FIELD_NUMBER: _ClassVar[int]
+    OVERFETCH_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    PASSAGES_FIELD_NUMBER: _ClassVar[int]
+    PASSAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    domain: str
+    queries: _common_pb2.Tensor
+    k: int
+    version: str
+    nprobe: int
+    rescore: bool
+    overfetch: float
+    ids: bool
+    passages: int
+    passage_tokens: int
+    def __init__(self, domain: _Optional[str] = ..., queries: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., k: _Optional[int] = ..., version: _Optional[str] = ..., nprobe: _Optional[int] = ..., rescore: _Optional[bool] = ..., overfetch: _Optional[float] = ..., ids: _Optional[bool] = ..., passages: _Optional[int] = ..., passage_tokens: _Optional[int] = ...) -> None: ...
+
+class SearchResponse(_message.Message):
+    __slots__ = ("domain", "version", "distances", "values", "ids", "passages", "timings")
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DISTANCES_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    PASSAGES_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    domain: str
+    version: str
+    distances: _common_pb2.Tensor
+    values: _common_pb2.Tensor
+    ids: _common_pb2.Tensor
+    passages: _containers.RepeatedCompositeFieldContainer[Passages]
+    timings: _containers.RepeatedCompositeFieldContainer[_common_pb2.Timing]
+    def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ..., distances: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., values: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., ids: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., passages: _Optional[_Iterable[_Union[Passages, _Mapping]]] = ..., timings: _Optional[_Iterable[_Union[_common_pb2.Timing, _Mapping]]] = ...) -> None: ...
+
+class Passages(_message.Message):
+    __slots__ = ("passages",)
+    PASSAGES_FIELD_NUMBER: _ClassVar[int]
+    passages: _containers.RepeatedCompositeFieldContainer[Passage]
+    def __init__(self, passages: _Optional[_Iterable[_Union[Passage, _Mapping]]] = ...) -> None: ...
+
+class Passage(_message.Message):
+    __slots__ = ("document", "entry", "position", "before", "after")
+    DOCUMENT_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    document: str
+    entry: int
+    position: int
+    before: _common_pb2.Tensor
+    after: _common_pb2.Tensor
+    def __init__(self, document: _Optional[str] = ..., entry: _Optional[int] = ..., position: _Optional[int] = ..., before: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., after: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
+class Tuning(_message.Message):
+    __slots__ = ("temperature", "k", "lm_perplexity", "knn_perplexity", "tokens", "documents")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    LAMBDA_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    LM_PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
+    KNN_PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    k: int
+    lm_perplexity: float
+    knn_perplexity: float
+    tokens: int
+    documents: int
+    def __init__(self, temperature: _Optional[float] = ..., k: _Optional[int] = ..., lm_perplexity: _Optional[float] = ..., knn_perplexity: _Optional[float] = ..., tokens: _Optional[int] = ..., documents: _Optional[int] = ..., **kwargs) -> None: ...
+
+class Domain(_message.Message):
+    __slots__ = ("domain", "version", "versions", "state", "entries", "documents", "key_dim", "key_dtype", "key_function", "index", "model_id", "weights_sha256", "tokenizer_sha256", "tuning")
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    KEY_DIM_FIELD_NUMBER: _ClassVar[int]
+    KEY_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FUNCTION_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
+    TUNING_FIELD_NUMBER: _ClassVar[int]
+    domain: str
+    version: str
+    versions: _containers.RepeatedScalarFieldContainer[str]
+    state: str
+    entries: int
+    documents: int
+    key_dim: int
+    key_dtype: str
+    key_function: str
+    index: str
+    model_id: str
+    weights_sha256: str
+    tokenizer_sha256: str
+    tuning: Tuning
+    def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ..., versions: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ..., entries: _Optional[int] = ..., documents: _Optional[int] = ..., key_dim: _Optional[int] = ..., key_dtype: _Optional[str] = ..., key_function: _Optional[str] = ..., index: _Optional[str] = ..., model_id: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., tuning: _Optional[_Union[Tuning, _Mapping]] = ...) -> None: ...
+
+class ListDomainsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListDomainsResponse(_message.Message):
+    __slots__ = ("domains",)
+    DOMAINS_FIELD_NUMBER: _ClassVar[int]
+    domains: _containers.RepeatedCompositeFieldContainer[Domain]
+    def __init__(self, domains: _Optional[_Iterable[_Union[Domain, _Mapping]]] = ...) -> None: ...
+
+class GetDomainRequest(_message.Message):
+    __slots__ = ("domain",)
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    domain: str
+    def __init__(self, domain: _Optional[str] = ...) -> None: ...
+
+class GetDomainResponse(_message.Message):
+    __slots__ = ("domain",)
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    domain: Domain
+    def __init__(self, domain: _Optional[_Union[Domain, _Mapping]] = ...) -> None: ...
+
+class ActivateVersionRequest(_message.Message):
+    __slots__ = ("domain", "version")
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    domain: str
+    version: str
+    def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+
+class ActivateVersionResponse(_message.Message):
+    __slots__ = ("domain",)
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    domain: Domain
+    def __init__(self, domain: _Optional[_Union[Domain, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,80 @@
+from knnlm.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ForwardRequest(_message.Message):
+    __slots__ = ("tokens", "lengths", "positions", "position_counts", "full", "targets", "top_n", "keys")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    POSITION_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    FULL_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    TOP_N_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _common_pb2.Tensor
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    positions: _common_pb2.Tensor
+    position_counts: _containers.RepeatedScalarFieldContainer[int]
+    full: bool
+    targets: _common_pb2.Tensor
+    top_n: int
+    keys: bool
+    def __init__(self, tokens: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., position_counts: _Optional[_Iterable[int]] = ..., full: _Optional[bool] = ..., targets: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_n: _Optional[int] = ..., keys: _Optional[bool] = ...) -> None: ...
+
+class ForwardResponse(_message.Message):
+    __slots__ = ("log_probs", "target_log_probs", "top_tokens", "top_log_probs", "keys", "timings")
+    LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    TOP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    log_probs: _common_pb2.Tensor
+    target_log_probs: _common_pb2.Tensor
+    top_tokens: _common_pb2.Tensor
+    top_log_probs: _common_pb2.Tensor
+    keys: _common_pb2.Tensor
+    timings: _containers.RepeatedCompositeFieldContainer[_common_pb2.Timing]
+    def __init__(self, log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., target_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_tokens: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., keys: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., timings: _Optional[_Iterable[_Union[_common_pb2.Timing, _Mapping]]] = ...) -> None: ...
+
+class GetModelRequest(_message.Message):
+    __slots__ = ("include_tokenizer",)
+    INCLUDE_TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    include_tokenizer: bool
+    def __init__(self, include_tokenizer: _Optional[bool] = ...) -> None: ...
+
+class GetModelResponse(_message.Message):
+    __slots__ = ("model_id", "architecture", "weights_sha256", "tokenizer_sha256", "vocab_size", "context_length", "key_function", "key_dim", "dtype", "device", "bos_token_id", "eos_token_id", "tokenizer_json")
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    KEY_FUNCTION_FIELD_NUMBER: _ClassVar[int]
+    KEY_DIM_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    BOS_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_JSON_FIELD_NUMBER: _ClassVar[int]
+    model_id: str
+    architecture: str
+    weights_sha256: str
+    tokenizer_sha256: str
+    vocab_size: int
+    context_length: int
+    key_function: str
+    key_dim: int
+    dtype: str
+    device: str
+    bos_token_id: int
+    eos_token_id: int
+    tokenizer_json: str
+    def __init__(self, model_id: _Optional[str] = ..., architecture: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., key_function: _Optional[str] = ..., key_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., bos_token_id: _Optional[int] = ..., eos_token_id: _Optional[int] = ..., tokenizer_json: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,221 @@
+"""The messages of knnlm/messages.py as dicts that JSON can hold, and back.
+
+Names are those of the dataclasses, but `lmbda` is "lambda". Arrays are written in one encoding per message, and read in
+either; see arrays.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from knnlm.errors import InvalidRequest
+from knnlm.messages import (
+    DomainInfo,
+    ForwardRequest,
+    ForwardResult,
+    ModelInfo,
+    Passage,
+    SearchRequest,
+    SearchResult,
+    Tuning,
+)
+from knnlm.neighbors import Neighbors
+from knnlm.wire.arrays import FLOATS, INT32, INT64, Array, array_from_json, array_to_json
+
+__all__ = [
+    "domain_from_json", "domain_to_json", "forward_request_from_json", "forward_request_to_json",
+    "forward_result_from_json", "forward_result_to_json", "model_from_json", "model_to_json",
+    "search_request_from_json", "search_request_to_json", "search_result_from_json", "search_result_to_json",
+]  # fmt: skip
+
+Json = Mapping[str, Any]  # what json.loads gives: any type, checked field by field below
+
+
+def forward_request_to_json(request: ForwardRequest, encoding: str) -> dict[str, object]:
+    return {
+        "tokens": [array_to_json(tokens, encoding) for tokens in request.tokens],
+        "positions": [array_to_json(positions, encoding) for positions in request.positions],
+        "full": request.full,
+        "targets": _array(request.targets, encoding),
+        "top_n": request.top_n,
+        "keys": request.keys,
+        "encoding": encoding,
+    }
+
+
+def forward_request_from_json(given: Json) -> ForwardRequest:
+    return ForwardRequest(
+        tokens=_arrays(given, "tokens"),
+        positions=_arrays(given, "positions"),
+        full=_get(given, "full", bool, False),
+        targets=_optional(given, "targets", INT32, 1),
+        top_n=_get(given, "top_n", int, 0),
+        keys=_get(given, "keys", bool, False),
+    )
+
+
+def forward_result_to_json(result: ForwardResult, encoding: str) -> dict[str, object]:
+    return {
+        "log_probs": _array(result.log_probs, encoding),
+        "target_log_probs": _array(result.target_log_probs, encoding),
+        "top_tokens": _array(result.top_tokens, encoding),
+        "top_log_probs": _array(result.top_log_probs, encoding),
+        "keys": _array(result.keys, encoding),
+        "timings": dict(result.timings),
+    }
+
+
+def forward_result_from_json(given: Json) -> ForwardResult:
+    return ForwardResult(
+        log_probs=_optional(given, "log_probs", FLOATS[:1], 2),
+        target_log_probs=_optional(given, "target_log_probs", FLOATS[:1], 1),
+        top_tokens=_optional(given, "top_tokens", INT32, 2),
+        top_log_probs=_optional(given, "top_log_probs", FLOATS[:1], 2),
+        keys=_optional(given, "keys", FLOATS, 2),
+        timings=_get(given, "timings", dict, {}),
+    )
+
+
+def model_to_json(info: ModelInfo) -> dict[str, object]:
+    return dict(vars(info))
+
+
+def model_from_json(given: Json) -> ModelInfo:
+    kinds = {"vocab_size": int, "context_length": int, "key_dim": int}
+    fields = {name: _get(given, name, kinds.get(name, str)) for name in _names(ModelInfo) if not name.endswith("_id")}
+    return ModelInfo(
+        **fields,
+        model_id=_get(given, "model_id", str),
+        bos_token_id=_get(given, "bos_token_id", int, None),
+        eos_token_id=_get(given, "eos_token_id", int, None),
+    )
+
+
+def search_request_to_json(request: SearchRequest, encoding: str) -> dict[str, object]:
+    """Without the domain, which is in the path."""
+    queries = request.queries
+    packed = queries if queries.dtype == np.float16 else queries.astype(np.float32, copy=False)
+    fields = {name: value for name, value in vars(request).items() if name not in ("domain", "queries")}
+    return {"queries": array_to_json(packed, encoding), **fields, "encoding": encoding}
+
+
+def search_request_from_json(domain: str, given: Json) -> SearchRequest:
+    return SearchRequest(
+        domain=domain,
+        queries=_required(given, "queries", FLOATS, 2),
+        k=_get(given, "k", int),
+        version=_get(given, "version", str, None),
+        nprobe=_get(given, "nprobe", int, None),
+        rescore=_get(given, "rescore", bool, None),
+        overfetch=_get(given, "overfetch", float, None),
+        ids=_get(given, "ids", bool, False),
+        passages=_get(given, "passages", int, 0),
+        passage_tokens=_get(given, "passage_tokens", int, SearchRequest.passage_tokens),
+    )
+
+
+def search_result_to_json(result: SearchResult, encoding: str) -> dict[str, object]:
+    return {
+        "domain": result.domain,
+        "version": result.version,
+        "distances": array_to_json(result.neighbors.distances, encoding),
+        "values": array_to_json(result.neighbors.values, encoding),
+        "ids": _array(result.neighbors.ids, encoding),
+        "passages": [[_passage_to_json(passage, encoding) for passage in row] for row in result.passages],
+        "timings": dict(result.timings),
+    }
+
+
+def search_result_from_json(given: Json) -> SearchResult:
+    return SearchResult(
+        domain=_get(given, "domain", str),
+        version=_get(given, "version", str),
+        neighbors=Neighbors(
+            _required(given, "distances", FLOATS[:1], 2),
+            _required(given, "values", INT32, 2),
+            _optional(given, "ids", INT64, 2),
+        ),
+        passages=[[_passage_from_json(passage) for passage in row] for row in _get(given, "passages", list)],
+        timings=_get(given, "timings", dict, {}),
+    )
+
+
+def domain_to_json(info: DomainInfo) -> dict[str, object]:
+    tuning = None
+    if info.tuning is not None:
+        tuning = {"lambda" if name == "lmbda" else name: value for name, value in vars(info.tuning).items()}
+    return {**vars(info), "versions": list(info.versions), "tuning": tuning}
+
+
+def domain_from_json(given: Json) -> DomainInfo:
+    tuning = _get(given, "tuning", dict, None)
+    kinds: dict[str, type] = {"entries": int, "documents": int, "key_dim": int, "versions": list}
+    fields: Any = {name: _get(given, name, kinds.get(name, str)) for name in _names(DomainInfo) if name != "tuning"}
+    return DomainInfo(**fields, tuning=None if tuning is None else _tuning(tuning))
+
+
+def _tuning(given: Json) -> Tuning:
+    return Tuning(
+        temperature=_get(given, "temperature", float),
+        lmbda=_get(given, "lambda", float),
+        k=_get(given, "k", int),
+        lm_perplexity=_get(given, "lm_perplexity", float),
+        knn_perplexity=_get(given, "knn_perplexity", float),
+        tokens=_get(given, "tokens", int),
+        documents=_get(given, "documents", int),
+    )
+
+
+def _passage_to_json(passage: Passage, encoding: str) -> dict[str, object]:
+    arrays = {"before": array_to_json(passage.before, encoding), "after": array_to_json(passage.after, encoding)}
+    return {**vars(passage), **arrays}
+
+
+def _passage_from_json(given: Json) -> Passage:
+    return Passage(
+        document=_get(given, "document", str),
+        entry=_get(given, "entry", int),
+        position=_get(given, "position", int),
+        before=_required(given, "before", INT32, 1),
+        after=_required(given, "after", INT32, 1),
+    )
+
+
+def _names(cls: type[ModelInfo] | type[DomainInfo]) -> list[str]:
+    return list(cls.__dataclass_fields__)
+
+
+_REQUIRED: Any = object()  # no value of a field
+
+
+def _get(given: Json, name: str, kind: type, default: Any = _REQUIRED) -> Any:  # Any: checked against `kind`
+    value = given.get(name, _REQUIRED)
+    if value is _REQUIRED or (value is None and default is not _REQUIRED):
+        if default is _REQUIRED:
+            raise InvalidRequest(f"{name} is required", param=name)
+        return default
+    number = kind is float and isinstance(value, int) and not isinstance(value, bool)
+    if not (isinstance(value, kind) or number) or (kind is int and isinstance(value, bool)):
+        raise InvalidRequest(f"{name} must be {kind.__name__}, got {value!r:.60}", param=name)
+    return value
+
+
+def _arrays(given: Json, name: str) -> Sequence[Array]:
+    return [array_from_json(part, name, INT32, 1) for part in _get(given, name, list)]
+
+
+def _optional(given: Json, name: str, dtypes: Sequence[str], ndim: int) -> Array | None:
+    value = given.get(name)
+    return None if value is None else array_from_json(value, name, dtypes, ndim)
+
+
+def _required(given: Json, name: str, dtypes: Sequence[str], ndim: int) -> Array:
+    array = _optional(given, name, dtypes, ndim)
+    if array is None:
+        raise InvalidRequest(f"{name} is required", param=name)
+    return array
+
+
+def _array(array: Array | None, encoding: str) -> object:
+    return None if array is None else array_to_json(array, encoding)

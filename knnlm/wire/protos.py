@@ -1,0 +1,281 @@
+"""The messages of knnlm/messages.py as protobuf messages of knnlm/v1, and back."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.errors import InvalidRequest
+from knnlm.messages import (
+    DomainInfo,
+    ForwardRequest,
+    ForwardResult,
+    ModelInfo,
+    Passage,
+    SearchRequest,
+    SearchResult,
+    Tuning,
+)
+from knnlm.neighbors import Neighbors
+from knnlm.v1 import common_pb2, datastore_pb2, lm_pb2
+from knnlm.wire.arrays import FLOATS, INT32, INT64, Array, array_from_tensor, array_to_tensor
+
+__all__ = [
+    "domain_from_proto", "domain_to_proto", "forward_request_from_proto", "forward_request_to_proto",
+    "forward_result_from_proto", "forward_result_to_proto", "model_from_proto", "model_to_proto",
+    "search_request_from_proto", "search_request_to_proto", "search_result_from_proto", "search_result_to_proto",
+]  # fmt: skip
+
+
+def forward_request_to_proto(request: ForwardRequest) -> lm_pb2.ForwardRequest:
+    return lm_pb2.ForwardRequest(
+        tokens=array_to_tensor(_joined(request.tokens)),
+        lengths=[len(tokens) for tokens in request.tokens],
+        positions=array_to_tensor(_joined(request.positions)),
+        position_counts=[len(positions) for positions in request.positions],
+        full=request.full,
+        targets=None if request.targets is None else array_to_tensor(request.targets.astype(np.int32, copy=False)),
+        top_n=_int32(request.top_n, "top_n"),
+        keys=request.keys,
+    )
+
+
+def forward_request_from_proto(message: lm_pb2.ForwardRequest) -> ForwardRequest:
+    if len(message.position_counts) != len(message.lengths):
+        raise InvalidRequest(
+            f"position_counts must be as many as lengths, {len(message.lengths)}, got {len(message.position_counts)}",
+            param="position_counts",
+        )
+    tokens = _required(message, "tokens", INT32, 1)
+    if len(message.lengths) > len(tokens):  # before as many arrays are made
+        raise InvalidRequest(
+            f"{len(message.lengths)} sequences of {len(tokens)} tokens together: each must have at least one",
+            param="tokens",
+        )
+    return ForwardRequest(
+        tokens=_split(tokens, message.lengths, "tokens", "lengths"),
+        positions=_split(
+            _required(message, "positions", INT32, 1), message.position_counts, "positions", "position_counts"
+        ),
+        full=message.full,
+        targets=_optional(message, "targets", INT32, 1),
+        top_n=message.top_n,
+        keys=message.keys,
+    )
+
+
+def forward_result_to_proto(result: ForwardResult) -> lm_pb2.ForwardResponse:
+    return lm_pb2.ForwardResponse(
+        log_probs=_tensor(result.log_probs),
+        target_log_probs=_tensor(result.target_log_probs),
+        top_tokens=_tensor(result.top_tokens),
+        top_log_probs=_tensor(result.top_log_probs),
+        keys=_tensor(result.keys),
+        timings=_timings(result.timings),
+    )
+
+
+def forward_result_from_proto(message: lm_pb2.ForwardResponse) -> ForwardResult:
+    return ForwardResult(
+        log_probs=_optional(message, "log_probs", FLOATS[:1], 2),
+        target_log_probs=_optional(message, "target_log_probs", FLOATS[:1], 1),
+        top_tokens=_optional(message, "top_tokens", INT32, 2),
+        top_log_probs=_optional(message, "top_log_probs", FLOATS[:1], 2),
+        keys=_optional(message, "keys", FLOATS, 2),
+        timings=_seconds(message.timings),
+    )
+
+
+def model_to_proto(info: ModelInfo, tokenizer_json: str = "") -> lm_pb2.GetModelResponse:
+    return lm_pb2.GetModelResponse(**vars(info), tokenizer_json=tokenizer_json)
+
+
+def model_from_proto(message: lm_pb2.GetModelResponse) -> ModelInfo:
+    return ModelInfo(
+        model_id=message.model_id,
+        architecture=message.architecture,
+        weights_sha256=message.weights_sha256,
+        tokenizer_sha256=message.tokenizer_sha256,
+        vocab_size=message.vocab_size,
+        context_length=message.context_length,
+        key_function=message.key_function,
+        key_dim=message.key_dim,
+        dtype=message.dtype,
+        device=message.device,
+        bos_token_id=message.bos_token_id if message.HasField("bos_token_id") else None,
+        eos_token_id=message.eos_token_id if message.HasField("eos_token_id") else None,
+    )
+
+
+def search_request_to_proto(request: SearchRequest) -> datastore_pb2.SearchRequest:
+    queries = request.queries
+    return datastore_pb2.SearchRequest(
+        domain=request.domain,
+        queries=array_to_tensor(queries if queries.dtype == np.float16 else queries.astype(np.float32, copy=False)),
+        k=_int32(request.k, "k"),
+        version=request.version,
+        nprobe=None if request.nprobe is None else _int32(request.nprobe, "nprobe"),
+        rescore=request.rescore,
+        overfetch=request.overfetch,
+        ids=request.ids,
+        passages=_int32(request.passages, "passages"),
+        passage_tokens=_int32(request.passage_tokens, "passage_tokens"),
+    )
+
+
+def search_request_from_proto(message: datastore_pb2.SearchRequest) -> SearchRequest:
+    return SearchRequest(
+        domain=message.domain,
+        queries=_required(message, "queries", FLOATS, 2),
+        k=message.k,
+        version=message.version if message.HasField("version") else None,
+        nprobe=message.nprobe if message.HasField("nprobe") else None,
+        rescore=message.rescore if message.HasField("rescore") else None,
+        overfetch=message.overfetch if message.HasField("overfetch") else None,
+        ids=message.ids,
+        passages=message.passages,
+        passage_tokens=message.passage_tokens,
+    )
+
+
+def search_result_to_proto(result: SearchResult) -> datastore_pb2.SearchResponse:
+    return datastore_pb2.SearchResponse(
+        domain=result.domain,
+        version=result.version,
+        distances=array_to_tensor(result.neighbors.distances),
+        values=array_to_tensor(result.neighbors.values),
+        ids=_tensor(result.neighbors.ids),
+        passages=[
+            datastore_pb2.Passages(passages=[_passage_to_proto(passage) for passage in passages])
+            for passages in result.passages
+        ],
+        timings=_timings(result.timings),
+    )
+
+
+def search_result_from_proto(message: datastore_pb2.SearchResponse) -> SearchResult:
+    return SearchResult(
+        domain=message.domain,
+        version=message.version,
+        neighbors=Neighbors(
+            _required(message, "distances", FLOATS[:1], 2),
+            _required(message, "values", INT32, 2),
+            _optional(message, "ids", INT64, 2),
+        ),
+        passages=[[_passage_from_proto(passage) for passage in passages.passages] for passages in message.passages],
+        timings=_seconds(message.timings),
+    )
+
+
+def domain_to_proto(info: DomainInfo) -> datastore_pb2.Domain:
+    tuning = None
+    if info.tuning is not None:
+        fields = dict(vars(info.tuning))
+        tuning = datastore_pb2.Tuning(**{"lambda": fields.pop("lmbda")}, **fields)
+    return datastore_pb2.Domain(**{**vars(info), "versions": list(info.versions), "tuning": tuning})
+
+
+def domain_from_proto(message: datastore_pb2.Domain) -> DomainInfo:
+    tuning = None
+    if message.HasField("tuning"):
+        given = message.tuning
+        tuning = Tuning(
+            temperature=given.temperature,
+            lmbda=getattr(given, "lambda"),
+            k=given.k,
+            lm_perplexity=given.lm_perplexity,
+            knn_perplexity=given.knn_perplexity,
+            tokens=given.tokens,
+            documents=given.documents,
+        )
+    return DomainInfo(
+        domain=message.domain,
+        version=message.version,
+        versions=list(message.versions),
+        state=message.state,
+        entries=message.entries,
+        documents=message.documents,
+        key_dim=message.key_dim,
+        key_dtype=message.key_dtype,
+        key_function=message.key_function,
+        index=message.index,
+        model_id=message.model_id,
+        weights_sha256=message.weights_sha256,
+        tokenizer_sha256=message.tokenizer_sha256,
+        tuning=tuning,
+    )
+
+
+def _passage_to_proto(passage: Passage) -> datastore_pb2.Passage:
+    return datastore_pb2.Passage(
+        document=passage.document,
+        entry=passage.entry,
+        position=passage.position,
+        before=array_to_tensor(passage.before),
+        after=array_to_tensor(passage.after),
+    )
+
+
+def _passage_from_proto(message: datastore_pb2.Passage) -> Passage:
+    return Passage(
+        document=message.document,
+        entry=message.entry,
+        position=message.position,
+        before=_required(message, "before", INT32, 1),
+        after=_required(message, "after", INT32, 1),
+    )
+
+
+Carrier = (
+    lm_pb2.ForwardRequest
+    | lm_pb2.ForwardResponse
+    | datastore_pb2.SearchRequest
+    | datastore_pb2.SearchResponse
+    | datastore_pb2.Passage
+)
+
+
+def _optional(message: Carrier, name: str, dtypes: Sequence[str], ndim: int) -> Array | None:
+    if not message.HasField(name):  # a field of every message it is asked of
+        return None
+    return array_from_tensor(getattr(message, name), name, dtypes, ndim)
+
+
+def _required(message: Carrier, name: str, dtypes: Sequence[str], ndim: int) -> Array:
+    array = _optional(message, name, dtypes, ndim)
+    if array is None:
+        raise InvalidRequest(f"{name} is required", param=name)
+    return array
+
+
+def _tensor(array: Array | None) -> common_pb2.Tensor | None:
+    return None if array is None else array_to_tensor(array)
+
+
+def _joined(parts: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
+    return np.concatenate([np.empty(0, np.int32), *parts]).astype(np.int32, copy=False)
+
+
+def _split(flat: Array, sizes: Sequence[int], name: str, sizes_name: str) -> list[Array]:
+    if any(size < 0 for size in sizes) or sum(sizes) != len(flat):
+        raise InvalidRequest(
+            f"{sizes_name} must be >= 0 and add up to the {len(flat)} of {name}, got a sum of {sum(sizes)}",
+            param=sizes_name,
+        )
+    ends = np.cumsum([0, *sizes])
+    return [flat[start:end] for start, end in pairwise(ends)]
+
+
+def _int32(value: int, name: str) -> int:
+    if not -(2**31) <= value < 2**31:
+        raise InvalidRequest(f"{name} must be a 32-bit number, got {value}", param=name)
+    return value
+
+
+def _timings(timings: Mapping[str, float]) -> list[common_pb2.Timing]:
+    return [common_pb2.Timing(stage=stage, seconds=seconds) for stage, seconds in timings.items()]
+
+
+def _seconds(timings: Iterable[common_pb2.Timing]) -> dict[str, float]:
+    return {timing.stage: timing.seconds for timing in timings}

@@ -1,0 +1,121 @@
+"""From mixed arrays to the shapes of schemas.py: probabilities, token texts, neighbors with their source."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.decoding import top_tokens
+from knnlm.messages import DomainInfo
+from knnlm.mixer import NextTokens, Score
+from knnlm.tokenizer import Tokenizer
+from knnlm.wire import array_to_json
+from services.aggregator import schemas
+
+__all__ = ["domain_shape", "finite", "next_tokens", "scored_tokens", "used_domains"]
+
+
+def next_tokens(
+    request: schemas.NextTokenRequest,
+    contexts: Sequence[npt.NDArray[np.int32]],
+    answer: NextTokens,
+    tokenizer: Tokenizer,
+) -> list[schemas.NextToken]:
+    """One for each context, in their order."""
+    mixed = answer.mixed
+    results = []
+    for i, context in enumerate(contexts):
+        p, p_lm = np.exp(mixed.log_probs[i]), np.exp(mixed.lm_log_probs[i].astype(np.float64))  # (V,)
+        knn = None if mixed.knn_log_probs is None else mixed.knn_log_probs[i]
+        p_knn = None if knn is None or np.isneginf(knn).all() else np.exp(knn)
+        top = [
+            schemas.TokenProbability(
+                token_id=int(t),
+                token=tokenizer.token(int(t)),
+                p=float(p[t]),
+                p_lm=float(p_lm[t]),
+                p_knn=None if p_knn is None else float(p_knn[t]),
+            )
+            for t in top_tokens(mixed.log_probs[i], request.top_n)
+        ]
+        results.append(
+            schemas.NextToken(
+                context_tokens=len(context),
+                lmbda=float(mixed.weight[i]),
+                top=top,
+                distribution=_distribution(p, p_lm, p_knn, request.encoding) if request.full else None,
+                neighbors=_neighbors(answer, i, request.neighbors, tokenizer) if request.neighbors else None,
+            )
+        )
+    return results
+
+
+def scored_tokens(score: Score, tokenizer: Tokenizer) -> list[schemas.ScoredToken]:
+    """One for each token but the first."""
+    texts = {int(t): tokenizer.token(int(t)) for t in np.unique(score.tokens)}
+    knn = score.knn_log_probs
+    return [
+        schemas.ScoredToken(
+            token_id=int(token),
+            token=texts[int(token)],
+            log_p=finite(float(score.log_probs[i])),
+            log_p_lm=float(score.lm_log_probs[i]),
+            log_p_knn=None if knn is None else finite(float(knn[i])),
+            lmbda=float(score.weight[i]),
+        )
+        for i, token in enumerate(score.tokens[1:])
+    ]
+
+
+def used_domains(answer: NextTokens | Score) -> list[schemas.UsedDomain]:
+    return [schemas.UsedDomain(**asdict(used)) for used in answer.domains]
+
+
+def domain_shape(info: DomainInfo) -> schemas.Domain:
+    tuning = None if info.tuning is None else schemas.Tuning(**asdict(info.tuning))
+    return schemas.Domain(**{**asdict(info), "versions": list(info.versions), "tuning": tuning})
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity: null stands for it."""
+    return value if np.isfinite(value) else None
+
+
+def _neighbors(answer: NextTokens, row: int, count: int, tokenizer: Tokenizer) -> list[schemas.Neighbor]:
+    """The nearest `count` over all domains, each with its share of its own domain's distribution."""
+    shown = []
+    for result, used in zip(answer.found, answer.domains, strict=True):
+        neighbors = result.neighbors
+        if not result.passages or not neighbors.present[row]:
+            continue
+        log_weights = neighbors.log_weights(used.temperature)[row]  # (k,)
+        weights = np.exp(log_weights - np.logaddexp.reduce(log_weights))
+        for j, passage in enumerate(result.passages[row]):
+            value = int(neighbors.values[row, j])
+            shown.append(
+                schemas.Neighbor(
+                    domain=result.domain,
+                    distance=float(neighbors.distances[row, j]),
+                    weight=float(weights[j]),
+                    token_id=value,
+                    token=tokenizer.token(value),
+                    document=passage.document,
+                    position=passage.position,
+                    before=tokenizer.decode(passage.before),
+                    after=tokenizer.decode(passage.after),
+                )
+            )
+    return sorted(shown, key=lambda n: n.distance)[:count]
+
+
+def _distribution(
+    p: npt.NDArray[np.float64],
+    p_lm: npt.NDArray[np.float64],
+    p_knn: npt.NDArray[np.float64] | None,
+    encoding: str,
+) -> schemas.Distribution:
+    def shape(values: npt.NDArray[np.float64]) -> object:
+        return array_to_json(values.astype(np.float32), encoding)
+
+    return schemas.Distribution(p=shape(p), p_lm=shape(p_lm), p_knn=None if p_knn is None else shape(p_knn))

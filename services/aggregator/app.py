@@ -1,0 +1,19 @@
+"""What the aggregator is to the runtime."""
+
+from services.aggregator.core import AggregatorCore
+from services.aggregator.rest import routes
+from services.aggregator.settings import AggregatorSettings
+from services.runtime.metrics import Metrics
+from services.runtime.service import Service
+
+
+def service(settings: AggregatorSettings) -> Service:
+    core = AggregatorCore(settings)
+    return Service(
+        name="aggregator",
+        title="knnlm aggregator",
+        settings=settings,
+        core=core,
+        metrics=Metrics("aggregator"),
+        routers=[routes(core)],
+    )

@@ -1,0 +1,79 @@
+"""Which domains a request chooses and how: the model id and the `knn` object together, as options of the mixer."""
+
+from knnlm.errors import InvalidRequest, TooLarge, UnknownModel
+from knnlm.mixer import DomainOptions, KnnOptions
+from services.aggregator.schemas import DomainChoice, Knn, Request
+from services.aggregator.settings import AggregatorSettings
+
+__all__ = ["choose", "domain_of", "short_name"]
+
+
+def short_name(model_id: str) -> str:
+    """The last part of a path or hub id."""
+    return model_id.rstrip("/").rsplit("/", 1)[-1]
+
+
+def domain_of(model: str | None, model_id: str) -> str | None:
+    """The domain in a name like pocket+law, None for the LM alone. Raises UnknownModel for any other name."""
+    name = short_name(model_id)
+    if model is None or model in (name, model_id):
+        return None
+    given, _, domain = model.partition("+")
+    if given != name or not domain or "+" in domain:
+        raise UnknownModel(
+            f"unknown model {model!r}; known: {name}, and {name}+DOMAIN for every domain of /v1/domains", param="model"
+        )
+    return domain
+
+
+def choose(request: Request, model_id: str, settings: AggregatorSettings) -> tuple[str, KnnOptions | None]:
+    """The model id to answer under and the retrieval options; None for the LM alone.
+
+    Raises UnknownModel, InvalidRequest when model and knn contradict each other or no domain is named, TooLarge.
+    """
+    knn = request.knn
+    named = domain_of(request.model, model_id)
+    if knn is None and named is None:
+        return short_name(model_id), None
+    knn = Knn() if knn is None else knn
+    if named is not None and (knn.domains is not None or knn.domain not in (None, named)):
+        raise InvalidRequest(
+            f"model {request.model} names domain {named}, knn names another: give one of the two", param="knn.domain"
+        )
+    choices = _choices(knn, knn.domain if named is None else named)
+    if len(choices) > settings.max_domains:
+        raise TooLarge(
+            f"at most {settings.max_domains} domains in one request, got {len(choices)}", param="knn.domains"
+        )
+    if knn.k is not None and knn.k > settings.max_k:
+        raise TooLarge(f"k must be at most {settings.max_k}, got {knn.k}", param="knn.k")
+    options = KnnOptions(
+        domains=tuple(choices),
+        k=knn.k,
+        combine=knn.combine,
+        nprobe=knn.nprobe,
+        rescore=knn.rescore,
+        overfetch=knn.overfetch,
+        rule=knn.rule,
+        on_datastore_error=request.on_datastore_error or settings.on_datastore_error,
+    )
+    return "+".join([short_name(model_id), *(c.domain for c in choices)]), options
+
+
+def _choices(knn: Knn, domain: str | None) -> list[DomainOptions]:
+    if (domain is None) == (knn.domains is None):
+        raise InvalidRequest("knn needs a domain: give either knn.domain or knn.domains", param="knn.domain")
+    if domain is not None:
+        return [DomainOptions(domain, knn.version, knn.lmbda, knn.temperature)]
+    if knn.version is not None:
+        raise InvalidRequest("knn.version goes with knn.domain; give each of knn.domains its own", param="knn.version")
+    several = [DomainChoice(domain=d) if isinstance(d, str) else d for d in knn.domains or []]
+    return [
+        DomainOptions(
+            d.domain,
+            d.version,
+            knn.lmbda if d.lmbda is None else d.lmbda,
+            knn.temperature if d.temperature is None else d.temperature,
+        )
+        for d in several
+    ]

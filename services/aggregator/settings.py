@@ -1,0 +1,34 @@
+"""The aggregator's settings."""
+
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import SettingsConfigDict
+
+from services.runtime.settings import HttpSettings
+
+
+class AggregatorSettings(HttpSettings):
+    """The public face: next-token distributions and scores of a language model mixed with retrieved neighbors."""
+
+    model_config = SettingsConfigDict(env_prefix="KNNLM_AGGREGATOR_")
+
+    port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 picks a free one, which is logged")
+    lm_target: str = Field("127.0.0.1:9001", description="gRPC address of the lm service, host:port")
+    lm_api_key: SecretStr | None = Field(None, description="key to send to the lm service")
+    datastore_target: str = Field(
+        "127.0.0.1:9002", description="gRPC address of the datastore service, host:port; empty: no retrieval"
+    )
+    datastore_api_key: SecretStr | None = Field(
+        None, description="key to send to the datastore service; an admin key where domains are switched from here"
+    )
+    on_datastore_error: Literal["fail", "lm_only"] = Field(
+        "fail", description="when retrieval is down: fail with 503, or answer from the LM alone and say so"
+    )
+    max_texts: int = Field(64, ge=1, description="contexts in one next_token request")
+    max_top_n: int = Field(1000, ge=0, description="tokens listed per context")
+    max_neighbors: int = Field(256, ge=0, description="neighbors shown per context, and tokens of text beside each")
+    max_domains: int = Field(8, ge=1, description="domains in one request")
+    max_k: int = Field(4096, ge=1, description="neighbors retrieved per query and domain")
+    max_score_tokens: int = Field(131_072, ge=2, description="tokens of the longest text that is scored")
+    score_batch_tokens: int = Field(4096, ge=1, description="tokens of windows sent to the lm service at once")

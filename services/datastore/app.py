@@ -1,0 +1,26 @@
+"""What the datastore service is to the runtime."""
+
+from services.datastore.engine import Engine
+from services.datastore.loaded import Opener
+from services.datastore.rest import routes
+from services.datastore.rpc import rpc_service
+from services.datastore.settings import DatastoreSettings
+from services.runtime.metrics import Metrics
+from services.runtime.service import Service
+
+__all__ = ["service"]
+
+
+def service(settings: DatastoreSettings, open_searcher: Opener | None = None) -> Service:
+    """open_searcher: how a version's folder is opened; by default knnlm.index.searcher.Searcher.open."""
+    metrics = Metrics("datastore")
+    engine = Engine(settings, metrics, open_searcher)
+    return Service(
+        name="datastore",
+        title="knnlm datastore service",
+        settings=settings,
+        core=engine,
+        metrics=metrics,
+        routers=[routes(engine)],
+        rpc=[rpc_service(engine)],
+    )

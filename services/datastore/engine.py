@@ -1,0 +1,188 @@
+"""The datastore service's core: limits, a queue, and searches of one version with one set of options run together.
+
+Knows neither HTTP nor gRPC.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from prometheus_client import Histogram
+
+from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
+from knnlm.messages import DomainInfo, SearchRequest, SearchResult
+from knnlm.neighbors import Neighbors
+from services.datastore.loaded import Loaded, Opener, SearcherLike
+from services.datastore.pool import Pool
+from services.datastore.settings import DatastoreSettings
+from services.runtime.batching import Batcher
+from services.runtime.calls import Call
+from services.runtime.logs import event
+from services.runtime.metrics import SECONDS, Metrics
+
+__all__ = ["Engine"]
+
+LOG = logging.getLogger(__name__)
+ENVELOPE_BYTES = 4096  # of an answer beside its arrays
+PASSAGE_BYTES = 256  # of a passage beside its tokens; document names are short
+
+
+@dataclass(frozen=True)
+class _Search:
+    loaded: Loaded
+    request: SearchRequest
+
+
+class Engine:
+    """Keeps the runtime's Core protocol, and that of knnlm.messages.DatastoreClient but for the calls it is given."""
+
+    def __init__(self, settings: DatastoreSettings, metrics: Metrics, open_searcher: Opener | None = None) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._pool = Pool(settings, metrics, open_searcher or _open)
+        self._batcher: Batcher[_Search, SearchResult] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._switches: set[asyncio.Task[DomainInfo]] = set()
+        self._seconds = Histogram(
+            "knnlm_search_seconds", "Time in the index per batch.", ["domain"], buckets=SECONDS,
+            registry=metrics.registry,
+        )  # fmt: skip
+
+    def load(self) -> None:
+        self._pool.load()
+
+    async def start(self) -> None:
+        self._batcher = Batcher(
+            self._process,
+            size=lambda search: len(search.request.queries),
+            group=_group,
+            max_queue=self._settings.max_queue_queries,
+            max_batch=self._settings.max_batch_queries,
+            metrics=self._metrics,
+        )
+        self._watching = asyncio.create_task(self._watch())
+
+    def problems(self) -> Sequence[str]:
+        return [f"domain {domain} is not served" for domain in self._pool.missing()]
+
+    async def close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watching
+        await asyncio.gather(*self._switches, return_exceptions=True)
+        if self._batcher is not None:
+            await self._batcher.close()
+        await self._pool.close()
+
+    async def search(self, request: SearchRequest, call: Call) -> SearchResult:
+        """The neighbors; timings are those of the batch it was in, and the time in the queue.
+
+        Raises TooLarge over a limit of this service, what Pool.get, Batcher.submit and Searcher.search raise.
+        """
+        self._check(request)
+        if self._batcher is None:
+            raise Unavailable("the domains are being loaded")
+        loaded = self._pool.get(request.domain, request.version)
+        with loaded.lease():
+            result = await self._batcher.submit(_Search(loaded, request), call)
+        call.timings.update(result.timings)
+        return replace(result, timings=dict(call.timings))
+
+    async def list_domains(self) -> Sequence[DomainInfo]:
+        return await self._pool.list()
+
+    async def get_domain(self, domain: str) -> DomainInfo:
+        return await self._pool.describe(domain)
+
+    async def activate(self, domain: str, version: str, call: Call) -> DomainInfo:
+        """Switch a domain; see Pool.activate. Raises DeadlineExceeded when loading takes longer: it goes on then."""
+        switch = asyncio.create_task(self._pool.activate(domain, version))
+        self._switches.add(switch)
+        switch.add_done_callback(self._switched)
+        try:
+            async with asyncio.timeout(call.remaining()):
+                return await asyncio.shield(switch)
+        except TimeoutError as err:
+            raise DeadlineExceeded(
+                f"version {version} is still being loaded: ask for the domain to see when it is current"
+            ) from err
+
+    def _switched(self, switch: "asyncio.Task[DomainInfo]") -> None:
+        self._switches.discard(switch)
+        if not switch.cancelled() and switch.exception() is not None:
+            event(LOG, "activation_failed", logging.WARNING, reason=str(switch.exception()))
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.watch_interval_s)
+            try:
+                await self._pool.follow()
+            except Exception:  # noqa: BLE001  the edge of a task that must outlive a bad moment of the file system
+                event(LOG, "watching_failed", logging.ERROR)
+
+    def _check(self, request: SearchRequest) -> None:
+        """Limits of this service, before any work; what a search means is checked by the Searcher."""
+        limits = self._settings
+        if request.queries.ndim != 2:
+            raise InvalidRequest(f"queries must have 2 dimensions, got {request.queries.ndim}", param="queries")
+        for name, given, most in (
+            ("queries", len(request.queries), limits.max_queries),
+            ("k", request.k, limits.max_k),
+            ("passages", request.passages, limits.max_passages),
+            ("passage_tokens", request.passage_tokens, limits.max_passage_tokens),
+        ):
+            if given > most:
+                raise TooLarge(f"{name} must be at most {most}, got {given}", param=name)
+        text = request.passages * (PASSAGE_BYTES + 8 * request.passage_tokens)
+        answer = len(request.queries) * (request.k * (16 if request.ids else 8) + text)
+        if answer > limits.grpc_max_message_bytes - ENVELOPE_BYTES:
+            raise TooLarge(
+                f"the answer would have {answer} bytes, at most {limits.grpc_max_message_bytes} can be sent: "
+                "ask for fewer queries or neighbors",
+                param="queries",
+            )
+
+    def _process(self, searches: Sequence[_Search]) -> list[SearchResult]:
+        """In the worker thread. All are of one version and want the same: one search answers them."""
+        loaded, request = searches[0].loaded, searches[0].request
+        sizes = [len(search.request.queries) for search in searches]
+        if len(searches) > 1:
+            request = replace(request, queries=np.concatenate([search.request.queries for search in searches]))
+        with self._seconds.labels(request.domain).time():
+            result = loaded.search(request)
+        return [result] if len(searches) == 1 else _parts(result, sizes)
+
+
+def _open(path: Path) -> SearcherLike:
+    from knnlm.index.searcher import Searcher  # faiss: slow to import, while /livez answers already
+
+    return Searcher.open(path)
+
+
+def _group(search: _Search) -> tuple[object, ...]:
+    request = search.request
+    options = (request.version, request.k, request.nprobe, request.rescore, request.overfetch, request.ids)
+    passages = (request.passages, request.passage_tokens)
+    return (id(search.loaded), *options, *passages, request.queries.shape[1], request.queries.dtype)
+
+
+def _parts(result: SearchResult, sizes: Sequence[int]) -> list[SearchResult]:
+    found = result.neighbors
+    return [
+        replace(
+            result,
+            neighbors=Neighbors(
+                found.distances[start:end],
+                found.values[start:end],
+                None if found.ids is None else found.ids[start:end],
+            ),
+            passages=result.passages[start:end],
+        )
+        for start, end in pairwise(np.cumsum([0, *sizes]))
+    ]

@@ -1,0 +1,225 @@
+"""Which versions of which domains answer, and how they change while serving.
+
+A domain's CURRENT file says which version is wanted. The new version is opened and warmed beside the old, then one
+reference is rebound: searches in flight finish on the old one, and who pins it is answered for a while longer. A
+version that cannot be opened changes nothing but the domain's state. Blocking work runs in threads, all else in the
+event loop.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from prometheus_client import Counter, Gauge
+
+from knnlm.datastore.catalog import Catalog
+from knnlm.errors import DatastoreError, KnnlmError, NotFound, Unavailable, UnknownDomain, UnknownVersion
+from knnlm.messages import DomainInfo
+from services.datastore.loaded import Loaded, Opener, Stamp, stamp
+from services.datastore.settings import DatastoreSettings
+from services.runtime.logs import event
+from services.runtime.metrics import Metrics
+
+__all__ = ["Pool"]
+
+LOG = logging.getLogger(__name__)
+RETRY_AFTER_S = 30.0  # a version that could not be opened is tried again
+
+
+class Pool:
+    """The loaded versions of a store."""
+
+    def __init__(self, settings: DatastoreSettings, metrics: Metrics, open_searcher: Opener) -> None:
+        self._settings = settings
+        self._catalog = Catalog(settings.store)
+        self._open = open_searcher
+        self._current: dict[str, Loaded] = {}
+        self._retired: list[tuple[str, Loaded]] = []
+        self._failed: dict[str, tuple[Stamp | None, float, KnnlmError]] = {}
+        self._loading: dict[str, str] = {}
+        self._switching = asyncio.Lock()  # one change at a time: two would race for the same memory
+        self._loads = Counter(
+            "knnlm_domain_loads_total", "Versions opened, by domain and result.", ["domain", "result"],
+            registry=metrics.registry,
+        )  # fmt: skip
+        self._entries = Gauge("knnlm_domain_entries", "Entries served.", ["domain"], registry=metrics.registry)
+        self._memory = Gauge("knnlm_domain_memory_bytes", "Size of the index.", ["domain"], registry=metrics.registry)
+
+    def load(self) -> None:
+        """Open every domain's current version; blocks. A domain that was asked for by name must be there and sound."""
+        for domain in self._settings.domains or self._catalog.domains():
+            try:
+                version = self._catalog.current(domain)
+                if version is None:
+                    raise UnknownVersion(f"domain {domain} has no current version: activate one", param="version")
+                self._rebind(domain, Loaded(self._catalog.path(domain, version), self._open))
+            except KnnlmError as err:
+                if self._settings.domains:
+                    raise
+                self._note_failure(domain, None, err)
+
+    def get(self, domain: str, version: str | None) -> Loaded:
+        """The loaded version that answers. Raises UnknownDomain, UnknownVersion; Unavailable when it is broken."""
+        current = self._current.get(domain)
+        if current is None:
+            if domain in self._failed:
+                raise Unavailable(
+                    f"domain {domain} cannot be served: {self._failed[domain][2].message}", param="domain"
+                )
+            known = ", ".join(sorted(self._current)) or "none"
+            raise UnknownDomain(f"unknown domain {domain[:80]!r}; served here: {known}", param="domain")
+        if version in (None, current.version):
+            return current
+        for name, retired in self._retired:
+            if (name, retired.version) == (domain, version):
+                return retired
+        raise UnknownVersion(
+            f"version {str(version)[:80]!r} of domain {domain} is not loaded; current is {current.version}",
+            param="version",
+        )
+
+    def missing(self) -> Sequence[str]:
+        """Domains that were asked for by name and do not answer, because they are gone from the store."""
+        return [domain for domain in self._settings.domains if domain not in self._current]
+
+    async def list(self) -> Sequence[DomainInfo]:
+        return [await self.describe(domain) for domain in sorted(self._current)]
+
+    async def describe(self, domain: str) -> DomainInfo:
+        """Raises as `get` does. state: ready, loading VERSION, or stale (and why) when CURRENT cannot be opened."""
+        loaded = self.get(domain, None)
+        try:
+            versions = await asyncio.to_thread(self._catalog.versions, domain)
+        except KnnlmError:  # removed a moment ago, and still served
+            versions = [loaded.version]
+        state = "ready"
+        if domain in self._loading:
+            state = f"loading {self._loading[domain]}"
+        elif domain in self._failed:
+            state = f"stale: {self._failed[domain][2].message}"
+        return loaded.searcher.info(versions, state)
+
+    async def activate(self, domain: str, version: str) -> DomainInfo:
+        """Open the version, make it current on disk, answer from it. Raises NotFound or DatastoreError; then nothing
+        has changed."""
+        if self._settings.domains and domain not in self._settings.domains:
+            raise UnknownDomain(f"domain {domain[:80]!r} is not served here", param="domain")
+        async with self._switching:
+            path = await asyncio.to_thread(self._catalog.path, domain, version)
+            loaded = await self._opened(domain, path)
+            with loaded.lease():  # it may be a retired one, about to be let go
+                await asyncio.to_thread(self._catalog.activate, domain, version)
+                self._rebind(domain, loaded)
+        return await self.describe(domain)
+
+    async def follow(self) -> None:
+        """Look at the store once: open what is new, drop what is gone, let go of what nobody needs any more."""
+        wanted = await asyncio.to_thread(self._wanted)
+        for domain, mark in wanted.items():
+            loaded = self._current.get(domain)
+            if loaded is not None and loaded.stamp == mark:
+                self._failed.pop(domain, None)  # what could not be opened is no longer wanted
+            elif mark is not None and self._worth_trying(domain, mark):
+                await self._switch(domain)
+        for domain in [name for name in self._current if name not in wanted]:
+            event(LOG, "domain_removed", domain=domain)
+            self._retire(domain, self._current.pop(domain))
+            self._entries.remove(domain)
+            self._memory.remove(domain)
+        self._failed = {domain: failure for domain, failure in self._failed.items() if domain in wanted}
+        await self._let_go(grace=self._settings.grace_s)
+
+    async def close(self) -> None:
+        """Let go of everything. No search may run any more."""
+        for domain in list(self._current):
+            self._retire(domain, self._current.pop(domain))
+        await self._let_go(grace=0.0)
+
+    def _wanted(self) -> dict[str, Stamp | None]:
+        """The mark of every domain that is to be served; blocks."""
+        wanted = {}
+        for domain in self._catalog.domains():
+            if not self._settings.domains or domain in self._settings.domains:
+                with contextlib.suppress(UnknownDomain):  # removed between two looks
+                    wanted[domain] = self._mark(domain)
+        return wanted
+
+    def _mark(self, domain: str) -> Stamp | None:
+        """Of the current version on disk; None when the store cannot say. Raises UnknownDomain when there is none."""
+        try:
+            version = self._catalog.current(domain)
+            if version is None:
+                raise UnknownDomain(f"domain {domain} has no current version", param="domain")
+            return stamp(self._catalog.path(domain, version))
+        except (DatastoreError, UnknownVersion, OSError):
+            return None  # CURRENT is broken or names a version that is not there: keep what is served
+
+    def _worth_trying(self, domain: str, mark: Stamp) -> bool:
+        failure = self._failed.get(domain)
+        return failure is None or failure[0] != mark or time.monotonic() - failure[1] > RETRY_AFTER_S
+
+    async def _switch(self, domain: str) -> None:
+        async with self._switching:
+            try:
+                mark = await asyncio.to_thread(self._mark, domain)  # again: an activation may have been faster
+                loaded = self._current.get(domain)
+                if mark is None or (loaded is not None and loaded.stamp == mark):
+                    return
+                path = await asyncio.to_thread(self._catalog.path, domain, mark[0])
+            except NotFound:
+                return  # removed meanwhile
+            try:
+                self._rebind(domain, await self._opened(domain, path))
+            except (KnnlmError, OSError) as err:
+                self._note_failure(domain, mark, err if isinstance(err, KnnlmError) else DatastoreError(str(err)))
+
+    async def _opened(self, domain: str, path: Path) -> Loaded:
+        """A version that is already in memory, or a new one."""
+        mark = await asyncio.to_thread(stamp, path)
+        for name, loaded in [*self._current.items(), *self._retired]:
+            if name == domain and loaded.stamp == mark:
+                return loaded
+        self._loading[domain] = path.name
+        try:
+            return await asyncio.to_thread(Loaded, path, self._open)
+        finally:
+            del self._loading[domain]
+
+    def _rebind(self, domain: str, loaded: Loaded) -> None:
+        old = self._current.get(domain)
+        self._current[domain] = loaded
+        self._failed.pop(domain, None)
+        if old is loaded:
+            return
+        loaded.retired_at = None
+        self._retired = [(name, other) for name, other in self._retired if other is not loaded]
+        if old is not None:
+            self._retire(domain, old)
+        self._loads.labels(domain, "ok").inc()
+        self._entries.labels(domain).set(loaded.searcher.manifest.entries)
+        self._memory.labels(domain).set(loaded.searcher.memory_bytes)
+        event(LOG, "serving", domain=domain, version=loaded.version, replaced=None if old is None else old.version)
+
+    def _retire(self, domain: str, loaded: Loaded) -> None:
+        loaded.retired_at = time.monotonic()
+        self._retired.append((domain, loaded))
+
+    async def _let_go(self, grace: float) -> None:
+        now = time.monotonic()
+        over = [
+            (domain, loaded)
+            for domain, loaded in self._retired
+            if not loaded.leases and loaded.retired_at is not None and now - loaded.retired_at >= grace
+        ]
+        self._retired = [pair for pair in self._retired if pair not in over]
+        for domain, loaded in over:
+            await asyncio.to_thread(loaded.close)
+            event(LOG, "let_go", domain=domain, version=loaded.version)
+
+    def _note_failure(self, domain: str, mark: Stamp | None, err: KnnlmError) -> None:
+        self._failed[domain] = (mark, time.monotonic(), err)
+        self._loads.labels(domain, "failed").inc()
+        event(LOG, "cannot_serve", logging.WARNING, domain=domain, version=mark and mark[0], reason=err.message)

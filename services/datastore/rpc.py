@@ -1,0 +1,62 @@
+"""The datastore service over gRPC: decode, one call, encode."""
+
+from typing import Any, TypeAlias
+
+import grpc
+
+from knnlm.v1 import datastore_pb2, datastore_pb2_grpc
+from knnlm.wire import protos
+from services.datastore.engine import Engine
+from services.runtime.auth import admin_only
+from services.runtime.calls import current
+from services.runtime.service import RpcService
+
+__all__ = ["rpc_service"]
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # generic over messages in the stubs only
+
+
+def rpc_service(engine: Engine) -> RpcService:
+    return RpcService(
+        "knnlm.v1.Datastore",
+        lambda server: datastore_pb2_grpc.add_DatastoreServicer_to_server(_Servicer(engine), server),
+    )
+
+
+class _Servicer(datastore_pb2_grpc.DatastoreServicer):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    # methods are named as in datastore.proto
+    async def Search(  # noqa: N802
+        self,
+        request: datastore_pb2.SearchRequest,
+        context: Context,  # noqa: ARG002
+    ) -> datastore_pb2.SearchResponse:
+        result = await self._engine.search(protos.search_request_from_proto(request), current())
+        return protos.search_result_to_proto(result)
+
+    async def ListDomains(  # noqa: N802
+        self,
+        request: datastore_pb2.ListDomainsRequest,  # noqa: ARG002
+        context: Context,  # noqa: ARG002
+    ) -> datastore_pb2.ListDomainsResponse:
+        infos = await self._engine.list_domains()
+        return datastore_pb2.ListDomainsResponse(domains=[protos.domain_to_proto(info) for info in infos])
+
+    async def GetDomain(  # noqa: N802
+        self,
+        request: datastore_pb2.GetDomainRequest,
+        context: Context,  # noqa: ARG002
+    ) -> datastore_pb2.GetDomainResponse:
+        info = await self._engine.get_domain(request.domain)
+        return datastore_pb2.GetDomainResponse(domain=protos.domain_to_proto(info))
+
+    async def ActivateVersion(  # noqa: N802
+        self,
+        request: datastore_pb2.ActivateVersionRequest,
+        context: Context,  # noqa: ARG002
+    ) -> datastore_pb2.ActivateVersionResponse:
+        await admin_only()
+        info = await self._engine.activate(request.domain, request.version, current())
+        return datastore_pb2.ActivateVersionResponse(domain=protos.domain_to_proto(info))

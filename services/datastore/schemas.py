@@ -1,0 +1,81 @@
+"""What the datastore service's HTTP face takes and gives."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
+
+from services.runtime.fields import Array, Encoding, Strict
+
+
+class SearchBody(Strict):
+    queries: Array = Field(description="(n, key_dim) float32 or float16, finite")
+    k: StrictInt = Field(description="Neighbors per query.")
+    version: StrictStr | None = Field(None, description="Answer from this version or not at all.")
+    nprobe: StrictInt | None = Field(None, description="Lists to visit, for indexes that have lists.")
+    rescore: StrictBool | None = Field(
+        None, description="True distances from the stored keys; by default when the index is lossy."
+    )
+    overfetch: Annotated[float, Field(strict=True)] | None = Field(
+        None, description="Candidates per neighbor before rescoring, at least 1."
+    )
+    ids: StrictBool = Field(False, description="Also return entry numbers.")
+    passages: StrictInt = Field(0, description="Text around so many nearest neighbors of each query.")
+    passage_tokens: StrictInt = Field(24, description="Tokens on each side of it.")
+    encoding: Encoding = "list"
+
+
+class PassageAnswer(BaseModel):
+    """Where an entry came from."""
+
+    document: str
+    entry: int
+    position: int = Field(description="Of the value, in tokens from the document's beginning.")
+    before: Array = Field(description="The end of its context, int32.")
+    after: Array = Field(description="Its value and what followed, int32.")
+
+
+class SearchAnswer(BaseModel):
+    domain: str
+    version: str
+    distances: Array = Field(description="(n, k') float32, squared L2, nearest first; k' = min(k, entries)")
+    values: Array = Field(description="(n, k') int32, the token each entry stores; -1 = no neighbor")
+    ids: Array | None = Field(description="(n, k') int64, when asked for")
+    passages: list[list[PassageAnswer]] = Field(description="One list per query, when asked for.")
+    timings: dict[str, float] = Field(description="Seconds per stage.")
+
+
+class TuningAnswer(BaseModel):
+    """Fitted on documents that are in neither the datastore nor any reported figure."""
+
+    temperature: float
+    lmbda: float = Field(alias="lambda")
+    k: int
+    lm_perplexity: float
+    knn_perplexity: float
+    tokens: int
+    documents: int
+
+
+class DomainAnswer(BaseModel):
+    domain: str
+    version: str
+    versions: list[str] = Field(description="All on disk, oldest first.")
+    state: str = Field(description="ready, loading VERSION, or stale and why CURRENT cannot be served.")
+    entries: int
+    documents: int
+    key_dim: int
+    key_dtype: str
+    key_function: str
+    index: str
+    model_id: str
+    weights_sha256: str
+    tokenizer_sha256: str
+    tuning: TuningAnswer | None
+
+
+class DomainsAnswer(BaseModel):
+    domains: list[DomainAnswer]
+
+
+class ActivateBody(Strict):
+    version: StrictStr

@@ -1,0 +1,36 @@
+"""The datastore service's settings."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from services.runtime.settings import GrpcSettings, Names
+
+
+class DatastoreSettings(GrpcSettings):
+    """Serve the domains of a store: batched k-NN search, versions switched while serving."""
+
+    model_config = SettingsConfigDict(env_prefix="KNNLM_DATASTORE_")
+
+    port: int = Field(8002, ge=0, le=65535, description="HTTP port; 0 picks a free one, which is logged")
+    grpc_port: int = Field(9002, ge=0, le=65535, description="gRPC port; 0 picks a free one, which is logged")
+    store: Path = Field(description="folder with one folder per domain; may be empty or not exist yet")
+    domains: Names = Field((), description="serve these alone, and do not start without them; none: all of the store")
+    max_k: int = Field(4096, ge=1, description="neighbors per query")
+    max_queries: int = Field(4096, ge=1, description="queries in one request")
+    max_passages: int = Field(64, ge=0, description="neighbors per query shown with their text")
+    max_passage_tokens: int = Field(512, ge=0, description="tokens of text on each side of a shown neighbor")
+    max_queue_queries: int = Field(65_536, ge=1, description="queries waiting or in work; more are refused with 429")
+    max_batch_queries: int = Field(1024, ge=1, description="queries of several requests searched together")
+    watch_interval_s: float = Field(1.0, gt=0, description="how often the store is looked at for changes")
+    grace_s: float = Field(60.0, ge=0, description="how long a version that was replaced still answers who pins it")
+
+    @model_validator(mode="after")
+    def _largest_request_fits_the_queue(self) -> Self:
+        if self.max_queries > self.max_queue_queries:
+            raise ValueError(
+                f"max_queries must be at most max_queue_queries, got {self.max_queries} and {self.max_queue_queries}"
+            )
+        return self

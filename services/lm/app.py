@@ -1,0 +1,27 @@
+"""What the lm service is to the runtime."""
+
+from collections.abc import Callable
+
+from services.lm.engine import Engine, Model
+from services.lm.rest import routes
+from services.lm.rpc import rpc_service
+from services.lm.settings import LmSettings
+from services.runtime.metrics import Metrics
+from services.runtime.service import Service
+
+__all__ = ["service"]
+
+
+def service(settings: LmSettings, load: Callable[[LmSettings], Model] | None = None) -> Service:
+    """load: where the model comes from; by default knnlm.lm.model.LanguageModel of settings.model."""
+    metrics = Metrics("lm")
+    engine = Engine(settings, metrics, load)
+    return Service(
+        name="lm",
+        title="knnlm lm service",
+        settings=settings,
+        core=engine,
+        metrics=metrics,
+        routers=[routes(engine)],
+        rpc=[rpc_service(engine)],
+    )

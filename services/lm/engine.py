@@ -1,0 +1,168 @@
+"""The lm service's core: limits, a queue, and requests that want the same run together. Knows neither HTTP nor gRPC.
+
+It serves anything that is a language model: the real one is imported when it is loaded.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+from prometheus_client import Counter, Histogram
+
+from knnlm.errors import InvalidRequest, TooLarge, Unavailable
+from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
+from knnlm.tokenizer import Tokenizer
+from services.lm.settings import LmSettings
+from services.runtime.batching import Batcher
+from services.runtime.calls import Call
+from services.runtime.metrics import SECONDS, Metrics
+
+__all__ = ["Engine", "Model"]
+
+ENVELOPE_BYTES = 4096  # of an answer beside its arrays
+
+
+class Model(Protocol):
+    """As knnlm.lm.model.LanguageModel. `forward` is called by one thread at a time and validates what it is given."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    def forward(self, request: ForwardRequest) -> ForwardResult: ...
+
+
+class Engine:
+    """Keeps the runtime's Core protocol."""
+
+    def __init__(
+        self, settings: LmSettings, metrics: Metrics, load: Callable[[LmSettings], Model] | None = None
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._load = load or _load
+        self._model: Model | None = None
+        self._batcher: Batcher[ForwardRequest, ForwardResult] | None = None
+        self._seconds = Histogram(
+            "knnlm_lm_forward_seconds", "Time in the model per batch.", buckets=SECONDS, registry=metrics.registry
+        )
+        self._tokens = Counter(
+            "knnlm_lm_tokens_total", "Tokens fed (input) and positions answered (rows).", ["kind"],
+            registry=metrics.registry,
+        )  # fmt: skip
+
+    def load(self) -> None:
+        self._model = self._load(self._settings)
+
+    async def start(self) -> None:
+        self._batcher = Batcher(
+            self._process,
+            size=_tokens,
+            group=lambda request: (request.full, request.targets is not None, request.top_n, request.keys),
+            max_queue=self._settings.max_queue_tokens,
+            max_batch=self._settings.max_batch_tokens,
+            metrics=self._metrics,
+        )
+
+    def problems(self) -> Sequence[str]:
+        return []
+
+    async def close(self) -> None:
+        if self._batcher is not None:
+            await self._batcher.close()
+
+    @property
+    def model(self) -> Model:
+        if self._model is None:
+            raise Unavailable("the model is being loaded")
+        return self._model
+
+    async def forward(self, request: ForwardRequest, call: Call) -> ForwardResult:
+        """The model's answer; its timings are those of the batch it ran in, and the time in the queue.
+
+        Raises TooLarge over a limit of this service, what Batcher.submit raises, and what the model raises.
+        """
+        self._check(request)
+        if self._batcher is None:
+            raise Unavailable("the model is being loaded")
+        result = await self._batcher.submit(request, call)
+        call.timings.update(result.timings)
+        return replace(result, timings=dict(call.timings))
+
+    def _check(self, request: ForwardRequest) -> None:
+        """What the model cannot know, and what must hold before requests are put together."""
+        tokens, rows = _tokens(request), _rows(request)
+        if not request.tokens:
+            raise InvalidRequest("tokens holds no sequence, expected at least one", param="tokens")
+        if len(request.tokens) != len(request.positions):
+            raise InvalidRequest(
+                f"positions must be one list per sequence: {len(request.tokens)}, got {len(request.positions)}",
+                param="positions",
+            )
+        if request.targets is not None and request.targets.shape != (rows,):
+            raise InvalidRequest(
+                f"targets must be one per position: {rows}, got shape {request.targets.shape}", param="targets"
+            )
+        if tokens > self._settings.max_tokens:
+            raise TooLarge(f"tokens must be at most {self._settings.max_tokens}, got {tokens}", param="tokens")
+        if rows > self._settings.max_rows:
+            raise TooLarge(f"positions must be at most {self._settings.max_rows}, got {rows}", param="positions")
+        info = self.model.info
+        if not 0 <= request.top_n <= info.vocab_size:
+            raise InvalidRequest(f"top_n must lie in [0, {info.vocab_size}], got {request.top_n}", param="top_n")
+        row_bytes = 4 * (info.vocab_size * request.full + (request.targets is not None) + info.key_dim * request.keys)
+        answer = rows * (row_bytes + 8 * request.top_n)
+        if answer > self._settings.grpc_max_message_bytes - ENVELOPE_BYTES:
+            raise TooLarge(
+                f"the answer would have {answer} bytes, at most {self._settings.grpc_max_message_bytes} can be sent: "
+                "ask for fewer positions, or for targets or top_n instead of full",
+                param="positions",
+            )
+
+    def _process(self, requests: Sequence[ForwardRequest]) -> list[ForwardResult]:
+        """In the worker thread. The requests want the same: one call answers all."""
+        first = requests[0]
+        joined = first if len(requests) == 1 else _joined(requests)
+        with self._seconds.time():
+            result = self.model.forward(joined)
+        self._tokens.labels("input").inc(_tokens(joined))
+        self._tokens.labels("rows").inc(_rows(joined))
+        return [result] if len(requests) == 1 else _parts(result, [_rows(request) for request in requests])
+
+
+def _load(settings: LmSettings) -> Model:
+    from knnlm.lm.model import LanguageModel  # torch: seconds to import, while /livez answers already
+
+    return LanguageModel.load(
+        settings.model, device=settings.device, dtype=settings.dtype, key_function=settings.key_function
+    )
+
+
+def _tokens(request: ForwardRequest) -> int:
+    return sum(len(tokens) for tokens in request.tokens)
+
+
+def _rows(request: ForwardRequest) -> int:
+    return sum(len(positions) for positions in request.positions)
+
+
+def _joined(requests: Sequence[ForwardRequest]) -> ForwardRequest:
+    targets = [request.targets for request in requests if request.targets is not None]
+    return replace(
+        requests[0],
+        tokens=[tokens for request in requests for tokens in request.tokens],
+        positions=[positions for request in requests for positions in request.positions],
+        targets=np.concatenate(targets) if targets else None,
+    )
+
+
+def _parts(result: ForwardResult, rows: Sequence[int]) -> list[ForwardResult]:
+    ends = np.cumsum([0, *rows])
+    parts = []
+    for start, end in pairwise(ends):
+        arrays = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "timings"}
+        mine = {name: None if array is None else array[start:end] for name, array in arrays.items()}
+        parts.append(ForwardResult(**mine, timings=result.timings))
+    return parts

@@ -1,0 +1,94 @@
+"""One request on its way through a service: who it is, how long it may take, where the time went.
+
+The faces make it, engines read it. It rides in a context variable, so that logs and the clients of other services
+find the request id and the deadline without every function passing them on.
+"""
+
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from knnlm.clients.context import outgoing
+from knnlm.errors import DeadlineExceeded, InvalidRequest
+
+__all__ = ["Call", "current", "entered", "new_id", "seconds_allowed"]
+
+_CURRENT: ContextVar["Call | None"] = ContextVar("call", default=None)
+_ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
+
+
+@dataclass
+class Call:
+    """deadline: on the clock of time.monotonic. admin: came with an admin key. timings: seconds per stage."""
+
+    id: str
+    face: str
+    deadline: float
+    admin: bool = False
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def remaining(self) -> float:
+        """Seconds left. Raises DeadlineExceeded when there are none."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded("the request's time was over before its answer was ready")
+        return left
+
+    def logged(self) -> dict[str, float]:
+        """The timings under names that say their unit."""
+        return {f"{stage}_s": seconds for stage, seconds in self.timings.items()}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time inside to a stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - started
+
+
+def current() -> Call:
+    """The call being answered. Only inside a request."""
+    call = _CURRENT.get()
+    if call is None:
+        raise RuntimeError("no request is being answered here")
+    return call
+
+
+def current_id() -> str | None:
+    call = _CURRENT.get()
+    return None if call is None else call.id
+
+
+@contextmanager
+def entered(call: Call) -> Iterator[Call]:
+    """Inside, `current()` is the call, and clients of other services pass its id and deadline on."""
+    token = _CURRENT.set(call)
+    try:
+        with outgoing(request_id=call.id, deadline=call.deadline):
+            yield call
+    finally:
+        _CURRENT.reset(token)
+
+
+def new_id(given: str | None) -> str:
+    """The caller's request id, or a fresh one when there is none or it could break a log line."""
+    return given if given is not None and _ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def seconds_allowed(asked: str | None, most: float) -> float:
+    """How long a request may take: what its X-Request-Timeout header asks, at most what the service allows."""
+    if asked is None:
+        return most
+    try:
+        seconds = float(asked)
+    except ValueError:
+        seconds = float("nan")
+    if not seconds > 0:  # NaN as well
+        raise InvalidRequest(f"X-Request-Timeout must be seconds > 0, got {asked[:40]!r}", param="x-request-timeout")
+    return min(seconds, most)

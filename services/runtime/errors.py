@@ -1,0 +1,116 @@
+"""What every error becomes on the wire: the one table from codes to HTTP statuses and gRPC codes.
+
+Services raise knnlm.errors; nothing else in services/ knows a status.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from knnlm.errors import InvalidRequest, KnnlmError, Overloaded, Unavailable
+
+__all__ = ["TABLE", "Row", "body", "from_validation", "headers", "metadata", "row"]
+
+SHOWN = 80  # characters of a bad value in a message
+
+
+@dataclass(frozen=True)
+class Row:
+    """type: the word that clients of OpenAI-like servers look at."""
+
+    status: int
+    grpc: grpc.StatusCode
+    type: str
+
+
+_INVALID, _MISSING, _STATE, _SERVER = "invalid_request_error", "not_found_error", "conflict_error", "server_error"
+
+TABLE: Mapping[str, Row] = {
+    "error": Row(500, grpc.StatusCode.INTERNAL, _SERVER),
+    "internal": Row(500, grpc.StatusCode.INTERNAL, _SERVER),
+    "invalid_request": Row(400, grpc.StatusCode.INVALID_ARGUMENT, _INVALID),
+    "method_not_allowed": Row(405, grpc.StatusCode.UNIMPLEMENTED, _INVALID),
+    "too_large": Row(413, grpc.StatusCode.INVALID_ARGUMENT, _INVALID),
+    "not_found": Row(404, grpc.StatusCode.NOT_FOUND, _MISSING),
+    "unknown_domain": Row(404, grpc.StatusCode.NOT_FOUND, _MISSING),
+    "unknown_version": Row(404, grpc.StatusCode.NOT_FOUND, _MISSING),
+    "unknown_model": Row(404, grpc.StatusCode.NOT_FOUND, _MISSING),
+    "conflict": Row(409, grpc.StatusCode.FAILED_PRECONDITION, _STATE),
+    "datastore_error": Row(409, grpc.StatusCode.FAILED_PRECONDITION, _STATE),
+    "datastore_corrupt": Row(409, grpc.StatusCode.FAILED_PRECONDITION, _STATE),
+    "datastore_mismatch": Row(409, grpc.StatusCode.FAILED_PRECONDITION, _STATE),
+    "datastore_incomplete": Row(409, grpc.StatusCode.FAILED_PRECONDITION, _STATE),
+    "unauthenticated": Row(401, grpc.StatusCode.UNAUTHENTICATED, "authentication_error"),
+    "permission_denied": Row(403, grpc.StatusCode.PERMISSION_DENIED, "permission_error"),
+    "overloaded": Row(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_error"),
+    "unavailable": Row(503, grpc.StatusCode.UNAVAILABLE, "unavailable_error"),
+    "deadline_exceeded": Row(504, grpc.StatusCode.DEADLINE_EXCEEDED, "timeout_error"),
+    "model_error": Row(500, grpc.StatusCode.INTERNAL, _SERVER),
+    "unknown_architecture": Row(500, grpc.StatusCode.INTERNAL, _SERVER),
+}
+
+
+class Internal(KnnlmError):
+    """Something that nobody foresaw. What it was is in the log, beside the request id, and not in the answer."""
+
+    code = "internal"
+
+
+class MethodNotAllowed(KnnlmError):
+    code = "method_not_allowed"
+
+
+def row(err: KnnlmError) -> Row:
+    return TABLE[err.code]
+
+
+def body(err: KnnlmError) -> dict[str, dict[str, str | None]]:
+    """The JSON of every HTTP error."""
+    return {"error": {"message": err.message, "type": row(err).type, "param": err.param, "code": err.code}}
+
+
+def headers(err: KnnlmError) -> dict[str, str]:
+    """Retry-After where trying again makes sense; x-should-retry: false where clients would and it does not."""
+    seconds = _retry_after(err)
+    if seconds is not None:
+        return {"retry-after": f"{max(1, math.ceil(seconds))}"}
+    if row(err).type == _STATE:
+        return {"x-should-retry": "false"}
+    if row(err).status == 401:
+        return {"www-authenticate": "Bearer"}
+    return {}
+
+
+def metadata(err: KnnlmError) -> tuple[tuple[str, str], ...]:
+    """Trailing metadata of every gRPC error: clients rebuild the error from it."""
+    pairs = [("knnlm-error-code", err.code)]
+    if err.param is not None and err.param.isascii() and err.param.isprintable():
+        pairs.append(("knnlm-error-param", err.param))
+    seconds = _retry_after(err)
+    if seconds is not None:
+        pairs.append(("retry-after", f"{seconds:g}"))
+    return tuple(pairs)
+
+
+def from_validation(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:
+    """pydantic's list of problems (their values are of any type) as one error about the first."""
+    problem = problems[0]
+    if problem["type"] == "json_invalid":
+        reason = problem.get("ctx", {}).get("error", problem["msg"])
+        return InvalidRequest(f"the body is not JSON: {reason} at character {problem['loc'][-1]}")
+    path = [str(part) for part in problem["loc"][1:]]
+    param = ".".join(path) or str(problem["loc"][0])
+    words = {"missing": f"{param} is required", "extra_forbidden": f"{param} is not a known field"}
+    given = repr(problem.get("input"))
+    shown = given if len(given) <= SHOWN else given[:SHOWN] + "…"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return InvalidRequest(words.get(problem["type"], f"{param}: {message}, got {shown}"), param=param)
+
+
+def _retry_after(err: KnnlmError) -> float | None:
+    if isinstance(err, Overloaded):
+        return err.retry_after
+    return 1.0 if isinstance(err, Unavailable) else None

@@ -1,0 +1,225 @@
+"""A service's life in one process and one event loop: listen, load, serve, drain, end.
+
+The faces listen from the first moment: /livez answers and /readyz says "loading" while models are read in a thread. On
+SIGTERM or SIGINT readiness goes first, then the doors close, accepted work is finished, and the process ends with 0.
+A second signal ends it at once.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import NoReturn
+
+import uvicorn
+
+import knnlm
+from knnlm.errors import KnnlmError
+from services.runtime.auth import is_loopback
+from services.runtime.http import build_app
+from services.runtime.logs import configure, event
+from services.runtime.rpc import RpcServer, address
+from services.runtime.service import Door, Service
+from services.runtime.settings import GrpcSettings, described, unknown_variables
+
+__all__ = ["Host", "StartupFailed", "main", "running", "until_signal"]
+
+LOG = logging.getLogger(__name__)
+
+
+class StartupFailed(Exception):
+    """One sentence that the operator sees before the process ends with 1."""
+
+
+def main(service: Service) -> NoReturn:
+    """The whole process of a service: logs, life, end. Ends by SystemExit with 0, or 1 when it could not start.
+
+    Its settings come from `load_settings`, which has ended the process with 2 where they are bad.
+    """
+    settings = service.settings
+    configure(settings.log_format, settings.log_level)
+    for name in unknown_variables(type(settings), os.environ):
+        event(LOG, "unknown_setting", logging.WARNING, variable=name)
+    event(LOG, "starting", service=service.name, version=knnlm.__version__, **described(settings))
+    if not settings.api_keys and not is_loopback(settings.host):
+        event(LOG, "open_to_all", logging.WARNING, advice=f"{settings.host} is no loopback address: set --api-keys")
+    try:
+        asyncio.run(until_signal(service))
+    except StartupFailed as err:
+        event(LOG, "failed", logging.CRITICAL, reason=str(err))
+        _end(1)
+    _end(0)
+
+
+@asynccontextmanager
+async def running(service: Service) -> AsyncIterator["Host"]:
+    """A service listening and loaded inside this event loop; drained on leaving. For tests and notebooks."""
+    host = Host(service)
+    await host.listen()
+    try:
+        await host.load()
+        yield host
+    finally:
+        await host.shut()
+
+
+class Host:
+    """The two faces over one core. `port` and `grpc_port` are the ones really listened on."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.door = Door(service)
+        self.app = build_app(service, self.door)
+        self.port = 0
+        self.grpc_port: int | None = None
+        self._rpc = RpcServer(service, self.door) if service.rpc else None
+        settings = service.settings
+        self._http = _Http(
+            uvicorn.Config(
+                self.app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                ws="none",
+                timeout_keep_alive=settings.keep_alive_timeout_s,
+                timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+            )
+        )
+        self._serving: asyncio.Task[None] | None = None
+
+    async def listen(self) -> None:
+        """Open both ports. Raises StartupFailed when one is taken."""
+        settings = self.service.settings
+        with contextlib.ExitStack() as undo:
+            listener = undo.enter_context(_bind(settings.host, settings.port, "--port"))
+            self.port = listener.getsockname()[1]
+            if self._rpc is not None and isinstance(settings, GrpcSettings):
+                self.grpc_port = await self._listen_grpc(self._rpc, settings)
+            undo.pop_all()
+        self._serving = asyncio.create_task(self._http.serve(sockets=[listener]))
+        faces = {"http": self.port, "grpc": self.grpc_port}
+        addresses = {face: address(settings.host, port) for face, port in faces.items() if port is not None}
+        event(LOG, "listening", **addresses)
+
+    async def _listen_grpc(self, rpc: RpcServer, settings: GrpcSettings) -> int:
+        _bind(settings.host, settings.grpc_port, "--grpc-port").close()  # gRPC's own message hides the reason
+        try:
+            return await rpc.start(settings.host, settings.grpc_port)
+        except RuntimeError as err:
+            raise StartupFailed(f"cannot listen on {settings.host}:{settings.grpc_port} (--grpc-port): {err}") from err
+
+    async def load(self) -> None:
+        """Load and start the core, then take requests."""
+        await _in_daemon_thread(self.service.core.load)
+        await self.service.core.start()
+        self.door.readiness.enter("ready")
+        if self._rpc is not None:
+            await self._rpc.serving()
+        event(LOG, "ready", service=self.service.name)
+
+    async def shut(self) -> None:
+        """Stop being ready, stop accepting, finish what was accepted, free the core."""
+        event(LOG, "draining", service=self.service.name)
+        settings = self.service.settings
+        if self._rpc is not None:
+            await self._rpc.draining()
+        self.door.readiness.enter("draining")
+        self._http.should_exit = True
+        stopping = [self._serving] if self._serving is not None else []
+        if self._rpc is not None:
+            stopping.append(asyncio.ensure_future(self._rpc.stop(settings.drain_timeout_s)))
+        await asyncio.gather(*stopping)
+        await self.service.core.close()
+        event(LOG, "stopped", service=self.service.name)
+
+
+class _Http(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are for the whole process, not for one of its faces."""
+        yield
+
+
+async def until_signal(service: Service) -> None:
+    """Serve until SIGTERM or SIGINT, and drain. Raises StartupFailed. Only in the main thread."""
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    host = Host(service)
+    await host.listen()
+    loading = asyncio.create_task(host.load())
+    waiting = asyncio.create_task(asked.wait())
+    try:
+        await asyncio.wait((loading, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            _raise_load_failure(loading)
+            await waiting
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)  # a second signal does what it does to any program
+        loading.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):  # reported above
+            await loading
+        await host.shut()
+
+
+def _raise_load_failure(loading: "asyncio.Task[None]") -> None:
+    try:
+        loading.result()
+    except (KnnlmError, OSError) as err:
+        raise StartupFailed(str(err)) from err
+    except Exception as err:  # the process edge
+        event(LOG, "unhandled", logging.ERROR)
+        raise StartupFailed(f"{type(err).__name__} while loading") from err
+
+
+def _bind(host: str, port: int, flag: str) -> socket.socket:
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except OSError as err:
+        raise StartupFailed(f"cannot listen on {host}:{port} ({flag}): {err.strerror or err}") from err
+
+
+async def _in_daemon_thread(work: Callable[[], None]) -> None:
+    """Like asyncio.to_thread, but a process that is told to end need not wait for it."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def settle(err: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if err is None:
+            done.set_result(None)
+        else:
+            done.set_exception(err)
+
+    def run() -> None:
+        failure: BaseException | None = None
+        try:
+            work()
+        except BaseException as err:  # noqa: BLE001  the edge of the thread: raised again where it is awaited
+            failure = err
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, failure)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    await done
+
+
+def _end(status: int) -> NoReturn:
+    if any(thread.name == "load" for thread in threading.enumerate()):
+        # native code still runs in it: taking the interpreter down under it can crash, so leave without
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -1,0 +1,61 @@
+"""Events, one line each: key=value or JSON, with the request id. Never prompt text, never a secret."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+
+from services.runtime.calls import current_id
+
+__all__ = ["configure", "event"]
+
+_FIELDS = "knnlm_fields"
+
+
+def event(logger: logging.Logger, name: str, level: int = logging.INFO, /, **fields: object) -> None:
+    """Log one event with its fields; at level ERROR, with the traceback of the exception being handled."""
+    traced = level == logging.ERROR and sys.exc_info()[0] is not None
+    logger.log(level, name, exc_info=traced, extra={_FIELDS: fields})
+
+
+def configure(log_format: str, log_level: str) -> None:
+    """Send every log line of the process to stderr in one form. Called once, by the process' main."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json() if log_format == "json" else _KeyValue())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(log_level.upper())
+    for chatty in ("uvicorn", "grpc", "httpx", "httpcore", "asyncio"):
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
+
+
+def _record(record: logging.LogRecord) -> dict[str, object]:
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+    fields: Mapping[str, object] = getattr(record, _FIELDS, {})
+    line: dict[str, object] = {"time": stamp, "level": record.levelname.lower(), "event": record.getMessage()}
+    request_id = current_id()
+    if request_id is not None:
+        line["request_id"] = request_id
+    return {**line, **fields}
+
+
+class _KeyValue(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = " ".join(f"{key}={_plain(value)}" for key, value in _record(record).items())
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = _record(record)
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = str(value)
+    return text if text and not any(c in ' "=' or not c.isprintable() for c in text) else json.dumps(text)

@@ -1,0 +1,187 @@
+"""The gRPC face of any service: one interceptor for ids, keys, limits, errors and metrics; health and reflection.
+
+Everything grpc.aio must be made and used in one event loop.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias, cast
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from knnlm.errors import InvalidRequest, KnnlmError
+from services.runtime import errors
+from services.runtime.calls import Call, entered, new_id
+from services.runtime.logs import event
+from services.runtime.service import Door, Service
+from services.runtime.settings import GrpcSettings
+
+__all__ = ["RpcServer", "address"]
+
+LOG = logging.getLogger(__name__)
+HEALTH = "/grpc.health.v1.Health/"  # public, as the probes of HTTP are
+
+# grpc.aio is generic over message classes that are known to generated code only
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Answer: TypeAlias = Callable[[Any, Any], Any]
+
+
+class RpcServer:
+    """A grpc.aio server over the rpcs of one service; NOT_SERVING until told otherwise."""
+
+    def __init__(self, service: Service, door: Door) -> None:
+        settings = service.settings
+        if not isinstance(settings, GrpcSettings):
+            raise TypeError(f"{type(settings).__name__} has no gRPC port: derive it from GrpcSettings")
+        self._server = grpc.aio.server(
+            interceptors=[_Interceptor(service, door)],
+            options=[
+                ("grpc.max_send_message_length", settings.grpc_max_message_bytes),
+                ("grpc.max_receive_message_length", settings.grpc_max_message_bytes),
+                ("grpc.so_reuseport", 0),  # a second process on the port must fail, not share it
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # our clients ping every 30 s
+                # clients with round_robin find new replicas only when a connection ends
+                ("grpc.max_connection_age_ms", 300_000),
+                ("grpc.max_connection_age_grace_ms", int(1000 * settings.request_timeout_s)),
+            ],
+        )
+        self._names = [rpc.name for rpc in service.rpc]
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        for rpc in service.rpc:
+            rpc.register(self._server)
+        reflection.enable_server_reflection((*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; the port it got. Raises RuntimeError when it cannot."""
+        await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
+        bound = self._server.add_insecure_port(address(host, port))
+        await self._server.start()
+        return bound
+
+    async def serving(self) -> None:
+        await self._set(health_pb2.HealthCheckResponse.SERVING)
+
+    async def draining(self) -> None:
+        """NOT_SERVING from here on."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new calls; give running ones `grace` seconds."""
+        await self._server.stop(grace)
+
+    async def _set(self, status: int) -> None:
+        for name in ("", *self._names):
+            await self._health.set(name, status)
+
+
+class _Interceptor(grpc.aio.ServerInterceptor):
+    def __init__(self, service: Service, door: Door) -> None:
+        self._door = door
+        self._metrics = service.metrics
+        self._limit = service.settings.request_timeout_s
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "Handler | None":
+        handler = await continuation(handler_call_details)
+        method = str(handler_call_details.method)
+        if handler is None or method.startswith(HEALTH):  # None: no such rpc, gRPC answers UNIMPLEMENTED
+            return handler
+        answer: Answer | None = handler.unary_unary  # None for a stream; typed for the synchronous server
+        if answer is None:
+            return self._guarded_stream(handler)
+        return self._guarded(answer, handler, method)
+
+    def _guarded(self, answer: Answer, handler: Handler, method: str) -> Handler:
+        """Decode, check, call, and turn every failure into a status."""
+        decode = handler.request_deserializer
+
+        async def guarded(raw: bytes, context: Context) -> Any:
+            started = time.monotonic()
+            given = _metadata(context)
+            left = cast("float | None", context.time_remaining())  # the stubs forget calls without a deadline
+            seconds = self._limit if left is None else min(left, self._limit)
+            call = Call(new_id(given.get("x-request-id")), "grpc", started + seconds)
+            context.set_trailing_metadata((("x-request-id", call.id),))
+            code = grpc.StatusCode.CANCELLED
+            with entered(call):
+                try:
+                    self._door.authenticate(call, given.get("authorization"))
+                    with self._door.inside():
+                        result = await answer(_decoded(raw, decode), context)
+                    code = grpc.StatusCode.OK
+                    return result
+                except asyncio.CancelledError:
+                    raise
+                except KnnlmError as err:
+                    code = errors.row(err).grpc
+                    return await _abort(context, call, err)
+                except Exception:  # noqa: BLE001  the process edge
+                    event(LOG, "unhandled", logging.ERROR, route=method)
+                    code = grpc.StatusCode.INTERNAL
+                    return await _abort(context, call, errors.Internal("internal error; see the log of the service"))
+                finally:
+                    self._note(method, code, call, time.monotonic() - started)
+
+        return grpc.unary_unary_rpc_method_handler(
+            guarded,
+            request_deserializer=None,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _guarded_stream(self, handler: Handler) -> Handler:
+        """Reflection, the only stream: for those who have a key."""
+        answer: Answer = handler.stream_stream  # type: ignore[assignment]
+
+        async def guarded(requests: Any, context: Context) -> Any:
+            call = Call(new_id(None), "grpc", time.monotonic() + self._limit)
+            try:
+                self._door.authenticate(call, _metadata(context).get("authorization"))
+            except KnnlmError as err:
+                await _abort(context, call, err)
+            async for reply in answer(requests, context):
+                yield reply
+
+        return grpc.stream_stream_rpc_method_handler(
+            guarded,
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+    def _note(self, method: str, code: grpc.StatusCode, call: Call, seconds: float) -> None:
+        self._metrics.requests.labels("grpc", method, code.name).inc()
+        self._metrics.duration.labels("grpc", method).observe(seconds)
+        event(LOG, "request", face="grpc", route=method, status=code.name, seconds=seconds, **call.logged())
+
+
+def address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _metadata(context: Context) -> dict[str, str]:
+    pairs = context.invocation_metadata() or ()
+    return {key: value for key, value in pairs if isinstance(value, str)}
+
+
+def _decoded(raw: bytes, decode: Callable[[bytes], Any] | None) -> Any:
+    if decode is None:
+        return raw
+    try:
+        return decode(raw)
+    except DecodeError as err:
+        raise InvalidRequest(f"the message is not what the rpc takes: {err}") from err
+
+
+async def _abort(context: Context, call: Call, err: KnnlmError) -> None:
+    trailing = (("x-request-id", call.id), *errors.metadata(err))
+    await context.abort(errors.row(err).grpc, err.message, trailing)

@@ -1,0 +1,218 @@
+"""Every command from start to end, over a real store and a tiny model."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.manifest import Manifest
+from knnlm.lm.model import LanguageModel
+from knnlm.messages import ForwardRequest, ForwardResult
+from tests.cli.conftest import Knnlm
+
+
+def manifest(store: Path, version: str = "v1") -> Manifest:
+    return Manifest.load(store / "toy" / version)
+
+
+def test_build_says_what_it_made_and_activates_it(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    answer = knnlm("build", "toy", corpus, "--part", "store")
+    assert answer.code == 0
+    assert "entries of 30 documents" in answer.out
+    assert "index flat: " in answer.out
+    assert "v2 is now the current version of toy" in answer.out
+    assert Catalog(store).current("toy") == "v2"
+
+
+def test_build_without_activation_says_how_to_do_it(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    answer = knnlm("build", "toy", corpus, "--no-activate", "--index", "none", "--version", "next")
+    assert "not activated: `knnlm domains activate toy next`" in answer.out
+    assert Catalog(store).current("toy") == "v1"
+
+
+def test_build_as_json(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    made = knnlm("build", "toy", corpus, "--key-dtype", "float32", "--index", "ivf4,flat", "--json").json
+    assert made["version"] == "v2"
+    assert made["index"] == "ivf4,flat"
+    assert made["documents"] == 40
+    assert manifest(store, "v2").key_dtype == "float32"
+
+
+def test_build_that_was_stopped_says_how_to_continue_and_continues(
+    knnlm: Knnlm, store: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LanguageModel.forward
+    calls = 0
+
+    def stopped(self: LanguageModel, request: ForwardRequest) -> ForwardResult:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return forward(self, request)
+
+    monkeypatch.setattr(LanguageModel, "forward", stopped)
+    command = ("build", "toy", corpus, "--batch-tokens", "256")
+    answer = knnlm(*command)
+    assert answer.code == 130
+    assert "the same command continues" in answer.err
+    assert Catalog(store).versions("toy") == ["v1"]
+    assert knnlm(*command, "--json").json["version"] == "v2"
+    assert knnlm("verify", "toy").code == 0
+
+
+def test_build_whose_index_fails_says_how_to_finish(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    answer = knnlm("build", "toy", corpus, "--index", "ivf100000,sq8")
+    assert answer.code == 2
+    assert "continue with `knnlm index toy --version v2` and `knnlm domains activate toy v2`" in answer.err
+    assert answer.err.splitlines()[-1].startswith("error: index ivf100000,sq8 does not suit")
+    assert Catalog(store).current("toy") == "v1"
+    assert knnlm("index", "toy", "--version", "v2").code == 0
+
+
+def test_index_rebuilds_and_says_when_to_tune_again(knnlm: Knnlm, store: Path) -> None:
+    assert manifest(store).tuning is not None
+    answer = knnlm("index", "toy", "--recipe", "ivf4,sq8")
+    assert answer.code == 0
+    assert "index ivf4,sq8 of toy v1: as asked" in answer.out
+    assert "fitted to neighbors found by flat: run `knnlm tune toy` again" in answer.err
+    again = knnlm("index", "toy", "--recipe", "ivf4,sq8", "--json")
+    assert (again.json["index"], again.err) == ("ivf4,sq8", "")
+
+
+def test_show_tells_what_a_person_decides_by(knnlm: Knnlm, store: Path) -> None:
+    answer = knnlm("show", "toy", "--entry", 0, "--around", 8)
+    assert "30 documents" in answer.out
+    assert "ffn_input, 32 x float16" in answer.out
+    assert "entry 0: token 1 of d0" in answer.out
+    shown = knnlm("show", "toy", "--entry", 30, "--json").json
+    assert shown["domain"] == "toy"
+    entry = shown["shown"][0]
+    assert entry["after"].startswith(entry["token"])
+    assert entry["document"] == "d0"
+    assert entry["position"] == 31
+
+
+def test_verify_passes_and_finds_one_changed_byte(knnlm: Knnlm, store: Path) -> None:
+    assert knnlm("verify", "--all", "--json").json == [{"domain": "toy", "version": "v1", "problems": []}]
+    keys = store / "toy" / "v1" / "keys.npy"
+    data = bytearray(keys.read_bytes())
+    data[-1] ^= 1
+    keys.write_bytes(data)
+    answer = knnlm("verify", "toy", "--json")
+    assert answer.code == 1
+    assert "keys.npy has sha256" in json.loads(answer.out)[0]["problems"][0]
+    assert answer.err == "error: toy v1 cannot be relied on: see what was found\n"
+    assert "keys.npy  has sha256" in knnlm("verify", "toy").out
+
+
+def test_tune_stores_what_it_found(knnlm: Knnlm, store: Path, corpus: Path, tmp_path: Path) -> None:
+    page = tmp_path / "tuning.html"
+    found = knnlm("tune", "toy", corpus, "--part", "tune", "--k", 4, "--k", 64, "--page", page, "--json").json
+    assert found["knn_perplexity"] < found["lm_perplexity"]
+    assert {point["k"] for point in found["curve"]} == {4, 64}
+    stored = manifest(store).tuning
+    assert stored is not None
+    assert (stored.temperature, stored.lmbda, stored.k) == (found["temperature"], found["lmbda"], found["k"])
+    assert "<svg" in page.read_text()
+    assert "perplexity" in knnlm("tune", "toy", corpus, "--part", "tune").out
+
+
+def test_tune_leaves_out_what_is_stored(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    answer = knnlm("tune", "toy", corpus, "--part", "store")
+    assert answer.code == 2
+    assert "30 of 30 documents are in the datastore and left out" in answer.err
+    assert "no document to fit on" in answer.err
+    mixed = knnlm("tune", "toy", corpus, "--json")
+    assert "30 of 40 documents are in the datastore and left out" in mixed.err
+    assert mixed.json["documents"] == 10
+
+
+def test_eval_compares_the_model_with_and_without_neighbors(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    command = ("eval", corpus, "--part", "report", "--domain", "toy")
+    report = knnlm(*command, "--json").json
+    assert report["knn"]["perplexity"] < report["lm"]["perplexity"]
+    assert report["warnings"] == []
+    assert (report["context_length"], report["min_context"]) == (64, 32)
+    answer = knnlm(*command, "--per-document", "--max-tokens", 100)
+    assert "kNN-LM" in answer.out
+    assert "100 tokens of" in answer.out
+    assert "windows of 64 tokens, at least 32 of context" in answer.out
+    alone = knnlm("eval", corpus, "--part", "report", "--json").json
+    assert alone["knn"] is None
+    assert alone["lm"] == report["lm"]
+
+
+def test_eval_warns_when_the_text_is_in_the_datastore(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    answer = knnlm("eval", corpus, "--part", "store", "--domain", "toy", "--max-tokens", 200)
+    assert answer.code == 0
+    assert "warning: " in answer.err
+    assert "probably in the datastore" in answer.err
+
+
+def test_lambda_zero_is_the_model(knnlm: Knnlm, store: Path) -> None:
+    mixed = knnlm("score", "the cat sat", "--domain", "toy", "--lambda", 0, "--json").json
+    alone = knnlm("score", "the cat sat", "--json").json
+    assert mixed["total"] == alone["total"]
+    assert [t["token"] for t in alone["tokens"]][:3] == ["t", "h", "e"]
+    assert alone["tokens"][0]["knn_log_prob"] is None
+    assert mixed["tokens"][0]["knn_log_prob"] is None or mixed["tokens"][0]["knn_log_prob"] <= 0
+
+
+def test_score_reads_standard_input(knnlm: Knnlm, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("the [bold]cat[/bold]"))
+    answer = knnlm("score", "-", "--domain", "toy")
+    assert answer.code == 0
+    assert "'['" in answer.out  # text is never taken for markup
+    assert "20 tokens, total log-probability" in answer.out
+
+
+def test_next_shows_probabilities_and_neighbors(knnlm: Knnlm, store: Path) -> None:
+    answer: dict[str, Any] = knnlm("next", "the cat", "--domain", "toy", "--top", 3, "--neighbors", 2, "--json").json
+    tokens, neighbors = answer["tokens"], answer["neighbors"]
+    assert len(tokens) == 3
+    assert [t["p"] for t in tokens] == sorted((t["p"] for t in tokens), reverse=True)
+    used = answer["domains"][0]
+    for t in tokens:
+        assert t["p"] == pytest.approx((1 - used["lmbda"]) * t["p_lm"] + used["lmbda"] * t["p_knn"], rel=1e-6)
+    assert [n["distance"] for n in neighbors] == sorted(n["distance"] for n in neighbors)
+    assert len(neighbors) == 2
+    table = knnlm("next", "the cat", "--domain", "toy", "--top", 3, "--neighbors", 2).out
+    assert repr(tokens[0]["token"]) in table
+    assert "toy v1: lambda" in table
+    assert "p_knn" not in knnlm("next", "the cat").out
+
+
+def test_domains_are_listed_activated_and_removed(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    knnlm("build", "toy", corpus, "--index", "none")
+    listed = knnlm("domains", "list", "--json").json
+    assert [(row["version"], row["current"], row["tuned"]) for row in listed] == [
+        ("v1", False, True),
+        ("v2", True, False),
+    ]
+    assert "current" in knnlm("domains", "list").out
+    assert knnlm("domains", "activate", "toy", "v1").out == "toy is now v1 (was v2)\n"
+    assert knnlm("domains", "remove", "toy", "v2").out == "removed toy v2\n"
+    assert knnlm("domains", "activate", "toy", "v1", "--json").json["previous"] == "v1"
+    assert Catalog(store).versions("toy") == ["v1"]
+
+
+def test_an_empty_store_has_no_domains(knnlm: Knnlm, tmp_path: Path) -> None:
+    assert knnlm("domains", "list", "--store", tmp_path / "none").out == f"no domains in {tmp_path / 'none'}\n"
+    assert knnlm("verify", "--all", "--store", tmp_path / "none", "--json").json == []
+
+
+def test_train_writes_a_model_that_the_other_commands_take(knnlm: Knnlm, corpus: Path, tmp_path: Path) -> None:
+    big = tmp_path / "big.jsonl"
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    big.write_text(
+        "".join(json.dumps({"id": f"{i}/{r['id']}", "text": r["text"]}) + "\n" for i in range(9) for r in rows)
+    )
+    sizes = ("--vocab-size", 260, "--layers", 1, "--width", 16, "--heads", 2, "--context", 16, "--batch-tokens", 64)
+    report = knnlm("train", big, "--out", tmp_path / "lm", "--tokens", 128, *sizes, "--json").json
+    assert report["parameters"] > 0
+    assert report["documents"] == 360
+    assert knnlm("score", "the cat", "--model", tmp_path / "lm", "--json").json["model"] == "lm"

@@ -1,0 +1,353 @@
+"""The aggregator over real gRPC services equals the pipeline in one process, and refuses what it must by name."""
+
+import asyncio
+import base64
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.manifest import with_tuning
+from knnlm.index.searcher import Searcher
+from knnlm.messages import Tuning
+from knnlm.mixer import DomainOptions, KnnOptions
+from knnlm.pipeline import Pipeline
+from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
+from services.aggregator.app import service as aggregator_service
+from services.aggregator.settings import AggregatorSettings
+from services.datastore.app import service as datastore_service
+from services.datastore.settings import DatastoreSettings
+from services.lm.app import service as lm_service
+from services.lm.settings import LmSettings
+from services.runtime.lifecycle import Host, running
+
+TUNING = Tuning(temperature=2.0, lmbda=0.3, k=6, lm_perplexity=9.0, knn_perplexity=8.0, tokens=10, documents=1)
+TEXT = "the cat sat on the mat and the dog looked at the cat; the dog sat on the log."
+
+
+@dataclass
+class System:
+    client: httpx.AsyncClient
+    store: Path
+    hosts: dict[str, Host]
+
+    async def post(self, path: str, body: object, status: int = 200) -> Any:  # JSON
+        response = await self.client.post(path, json=body)
+        assert response.status_code == status, response.text
+        return response.json()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Domains cat (two versions, tuned), dog (tuned) and raw (not tuned)."""
+    with_tuning(toy_datastore(tmp_path, domain="cat"), TUNING)
+    with_tuning(toy_datastore(tmp_path, domain="cat", version="v2", texts=TEXTS[1:2], activate=False), TUNING)
+    with_tuning(toy_datastore(tmp_path, domain="dog", texts=TEXTS[3:]), replace(TUNING, lmbda=0.2))
+    toy_datastore(tmp_path, domain="raw", texts=TEXTS[:1])
+    return tmp_path
+
+
+@asynccontextmanager
+async def system(store: Path, **settings: Any) -> AsyncIterator[System]:
+    async with AsyncExitStack() as stack:
+        lm = service = lm_service(LmSettings(model="toy", port=0, grpc_port=0), lambda _: ToyLanguageModel())
+        hosts = {"lm": await stack.enter_async_context(running(lm))}
+        service = datastore_service(DatastoreSettings(store=store, port=0, grpc_port=0))
+        hosts["datastore"] = await stack.enter_async_context(running(service))
+        service = aggregator_service(
+            AggregatorSettings(
+                port=0,
+                lm_target=f"127.0.0.1:{hosts['lm'].grpc_port}",
+                datastore_target=f"127.0.0.1:{hosts['datastore'].grpc_port}",
+                **settings,
+            )
+        )
+        hosts["aggregator"] = await stack.enter_async_context(running(service))
+        transport = httpx.ASGITransport(hosts["aggregator"].app)
+        client = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://test"))
+        yield System(client, store, hosts)
+
+
+def with_system(store: Path, check: Callable[[System], Awaitable[None]], **settings: Any) -> None:
+    async def run() -> None:
+        async with system(store, **settings) as running_system:
+            await check(running_system)
+
+    asyncio.run(run())
+
+
+def pipeline(store: Path) -> Pipeline:
+    catalog = Catalog(store)
+    searchers = {d: Searcher.open(catalog.path(d, catalog.current(d) or "")) for d in catalog.domains()}
+    return Pipeline(ToyLanguageModel(), searchers)
+
+
+CHOICES: list[tuple[dict[str, Any], KnnOptions | None]] = [
+    ({}, None),
+    ({"model": "toy"}, None),
+    ({"model": "toy+cat"}, KnnOptions((DomainOptions("cat"),))),
+    ({"knn": {"domain": "dog", "k": 3, "lambda": 0.7}}, KnnOptions((DomainOptions("dog", None, 0.7),), k=3)),
+    (
+        {"knn": {"domain": "raw", "lambda": 1.0, "temperature": 0.5, "rescore": True}},
+        KnnOptions((DomainOptions("raw", None, 1.0, 0.5),), rescore=True),
+    ),
+    (
+        {"knn": {"domains": ["cat", {"domain": "dog", "lambda": 0.1}]}},
+        KnnOptions((DomainOptions("cat"), DomainOptions("dog", None, 0.1))),
+    ),
+    (
+        {"knn": {"domains": ["cat", "dog"], "combine": "union", "lambda": 0.4}},
+        KnnOptions((DomainOptions("cat", None, 0.4), DomainOptions("dog", None, 0.4)), combine="union"),
+    ),
+]
+
+
+def test_next_token_equals_the_pipeline(store: Path) -> None:
+    texts = ["the cat", TEXT[:30]]
+
+    async def check(s: System) -> None:
+        with pipeline(store) as p:
+            for body, options in CHOICES:
+                answer = await s.post("/v1/next_token", {"text": texts, "full": True, "top_n": 5, **body})
+                expected = p.next_token(texts, options).mixed
+                for i, result in enumerate(answer["results"]):
+                    got = result["distribution"]
+                    np.testing.assert_allclose(got["p"], np.exp(expected.log_probs[i]), rtol=1e-6, atol=1e-9)
+                    np.testing.assert_allclose(got["p_lm"], np.exp(expected.lm_log_probs[i]), rtol=1e-6, atol=1e-9)
+                    assert (got["p_knn"] is None) == (expected.knn_log_probs is None)
+                    if expected.knn_log_probs is not None:
+                        np.testing.assert_allclose(
+                            got["p_knn"], np.exp(expected.knn_log_probs[i]), rtol=1e-5, atol=1e-9
+                        )
+                    best = np.argsort(-np.array(got["p"]), kind="stable")[:5]
+                    np.testing.assert_allclose([t["p"] for t in result["top"]], np.array(got["p"])[best], rtol=1e-6)
+
+    with_system(store, check)
+
+
+def test_score_equals_the_pipeline(store: Path) -> None:
+    async def check(s: System) -> None:
+        with pipeline(store) as p:
+            for body, options in CHOICES:
+                if options is not None and options.domains[0].lmbda == 1.0:
+                    continue  # minus infinity has a test of its own
+                answer = await s.post("/v1/score", {"text": TEXT, "min_context": 8, **body})
+                expected = p.score(TEXT, options, min_context=8)
+                np.testing.assert_allclose([t["log_p"] for t in answer["tokens"]], expected.log_probs, rtol=1e-6)
+                np.testing.assert_allclose([t["log_p_lm"] for t in answer["tokens"]], expected.lm_log_probs, rtol=1e-6)
+                assert [t["token_id"] for t in answer["tokens"]] == expected.tokens[1:].tolist()
+                assert math.isclose(answer["perplexity"], expected.perplexity, rel_tol=1e-6)
+                assert math.isclose(answer["total_log_p"], expected.total, rel_tol=1e-6)
+
+    with_system(store, check)
+
+
+def test_lambda_zero_is_the_lm(store: Path) -> None:
+    async def check(s: System) -> None:
+        answer = await s.post("/v1/score", {"text": TEXT, "knn": {"domain": "cat", "lambda": 0}})
+        for token in answer["tokens"]:
+            assert token["log_p"] == token["log_p_lm"]
+        assert answer["perplexity"] == pytest.approx(answer["perplexity_lm"], rel=1e-12)
+
+    with_system(store, check)
+
+
+def test_what_json_cannot_say_is_null(store: Path) -> None:
+    async def check(s: System) -> None:
+        knn = {"domain": "raw", "lambda": 1, "temperature": 1, "k": 1}
+        answer = await s.post("/v1/score", {"text": "zebra zebra", "knn": knn})
+        assert answer["total_log_p"] is None
+        assert answer["perplexity"] is None
+        assert None in [t["log_p"] for t in answer["tokens"]]
+
+    with_system(store, check)
+
+
+def test_packed_and_listed_distributions_agree(store: Path) -> None:
+    async def check(s: System) -> None:
+        body = {"text": "the cat", "model": "toy+cat", "full": True}
+        listed = (await s.post("/v1/next_token", body))["results"][0]["distribution"]
+        packed = (await s.post("/v1/next_token", {**body, "encoding": "base64"}))["results"][0]["distribution"]
+        for name in ("p", "p_lm", "p_knn"):
+            values = np.frombuffer(base64.b64decode(packed[name]["data"]), "<f4")
+            np.testing.assert_array_equal(values, np.array(listed[name], np.float32))
+
+    with_system(store, check)
+
+
+def test_neighbors_come_with_their_source(store: Path) -> None:
+    async def check(s: System) -> None:
+        body = {"text": "the cat sat on the", "model": "toy+cat", "neighbors": 2, "neighbor_tokens": 9}
+        answer = await s.post("/v1/next_token", body)
+        shown = answer["results"][0]["neighbors"]
+        assert len(shown) == 2
+        assert shown[0]["distance"] <= shown[1]["distance"]
+        for n in shown:
+            text = "<s>" + TEXTS[int(n["document"])]
+            assert n["before"] + n["after"] in text
+            assert n["after"].startswith(n["token"])
+            assert len(n["before"]) <= 9
+            assert 0 < n["weight"] <= 1
+
+    with_system(store, check)
+
+
+def test_token_ids_are_used_as_they_are(store: Path) -> None:
+    async def check(s: System) -> None:
+        tokens = ToyLanguageModel().tokenizer.encode("the cat").tolist()
+        by_text = await s.post("/v1/next_token", {"text": "the cat"})
+        assert await s.post("/v1/next_token", {"tokens": tokens}) == by_text
+        assert await s.post("/v1/next_token", {"tokens": [tokens]}) == by_text
+        assert await s.post("/v1/score", {"tokens": tokens}) == await s.post("/v1/score", {"text": "the cat"})
+        there = await s.post("/tokenize", {"prompt": "the cat"})
+        assert there["tokens"] == tokens
+        assert (await s.post("/v1/detokenize", {"tokens": tokens[1:]}))["prompt"] == "the cat"
+        bare = await s.post("/tokenize", {"prompt": "the cat", "add_special_tokens": False, "return_token_strs": True})
+        assert bare["tokens"] == tokens[1:]
+        assert "".join(bare["token_strs"]) == "the cat"
+
+    with_system(store, check)
+
+
+def test_models_and_domains_are_listed(store: Path) -> None:
+    async def check(s: System) -> None:
+        ids = [m["id"] for m in (await s.client.get("/v1/models")).json()["data"]]
+        assert ids == ["toy", "toy+cat", "toy+dog", "toy+raw"]
+        assert (await s.client.get("/v1/models/toy+cat")).json()["max_model_len"] == 32
+        assert (await s.client.get("/v1/models/toy+law")).status_code == 404
+        domains = {d["domain"]: d for d in (await s.client.get("/v1/domains")).json()["domains"]}
+        assert domains["cat"]["versions"] == ["v1", "v2"]
+        assert domains["cat"]["tuning"]["lambda"] == 0.3
+        assert domains["raw"]["tuning"] is None
+        assert (await s.client.get("/tokenizer_info")).json()["eos_token"] == "</s>"
+
+    with_system(store, check)
+
+
+def test_switching_changes_the_answer_and_its_version(store: Path) -> None:
+    async def check(s: System) -> None:
+        body = {"text": "the cat sat on the", "model": "toy+cat", "full": True}
+        before = await s.post("/v1/next_token", body)
+        assert (await s.post("/v1/domains/cat:activate", {"version": "v2"}))["version"] == "v2"
+        after = await s.post("/v1/next_token", body)
+        assert (before["domains"][0]["version"], after["domains"][0]["version"]) == ("v1", "v2")
+        assert before["results"][0]["distribution"]["p"] != after["results"][0]["distribution"]["p"]
+        pinned = await s.post("/v1/next_token", {**body, "knn": {"version": "v1"}})
+        assert pinned == before
+        await s.post("/v1/domains/cat:activate", {"version": "v9"}, status=404)
+        await s.post("/v1/domains/cow:activate", {"version": "v1"}, status=404)
+
+    with_system(store, check)
+
+
+REFUSED: list[tuple[str, dict[str, Any], int, str, str | None]] = [
+    ("/v1/next_token", {}, 400, "invalid_request", "text"),
+    ("/v1/next_token", {"text": ""}, 400, "invalid_request", "text"),
+    ("/v1/next_token", {"text": []}, 400, "invalid_request", "text"),
+    ("/v1/next_token", {"text": "a", "tokens": [1]}, 400, "invalid_request", "text"),
+    ("/v1/next_token", {"text": "a" * 40}, 413, "too_large", "text"),
+    ("/v1/next_token", {"tokens": []}, 400, "invalid_request", "tokens"),
+    ("/v1/next_token", {"tokens": [[]]}, 400, "invalid_request", None),
+    ("/v1/next_token", {"tokens": [258]}, 400, "invalid_request", "tokens"),
+    ("/v1/next_token", {"tokens": [-1]}, 400, "invalid_request", None),
+    ("/v1/next_token", {"tokens": [2**40]}, 400, "invalid_request", "tokens"),
+    ("/v1/next_token", {"tokens": [1.5]}, 400, "invalid_request", None),
+    ("/v1/next_token", {"text": "a", "max_tokens": 3}, 400, "invalid_request", "max_tokens"),
+    ("/v1/next_token", {"text": "a", "top_n": -1}, 400, "invalid_request", "top_n"),
+    ("/v1/next_token", {"text": "a", "top_n": 1001}, 413, "too_large", "top_n"),
+    ("/v1/next_token", {"text": "a", "neighbors": 3}, 400, "invalid_request", "neighbors"),
+    ("/v1/next_token", {"text": "a", "model": "toy+cat", "neighbors": 257}, 413, "too_large", "neighbors"),
+    ("/v1/next_token", {"text": ["a"] * 65}, 413, "too_large", "text"),
+    ("/v1/next_token", {"text": "a", "model": "gpt2"}, 404, "unknown_model", "model"),
+    ("/v1/next_token", {"text": "a", "model": "toy+law"}, 404, "unknown_domain", None),
+    ("/v1/next_token", {"text": "a", "model": "toy+cat", "knn": {"domain": "dog"}}, 400, "invalid_request", None),
+    ("/v1/next_token", {"text": "a", "knn": {}}, 400, "invalid_request", "knn.domain"),
+    ("/v1/next_token", {"text": "a", "knn": {"domain": "raw"}}, 400, "invalid_request", "knn.temperature"),
+    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "k": 0}}, 400, "invalid_request", "knn.k"),
+    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "k": 4097}}, 413, "too_large", "knn.k"),
+    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "lambda": 2}}, 400, "invalid_request", "knn.lambda"),
+    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "temperature": 0}}, 400, "invalid_request", None),
+    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "rule": "magic"}}, 400, "invalid_request", "rule"),
+    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "nprobe": 4}}, 400, "invalid_request", None),
+    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "version": "v7"}}, 404, "unknown_version", None),
+    ("/v1/next_token", {"text": "a", "knn": {"domains": ["cat", "cat"]}}, 400, "invalid_request", "knn.domains"),
+    ("/v1/next_token", {"text": "a", "knn": {"domains": ["cat"] * 9}}, 413, "too_large", "knn.domains"),
+    ("/v1/score", {"text": ""}, 400, "invalid_request", "text"),
+    ("/v1/score", {"tokens": [5]}, 400, "invalid_request", "text"),
+    ("/v1/score", {"text": "abc", "min_context": 32}, 400, "invalid_request", "min_context"),
+    (
+        "/v1/score",
+        {"text": "abc", "knn": {"domains": ["cat", "dog"], "lambda": 0.6}},
+        400,
+        "invalid_request",
+        "lambda",
+    ),
+    ("/detokenize", {"tokens": [999]}, 400, "invalid_request", "tokens"),
+]
+
+
+def test_bad_input_is_refused_by_name(store: Path) -> None:
+    async def check(s: System) -> None:
+        for path, body, status, code, param in REFUSED:
+            error = (await s.post(path, body, status=status))["error"]
+            assert error["code"] == code, (body, error)
+            assert param is None or error["param"] == param, (body, error)
+            assert error["message"], body
+        lonely = await s.client.post("/v1/next_token", content=b'{"text": "a\\ud800"}')
+        assert lonely.status_code == 400
+        assert lonely.json()["error"]["code"] == "invalid_request"
+
+    with_system(store, check)
+
+
+def test_a_text_that_is_too_long_is_refused(store: Path) -> None:
+    async def check(s: System) -> None:
+        assert (await s.post("/v1/score", {"text": "a" * 60}, status=413))["error"]["param"] == "text"
+        await s.post("/v1/score", {"text": "a" * 40})
+
+    with_system(store, check, max_score_tokens=50)
+
+
+def test_retrieval_down_is_503_unless_asked_otherwise(store: Path) -> None:
+    async def check(s: System) -> None:
+        body = {"text": "the cat", "model": "toy+cat"}
+        await s.post("/v1/next_token", body)
+        await s.hosts["datastore"].shut()
+        assert (await s.post("/v1/next_token", body, status=503))["error"]["code"] == "unavailable"
+        for path in ("/v1/next_token", "/v1/score"):
+            answer = await s.post(path, {**body, "on_datastore_error": "lm_only"})
+            assert answer["degraded"]
+            assert answer["domains"] == []
+        assert (await s.post("/v1/next_token", {"text": "the cat"}))["degraded"] is None
+        assert [m["id"] for m in (await s.client.get("/v1/models")).json()["data"]] == ["toy"]
+
+    with_system(store, check)
+
+
+def test_every_route_is_denied_without_a_key(store: Path) -> None:
+    async def check(s: System) -> None:
+        for path, methods in (await openapi(s)).items():
+            for method in methods:
+                url = path.replace("{domain}", "cat").replace("{model}", "toy")
+                response = await s.client.request(method, url, json={})
+                public = path in ("/livez", "/readyz", "/metrics")
+                assert (response.status_code != 401) == public, (method, path, response.status_code)
+                if "activate" in path:
+                    headers = {"authorization": "Bearer user"}
+                    denied = await s.client.request(method, url, json={"version": "v2"}, headers=headers)
+                    assert denied.status_code == 403
+                    headers = {"authorization": "Bearer admin"}
+                    allowed = await s.client.request(method, url, json={"version": "v2"}, headers=headers)
+                    assert allowed.status_code == 200
+
+    async def openapi(s: System) -> Any:  # JSON
+        return (await s.client.get("/openapi.json", headers={"authorization": "Bearer user"})).json()["paths"]
+
+    with_system(store, check, api_keys="user", admin_api_keys="admin")

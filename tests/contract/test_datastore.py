@@ -1,0 +1,166 @@
+"""In process, over gRPC and over HTTP a datastore gives the same answers and the same errors."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from knnlm.datastore.catalog import Catalog
+from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, UnknownDomain, UnknownVersion
+from knnlm.index.searcher import Searcher
+from knnlm.messages import DatastoreClient, SearchRequest, SearchResult
+from knnlm.testing import TEXTS, toy_datastore
+from services.datastore.app import service
+from services.datastore.loaded import Opener
+from services.datastore.settings import DatastoreSettings
+from services.runtime.service import Service
+from tests.services.faces import datastore_faces
+from tests.services.waiting import Slow, held, until
+
+DIM = 16
+QUERIES = np.random.default_rng(0).standard_normal((5, DIM)).astype(np.float32)
+REQUEST = SearchRequest("toy", QUERIES, k=4)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    toy_datastore(tmp_path)
+    toy_datastore(tmp_path, domain="empty", texts=[])
+    return tmp_path
+
+
+def datastore_service(store: Path, opener: Opener | None = None, **settings: Any) -> Service:
+    return service(DatastoreSettings(store=store, port=0, grpc_port=0, **settings), opener)
+
+
+def same(left: SearchResult, right: SearchResult) -> bool:
+    assert (left.domain, left.version) == (right.domain, right.version)
+    passages = [
+        [[(p.document, p.entry, p.position, p.before.tolist(), p.after.tolist()) for p in row] for row in side.passages]
+        for side in (left, right)
+    ]
+    return (
+        # searched alone or with others, distances differ in the last bits
+        np.allclose(left.neighbors.distances, right.neighbors.distances, rtol=1e-5)
+        and np.array_equal(left.neighbors.values, right.neighbors.values)
+        and repr(left.neighbors.ids) == repr(right.neighbors.ids)
+        and passages[0] == passages[1]
+    )
+
+
+async def outcome(client: DatastoreClient, request: SearchRequest) -> tuple[str, str | None]:
+    try:
+        await client.search(request)
+    except KnnlmError as err:
+        return err.code, err.param
+    return "ok", None
+
+
+def test_every_face_answers_as_the_searcher_does(store: Path) -> None:
+    requests = [
+        REQUEST,
+        replace(REQUEST, queries=QUERIES.astype(np.float16)),
+        replace(REQUEST, k=4000),
+        replace(REQUEST, ids=True, version="v1"),
+        replace(REQUEST, passages=2, passage_tokens=3),
+        replace(REQUEST, rescore=True, overfetch=2.0),
+        replace(REQUEST, domain="empty"),
+    ]
+
+    async def check() -> None:
+        catalog = Catalog(store)
+        async with datastore_faces(datastore_service(store)) as (_, clients):
+            for request in requests:
+                expected = Searcher.open(catalog.path(request.domain, "v1")).search(request)
+                for name, client in clients.items():
+                    if expected.neighbors.values.size or name != "http list":  # lists of nothing have no width
+                        assert same(await client.search(request), expected), (name, request)
+
+    asyncio.run(check())
+
+
+def test_every_face_tells_the_same_of_the_domains(store: Path) -> None:
+    async def check() -> None:
+        expected = [Searcher.open(Catalog(store).path(domain, "v1")).info(["v1"]) for domain in ("empty", "toy")]
+        async with datastore_faces(datastore_service(store)) as (_, clients):
+            for client in clients.values():
+                listed = [replace(info, versions=tuple(info.versions)) for info in await client.list_domains()]
+                assert listed == expected
+                assert (await client.get_domain("toy")).entries == expected[1].entries
+
+    asyncio.run(check())
+
+
+def with_nan() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    queries = QUERIES.copy()
+    queries[2, 3] = np.nan
+    return queries
+
+
+BAD = {
+    "wrong dimension": (replace(REQUEST, queries=QUERIES[:, :7]), InvalidRequest, "queries"),
+    "not a number": (replace(REQUEST, queries=with_nan()), InvalidRequest, "queries"),
+    "infinite": (replace(REQUEST, queries=QUERIES * np.float32(np.inf)), InvalidRequest, "queries"),
+    "k zero": (replace(REQUEST, k=0), InvalidRequest, "k"),
+    "k negative": (replace(REQUEST, k=-3), InvalidRequest, "k"),
+    "k too large": (replace(REQUEST, k=5000), TooLarge, "k"),
+    "too many queries": (replace(REQUEST, queries=np.zeros((200, DIM), np.float32)), TooLarge, "queries"),
+    "answer too large": (replace(REQUEST, queries=np.zeros((90, DIM), np.float32), k=4000), TooLarge, "queries"),
+    "unknown domain": (replace(REQUEST, domain="nowhere"), UnknownDomain, "domain"),
+    "a domain that is a path": (replace(REQUEST, domain="../toy"), UnknownDomain, "domain"),
+    "unknown version": (replace(REQUEST, version="v9"), UnknownVersion, "version"),
+    "nprobe without lists": (replace(REQUEST, nprobe=3), InvalidRequest, "nprobe"),
+    "overfetch below one": (replace(REQUEST, rescore=True, overfetch=0.5), InvalidRequest, "overfetch"),
+    "too many passages": (replace(REQUEST, passages=10**6), TooLarge, "passages"),
+    "passages negative": (replace(REQUEST, passages=-1), InvalidRequest, "passages"),
+}
+
+
+def test_every_face_refuses_bad_requests_alike(store: Path) -> None:
+    async def check() -> None:
+        bounded = datastore_service(store, max_queries=100, grpc_max_message_bytes=1 << 20)
+        async with datastore_faces(bounded) as (_, clients):
+            for name, (request, expected, param) in BAD.items():
+                outcomes = {face: await outcome(client, request) for face, client in clients.items()}
+                if name == "a domain that is a path":  # HTTP servers decode %2F before they route
+                    del outcomes["http list"], outcomes["http base64"]
+                assert set(outcomes.values()) == {(expected.code, param)}, (name, outcomes)
+
+    asyncio.run(check())
+
+
+def test_searches_that_run_together_are_answered_as_alone(store: Path) -> None:
+    async def check() -> None:
+        searcher = Searcher.open(Catalog(store).path("toy", "v1"))
+        requests = [replace(REQUEST, queries=QUERIES[i % 5 :], ids=True, passages=i % 2) for i in range(24)]
+        slow = Slow()
+        async with datastore_faces(datastore_service(store, slow)) as (host, clients):
+            searches = [asyncio.create_task(clients["grpc"].search(request)) for request in requests]
+            await until(lambda: asyncio.sleep(0, held(host) == sum(len(r.queries) for r in requests)))
+            slow.gate.set()
+            results = await asyncio.gather(*searches)
+            batches = host.service.metrics.registry.get_sample_value("knnlm_batch_rows_count")
+        assert all(same(result, searcher.search(request)) for result, request in zip(results, requests, strict=True))
+        assert batches in (2, 3)  # what came first and held up the others, and the rest of each of the two kinds
+
+    asyncio.run(check())
+
+
+def test_activation_switches_every_face(store: Path) -> None:
+    async def check() -> None:
+        toy_datastore(store, version="v2", texts=TEXTS[:1], activate=False)
+        async with datastore_faces(datastore_service(store)) as (_, clients):
+            for version, client in zip(("v2", "v1", "v2"), clients.values(), strict=True):
+                info = await client.activate("toy", version)
+                assert (info.version, list(info.versions), info.state) == (version, ["v1", "v2"], "ready")
+                assert {(await c.search(REQUEST)).version for c in clients.values()} == {version}
+            with pytest.raises(UnknownVersion):
+                await clients["grpc"].activate("toy", "v7")
+            with pytest.raises(UnknownDomain):
+                await clients["http list"].activate("nowhere", "v1")
+        assert Catalog(store).current("toy") == "v2"
+
+    asyncio.run(check())

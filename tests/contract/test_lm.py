@@ -1,0 +1,151 @@
+"""In process, over gRPC and over HTTP a language model gives the same answers and the same errors."""
+
+import asyncio
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.errors import InvalidRequest, KnnlmError, TooLarge
+from knnlm.messages import ForwardRequest, ForwardResult, LanguageModelClient
+from knnlm.testing import ToyLanguageModel
+from services.lm.app import service
+from services.lm.settings import LmSettings
+from services.runtime.service import Service
+from tests.services.faces import lm_faces
+from tests.services.waiting import SlowModel, held, until
+
+
+def ids(*tokens: int) -> npt.NDArray[np.int32]:
+    return np.array(tokens, np.int32)
+
+
+REQUEST = ForwardRequest([ids(0, 7, 9, 30), ids(0, 8)], [ids(1, 3), ids(0, 1)])
+EVERYTHING = replace(REQUEST, full=True, targets=ids(5, 6, 7, 8), top_n=3, keys=True)
+
+
+def lm_service(model: ToyLanguageModel | None = None, **settings: Any) -> Service:
+    return service(LmSettings(model="toy", port=0, grpc_port=0, **settings), lambda _: model or ToyLanguageModel())
+
+
+def same(left: ForwardResult, right: ForwardResult) -> bool:
+    pairs = [(getattr(left, f.name), getattr(right, f.name)) for f in fields(left) if f.name != "timings"]
+    return all((a is None) == (b is None) and (a is None or np.array_equal(a, b)) for a, b in pairs)
+
+
+async def outcome(client: LanguageModelClient, request: ForwardRequest) -> tuple[str, str | None]:
+    try:
+        await client.forward(request)
+    except KnnlmError as err:
+        return err.code, err.param
+    return "ok", None
+
+
+def test_every_face_answers_as_the_model_does() -> None:
+    requests = [
+        EVERYTHING,
+        replace(REQUEST, full=True),
+        replace(REQUEST, targets=ids(1, 2, 3, 4)),
+        replace(REQUEST, top_n=1),
+        replace(REQUEST, keys=True),
+        replace(REQUEST, positions=[ids(), ids(1)], keys=True),
+    ]
+
+    async def check() -> None:
+        model = ToyLanguageModel()
+        async with lm_faces(lm_service()) as (_, clients):
+            for request in requests:
+                for name, client in clients.items():
+                    assert same(await client.forward(request), model.forward(request)), (name, request)
+
+    asyncio.run(check())
+
+
+def test_no_positions_give_no_rows_of_the_right_width() -> None:
+    async def check() -> None:
+        request = replace(REQUEST, positions=[ids(), ids()], top_n=2)
+        async with lm_faces(lm_service()) as (_, clients):
+            for name in ("grpc", "http base64"):  # a list of no rows cannot say how wide they would be
+                top_tokens = (await clients[name].forward(request)).top_tokens
+                assert top_tokens is not None
+                assert top_tokens.shape == (0, 2)
+
+    asyncio.run(check())
+
+
+def test_every_face_tells_the_model_and_its_tokenizer() -> None:
+    async def check() -> None:
+        model = ToyLanguageModel()
+        async with lm_faces(lm_service()) as (_, clients):
+            for client in clients.values():
+                assert await client.get_model() == model.info
+                assert await client.get_tokenizer() == model.tokenizer.json
+
+    asyncio.run(check())
+
+
+BAD = {
+    "nothing wanted": (REQUEST, InvalidRequest, None),
+    "no sequence": (ForwardRequest([], [], full=True), InvalidRequest, None),
+    "empty sequence": (ForwardRequest([ids()], [ids()], full=True), InvalidRequest, "tokens"),
+    "too long": (ForwardRequest([ids(*[1] * 33)], [ids(0)], full=True), InvalidRequest, "tokens"),
+    "token over the vocabulary": (ForwardRequest([ids(9999)], [ids(0)], full=True), InvalidRequest, "tokens"),
+    "negative token": (ForwardRequest([ids(-1)], [ids(0)], full=True), InvalidRequest, "tokens"),
+    "position outside": (ForwardRequest([ids(1)], [ids(1)], full=True), InvalidRequest, "positions"),
+    "positions descend": (ForwardRequest([ids(1, 2)], [ids(1, 0)], full=True), InvalidRequest, "positions"),
+    "position twice": (ForwardRequest([ids(1, 2)], [ids(1, 1)], full=True), InvalidRequest, "positions"),
+    "target outside": (replace(REQUEST, targets=ids(1, 2, 3, 9999)), InvalidRequest, "targets"),
+    "too few targets": (replace(REQUEST, targets=ids(1)), InvalidRequest, "targets"),
+    "top_n negative": (replace(REQUEST, top_n=-1), InvalidRequest, "top_n"),
+    "top_n over the vocabulary": (replace(REQUEST, top_n=10**6), InvalidRequest, "top_n"),
+    "too many tokens": (ForwardRequest([ids(*[1] * 30)] * 3, [ids(0)] * 3, keys=True), TooLarge, "tokens"),
+    "too many rows": (ForwardRequest([ids(*[1] * 20)] * 4, [ids(*range(19))] * 4, keys=True), TooLarge, "positions"),
+    "answer too large": (ForwardRequest([ids(1)] * 70, [ids(0)] * 70, full=True), TooLarge, "positions"),
+}
+
+
+def test_every_face_refuses_bad_requests_alike() -> None:
+    async def check() -> None:
+        bounded = lm_service(max_tokens=80, max_rows=75, grpc_max_message_bytes=65536)
+        async with lm_faces(bounded) as (_, clients):
+            for name, (request, expected, param) in BAD.items():
+                outcomes = {face: await outcome(client, request) for face, client in clients.items()}
+                assert len(set(outcomes.values())) == 1, (name, outcomes)
+                code, given = outcomes["grpc"]
+                assert code == expected.code, name
+                assert param in (None, given), name
+
+    asyncio.run(check())
+
+
+def test_requests_that_run_together_are_answered_as_alone() -> None:
+    async def check() -> None:
+        requests = [
+            replace(EVERYTHING, tokens=[ids(0, i, i + 1, 5), ids(0, 8)], targets=ids(i, 2, 3, i)) for i in range(2, 30)
+        ]
+        requests += [replace(REQUEST, keys=True)] * 3
+        model = ToyLanguageModel()
+        slow = SlowModel()
+        async with lm_faces(lm_service(slow)) as (host, clients):
+            answers = [asyncio.create_task(clients["grpc"].forward(request)) for request in requests]
+            await until(lambda: asyncio.sleep(0, held(host) == 6 * len(requests)))  # each has six tokens
+            slow.gate.set()
+            results = await asyncio.gather(*answers)
+            batches = host.service.metrics.registry.get_sample_value("knnlm_batch_rows_count")
+        assert all(same(result, model.forward(request)) for result, request in zip(results, requests, strict=True))
+        assert batches in (2, 3)  # what came first and held up the others, and the rest of each of the two kinds
+
+    asyncio.run(check())
+
+
+def test_a_bad_request_does_not_spoil_the_batch_it_is_in() -> None:
+    async def check() -> None:
+        good, bad = replace(REQUEST, keys=True), ForwardRequest([ids(9999)], [ids(0)], keys=True)
+        async with lm_faces(lm_service()) as (_, clients):
+            requests = [good, bad] * 8
+            codes = [await code for code in [outcome(clients["grpc"], r) for r in requests]]
+            together = await asyncio.gather(*(outcome(clients["grpc"], r) for r in requests))
+        assert codes == together == [("ok", None), ("invalid_request", "tokens")] * 8
+
+    asyncio.run(check())

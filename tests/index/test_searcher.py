@@ -1,0 +1,236 @@
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.manifest import with_tuning
+from knnlm.errors import DatastoreMismatch, InvalidRequest, UnknownDomain, UnknownVersion
+from knnlm.index.build import build_index
+from knnlm.index.rescore import nearest_first, rescore
+from knnlm.index.searcher import Searcher
+from knnlm.messages import SearchRequest, Tuning
+from knnlm.neighbors import Neighbors, merge
+from knnlm.testing import ToyLanguageModel, toy_datastore
+from tests.index.helpers import brute_force, clustered, datastore
+
+DIM = 16
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_datastore(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def searcher(path: Path) -> Searcher:
+    return Searcher.open(path)
+
+
+def queries(n: int = 3, dtype: type = np.float32) -> npt.NDArray[np.floating]:
+    array: npt.NDArray[np.floating] = clustered(n, DIM, seed=1).astype(dtype)
+    return array
+
+
+def test_answer_holds_what_was_asked_for(path: Path, searcher: Searcher) -> None:
+    result = searcher.search(SearchRequest("toy", queries(), 5))
+    assert (result.domain, result.version) == ("toy", "v1")
+    assert result.neighbors.distances.shape == (3, 5)
+    assert result.neighbors.ids is None
+    assert list(result.passages) == []
+    assert set(result.timings) == {"search", "rescore"}
+    full = searcher.search(SearchRequest("toy", queries(), 5, version="v1", ids=True, passages=2, passage_tokens=4))
+    assert full.neighbors.ids is not None
+    values = np.load(path / "values.npy")
+    np.testing.assert_array_equal(full.neighbors.values, values[full.neighbors.ids])
+    assert [[p.entry for p in row] for row in full.passages] == full.neighbors.ids[:, :2].tolist()
+    assert all(len(p.before) <= 4 and p.after[0] == values[p.entry] for row in full.passages for p in row)
+
+
+def test_stored_context_finds_itself(path: Path, searcher: Searcher) -> None:
+    keys = np.load(path / "keys.npy")[:50]
+    result = searcher.search(SearchRequest("toy", keys, 3, rescore=True, ids=True)).neighbors
+    np.testing.assert_array_equal(result.distances[:, 0], 0)
+    assert result.ids is not None
+    # equal keys are allowed: the text repeats itself
+    np.testing.assert_array_equal(np.load(path / "keys.npy")[result.ids[:, 0]], keys)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_half_and_single_queries_equal_brute_force(path: Path, searcher: Searcher, dtype: type) -> None:
+    asked = queries(20, dtype)
+    distances, _ = brute_force(np.load(path / "keys.npy"), asked, 9)
+    result = searcher.search(SearchRequest("toy", asked, 9)).neighbors
+    np.testing.assert_allclose(result.distances, distances, rtol=1e-5, atol=1e-4)
+
+
+def test_more_than_there_is_gives_all(searcher: Searcher) -> None:
+    result = searcher.search(SearchRequest("toy", queries(), 100_000, ids=True)).neighbors
+    assert result.values.shape == (3, 290)
+    assert result.ids is not None
+    assert [sorted(row) for row in result.ids.tolist()] == [list(range(290))] * 3
+
+
+def test_no_queries_give_no_rows(searcher: Searcher) -> None:
+    assert searcher.search(SearchRequest("toy", queries()[:0], 5, passages=1)).neighbors.values.shape == (0, 5)
+
+
+@pytest.mark.parametrize("rescoring", [None, True, False])
+def test_empty_datastore_finds_nothing(tmp_path: Path, rescoring: bool | None) -> None:
+    searcher = Searcher.open(datastore(tmp_path, np.empty((0, DIM), np.float32)))
+    result = searcher.search(SearchRequest("toy", queries(), 5, ids=True, passages=2, rescore=rescoring))
+    assert result.neighbors.values.shape == (3, 0)
+    assert not result.neighbors.present.any()
+    assert list(result.passages) == [[], [], []]
+    searcher.warm()
+
+
+def test_domain_and_version_are_pinned(searcher: Searcher) -> None:
+    with pytest.raises(UnknownDomain, match="'law', this is toy"):
+        searcher.search(SearchRequest("law", queries(), 5))
+    with pytest.raises(UnknownVersion, match="answers from version v1, version 'v2' was asked for"):
+        searcher.search(SearchRequest("toy", queries(), 5, version="v2"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (queries()[:, :7], r"shape \(n, 16\), got \(3, 7\)"),
+        (queries()[0], r"shape \(n, 16\), got \(16,\)"),
+        (queries(dtype=np.float64), "float32 or float16, got float64"),
+        (np.where(np.arange(3)[:, None] == 1, np.nan, queries()).astype(np.float32), "query 1 is not finite"),
+        (np.where(np.arange(3)[:, None] == 2, np.inf, queries()).astype(np.float16), "query 2 is not finite"),
+    ],
+)
+def test_wrong_queries_are_refused(searcher: Searcher, asked: npt.NDArray[np.floating], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        searcher.search(SearchRequest("toy", asked, 5))
+    assert caught.value.param == "queries"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("k", 0), ("k", -1), ("nprobe", 4), ("overfetch", 2.0), ("passages", -1), ("passage_tokens", -1)],
+)
+def test_wrong_parameters_are_refused_by_name(searcher: Searcher, name: str, value: float) -> None:
+    request = dataclasses.replace(SearchRequest("toy", queries(), 5), **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest) as caught:
+        searcher.search(request)
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize("overfetch", [0.5, float("nan"), float("inf")])
+def test_overfetch_is_at_least_one(searcher: Searcher, overfetch: float) -> None:
+    with pytest.raises(InvalidRequest, match="overfetch must be >= 1"):
+        searcher.search(SearchRequest("toy", queries(), 5, rescore=True, overfetch=overfetch))
+
+
+def test_nprobe_is_at_least_one_and_more_than_all_lists_is_all(tmp_path: Path) -> None:
+    path = datastore(tmp_path, clustered(500, DIM))
+    build_index(path, "ivf4")
+    searcher = Searcher.open(path)
+    with pytest.raises(InvalidRequest, match="nprobe must be >= 1, got 0"):
+        searcher.search(SearchRequest("toy", queries(), 5, nprobe=0))
+    assert (searcher.search(SearchRequest("toy", queries(), 500, nprobe=10**6)).neighbors.values >= 0).all()
+
+
+def test_queries_far_beyond_float32_squares_still_answer(searcher: Searcher) -> None:
+    asked = np.full((2, DIM), 3e38, np.float32)
+    for rescoring in (True, False):
+        result = searcher.search(SearchRequest("toy", asked, 5, rescore=rescoring)).neighbors
+        assert np.isfinite(result.distances).all()
+
+
+def test_datastore_of_another_model_is_not_opened(path: Path) -> None:
+    Searcher.open(path, expect=ToyLanguageModel().info)
+    with pytest.raises(DatastoreMismatch):
+        Searcher.open(path, expect=ToyLanguageModel(seed=1).info)
+
+
+def test_info_says_what_is_served(tmp_path: Path) -> None:
+    path = toy_datastore(tmp_path)
+    tuning = Tuning(2.0, 0.25, 64, 20.0, 15.0, 100, 2)
+    with_tuning(path, tuning)
+    info = Searcher.open(path).info(Catalog(tmp_path).versions("toy"))
+    assert (info.domain, info.version, info.versions, info.state) == ("toy", "v1", ("v1",), "ready")
+    assert (info.entries, info.documents, info.key_dim, info.key_dtype) == (290, 4, 16, "float16")
+    assert (info.index, info.tuning) == ("flat", tuning)
+    assert info.weights_sha256 == ToyLanguageModel().info.weights_sha256
+
+
+def test_threads_get_what_they_would_get_alone(tmp_path: Path) -> None:
+    path = datastore(tmp_path, clustered(2000, DIM))
+    build_index(path, "ivf16,sq8")
+    searcher = Searcher.open(path)
+    requests = [
+        SearchRequest("toy", clustered(1 + i % 7, DIM, seed=i), 1 + i, nprobe=1 + i % 16, ids=True) for i in range(40)
+    ]
+    alone = [searcher.search(r).neighbors for r in requests]
+    with ThreadPoolExecutor(4) as pool:
+        together = [r.neighbors for r in pool.map(searcher.search, requests)]
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_array_equal(one.distances, other.distances)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rescored_distances_are_true_alone_in_a_batch_and_on_threads(
+    monkeypatch: pytest.MonkeyPatch, dtype: type[np.floating]
+) -> None:
+    keys, asked = clustered(100, DIM).astype(dtype), clustered(40, DIM, seed=3)
+    ids = np.random.default_rng(0).integers(-1, 100, (40, 30))
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    whole = rescore(keys, asked, ids)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    np.testing.assert_array_equal(rescore(keys, asked, ids), whole)
+    for row in range(3):
+        np.testing.assert_array_equal(rescore(keys, asked[row : row + 1], ids[row : row + 1])[0], whole[row])
+    expected = np.square(keys[ids].astype(np.float64) - asked[:, None]).sum(axis=2)
+    np.testing.assert_allclose(whole[ids >= 0], expected[ids >= 0], rtol=1e-6)
+    assert (whole[ids < 0] == np.finfo(np.float32).max).all()
+
+
+def test_every_half_converts_exactly() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = bits[np.isfinite(bits)][:, None]  # (m, 1): a key of one dimension each
+    distances = rescore(finite, np.zeros((1, 1), np.float32), np.arange(len(finite))[None])
+    np.testing.assert_array_equal(distances[0], np.square(finite[:, 0].astype(np.float32)))
+
+
+def test_order_is_by_distance_then_id_with_padding_last() -> None:
+    distances = np.array([[2, -1e-6, 3.4e38, 2, 0]], np.float32)
+    ids = np.array([[7, 5, -1, 3, 9]])
+    kept, order = nearest_first(distances, ids, 5)
+    assert order.tolist() == [[5, 9, 3, 7, -1]]
+    assert kept[0, :4].tolist() == [0, 0, 2, 2]
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(1, 80), st.integers(0, 100))
+def test_shards_merged_equal_the_whole(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], k: int, seed: int
+) -> None:
+    store = tmp_path_factory.mktemp("shards")
+    # coarse numbers: many equal distances, whose order is then fixed by the ids
+    keys = np.round(clustered(sum(sizes), 4, seed=seed))
+    asked = np.round(clustered(5, 4, seed=seed + 1))
+
+    def search(part: npt.NDArray[np.float32], version: str) -> Neighbors:
+        searcher = Searcher.open(datastore(store, part, version=version))
+        request = SearchRequest("toy", asked, k, rescore=True, overfetch=100.0, ids=True)
+        return searcher.search(request).neighbors
+
+    whole = search(keys, "whole")
+    parts = []
+    for i, (lo, size) in enumerate(zip(np.cumsum([0, *sizes]), sizes, strict=False)):
+        part = search(keys[lo : lo + size], f"part{i}")
+        assert part.ids is not None
+        parts.append(dataclasses.replace(part, ids=np.where(part.ids >= 0, part.ids + lo, -1)))
+    merged = merge(parts, min(k, len(keys)))
+    np.testing.assert_array_equal(merged.distances, whole.distances)
+    np.testing.assert_array_equal(merged.ids, whole.ids)

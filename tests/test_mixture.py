@@ -1,0 +1,96 @@
+"""Interpolation, against the formula in probability space."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from knnlm.errors import InvalidRequest
+from knnlm.mixture import RULES, Component, mix, rule_weights
+from knnlm.neighbors import Neighbors
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    return x - np.logaddexp.reduce(x, axis=-1, keepdims=True)
+
+
+def random_log_probs(seed: int, n: int = 3, vocab: int = 6) -> np.ndarray:
+    return log_softmax(np.random.default_rng(seed).normal(size=(n, vocab)) * 4)
+
+
+def component(seed: int, weight: float, n: int = 3) -> Component:
+    return Component(f"c{seed}", random_log_probs(seed, n), np.full(n, weight))
+
+
+NEIGHBORS = Neighbors(np.ones((2, 2), np.float32), np.array([[0, 1], [-1, -1]], np.int32))
+
+
+@given(st.lists(st.floats(0, 1), max_size=4))
+def test_mixture_equals_the_formula_and_sums_to_one(weights: list[float]) -> None:
+    total = sum(weights)
+    weights = [w / total * 0.99 for w in weights] if total > 0.99 else weights
+    lm = random_log_probs(0)
+    parts = [component(i + 1, w) for i, w in enumerate(weights)]
+    expected = (1 - sum(weights)) * np.exp(lm) + sum(
+        w * np.exp(c.log_probs) for w, c in zip(weights, parts, strict=True)
+    )
+    mixed = mix(lm, parts)
+    np.testing.assert_allclose(np.exp(mixed), expected, rtol=1e-12)
+    np.testing.assert_allclose(np.exp(mixed).sum(axis=1), 1, rtol=1e-12)
+
+
+def test_lambda_zero_is_exactly_the_lm() -> None:
+    lm = random_log_probs(0)
+    np.testing.assert_array_equal(mix(lm, [component(1, 0.0)]), lm)
+    np.testing.assert_array_equal(mix(lm, []), lm)
+
+
+def test_lambda_one_is_exactly_the_component() -> None:
+    knn = Component("knn", np.array([[-np.inf, 0.0, -np.inf]]), np.ones(1))
+    np.testing.assert_array_equal(mix(random_log_probs(0, 1, 3), [knn]), knn.log_probs)
+
+
+def test_a_token_without_neighbors_keeps_the_lm_share_only() -> None:
+    lm = np.log(np.array([[0.5, 0.5]]))
+    knn = Component("knn", np.array([[0.0, -np.inf]]), np.array([0.25]))
+    np.testing.assert_allclose(np.exp(mix(lm, [knn])), [[0.625, 0.375]], rtol=1e-15)
+
+
+def test_targets_mix_as_distributions_do() -> None:
+    lm, knn = random_log_probs(0), component(1, 0.3)
+    targets = np.array([2, 0, 5])
+    rows = np.arange(3)
+    one = mix(lm[rows, targets], [Component("c", knn.log_probs[rows, targets], knn.weight)])
+    np.testing.assert_allclose(one, mix(lm, [knn])[rows, targets], rtol=1e-15)
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.1, np.nan])
+def test_weights_outside_the_unit_interval_are_refused(weight: float) -> None:
+    with pytest.raises(InvalidRequest, match=r"lambda of c1 must lie in \[0, 1\]"):
+        mix(random_log_probs(0), [component(1, weight)])
+
+
+def test_weights_over_one_together_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"add up to 1\.2"):
+        mix(random_log_probs(0), [component(1, 0.6), component(2, 0.6)])
+
+
+def test_shapes_must_agree() -> None:
+    with pytest.raises(InvalidRequest, match="expected"):
+        mix(random_log_probs(0), [component(1, 0.5, n=2)])
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("lmbda", [0.0, 0.25, 1.0])
+def test_every_rule_gives_weights_and_nothing_where_nothing_was_found(name: str, lmbda: float) -> None:
+    weights = rule_weights(name, NEIGHBORS, lmbda)
+    assert weights.shape == (2,)
+    assert weights[1] == 0.0
+    assert 0 <= weights[0] <= 1
+
+
+def test_unknown_rule_lists_the_known_ones() -> None:
+    with pytest.raises(InvalidRequest, match="unknown rule 'x'; known: fixed"):
+        rule_weights("x", NEIGHBORS, 0.5)
+    with pytest.raises(InvalidRequest, match="lambda must lie"):
+        rule_weights("fixed", NEIGHBORS, 1.5)

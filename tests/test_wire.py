@@ -1,0 +1,331 @@
+"""What is written can be read and is the same, and what is malformed names its field: over generated messages."""
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from knnlm.errors import InvalidRequest, TooLarge
+from knnlm.messages import (
+    DomainInfo,
+    ForwardRequest,
+    ForwardResult,
+    ModelInfo,
+    Passage,
+    SearchRequest,
+    SearchResult,
+    Tuning,
+)
+from knnlm.neighbors import Neighbors
+from knnlm.v1 import common_pb2, datastore_pb2, lm_pb2
+from knnlm.wire import array_from_json, array_from_tensor, array_to_json, array_to_tensor, jsonable, protos
+from knnlm.wire.arrays import FLOATS, INT32, LIST_LIMIT
+
+QUICK = settings(max_examples=40, deadline=None)
+ENCODINGS = ("list", "base64")
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal, arrays by dtype and content (NaN equals NaN), sequences of any kind by their elements."""
+    if isinstance(left, np.ndarray):
+        return left.dtype == right.dtype and np.array_equal(left, right, equal_nan=left.dtype.kind == "f")
+    if is_dataclass(left):
+        names = [field.name for field in fields(left)]
+        return type(left) is type(right) and all(same(getattr(left, n), getattr(right, n)) for n in names)
+    if isinstance(left, Sequence) and not isinstance(left, str):
+        return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
+    return bool(left == right)
+
+
+def through_json(value: object) -> Any:
+    return json.loads(json.dumps(value, allow_nan=False))
+
+
+def of(dtype: str, ndim: int, *, least: int = 0) -> st.SearchStrategy[npt.NDArray[Any]]:
+    shape = arrays.array_shapes(min_dims=ndim, max_dims=ndim, min_side=least, max_side=5)
+    return arrays.arrays(np.dtype(dtype), shape)
+
+
+@QUICK
+@given(st.sampled_from(["float32", "float16", "int32", "int64"]).flatmap(lambda d: of(d, 2)))
+def test_packed_arrays_survive_with_dtype_and_shape(array: npt.NDArray[Any]) -> None:
+    dtypes = (array.dtype.name,)
+    assert same(array_from_tensor(array_to_tensor(array), "a", dtypes, 2), array)
+    assert same(array_from_json(through_json(array_to_json(array, "base64")), "a", dtypes, 2), array)
+    turned = np.asfortranarray(array)
+    assert same(array_from_tensor(array_to_tensor(turned), "a", dtypes, 2), array)
+
+
+@QUICK
+@given(st.sampled_from(["float32", "int32", "int64"]).flatmap(lambda d: of(d, 2, least=1)))
+def test_lists_survive_with_every_float_there_is(array: npt.NDArray[Any]) -> None:
+    assert same(array_from_json(through_json(array_to_json(array, "list")), "a", (array.dtype.name,), 2), array)
+
+
+def test_packed_bytes_are_little_endian() -> None:
+    big = np.array([1, 2], ">i4")
+    assert array_to_tensor(big).data == b"\x01\0\0\0\x02\0\0\0"
+    assert array_from_tensor(array_to_tensor(big), "a", INT32, 1).tolist() == [1, 2]
+
+
+def tensor(**changed: Any) -> common_pb2.Tensor:
+    return common_pb2.Tensor(**{"dtype": common_pb2.DTYPE_INT32, "shape": [2], "data": b"\0" * 8, **changed})
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        tensor(data=b"\0" * 7),
+        tensor(data=b""),
+        tensor(shape=[3]),
+        tensor(shape=[-2]),
+        tensor(shape=[2, 1]),
+        tensor(shape=[]),
+        tensor(shape=[2**62]),
+        tensor(shape=[2**40], data=b""),
+        tensor(dtype=common_pb2.DTYPE_FLOAT32),
+        tensor(dtype=common_pb2.DTYPE_UNSPECIFIED),
+        tensor(dtype=99),
+        common_pb2.Tensor(),
+    ],
+)
+def test_a_malformed_tensor_is_refused_by_name(malformed: common_pb2.Tensor) -> None:
+    with pytest.raises(InvalidRequest, match="tokens") as refused:
+        array_from_tensor(malformed, "tokens", INT32, 1)
+    assert refused.value.param == "tokens"
+
+
+def packed(**changed: object) -> dict[str, object]:
+    return {"dtype": "int32", "shape": [2], "data": base64.b64encode(b"\0" * 8).decode(), **changed}
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        None, 3, "x", True, {}, [[1], [2]], [1, [2]], [1.5], ["1"], [None], [{}], [True], [2**31], [-(2**31) - 1],
+        [2**70], [[]], [1, "NaN"], packed(extra=1), packed(data="%%"), packed(data="é"), packed(data=3),
+        packed(shape=[3]), packed(shape="2"), packed(shape=[2.0]), packed(shape=[True]), packed(shape=[-1]),
+        packed(shape=[[2]]), packed(dtype="float32"), packed(dtype="object"), packed(dtype=["int32"]),
+    ],
+)  # fmt: skip
+def test_a_malformed_array_in_json_is_refused_by_name(malformed: object) -> None:
+    if malformed == [[]]:  # nothing, one level too deep, is still nothing
+        assert array_from_json(malformed, "tokens", INT32, 1).size == 0
+        return
+    with pytest.raises(InvalidRequest, match="tokens") as refused:
+        array_from_json(malformed, "tokens", INT32, 1)
+    assert refused.value.param == "tokens"
+
+
+@pytest.mark.parametrize("malformed", [[["nan"]], [["1.5"]], [[True, "NaN"]], [[1], [1, 2]], [[[1]]], [[None]], [[{}]]])
+def test_malformed_rows_are_refused(malformed: object) -> None:
+    with pytest.raises(InvalidRequest, match="queries"):
+        array_from_json(malformed, "queries", FLOATS, 2)
+
+
+@pytest.mark.parametrize("shape", [[0, 2**70], [0, 2**31], [2**40, 0]])
+def test_a_shape_of_nothing_cannot_be_absurd(shape: list[int]) -> None:
+    with pytest.raises(InvalidRequest, match="queries"):
+        array_from_json({"dtype": "float32", "shape": shape, "data": ""}, "queries", FLOATS, 2)
+
+
+def test_one_long_text_among_numbers_costs_no_more_than_itself() -> None:
+    with pytest.raises(InvalidRequest, match="queries"):  # as an array of texts this would take 400 GB
+        array_from_json([["x" * 10**6, *range(10**5)]], "queries", FLOATS, 2)
+
+
+def test_a_number_too_large_for_float32_is_infinite_for_its_reader_to_refuse() -> None:
+    assert array_from_json([[1e300]], "queries", FLOATS, 2).tolist() == [[np.inf]]
+
+
+def test_a_list_too_long_for_people_must_be_packed() -> None:
+    array = np.zeros(LIST_LIMIT + 1, np.int32)
+    with pytest.raises(TooLarge, match="base64"):
+        array_to_json(array, "list")
+    assert isinstance(array_to_json(array, "base64"), dict)
+
+
+def test_an_encoding_is_one_of_two() -> None:
+    with pytest.raises(InvalidRequest, match="encoding"):
+        array_to_json(np.zeros(1, np.int32), "hex")
+
+
+def test_a_dtype_that_does_not_travel_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="float64"):
+        array_to_tensor(np.zeros(1))
+
+
+TOKENS = arrays.arrays(np.int32, st.integers(1, 5))
+INT = st.integers(0, 2**31 - 1)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+TEXT = st.text(max_size=8)
+TIMINGS = st.dictionaries(st.sampled_from(["queue", "forward"]), st.floats(0, 10))
+
+
+def maybe(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.none() | strategy
+
+
+FORWARD_REQUESTS = st.lists(st.tuples(TOKENS, TOKENS), max_size=3).flatmap(
+    lambda pairs: st.builds(
+        ForwardRequest,
+        st.just([tokens for tokens, _ in pairs]),
+        st.just([positions for _, positions in pairs]),
+        full=st.booleans(),
+        targets=maybe(TOKENS),
+        top_n=INT,
+        keys=st.booleans(),
+    )
+)
+FORWARD_RESULTS = st.builds(
+    ForwardResult,
+    log_probs=maybe(of("float32", 2, least=1)),
+    target_log_probs=maybe(of("float32", 1)),
+    top_tokens=maybe(of("int32", 2, least=1)),
+    top_log_probs=maybe(of("float32", 2, least=1)),
+    keys=maybe(of("float32", 2, least=1)),
+    timings=TIMINGS,
+)
+SEARCH_REQUESTS = st.builds(
+    SearchRequest,
+    TEXT,
+    of("float32", 2, least=1),
+    INT,
+    version=maybe(TEXT),
+    nprobe=maybe(INT),
+    rescore=maybe(st.booleans()),
+    overfetch=maybe(st.floats(1, 100, width=32)),
+    ids=st.booleans(),
+    passages=INT,
+    passage_tokens=INT,
+)
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4))
+NEIGHBORS = SHAPES.flatmap(
+    lambda shape: st.builds(
+        Neighbors,
+        arrays.arrays(np.float32, shape),
+        arrays.arrays(np.int32, shape),
+        maybe(arrays.arrays(np.int64, shape)),
+    )
+)
+PASSAGES = st.lists(st.lists(st.builds(Passage, TEXT, INT, INT, TOKENS, TOKENS), max_size=2), max_size=2)
+SEARCH_RESULTS = st.builds(SearchResult, TEXT, TEXT, NEIGHBORS, PASSAGES, TIMINGS)
+MODELS = st.builds(
+    ModelInfo,
+    *[TEXT] * 4, INT, INT, TEXT, INT, TEXT, TEXT, maybe(INT), maybe(INT),
+)  # fmt: skip
+DOMAINS = st.builds(
+    DomainInfo,
+    TEXT, TEXT, st.lists(TEXT, max_size=3), TEXT, INT, INT, INT, *[TEXT] * 6,
+    maybe(st.builds(Tuning, FINITE, FINITE, INT, FINITE, FINITE, INT, INT)),
+)  # fmt: skip
+
+
+@QUICK
+@given(FORWARD_REQUESTS)
+def test_forward_requests_survive(request: ForwardRequest) -> None:
+    message = lm_pb2.ForwardRequest.FromString(protos.forward_request_to_proto(request).SerializeToString())
+    assert same(protos.forward_request_from_proto(message), request)
+    for encoding in ENCODINGS:
+        body = through_json(jsonable.forward_request_to_json(request, encoding))
+        assert same(jsonable.forward_request_from_json(body), request)
+
+
+@QUICK
+@given(FORWARD_RESULTS)
+def test_forward_results_survive(result: ForwardResult) -> None:
+    message = lm_pb2.ForwardResponse.FromString(protos.forward_result_to_proto(result).SerializeToString())
+    assert same(protos.forward_result_from_proto(message), result)
+    for encoding in ENCODINGS:
+        body = through_json(jsonable.forward_result_to_json(result, encoding))
+        assert same(jsonable.forward_result_from_json(body), result)
+
+
+@QUICK
+@given(SEARCH_REQUESTS)
+def test_search_requests_survive(request: SearchRequest) -> None:
+    message = datastore_pb2.SearchRequest.FromString(protos.search_request_to_proto(request).SerializeToString())
+    assert same(protos.search_request_from_proto(message), request)
+    for encoding in ENCODINGS:
+        body = through_json(jsonable.search_request_to_json(request, encoding))
+        assert same(jsonable.search_request_from_json(request.domain, body), request)
+
+
+@QUICK
+@given(SEARCH_RESULTS)
+def test_search_results_survive(result: SearchResult) -> None:
+    message = datastore_pb2.SearchResponse.FromString(protos.search_result_to_proto(result).SerializeToString())
+    assert same(protos.search_result_from_proto(message), result)
+    for encoding in ENCODINGS:
+        body = through_json(jsonable.search_result_to_json(result, encoding))
+        assert same(jsonable.search_result_from_json(body), result)
+
+
+@QUICK
+@given(MODELS)
+def test_models_survive(info: ModelInfo) -> None:
+    assert protos.model_from_proto(protos.model_to_proto(info)) == info
+    assert jsonable.model_from_json(through_json(jsonable.model_to_json(info))) == info
+
+
+@QUICK
+@given(DOMAINS)
+def test_domains_survive(info: DomainInfo) -> None:
+    assert same(protos.domain_from_proto(protos.domain_to_proto(info)), info)
+    assert same(jsonable.domain_from_json(through_json(jsonable.domain_to_json(info))), info)
+
+
+def test_lambda_is_called_lambda_on_the_wire() -> None:
+    tuning = Tuning(10.0, 0.25, 64, 20.0, 15.0, 1000, 10)
+    info = DomainInfo("d", "v1", ["v1"], "ready", 1, 1, 1, "float16", "f", "flat", "m", "w", "t", tuning)
+    body = through_json(jsonable.domain_to_json(info))
+    assert body["tuning"]["lambda"] == 0.25
+    assert "lmbda" not in body["tuning"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "param"),
+    [
+        ({"lengths": [1, 2]}, "position_counts"),
+        ({"lengths": [5]}, "lengths"),
+        ({"lengths": [3], "position_counts": [2]}, "position_counts"),
+        ({"lengths": [-1]}, "lengths"),
+        ({"lengths": [0] * 4, "position_counts": [0] * 4}, "tokens"),
+        ({"tokens": None}, "tokens"),
+        ({"positions": None}, "positions"),
+        ({"targets": tensor(shape=[9])}, "targets"),
+    ],
+)
+def test_a_forward_request_that_does_not_add_up_is_refused(changed: dict[str, Any], param: str) -> None:
+    ids = array_to_tensor(np.arange(3, dtype=np.int32))
+    one = array_to_tensor(np.zeros(1, np.int32))
+    parts = {"tokens": ids, "lengths": [3], "positions": one, "position_counts": [1], **changed}
+    with pytest.raises(InvalidRequest) as refused:
+        protos.forward_request_from_proto(lm_pb2.ForwardRequest(**parts))
+    assert refused.value.param == param
+
+
+def test_a_number_that_protobuf_cannot_hold_is_refused_by_name() -> None:
+    request = SearchRequest("d", np.zeros((1, 2), np.float32), k=2**40)
+    with pytest.raises(InvalidRequest) as refused:
+        protos.search_request_to_proto(request)
+    assert refused.value.param == "k"
+
+
+@pytest.mark.parametrize(
+    ("changed", "param"),
+    [({"k": "4"}, "k"), ({"k": True}, "k"), ({"k": None}, "k"), ({"ids": 1}, "ids"), ({"queries": None}, "queries"),
+     ({"version": 2}, "version"), ({"overfetch": "2"}, "overfetch")],
+)  # fmt: skip
+def test_a_field_of_a_wrong_type_is_refused_by_name(changed: dict[str, object], param: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        jsonable.search_request_from_json("d", {"queries": [[0.0]], "k": 4, **changed})
+    assert refused.value.param == param
