@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.decoding import Mixed, Retrieved, Window, mix_distributions, mix_targets, plan_windows
-from knnlm.errors import DatastoreMismatch, DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
+from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
 from knnlm.messages import (
     DatastoreClient,
-    DomainInfo,
     ForwardRequest,
     ForwardResult,
     LanguageModelClient,
@@ -25,58 +24,11 @@ from knnlm.messages import (
     SearchRequest,
     SearchResult,
 )
+from knnlm.options import KnnOptions, UsedDomain, used_domain
 
-__all__ = ["DEFAULT_K", "DomainOptions", "KnnOptions", "Mixer", "NextTokens", "Score", "UsedDomain"]
+__all__ = ["Mixer", "NextTokens", "Score"]
 
 T = TypeVar("T")
-DEFAULT_K = 1024  # of the paper; a domain's tuning says otherwise
-
-
-@dataclass(frozen=True)
-class DomainOptions:
-    """One domain of a request. What is None is taken from the tuning that is stored with the domain."""
-
-    domain: str
-    version: str | None = None
-    lmbda: float | None = None
-    temperature: float | None = None
-
-
-@dataclass(frozen=True)
-class KnnOptions:
-    """How to retrieve and mix. `on_datastore_error`: "fail", or "lm_only" to answer from the LM and say so."""
-
-    domains: tuple[DomainOptions, ...]
-    k: int | None = None
-    combine: str = "mixture"
-    nprobe: int | None = None
-    rescore: bool | None = None
-    overfetch: float | None = None
-    rule: str = "fixed"
-    on_datastore_error: str = "fail"
-
-    def __post_init__(self) -> None:
-        names = [d.domain for d in self.domains]
-        if not names or len(set(names)) != len(names):
-            raise InvalidRequest(f"expected one or more distinct domains, got {names}", param="knn.domains")
-        for d in self.domains:
-            if d.lmbda is not None and not 0 <= d.lmbda <= 1:
-                raise InvalidRequest(f"lambda must lie in [0, 1], got {d.lmbda}", param="knn.lambda")
-            if d.temperature is not None and not 0 < d.temperature < np.inf:
-                raise InvalidRequest(f"temperature must be > 0, got {d.temperature}", param="knn.temperature")
-        if self.k is not None and self.k < 1:
-            raise InvalidRequest(f"k must be at least 1, got {self.k}", param="knn.k")
-
-
-@dataclass(frozen=True)
-class UsedDomain:
-    """What a domain was asked with in the end, and the version that answered."""
-
-    domain: str
-    version: str
-    temperature: float
-    lmbda: float
-    k: int
 
 
 @dataclass(frozen=True)
@@ -272,8 +224,8 @@ class Mixer:
         """The version that each domain serves now and the values that hold for it: asked for, else its tuning's."""
         if self._datastore is None:
             raise Unavailable("no datastore service is configured, so no domain can be used")
-        infos = await asyncio.gather(*(self._datastore.get_domain(d.domain) for d in knn.domains))
-        return [self._used(options, info, knn) for options, info in zip(knn.domains, infos, strict=True)]
+        infos = await asyncio.gather(*(self._datastore.get_domain(d.domain, d.version) for d in knn.domains))
+        return [used_domain(options, knn.k, info, self.info) for options, info in zip(knn.domains, infos, strict=True)]
 
     async def _resolve_or_degrade(self, knn: KnnOptions | None) -> tuple[list[UsedDomain], str | None]:
         if knn is None:
@@ -284,26 +236,6 @@ class Mixer:
             if knn.on_datastore_error != "lm_only":
                 raise
             return [], err.message
-
-    def _used(self, options: DomainOptions, info: DomainInfo, knn: KnnOptions) -> UsedDomain:
-        for name in ("weights_sha256", "tokenizer_sha256", "key_function", "key_dim"):
-            theirs, ours = getattr(info, name), getattr(self.info, name)
-            if theirs != ours:
-                raise DatastoreMismatch(
-                    f"domain {info.domain} was made with {name} {theirs} (model {info.model_id}), "
-                    f"the language model has {ours} (model {self.info.model_id})"
-                )
-        tuning = info.tuning
-        temperature = options.temperature if options.temperature is not None else tuning and tuning.temperature
-        lmbda = options.lmbda if options.lmbda is not None else tuning and tuning.lmbda
-        for name, value in (("temperature", temperature), ("lambda", lmbda)):
-            if value is None:
-                raise InvalidRequest(
-                    f"domain {info.domain} has not been tuned: give knn.{name}, or run `knnlm tune {info.domain}`",
-                    param=f"knn.{name}",
-                )
-        k = knn.k or (tuning.k if tuning else DEFAULT_K)
-        return UsedDomain(info.domain, options.version or info.version, float(temperature or 0), float(lmbda or 0), k)
 
     async def _search(
         self,

@@ -25,7 +25,8 @@ from knnlm.messages import (
     SearchRequest,
     SearchResult,
 )
-from knnlm.mixer import DomainOptions, KnnOptions, Mixer, NextTokens, Score
+from knnlm.mixer import Mixer, NextTokens, Score
+from knnlm.options import DomainOptions, KnnOptions
 from knnlm.tokenizer import Tokenizer
 
 __all__ = ["Context", "LocalDatastore", "LocalLanguageModel", "Pipeline", "Search"]
@@ -159,8 +160,12 @@ class LocalDatastore:
     async def list_domains(self) -> Sequence[DomainInfo]:
         return [await self.get_domain(domain) for domain in sorted(self._searchers)]
 
-    async def get_domain(self, domain: str) -> DomainInfo:
+    async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
         info = self._searcher(domain).info(())
+        if version not in (None, info.version):
+            raise UnknownVersion(
+                f"domain {domain} was opened with version {info.version}, not {version}", param="version"
+            )
         return replace(info, versions=(info.version,))
 
     async def activate(self, domain: str, version: str) -> DomainInfo:

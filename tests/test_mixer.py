@@ -19,8 +19,9 @@ from knnlm.messages import (
     SearchResult,
     Tuning,
 )
-from knnlm.mixer import DomainOptions, KnnOptions, Mixer
+from knnlm.mixer import Mixer
 from knnlm.neighbors import Neighbors
+from knnlm.options import DomainOptions, KnnOptions
 from knnlm.testing import ToyLanguageModel
 
 T = TypeVar("T")
@@ -82,14 +83,17 @@ class BruteForce:
     async def list_domains(self) -> Sequence[DomainInfo]:
         return [await self.get_domain("toy")]
 
-    async def get_domain(self, domain: str) -> DomainInfo:
+    async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
+        version = version or self.current
+        if version not in self.values:
+            raise UnknownVersion(f"no {version}")
         if not domain.startswith("toy"):
             raise UnknownDomain(f"unknown domain {domain}")
         info = TOY.info
         return replace(
             DomainInfo(
                 domain=domain,
-                version=self.current,
+                version=version,
                 versions=["v1", "v2"],
                 state="ready",
                 entries=40,
@@ -101,7 +105,7 @@ class BruteForce:
                 model_id=info.model_id,
                 weights_sha256=info.weights_sha256,
                 tokenizer_sha256=info.tokenizer_sha256,
-                tuning=self.tuning,
+                tuning=self.tuning if version == "v1" or self.tuning is None else replace(self.tuning, lmbda=0.1),
             ),
             **self.made_by,  # type: ignore[arg-type]  # names of fields that hold text
         )
@@ -150,6 +154,12 @@ def test_a_domain_and_nothing_else_uses_what_was_fitted() -> None:
     context = TOY.tokenizer.encode("the cat")
     answer = run(Mixer(Lm(), store, TOY.info).next_token([context], knn()))
     np.testing.assert_allclose(np.exp(answer.mixed.log_probs[0]), by_hand(store, context, 3.0, 0.4, 5), rtol=1e-6)
+
+
+def test_a_pinned_version_is_mixed_with_its_own_tuning() -> None:
+    mixer = Mixer(Lm(), BruteForce(), TOY.info)
+    used = run(mixer.next_token([TOY.tokenizer.encode("the cat")], knn(version="v2"))).domains[0]
+    assert (used.version, used.lmbda) == ("v2", 0.1)
 
 
 def test_without_tuning_the_missing_value_is_asked_for() -> None:

@@ -11,7 +11,7 @@ from knnlm.datastore.manifest import with_tuning
 from knnlm.errors import Conflict, InvalidRequest, KnnlmError, UnknownDomain, UnknownVersion
 from knnlm.index.searcher import Searcher
 from knnlm.messages import ForwardRequest, SearchRequest, Tuning
-from knnlm.mixer import DomainOptions, KnnOptions
+from knnlm.options import DomainOptions, KnnOptions
 from knnlm.pipeline import Context, LocalDatastore, LocalLanguageModel, Pipeline
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 

@@ -20,7 +20,7 @@ from knnlm.errors import InvalidRequest, UnknownVersion
 if TYPE_CHECKING:
     from knnlm.datastore.catalog import Catalog
     from knnlm.evaluation.splits import Part
-    from knnlm.mixer import KnnOptions
+    from knnlm.options import KnnOptions
 
 DomainArgument = Annotated[str, typer.Argument(help="The domain: a-z, 0-9, '-', '_' and '.'.")]
 SourcesArgument = Annotated[
@@ -152,7 +152,7 @@ def knn_options(
     domains: Sequence[str], *, k: int | None, lmbda: float | None, temperature: float | None, combine: str
 ) -> "KnnOptions | None":
     """None without domains; then the other options would be ignored, which is refused."""
-    from knnlm.mixer import DomainOptions, KnnOptions
+    from knnlm.options import DomainOptions, KnnOptions
 
     if not domains:
         given = {

@@ -78,8 +78,9 @@ class HttpDatastore:
     async def list_domains(self) -> Sequence[DomainInfo]:
         return [jsonable.domain_from_json(given) for given in (await self._link.json("GET", "/v1/domains"))["domains"]]
 
-    async def get_domain(self, domain: str) -> DomainInfo:
-        return jsonable.domain_from_json(await self._link.json("GET", f"/v1/domains/{quote(domain, safe='')}"))
+    async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
+        query = "" if version is None else f"?version={quote(version, safe='')}"
+        return jsonable.domain_from_json(await self._link.json("GET", f"/v1/domains/{quote(domain, safe='')}{query}"))
 
     async def activate(self, domain: str, version: str) -> DomainInfo:
         path = f"/v1/domains/{quote(domain, safe='')}:activate"

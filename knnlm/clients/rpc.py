@@ -89,10 +89,10 @@ class GrpcDatastore:
         )
         return [protos.domain_from_proto(domain) for domain in reply.domains]
 
-    async def get_domain(self, domain: str) -> DomainInfo:
+    async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
         reply = await self._link.call(
             lambda channel: datastore_pb2_grpc.DatastoreStub(channel).GetDomain,
-            datastore_pb2.GetDomainRequest(domain=domain),
+            datastore_pb2.GetDomainRequest(domain=domain, version=version),
         )
         return protos.domain_from_proto(reply.domain)
 

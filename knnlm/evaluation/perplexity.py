@@ -14,7 +14,8 @@ import numpy as np
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import LEAK_ALARM, collect
 from knnlm.evaluation.splits import Encoded, sample
-from knnlm.mixer import KnnOptions, Score, UsedDomain
+from knnlm.mixer import Score
+from knnlm.options import KnnOptions, UsedDomain
 from knnlm.pipeline import Pipeline
 
 __all__ = ["DocumentFigures", "Figures", "Report", "evaluate", "leaks"]

@@ -290,3 +290,4 @@ def _save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, settings: TrainSe
     with no_progress_bars():
         model.save_pretrained(out)
     wrapped.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # the library writes it for the owner alone; a service may be another user

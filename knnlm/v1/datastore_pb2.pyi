@@ -129,10 +129,12 @@ class ListDomainsResponse(_message.Message):
     def __init__(self, domains: _Optional[_Iterable[_Union[Domain, _Mapping]]] = ...) -> None: ...
 
 class GetDomainRequest(_message.Message):
-    __slots__ = ("domain",)
+    __slots__ = ("domain", "version")
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     domain: str
-    def __init__(self, domain: _Optional[str] = ...) -> None: ...
+    version: str
+    def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class GetDomainResponse(_message.Message):
     __slots__ = ("domain",)

@@ -1,7 +1,7 @@
 """Which domains a request chooses and how: the model id and the `knn` object together, as options of the mixer."""
 
 from knnlm.errors import InvalidRequest, TooLarge, UnknownModel
-from knnlm.mixer import DomainOptions, KnnOptions
+from knnlm.options import DomainOptions, KnnOptions
 from services.aggregator.schemas import DomainChoice, Knn, Request
 from services.aggregator.settings import AggregatorSettings
 

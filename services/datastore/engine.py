@@ -97,8 +97,8 @@ class Engine:
     async def list_domains(self) -> Sequence[DomainInfo]:
         return await self._pool.list()
 
-    async def get_domain(self, domain: str) -> DomainInfo:
-        return await self._pool.describe(domain)
+    async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
+        return await self._pool.describe(domain, version)
 
     async def activate(self, domain: str, version: str, call: Call) -> DomainInfo:
         """Switch a domain; see Pool.activate. Raises DeadlineExceeded when loading takes longer: it goes on then."""

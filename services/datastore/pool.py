@@ -88,9 +88,9 @@ class Pool:
     async def list(self) -> Sequence[DomainInfo]:
         return [await self.describe(domain) for domain in sorted(self._current)]
 
-    async def describe(self, domain: str) -> DomainInfo:
+    async def describe(self, domain: str, version: str | None = None) -> DomainInfo:
         """Raises as `get` does. state: ready, loading VERSION, or stale (and why) when CURRENT cannot be opened."""
-        loaded = self.get(domain, None)
+        loaded = self.get(domain, version)
         try:
             versions = await asyncio.to_thread(self._catalog.versions, domain)
         except KnnlmError:  # removed a moment ago, and still served

@@ -27,8 +27,9 @@ def routes(engine: Engine) -> APIRouter:
         return JSONResponse({"domains": [jsonable.domain_to_json(info) for info in await engine.list_domains()]})
 
     @router.get("/v1/domains/{domain}", summary="One of them", response_model=DomainAnswer)
-    async def get_domain(domain: str) -> JSONResponse:
-        return JSONResponse(jsonable.domain_to_json(await engine.get_domain(domain)))
+    async def get_domain(domain: str, version: str | None = None) -> JSONResponse:
+        """As it is, or as a version that is still loaded says."""
+        return JSONResponse(jsonable.domain_to_json(await engine.get_domain(domain, version)))
 
     @router.post(
         "/v1/domains/{domain}:activate",

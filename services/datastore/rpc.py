@@ -49,7 +49,8 @@ class _Servicer(datastore_pb2_grpc.DatastoreServicer):
         request: datastore_pb2.GetDomainRequest,
         context: Context,  # noqa: ARG002
     ) -> datastore_pb2.GetDomainResponse:
-        info = await self._engine.get_domain(request.domain)
+        version = request.version if request.HasField("version") else None
+        info = await self._engine.get_domain(request.domain, version)
         return datastore_pb2.GetDomainResponse(domain=protos.domain_to_proto(info))
 
     async def ActivateVersion(  # noqa: N802

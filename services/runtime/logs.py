@@ -26,7 +26,7 @@ def configure(log_format: str, log_level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(log_level.upper())
-    for chatty in ("uvicorn", "grpc", "httpx", "httpcore", "asyncio"):
+    for chatty in ("uvicorn", "grpc", "httpx", "httpcore", "asyncio", "faiss"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
 
 

@@ -17,7 +17,7 @@ from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.manifest import with_tuning
 from knnlm.index.searcher import Searcher
 from knnlm.messages import Tuning
-from knnlm.mixer import DomainOptions, KnnOptions
+from knnlm.options import DomainOptions, KnnOptions
 from knnlm.pipeline import Pipeline
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 from services.aggregator.app import service as aggregator_service

@@ -90,6 +90,9 @@ def test_every_face_tells_the_same_of_the_domains(store: Path) -> None:
                 listed = [replace(info, versions=tuple(info.versions)) for info in await client.list_domains()]
                 assert listed == expected
                 assert (await client.get_domain("toy")).entries == expected[1].entries
+                assert (await client.get_domain("toy", "v1")).version == "v1"
+                with pytest.raises(UnknownVersion):
+                    await client.get_domain("toy", "v9")
 
     asyncio.run(check())
 

@@ -13,8 +13,8 @@ from knnlm.evaluation.splits import encode
 from knnlm.evaluation.tuning import mean_loss
 from knnlm.index.searcher import Searcher
 from knnlm.messages import ForwardRequest
-from knnlm.mixer import DomainOptions, KnnOptions
 from knnlm.neighbors import Neighbors
+from knnlm.options import DomainOptions, KnnOptions
 from knnlm.pipeline import Pipeline
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 

@@ -13,7 +13,7 @@ from knnlm.errors import InvalidRequest
 from knnlm.evaluation.perplexity import DocumentFigures, Report, evaluate
 from knnlm.evaluation.splits import encode
 from knnlm.index.searcher import Searcher
-from knnlm.mixer import DomainOptions, KnnOptions
+from knnlm.options import DomainOptions, KnnOptions
 from knnlm.pipeline import Pipeline
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 

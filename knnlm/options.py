@@ -1,0 +1,84 @@
+"""What a caller may choose about retrieval, and what holds in the end: asked for, else tuned, else refused. Pure."""
+
+import math
+from dataclasses import dataclass
+
+from knnlm.errors import DatastoreMismatch, InvalidRequest
+from knnlm.messages import DomainInfo, ModelInfo
+
+__all__ = ["DEFAULT_K", "DomainOptions", "KnnOptions", "UsedDomain", "used_domain"]
+
+DEFAULT_K = 1024  # of the paper; a domain's tuning says otherwise
+
+
+@dataclass(frozen=True)
+class DomainOptions:
+    """One domain of a request. What is None is taken from the tuning that is stored with the domain."""
+
+    domain: str
+    version: str | None = None
+    lmbda: float | None = None
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class KnnOptions:
+    """How to retrieve and mix. `on_datastore_error`: "fail", or "lm_only" to answer from the LM and say so."""
+
+    domains: tuple[DomainOptions, ...]
+    k: int | None = None
+    combine: str = "mixture"
+    nprobe: int | None = None
+    rescore: bool | None = None
+    overfetch: float | None = None
+    rule: str = "fixed"
+    on_datastore_error: str = "fail"
+
+    def __post_init__(self) -> None:
+        names = [d.domain for d in self.domains]
+        if not names or len(set(names)) != len(names):
+            raise InvalidRequest(f"expected one or more distinct domains, got {names}", param="knn.domains")
+        for d in self.domains:
+            if d.lmbda is not None and not 0 <= d.lmbda <= 1:
+                raise InvalidRequest(f"lambda must lie in [0, 1], got {d.lmbda}", param="knn.lambda")
+            if d.temperature is not None and not 0 < d.temperature < math.inf:
+                raise InvalidRequest(f"temperature must be > 0, got {d.temperature}", param="knn.temperature")
+        if self.k is not None and self.k < 1:
+            raise InvalidRequest(f"k must be at least 1, got {self.k}", param="knn.k")
+
+
+@dataclass(frozen=True)
+class UsedDomain:
+    """What a domain was asked with in the end, and the version that answered."""
+
+    domain: str
+    version: str
+    temperature: float
+    lmbda: float
+    k: int
+
+
+def used_domain(options: DomainOptions, k: int | None, info: DomainInfo, model: ModelInfo) -> UsedDomain:
+    """The values that hold for a domain: asked for, else those of its tuning.
+
+    Raises DatastoreMismatch, with both values, for a domain that another model, tokenizer or key function made, and
+    InvalidRequest for a value that is neither asked for nor tuned.
+    """
+    for name in ("weights_sha256", "tokenizer_sha256", "key_function", "key_dim"):
+        theirs, ours = getattr(info, name), getattr(model, name)
+        if theirs != ours:
+            raise DatastoreMismatch(
+                f"domain {info.domain} was made with {name} {theirs} (model {info.model_id}), "
+                f"the language model has {ours} (model {model.model_id})"
+            )
+    tuning = info.tuning
+    temperature = options.temperature if options.temperature is not None else tuning and tuning.temperature
+    lmbda = options.lmbda if options.lmbda is not None else tuning and tuning.lmbda
+    for name, value in (("temperature", temperature), ("lambda", lmbda)):
+        if value is None:
+            raise InvalidRequest(
+                f"domain {info.domain} has not been tuned: give knn.{name}, or run `knnlm tune {info.domain}`",
+                param=f"knn.{name}",
+            )
+    k = k or (tuning.k if tuning else DEFAULT_K)
+    return UsedDomain(info.domain, options.version or info.version, float(temperature or 0), float(lmbda or 0), k)
