@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; this is " + sys.version.split()[0] + ". Name one: make PYTHON=/path/to/python3.12")'
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing what requirements.lock names (torch alone is some 200 MB)"
-	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c requirements.lock -e '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check -c requirements.lock -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP) ## build two domains from text on this machine, start the three services, show what they do
