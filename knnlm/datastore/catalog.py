@@ -22,8 +22,8 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 class Catalog:
     """`store` need not exist yet: then there are no domains. Safe for several processes at once."""
 
-    def __init__(self, store: Path) -> None:
-        self.store = store
+    def __init__(self, store: str | Path) -> None:
+        self.store = Path(store)
 
     def domains(self) -> list[str]:
         """Domains with at least one published version, in alphabetical order."""
