@@ -32,7 +32,7 @@ test: $(STAMP) ## the tests: offline, on CPU, under five minutes
 	@$(BIN)/python -m pytest -q -m "not slow"
 
 test-all: $(STAMP) ## the tests that take longer, too
-	@$(BIN)/python -m pytest -q
+	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q
 
 check: $(STAMP) proto-check ## style, types, layers, generated code
 	@$(BIN)/ruff check .

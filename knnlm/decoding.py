@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
 from knnlm.mixture import Component, mix, rule_weights
-from knnlm.neighbors import Neighbors, add, target_log_probs, token_masses
+from knnlm.neighbors import Neighbors, add, neighbor_log_probs, target_log_probs, token_masses
 
 __all__ = ["Mixed", "Retrieved", "Window", "mix_distributions", "mix_targets", "plan_windows", "top_tokens"]
 
@@ -109,7 +109,7 @@ def mix_distributions(
         masses = add([token_masses(r.neighbors, r.temperature) for r in retrieved])
         return _mix(lm_log_probs, [(one, masses.normalized().dense(vocab_size))])
     _check(combine)
-    dense = [token_masses(r.neighbors, r.temperature).normalized().dense(vocab_size) for r in retrieved]
+    dense = [neighbor_log_probs(r.neighbors, r.temperature).dense(vocab_size) for r in retrieved]
     return _mix(lm_log_probs, list(zip(retrieved, dense, strict=True)))
 
 

@@ -98,14 +98,14 @@ class TokenMasses:
 
 def token_masses(neighbors: Neighbors, temperature: float) -> TokenMasses:
     """Per query and token, log of the sum of exp(-d / T) over the neighbors that store the token."""
-    log_weights = neighbors.log_weights(temperature)
-    row, slot = np.nonzero(neighbors.values >= 0)
-    return _grouped(row, neighbors.values[row, slot], log_weights[row, slot], n=len(neighbors.values))
+    return _masses(neighbors, neighbors.log_weights(temperature))
 
 
 def neighbor_log_probs(neighbors: Neighbors, temperature: float) -> TokenMasses:
     """p_kNN in log space (Khandelwal et al. 2020, eq. 2, with a temperature): every non-empty row sums to one."""
-    return token_masses(neighbors, temperature).normalized()
+    log_weights = neighbors.log_weights(temperature)
+    # from the nearest neighbor on: -16000 and its logarithm of a sum would cancel to 1e-12
+    return _masses(neighbors, log_weights - _tops(log_weights)).normalized()
 
 
 def target_log_probs(
@@ -116,13 +116,11 @@ def target_log_probs(
     targets: (n,). Equals `neighbor_log_probs(...).of(targets)`; several times cheaper, for scoring and tuning.
     """
     log_weights = neighbors.log_weights(temperature)
-    top = log_weights.max(axis=1, initial=-np.inf, keepdims=True)
-    top[~np.isfinite(top)] = 0.0
+    log_weights -= _tops(log_weights)
     hits = np.where(neighbors.values == targets[:, None], log_weights, -np.inf)
-    best = hits.max(axis=1, initial=-np.inf, keepdims=True)
-    best[~np.isfinite(best)] = 0.0
+    best = _tops(hits)
     with np.errstate(divide="ignore"):  # log 0 is -inf: no neighbor stores the target, or there is no neighbor at all
-        total = top[:, 0] + np.log(np.exp(log_weights - top).sum(axis=1))
+        total = np.log(np.exp(log_weights).sum(axis=1))
         share = best[:, 0] + np.log(np.exp(hits - best).sum(axis=1))
     return np.where(np.isfinite(share), share - np.where(np.isfinite(total), total, 0.0), -np.inf)
 
@@ -168,6 +166,18 @@ def merge(parts: Sequence[Neighbors], k: int) -> Neighbors:
         kept,
         None if ids is None else np.where(kept >= 0, take(ids), -1).astype(np.int64),
     )
+
+
+def _tops(log_weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """(n, 1) the largest of each row, 0 where none is finite."""
+    tops: npt.NDArray[np.float64] = log_weights.max(axis=1, initial=-np.inf, keepdims=True)
+    tops[~np.isfinite(tops)] = 0.0
+    return tops
+
+
+def _masses(neighbors: Neighbors, log_weights: npt.NDArray[np.float64]) -> TokenMasses:
+    row, slot = np.nonzero(neighbors.values >= 0)
+    return _grouped(row, neighbors.values[row, slot], log_weights[row, slot], n=len(neighbors.values))
 
 
 def _repeated(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -1,0 +1,67 @@
+"""What README tells people to run, runs; and its tree names what is there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder that looks like a fresh clone, in which blocks may write."""
+    for name in ("docs", "models", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def run(command: list[str], folder: Path) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("KNNLM_")}
+    done = subprocess.run(
+        command, cwd=folder, env={**kept, "PATH": path}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_python_block_runs_and_retrieval_helps(checkout: Path) -> None:
+    (block,) = blocks("python")
+    out = run([sys.executable, "-c", block], checkout)
+    perplexities = [float(word) for word in out.split()[-2:]]
+    assert perplexities[1] < perplexities[0]
+
+
+def test_the_commands_run(checkout: Path) -> None:
+    (block,) = blocks("sh")
+    out = run(["bash", "-euc", block], checkout)
+    assert "kNN-LM" in out
+
+
+def test_every_folder_and_module_of_the_tree_exists() -> None:
+    tree = re.search(r"## The tree\n\n```\n(.*?)```", README, flags=re.DOTALL)
+    assert tree is not None
+    parent = Path()
+    for line in tree[1].splitlines():
+        indented = line.startswith("  ")
+        names = re.findall(r"(?:^|(?<=\s))([a-z0-9_./]+(?:/|\.py))(?=\s|$)", line)
+        for name in names if indented else names[:1]:
+            if not indented:
+                parent = Path(name)
+            path = ROOT / (parent / name if indented else name)
+            assert path.exists(), f"README's tree has {name}, which is not there"
+
+
+def test_every_package_is_in_the_tree() -> None:
+    for folder in [*(ROOT / "knnlm").iterdir(), *(ROOT / "services").iterdir()]:
+        if folder.is_dir() and (folder / "__init__.py").exists():
+            assert f"{folder.name}/" in README, f"{folder.name} is not in README's tree"
