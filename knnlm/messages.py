@@ -4,6 +4,7 @@ In process, over gRPC and over HTTP the same objects are meant; knnlm/wire.py tu
 flat: the answers to several sequences or positions stand one below the other, in the order they were asked.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -42,7 +43,8 @@ class ForwardResult:
     """What was asked for, None elsewhere; n rows. All log-probabilities are natural logarithms, float32.
 
     log_probs: (n, V). target_log_probs: (n,). top_tokens: (n, m) int32, likeliest first; top_log_probs: (n, m).
-    keys: (n, d) float32, or float16 when the model's dtype is a half. timings: seconds per stage.
+    keys: (n, d) float32, or float16 when the model's dtype is a half. fingerprint: of the model that answered, as in
+    ModelInfo. timings: seconds per stage.
     """
 
     log_probs: npt.NDArray[np.float32] | None = None
@@ -50,6 +52,7 @@ class ForwardResult:
     top_tokens: npt.NDArray[np.int32] | None = None
     top_log_probs: npt.NDArray[np.float32] | None = None
     keys: npt.NDArray[np.floating] | None = None
+    fingerprint: str = ""
     timings: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -73,6 +76,12 @@ class ModelInfo:
     device: str
     bos_token_id: int | None
     eos_token_id: int | None
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that differ when answers could: other weights, tokenizer or key function."""
+        parts = (self.weights_sha256, self.tokenizer_sha256, self.key_function)
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

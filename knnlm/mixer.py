@@ -116,10 +116,10 @@ class Mixer:
             keys=knn is not None,
         )
         if knn is None:
-            forward = await _timed(self._lm.forward(request), "lm", timings)
+            forward = await self._forward(request, timings)
             return NextTokens(mix_distributions(_given(forward.log_probs), []), timings=timings)
         outcome, used = await asyncio.gather(
-            _timed(self._lm.forward(request), "lm", timings), self._resolve(knn), return_exceptions=True
+            self._forward(request, timings), self._resolve(knn), return_exceptions=True
         )
         forward = _raised(outcome)
         log_probs = _given(forward.log_probs)
@@ -218,7 +218,17 @@ class Mixer:
             targets=_targets(tokens, windows),
             keys=bool(used),
         )
-        return await _timed(self._lm.forward(request), "lm", timings)
+        return await self._forward(request, timings)
+
+    async def _forward(self, request: ForwardRequest, timings: dict[str, float]) -> ForwardResult:
+        """Raises Unavailable when another model than `info` answers: its keys would find nonsense without a word."""
+        result = await _timed(self._lm.forward(request), "lm", timings)
+        if result.fingerprint != self.info.fingerprint:
+            raise Unavailable(
+                f"the lm service answers with another model (fingerprint {result.fingerprint}) than "
+                f"{self.info.model_id} ({self.info.fingerprint}), which it announced: restart this service as well"
+            )
+        return result
 
     async def _resolve(self, knn: KnnOptions) -> list[UsedDomain]:
         """The version that each domain serves now and the values that hold for it: asked for, else its tuning's."""

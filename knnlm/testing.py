@@ -90,6 +90,7 @@ class ToyLanguageModel:
             top_tokens=top_tokens,
             top_log_probs=top_log_probs,
             keys=keys.astype(np.float32) if request.keys else None,
+            fingerprint=self.info.fingerprint,
             timings={"forward": 0.0},
         )
 

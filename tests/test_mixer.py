@@ -220,6 +220,14 @@ def test_the_next_batch_is_in_the_model_while_this_one_is_searched() -> None:
         assert before_the_next.count("forward") >= number + 1, i
 
 
+def test_a_model_that_was_replaced_behind_the_client_is_noticed() -> None:
+    mixer = Mixer(Lm(), BruteForce(), replace(TOY.info, weights_sha256="another"))
+    context = TOY.tokenizer.encode("the cat")
+    for call in (mixer.next_token([context]), mixer.next_token([context], knn()), mixer.score(context)):
+        with pytest.raises(Unavailable, match="the lm service answers with another model"):
+            run(call)
+
+
 def test_domains_of_another_model_are_refused_with_both_values() -> None:
     store = BruteForce()
     store.made_by = {"key_function": "ffn_input"}

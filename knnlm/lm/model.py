@@ -109,6 +109,7 @@ class LanguageModel:
             top_tokens=out.get("top_tokens"),
             top_log_probs=out.get("top_log_probs"),
             keys=out.get("keys"),
+            fingerprint=self.info.fingerprint,
             timings=seconds,
         )
 

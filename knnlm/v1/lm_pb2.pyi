@@ -28,20 +28,22 @@ class ForwardRequest(_message.Message):
     def __init__(self, tokens: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., position_counts: _Optional[_Iterable[int]] = ..., full: _Optional[bool] = ..., targets: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_n: _Optional[int] = ..., keys: _Optional[bool] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
-    __slots__ = ("log_probs", "target_log_probs", "top_tokens", "top_log_probs", "keys", "timings")
+    __slots__ = ("log_probs", "target_log_probs", "top_tokens", "top_log_probs", "keys", "timings", "fingerprint")
     LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
     TARGET_LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     log_probs: _common_pb2.Tensor
     target_log_probs: _common_pb2.Tensor
     top_tokens: _common_pb2.Tensor
     top_log_probs: _common_pb2.Tensor
     keys: _common_pb2.Tensor
     timings: _containers.RepeatedCompositeFieldContainer[_common_pb2.Timing]
-    def __init__(self, log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., target_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_tokens: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., keys: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., timings: _Optional[_Iterable[_Union[_common_pb2.Timing, _Mapping]]] = ...) -> None: ...
+    fingerprint: str
+    def __init__(self, log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., target_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_tokens: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., keys: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., timings: _Optional[_Iterable[_Union[_common_pb2.Timing, _Mapping]]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("include_tokenizer",)

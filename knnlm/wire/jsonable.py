@@ -62,6 +62,7 @@ def forward_result_to_json(result: ForwardResult, encoding: str) -> dict[str, ob
         "top_tokens": _array(result.top_tokens, encoding),
         "top_log_probs": _array(result.top_log_probs, encoding),
         "keys": _array(result.keys, encoding),
+        "fingerprint": result.fingerprint,
         "timings": dict(result.timings),
     }
 
@@ -73,6 +74,7 @@ def forward_result_from_json(given: Json) -> ForwardResult:
         top_tokens=_optional(given, "top_tokens", INT32, 2),
         top_log_probs=_optional(given, "top_log_probs", FLOATS[:1], 2),
         keys=_optional(given, "keys", FLOATS, 2),
+        fingerprint=_get(given, "fingerprint", str, ""),
         timings=_get(given, "timings", dict, {}),
     )
 

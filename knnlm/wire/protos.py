@@ -72,6 +72,7 @@ def forward_result_to_proto(result: ForwardResult) -> lm_pb2.ForwardResponse:
         top_tokens=_tensor(result.top_tokens),
         top_log_probs=_tensor(result.top_log_probs),
         keys=_tensor(result.keys),
+        fingerprint=result.fingerprint,
         timings=_timings(result.timings),
     )
 
@@ -83,6 +84,7 @@ def forward_result_from_proto(message: lm_pb2.ForwardResponse) -> ForwardResult:
         top_tokens=_optional(message, "top_tokens", INT32, 2),
         top_log_probs=_optional(message, "top_log_probs", FLOATS[:1], 2),
         keys=_optional(message, "keys", FLOATS, 2),
+        fingerprint=message.fingerprint,
         timings=_seconds(message.timings),
     )
 

@@ -22,6 +22,7 @@ from services.runtime.metrics import SECONDS, Metrics
 __all__ = ["Engine", "Model"]
 
 ENVELOPE_BYTES = 4096  # of an answer beside its arrays
+WHOLE = ("fingerprint", "timings")  # of an answer: not split by rows
 
 
 class Model(Protocol):
@@ -162,7 +163,7 @@ def _parts(result: ForwardResult, rows: Sequence[int]) -> list[ForwardResult]:
     ends = np.cumsum([0, *rows])
     parts = []
     for start, end in pairwise(ends):
-        arrays = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "timings"}
+        arrays = {field.name: getattr(result, field.name) for field in fields(result) if field.name not in WHOLE}
         mine = {name: None if array is None else array[start:end] for name, array in arrays.items()}
-        parts.append(ForwardResult(**mine, timings=result.timings))
+        parts.append(ForwardResult(**mine, fingerprint=result.fingerprint, timings=result.timings))
     return parts

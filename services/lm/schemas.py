@@ -32,6 +32,7 @@ class ForwardAnswer(BaseModel):
     top_tokens: Array | None = Field(description="(n, top_n) int32, likeliest first")
     top_log_probs: Array | None = Field(description="(n, top_n) float32")
     keys: Array | None = Field(description="(n, key_dim) float32, or float16 when the model runs in half precision")
+    fingerprint: str = Field(description="Of the model: differs when weights, tokenizer or key function do.")
     timings: dict[str, float] = Field(description="Seconds per stage.")
 
 
