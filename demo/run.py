@@ -87,7 +87,8 @@ def _build() -> None:
     stamp = services.STORE / "model.sha256"
     weights = _sha256(services.MODEL / "model.safetensors")
     if stamp.exists() and stamp.read_text() != weights:
-        shutil.rmtree(services.STORE)  # the demo's own store, made by another pocket LM
+        services.down()  # they hold the former model
+        shutil.rmtree(services.STORE)  # the demo's own store, made by that model
     services.STORE.mkdir(parents=True, exist_ok=True)
     stamp.write_text(weights)
     for domain, version, source in (

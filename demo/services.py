@@ -7,6 +7,7 @@ python -m demo.services down    stop what was started here: SIGTERM, wait for ac
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ def up() -> None:
     pids = _running()
     for name, command in COMMANDS.items():
         if name not in pids:
+            _refuse_taken_port(name)
             with (RUN / f"{name}.log").open("wb") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", *command],
@@ -82,6 +84,15 @@ def addresses() -> str:
         f"  datastore   {HTTP['datastore']}/docs   gRPC 127.0.0.1:9002\n"
         f"  logs        {RUN.relative_to(ROOT)}/*.log   stop with `make down`, start again with `make up`"
     )
+
+
+def _refuse_taken_port(name: str) -> None:
+    """Another program's answers must not be taken for ours."""
+    address = HTTP[name].removeprefix("http://")
+    host, port = address.split(":")
+    with socket.socket() as probe:
+        if probe.connect_ex((host, int(port))) == 0:
+            raise SystemExit(f"{address} is in use by a program that was not started here; stop it first")
 
 
 def _running() -> dict[str, int]:
