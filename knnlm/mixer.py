@@ -226,7 +226,7 @@ class Mixer:
         if result.fingerprint != self.info.fingerprint:
             raise Unavailable(
                 f"the lm service answers with another model (fingerprint {result.fingerprint}) than "
-                f"{self.info.model_id} ({self.info.fingerprint}), which it announced: restart this service as well"
+                f"{self.info.model_id} ({self.info.fingerprint}), which it announced"
             )
         return result
 

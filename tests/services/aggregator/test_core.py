@@ -1,0 +1,55 @@
+"""The aggregator follows the lm service: a restart with another model is taken over."""
+
+import asyncio
+
+import pytest
+
+from knnlm.errors import Unavailable
+from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
+from knnlm.testing import ToyLanguageModel
+from services.aggregator.core import AggregatorCore
+from services.aggregator.engine import Aggregator
+from services.aggregator.schemas import NextTokenRequest
+from services.aggregator.settings import AggregatorSettings
+
+
+class Lm:
+    """A client whose service can be restarted with another model, or be away."""
+
+    def __init__(self) -> None:
+        self.model = ToyLanguageModel()
+        self.away = False
+
+    async def forward(self, request: ForwardRequest) -> ForwardResult:
+        return self.model.forward(request)
+
+    async def get_model(self) -> ModelInfo:
+        if self.away:
+            raise Unavailable("the lm service is away")
+        return self.model.info
+
+    async def get_tokenizer(self) -> str:
+        return self.model.tokenizer.json
+
+
+def test_another_model_is_taken_over() -> None:
+    async def check() -> None:
+        lm, settings = Lm(), AggregatorSettings()
+        core = AggregatorCore(settings)
+        core._aggregator = first = await Aggregator.connect(lm, None, settings)
+        request = NextTokenRequest(text="the cat")
+        before, _ = await core.aggregator.next_token(request)
+        await core.look(lm, None)
+        assert core.aggregator is first
+        lm.model = ToyLanguageModel(seed=1)
+        with pytest.raises(Unavailable, match="another model"):
+            await core.aggregator.next_token(request)
+        lm.away = True
+        await core.look(lm, None)
+        assert core.aggregator is first
+        lm.away = False
+        await core.look(lm, None)
+        after, _ = await core.aggregator.next_token(request)
+        assert after.results[0].top != before.results[0].top
+
+    asyncio.run(check())
