@@ -1,6 +1,6 @@
 """The nouns that cross borders: what a language model and a datastore are asked, and what they answer.
 
-In process, over gRPC and over HTTP the same objects are meant; knnlm/wire.py turns them into bytes and back. Rows are
+In process, over gRPC and over HTTP the same objects are meant; knnlm/wire turns them into bytes and back. Rows are
 flat: the answers to several sequences or positions stand one below the other, in the order they were asked.
 """
 

@@ -45,6 +45,11 @@ class KnnOptions:
                 raise InvalidRequest(f"temperature must be > 0, got {d.temperature}", param="knn.temperature")
         if self.k is not None and self.k < 1:
             raise InvalidRequest(f"k must be at least 1, got {self.k}", param="knn.k")
+        if self.on_datastore_error not in ("fail", "lm_only"):
+            raise InvalidRequest(
+                f"on_datastore_error must be fail or lm_only, got {self.on_datastore_error!r}",
+                param="on_datastore_error",
+            )
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,21 @@ def used_domain(options: DomainOptions, k: int | None, info: DomainInfo, model: 
                 f"the language model has {ours} (model {model.model_id})"
             )
     tuning = info.tuning
-    temperature = options.temperature if options.temperature is not None else tuning and tuning.temperature
-    lmbda = options.lmbda if options.lmbda is not None else tuning and tuning.lmbda
-    for name, value in (("temperature", temperature), ("lambda", lmbda)):
-        if value is None:
-            raise InvalidRequest(
-                f"domain {info.domain} has not been tuned: give knn.{name}, or run `knnlm tune {info.domain}`",
-                param=f"knn.{name}",
-            )
-    k = k or (tuning.k if tuning else DEFAULT_K)
-    return UsedDomain(info.domain, options.version or info.version, float(temperature or 0), float(lmbda or 0), k)
+    return UsedDomain(
+        info.domain,
+        options.version or info.version,
+        temperature=_held(
+            "temperature", options.temperature, None if tuning is None else tuning.temperature, info.domain
+        ),
+        lmbda=_held("lambda", options.lmbda, None if tuning is None else tuning.lmbda, info.domain),
+        k=k or (tuning.k if tuning else DEFAULT_K),
+    )
+
+
+def _held(name: str, asked: float | None, tuned: float | None, domain: str) -> float:
+    value = tuned if asked is None else asked
+    if value is None:
+        raise InvalidRequest(
+            f"domain {domain} has not been tuned: give knn.{name}, or run `knnlm tune {domain}`", param=f"knn.{name}"
+        )
+    return value

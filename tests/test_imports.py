@@ -25,7 +25,6 @@ def test_the_light_half_of_the_library_loads_nothing_heavy(module: str) -> None:
         ("services.aggregator.app", {"torch", "transformers", "faiss"}),
         ("services.datastore.app", {"torch", "transformers"}),
         ("services.lm.app", {"faiss"}),
-        ("knnlm.cli.main", {"torch", "transformers", "faiss"}),
     ],
 )
 def test_no_process_carries_what_it_does_not_run(module: str, absent: set[str]) -> None:

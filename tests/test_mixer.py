@@ -293,6 +293,7 @@ def test_bad_input_is_named() -> None:
         ({"temperature": 0.0}, r"temperature must be > 0, got 0\.0"),
         ({"temperature": float("nan")}, "temperature must be > 0"),
         ({"k": 0}, "k must be at least 1, got 0"),
+        ({"on_datastore_error": "ignore"}, "on_datastore_error must be fail or lm_only, got 'ignore'"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:

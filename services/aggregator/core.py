@@ -71,7 +71,10 @@ class AggregatorCore:
     async def _follow(self, lm: LanguageModelClient, datastore: DatastoreClient | None) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            await self.look(lm, datastore)
+            try:
+                await self.look(lm, datastore)
+            except Exception:  # noqa: BLE001  the edge of a task that must outlive what nobody foresaw
+                event(LOG, "following_failed", logging.ERROR)
 
     def problems(self) -> Sequence[str]:
         return [] if self._aggregator is not None else ["waiting for the lm service"]
