@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := $(wildcard proto/knnlm/v1/*.proto)
 .DEFAULT_GOAL := help
-.PHONY: help venv demo up down test test-all check format proto proto-check clean
+.PHONY: help venv demo up down test test-all bench check format proto proto-check clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: $(STAMP) ## the tests: offline, on CPU, under five minutes
 
 test-all: $(STAMP) ## the tests that take longer, too
 	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q
+
+bench: $(STAMP) ## every benchmark at the small size, one after another; ends with a JSON line per figure
+	@$(BIN)/python -m benchmarks
 
 check: $(STAMP) proto-check ## style, types, layers, generated code
 	@$(BIN)/ruff check .

@@ -95,13 +95,16 @@ def comment_blocks(source: str) -> Iterator[tuple[int, str]]:
         yield last, "\n".join(block)
 
 
-def documents(kind: str) -> Iterator[dict[str, str]]:
-    """One {"id", "text"} per module with anything to say, in sorted order."""
+def documents(kind: str, parts: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
+    """One {"id", "text"} per module with anything to say, in sorted order.
+
+    kind: "general", a domain or, with `parts`, any installed package; "" is a part that means all of it.
+    """
     if kind == "general":
         yield from topics()
         files = list(stdlib_files()) + [f for package in GENERAL for f in package_files(package)]
     else:
-        files = list(package_files(kind, DOMAINS[kind]))
+        files = list(package_files(kind, parts or DOMAINS[kind]))
     seen: set[bytes] = set()
     owners: dict[str, str] = {}  # line to the first module that has it
     for name, path in files:
@@ -109,7 +112,7 @@ def documents(kind: str) -> Iterator[dict[str, str]]:
         for text in texts_of(path, comments=name.startswith("python/")):
             body = text.partition("\n")[2] or text
             digest = hashlib.sha256("".join(body.split()).encode()).digest()
-            if len(text) < SHORTEST or digest in seen or (kind in DOMAINS and _repeats(body, name, owners)):
+            if len(text) < SHORTEST or digest in seen or (kind != "general" and _repeats(body, name, owners)):
                 continue
             seen.add(digest)
             texts.append(text)

@@ -16,7 +16,8 @@ KnnlmError
 ├── DatastoreError            datastore_error        a datastore on disk cannot be used
 │   ├── DatastoreCorrupt      datastore_corrupt      a checksum, size or header is wrong
 │   ├── DatastoreMismatch     datastore_mismatch     made by another model, tokenizer, key function or dtype
-│   └── DatastoreIncomplete   datastore_incomplete   a build that has not finished
+│   ├── DatastoreIncomplete   datastore_incomplete   a build that has not finished
+│   └── InsufficientMemory    insufficient_memory    there is no room for it in memory now
 └── ModelError                model_error            a model cannot be loaded or used
     └── UnknownArchitecture   unknown_architecture   no row for it in knnlm/lm/architectures.py
 
@@ -32,6 +33,7 @@ __all__ = [
     "DatastoreIncomplete",
     "DatastoreMismatch",
     "DeadlineExceeded",
+    "InsufficientMemory",
     "InvalidRequest",
     "KnnlmError",
     "ModelError",
@@ -127,6 +129,10 @@ class DatastoreMismatch(DatastoreError):
 
 class DatastoreIncomplete(DatastoreError):
     code = "datastore_incomplete"
+
+
+class InsufficientMemory(DatastoreError):
+    code = "insufficient_memory"
 
 
 class ModelError(KnnlmError):

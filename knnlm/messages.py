@@ -15,8 +15,8 @@ import numpy.typing as npt
 from knnlm.neighbors import Neighbors
 
 __all__ = [
-    "DatastoreClient", "DomainInfo", "ForwardRequest", "ForwardResult", "LanguageModelClient", "ModelInfo", "Passage",
-    "SearchRequest", "SearchResult", "Tuning",
+    "DatastoreClient", "DomainInfo", "ForwardRequest", "ForwardResult", "LanguageModelClient", "Memory", "ModelInfo",
+    "Passage", "SearchRequest", "SearchResult", "Tuning",
 ]  # fmt: skip
 
 
@@ -89,9 +89,14 @@ class SearchRequest:
     """k neighbors of each query in one domain.
 
     queries: (n, d) float32 or float16, finite. version: answer from this version or not at all; None = the current
-    one. nprobe: lists to visit, for indexes that have them. rescore: true distances from the stored keys; None = when
-    the index is lossy. overfetch: candidates per neighbor before rescoring. ids: also return entry numbers.
-    passages: for so many nearest neighbors per query also return the text around them, `passage_tokens` a side.
+    one. nprobe: lists to visit, for indexes that have them. ef_search: candidates a graph search keeps, for those that
+    are graphs. rescore: true distances from the stored keys; None = yes. overfetch: candidates per neighbor before
+    rescoring. ids: also return entry numbers. passages: for so many nearest neighbors per query also return the text
+    around them, `passage_tokens` a side.
+
+    Neighbors that do not count, for text that is in the datastore itself; the k that are returned are others:
+    exclude_entries: (n,) int64, an entry for each query, -1 = none. exclude_own_documents: not that entry alone, but
+    all of its document. exclude_documents: ids of documents, for every query.
     """
 
     domain: str
@@ -104,6 +109,10 @@ class SearchRequest:
     ids: bool = False
     passages: int = 0
     passage_tokens: int = 24
+    ef_search: int | None = None
+    exclude_entries: npt.NDArray[np.int64] | None = None
+    exclude_own_documents: bool = False
+    exclude_documents: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -142,8 +151,22 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Where a loaded version lies. index, keys: "resident" (held by the process), "mapped" (files, which the system
+    may drop and read again) or, of an index alone, "device" (in the memory of a GPU) or "none" (it has no part of its
+    own). Bytes: of that part, once all is used.
+    """
+
+    index: str
+    index_bytes: int
+    keys: str
+    keys_bytes: int
+
+
+@dataclass(frozen=True)
 class DomainInfo:
-    """A domain as a datastore service serves it. `versions`: all on disk, oldest first.
+    """A domain as a datastore service serves it. `versions`: all on disk, oldest first. index: the one that answers;
+    indexes: all that the version has.
 
     state: "ready", "loading v2", or "stale: REASON" when the version that is current on disk cannot be loaded.
     """
@@ -162,6 +185,8 @@ class DomainInfo:
     weights_sha256: str
     tokenizer_sha256: str
     tuning: Tuning | None
+    indexes: Sequence[str] = ()
+    memory: Memory | None = None
 
 
 class LanguageModelClient(Protocol):

@@ -30,6 +30,8 @@ __all__ = ["Mixer", "NextTokens", "Score"]
 
 T = TypeVar("T")
 
+BATCHES_UNDER_WAY = 4  # of one text that is scored
+
 
 @dataclass(frozen=True)
 class NextTokens:
@@ -70,6 +72,24 @@ class Score:
         """Per token of this tokenizer: exp of the mean negative log-probability. inf where a token has none."""
         with np.errstate(over="ignore"):
             return float(np.exp(-self.log_probs.mean()))
+
+
+@dataclass
+class _Scoring:
+    """What the batches of one text share. used: empty when the LM alone is to answer.
+
+    model, search: one batch at work there, and one behind it so that it need not wait for the way there and back.
+    room: batches under way, whose keys and neighbors are held.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    used: Sequence[UsedDomain]
+    knn: KnnOptions | None
+    degraded: str | None
+    timings: dict[str, float] = field(default_factory=dict)
+    model: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    search: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(BATCHES_UNDER_WAY))
 
 
 class Mixer:
@@ -149,38 +169,24 @@ class Mixer:
         """Log-probability of every token but the first of a text of any length, a (t,) int32 array with its BOS.
 
         Windows as in evaluation and building: `min_context` tokens of context at least (half of the context length by
-        default). While one batch of windows is searched, the next one is already in the model.
+        default). Model, search and mixing work at the same time, on different batches of windows: `timings` say how
+        long each was waited for, and add up to more than the call took.
         """
         if len(tokens) < 2:
             raise InvalidRequest(f"nothing to score: expected at least 2 tokens, got {len(tokens)}", param="text")
         context = self.info.context_length
         windows = plan_windows(len(tokens), context, context // 2 if min_context is None else min_context)
-        batches = self._batches(windows)
-        timings: dict[str, float] = {}
         used, degraded = await self._resolve_or_degrade(knn)
-        parts: list[Mixed] = []
-        pending = asyncio.ensure_future(self._forward_targets(tokens, batches[0], used, timings))
+        scoring = _Scoring(tokens, used, knn, degraded=degraded)
+        tasks = [asyncio.ensure_future(self._score(scoring, batch)) for batch in self._batches(windows)]
         try:
-            for i, batch in enumerate(batches):
-                forward = await pending
-                if i + 1 < len(batches):
-                    pending = asyncio.ensure_future(self._forward_targets(tokens, batches[i + 1], used, timings))
-                targets = _targets(tokens, batch)
-                lm_log_probs = _given(forward.target_log_probs)
-                retrieved: list[Retrieved] = []
-                if knn is not None and used:
-                    try:
-                        found = await _timed(self._search(used, knn, _given(forward.keys)), "search", timings)
-                        retrieved = _retrieved(found, used, knn.rule)
-                    except (Unavailable, DeadlineExceeded) as err:
-                        if knn.on_datastore_error != "lm_only":
-                            raise
-                        used, degraded, parts = [], err.message, [_lm_part(part) for part in parts]
-                begin = time.perf_counter()
-                parts.append(mix_targets(lm_log_probs, targets, retrieved, combine=knn.combine if knn else "mixture"))
-                timings["mix"] = timings.get("mix", 0.0) + time.perf_counter() - begin
-        finally:
-            pending.cancel()
+            parts = await asyncio.gather(*tasks)
+        finally:  # after an error no work is left behind
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if scoring.degraded is not None:
+            used, parts = [], [_lm_part(part) for part in parts]
         knn_parts = [p.knn_log_probs for p in parts if p.knn_log_probs is not None]
         return Score(
             tokens=tokens,
@@ -189,9 +195,39 @@ class Mixer:
             knn_log_probs=np.concatenate(knn_parts) if used else None,
             weight=np.concatenate([p.weight for p in parts]),
             domains=used,
-            degraded=degraded,
-            timings=timings,
+            degraded=scoring.degraded,
+            timings=scoring.timings,
         )
+
+    async def _score(self, scoring: "_Scoring", windows: Sequence[Window]) -> Mixed:
+        """One batch of windows; several are on their way at a time, each in another stage."""
+        targets = _targets(scoring.tokens, windows)
+        knn, used, timings = scoring.knn, scoring.used, scoring.timings
+        retrieved: list[Retrieved] = []
+        async with scoring.room:
+            async with scoring.model:
+                request = ForwardRequest(
+                    tokens=[scoring.tokens[w.start : w.end] for w in windows],
+                    positions=[w.positions for w in windows],
+                    targets=targets,
+                    keys=bool(used),
+                )
+                forward = await self._forward(request, timings)
+            async with scoring.search:
+                if knn is not None and used and scoring.degraded is None:
+                    try:
+                        found = await _timed(self._search(used, knn, _given(forward.keys)), "search", timings)
+                        retrieved = _retrieved(found, used, knn.rule)
+                    except (Unavailable, DeadlineExceeded) as err:
+                        if knn.on_datastore_error != "lm_only":
+                            raise
+                        scoring.degraded = err.message
+            begin = time.perf_counter()
+            combine = knn.combine if knn else "mixture"
+            lm_log_probs = _given(forward.target_log_probs)
+            mixed = await asyncio.to_thread(mix_targets, lm_log_probs, targets, retrieved, combine=combine)
+            timings["mix"] = timings.get("mix", 0.0) + time.perf_counter() - begin
+            return mixed
 
     def _batches(self, windows: Sequence[Window]) -> list[list[Window]]:
         """Consecutive windows of at most `batch_tokens` tokens together, never fewer than one."""
@@ -204,21 +240,6 @@ class Mixer:
                 size = window.end - window.start
             batches[-1].append(window)
         return batches
-
-    async def _forward_targets(
-        self,
-        tokens: npt.NDArray[np.int32],
-        windows: Sequence[Window],
-        used: Sequence[UsedDomain],
-        timings: dict[str, float],
-    ) -> ForwardResult:
-        request = ForwardRequest(
-            tokens=[tokens[w.start : w.end] for w in windows],
-            positions=[w.positions for w in windows],
-            targets=_targets(tokens, windows),
-            keys=bool(used),
-        )
-        return await self._forward(request, timings)
 
     async def _forward(self, request: ForwardRequest, timings: dict[str, float]) -> ForwardResult:
         """Raises Unavailable when another model than `info` answers: its keys would find nonsense without a word."""
@@ -263,6 +284,8 @@ class Mixer:
             queries=keys,
             k=1,
             nprobe=knn.nprobe,
+            ef_search=knn.ef_search,
+            exclude_documents=knn.exclude_documents,
             rescore=knn.rescore,
             overfetch=knn.overfetch,
             passages=passages,

@@ -14,6 +14,9 @@ from knnlm.errors import InvalidRequest
 
 __all__ = ["Neighbors", "TokenMasses", "add", "merge", "neighbor_log_probs", "target_log_probs", "token_masses"]
 
+BLOCK_BYTES = 1 << 19  # of float64 weights made at a time in scoring: they stay in a core's cache
+TINY = 1e-290  # a share this small has lost digits, or all, to underflow
+
 
 @dataclass(frozen=True)
 class Neighbors:
@@ -38,13 +41,12 @@ class Neighbors:
     @property
     def present(self) -> npt.NDArray[np.bool_]:
         """(n,) whether a query has any neighbor. Where it has none there is no distribution."""
-        found: npt.NDArray[np.bool_] = np.any(self.values >= 0, axis=1)
+        found: npt.NDArray[np.bool_] = self.values.max(axis=1, initial=-1) >= 0
         return found
 
     def log_weights(self, temperature: float) -> npt.NDArray[np.float64]:
         """(n, k) float64: -distance / T, and -inf for padding; not normalised."""
-        if not np.isfinite(temperature) or temperature <= 0:
-            raise InvalidRequest(f"temperature must be > 0, got {temperature}", param="temperature")
+        _check_temperature(temperature)
         # inf - not FAISS's 3.4e38 - is what padding must become: 3.4e38 / T overflows for T < 1
         return np.where(self.values >= 0, self.distances.astype(np.float64) / -temperature, -np.inf)
 
@@ -115,14 +117,16 @@ def target_log_probs(
 
     targets: (n,). Equals `neighbor_log_probs(...).of(targets)`; several times cheaper, for scoring and tuning.
     """
-    log_weights = neighbors.log_weights(temperature)
-    log_weights -= _tops(log_weights)
-    hits = np.where(neighbors.values == targets[:, None], log_weights, -np.inf)
-    best = _tops(hits)
-    with np.errstate(divide="ignore"):  # log 0 is -inf: no neighbor stores the target, or there is no neighbor at all
-        total = np.log(np.exp(log_weights).sum(axis=1))
-        share = best[:, 0] + np.log(np.exp(hits - best).sum(axis=1))
-    return np.where(np.isfinite(share), share - np.where(np.isfinite(total), total, 0.0), -np.inf)
+    _check_temperature(temperature)
+    n, k = neighbors.values.shape
+    result = np.empty(n)
+    step = max(1, BLOCK_BYTES // (8 * max(k, 1)))
+    weights = np.empty((min(step, n), k))
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        some = Neighbors(neighbors.distances[rows], neighbors.values[rows])
+        result[rows] = _target_shares(some, targets[rows], temperature, weights[: len(some.values)])
+    return result
 
 
 def add(parts: Sequence[TokenMasses]) -> TokenMasses:
@@ -166,6 +170,41 @@ def merge(parts: Sequence[Neighbors], k: int) -> Neighbors:
         kept,
         None if ids is None else np.where(kept >= 0, take(ids), -1).astype(np.int64),
     )
+
+
+def _check_temperature(temperature: float) -> None:
+    if not np.isfinite(temperature) or temperature <= 0:
+        raise InvalidRequest(f"temperature must be > 0, got {temperature}", param="temperature")
+
+
+def _target_shares(
+    neighbors: Neighbors,
+    targets: npt.NDArray[np.integer],
+    temperature: float,
+    weights: npt.NDArray[np.float64],
+) -> npt.NDArray[np.float64]:
+    """(n,) log of what the neighbors with the target weigh, out of all; weights: (n, k), room to work in."""
+    distances, values = neighbors.distances, neighbors.values
+    padding = values < 0 if values.min(initial=0) < 0 else None
+    if padding is not None:
+        distances = np.where(padding, np.float32(np.inf), distances)
+    nearest = distances.min(axis=1, initial=np.inf, keepdims=True)
+    nearest[np.isinf(nearest)] = 0.0
+    np.subtract(nearest, distances, out=weights, dtype=np.float64)
+    weights /= temperature
+    np.exp(weights, out=weights)
+    total = weights.sum(axis=1)
+    hits = values == targets[:, None]
+    weights *= hits
+    share = weights.sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # log 0: nothing stores the target; 0 / 0: nothing was found
+        result = np.where(total > 0, np.log(share / total), -np.inf)
+    faint = np.flatnonzero((share < TINY) & (total > 0) & hits.any(axis=1))
+    if len(faint):
+        far = np.where(hits[faint], distances[faint], np.inf).astype(np.float64)
+        logs = (nearest[faint] - far) / temperature
+        result[faint] = np.logaddexp.reduce(logs, axis=1) - np.log(total[faint])
+    return result
 
 
 def _tops(log_weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -1,14 +1,17 @@
 """What a caller may choose about retrieval, and what holds in the end: asked for, else tuned, else refused. Pure."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from knnlm.errors import DatastoreMismatch, InvalidRequest
 from knnlm.messages import DomainInfo, ModelInfo
 
-__all__ = ["DEFAULT_K", "DomainOptions", "KnnOptions", "UsedDomain", "used_domain"]
+__all__ = ["DEFAULT_K", "DomainOptions", "KnnOptions", "UsedDomain", "check_excluded", "used_domain"]
 
 DEFAULT_K = 1024  # of the paper; a domain's tuning says otherwise
+EXCLUDED_DOCUMENTS = 1024  # of one request
+DOCUMENT_CHARACTERS = 4096  # of the id of each
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,10 @@ class DomainOptions:
 
 @dataclass(frozen=True)
 class KnnOptions:
-    """How to retrieve and mix. `on_datastore_error`: "fail", or "lm_only" to answer from the LM and say so."""
+    """How to retrieve and mix. `on_datastore_error`: "fail", or "lm_only" to answer from the LM and say so.
+
+    exclude_documents: ids of documents whose entries do not count. Every domain must have every one of them.
+    """
 
     domains: tuple[DomainOptions, ...]
     k: int | None = None
@@ -33,6 +39,8 @@ class KnnOptions:
     overfetch: float | None = None
     rule: str = "fixed"
     on_datastore_error: str = "fail"
+    ef_search: int | None = None
+    exclude_documents: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [d.domain for d in self.domains]
@@ -45,6 +53,7 @@ class KnnOptions:
                 raise InvalidRequest(f"temperature must be > 0, got {d.temperature}", param="knn.temperature")
         if self.k is not None and self.k < 1:
             raise InvalidRequest(f"k must be at least 1, got {self.k}", param="knn.k")
+        check_excluded(self.exclude_documents, "knn.exclude_documents")
         if self.on_datastore_error not in ("fail", "lm_only"):
             raise InvalidRequest(
                 f"on_datastore_error must be fail or lm_only, got {self.on_datastore_error!r}",
@@ -86,6 +95,19 @@ def used_domain(options: DomainOptions, k: int | None, info: DomainInfo, model: 
         lmbda=_held("lambda", options.lmbda, None if tuning is None else tuning.lmbda, info.domain),
         k=k or (tuning.k if tuning else DEFAULT_K),
     )
+
+
+def check_excluded(documents: Sequence[str], param: str) -> None:
+    """Raises InvalidRequest for more ids of documents, or longer ones, than one request may name."""
+    if len(documents) > EXCLUDED_DOCUMENTS:
+        raise InvalidRequest(
+            f"{param} may name at most {EXCLUDED_DOCUMENTS} documents, got {len(documents)}", param=param
+        )
+    longest = max(map(len, documents), default=0)
+    if longest > DOCUMENT_CHARACTERS:
+        raise InvalidRequest(
+            f"{param} may name documents of at most {DOCUMENT_CHARACTERS} characters, got one of {longest}", param=param
+        )
 
 
 def _held(name: str, asked: float | None, tuned: float | None, domain: str) -> float:

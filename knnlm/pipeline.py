@@ -64,11 +64,14 @@ class Pipeline:
         device: str = "auto",
         dtype: str = "auto",
         key_function: str | None = None,
+        index: str | None = None,
     ) -> Self:
         """A Hugging Face folder or hub id, and the current versions of `domains` in `store` (all by default).
 
-        key_function: by default the one that the first domain was made with. Raises UnknownDomain, UnknownVersion for
-        a domain without a current version, DatastoreMismatch for one of another model, and as LanguageModel.load does.
+        key_function: by default the one that the first domain was made with. index: the recipe of the index to search
+        with, by default that of each version. Raises UnknownDomain, UnknownVersion for a domain without a current
+        version, InvalidRequest for one without such an index, DatastoreMismatch for one of another model, and as
+        LanguageModel.load does.
         """
         from knnlm.datastore.manifest import Manifest
         from knnlm.index.searcher import Searcher
@@ -77,7 +80,7 @@ class Pipeline:
         paths = _current_versions(store, domains)  # first: a model takes longer to load than a name to be refused
         functions = [key_function] if key_function else [Manifest.load(p).key_function for p in paths.values()]
         lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=(functions or ["ffn_input"])[0])
-        return cls(lm, {domain: Searcher.open(path, expect=lm.info) for domain, path in paths.items()})
+        return cls(lm, {domain: Searcher.open(path, index=index, expect=lm.info) for domain, path in paths.items()})
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -19,7 +19,7 @@ from knnlm.messages import (
     SearchResult,
     Tuning,
 )
-from knnlm.mixer import Mixer
+from knnlm.mixer import BATCHES_UNDER_WAY, Mixer
 from knnlm.neighbors import Neighbors
 from knnlm.options import DomainOptions, KnnOptions
 from knnlm.testing import ToyLanguageModel
@@ -162,6 +162,19 @@ def test_a_pinned_version_is_mixed_with_its_own_tuning() -> None:
     assert (used.version, used.lmbda) == ("v2", 0.1)
 
 
+def test_what_was_chosen_reaches_every_search() -> None:
+    store = BruteForce()
+    chosen: dict[str, Any] = {
+        "nprobe": 3, "ef_search": 90, "rescore": False, "overfetch": 2.0, "exclude_documents": ("a", "b"),
+    }  # fmt: skip
+    mixer = Mixer(Lm(), store, TOY.info, batch_tokens=1)
+    run(mixer.score(TOY.tokenizer.encode(TEXT), knn(**chosen), min_context=4))
+    run(mixer.next_token([TOY.tokenizer.encode("the cat")], knn(**chosen)))
+    assert len(store.asked) > 3
+    for request in store.asked:
+        assert {name: getattr(request, name) for name in chosen} == chosen
+
+
 def test_without_tuning_the_missing_value_is_asked_for() -> None:
     mixer = Mixer(Lm(), BruteForce(tuning=None), TOY.info)
     context = [TOY.tokenizer.encode("the cat")]
@@ -272,6 +285,33 @@ def test_a_score_that_loses_retrieval_half_way_is_the_lm_all_the_way() -> None:
     np.testing.assert_array_equal(score.weight, 0)
 
 
+def test_few_batches_are_under_way_at_a_time() -> None:
+    """However fast the model is: keys and neighbors of the batches under way are held."""
+    events: list[str] = []
+    mixer = Mixer(Lm(events), BruteForce(events=events), TOY.info, batch_tokens=1)
+    run(mixer.score(TOY.tokenizer.encode(8 * TEXT), knn(), min_context=4))
+    forwards = searches = 0
+    for event in events:
+        forwards, searches = forwards + (event == "forward"), searches + (event == "search")
+        assert forwards - searches <= BATCHES_UNDER_WAY
+    assert forwards == searches > 10
+
+
+def test_nothing_is_left_running_after_an_error() -> None:
+    class Refuses(BruteForce):
+        async def search(self, request: SearchRequest) -> SearchResult:
+            if len(self.asked) == 2:
+                raise InvalidRequest("no more")
+            return await super().search(request)
+
+    async def call() -> int:
+        with pytest.raises(InvalidRequest, match="no more"):
+            await Mixer(Lm(), Refuses(), TOY.info, batch_tokens=1).score(TOY.tokenizer.encode(8 * TEXT), knn())
+        return len(asyncio.all_tasks())
+
+    assert run(call()) == 1
+
+
 def test_bad_input_is_named() -> None:
     mixer = Mixer(Lm(), BruteForce(), TOY.info)
     with pytest.raises(InvalidRequest, match="the context is empty"):
@@ -293,6 +333,8 @@ def test_bad_input_is_named() -> None:
         ({"temperature": 0.0}, r"temperature must be > 0, got 0\.0"),
         ({"temperature": float("nan")}, "temperature must be > 0"),
         ({"k": 0}, "k must be at least 1, got 0"),
+        ({"exclude_documents": ("d",) * 1025}, "exclude_documents may name at most 1024 documents, got 1025"),
+        ({"exclude_documents": ("d" * 4097,)}, "of at most 4096 characters, got one of 4097"),
         ({"on_datastore_error": "ignore"}, "on_datastore_error must be fail or lm_only, got 'ignore'"),
     ],
 )

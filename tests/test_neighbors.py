@@ -77,6 +77,29 @@ def test_target_shortcut_equals_the_distribution(
     np.testing.assert_allclose(target_log_probs(neighbors, targets, temperature), full.of(targets), rtol=1e-9)
 
 
+def test_target_shortcut_across_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with padding, without it and without any neighbor, in blocks of two rows and a last one of one."""
+    monkeypatch.setattr("knnlm.neighbors.BLOCK_BYTES", 2 * 4 * 8)
+    full_row = [(1.0, 1), (2.0, 2), (3.0, 1), (4.0, 3)]
+    neighbors = make([full_row, full_row[:1], [], full_row[1:], full_row], 4)
+    targets = np.array([1, 1, 1, 2, 3])
+    expected = neighbor_log_probs(neighbors, 1.5).of(targets)
+    np.testing.assert_allclose(target_log_probs(neighbors, targets, 1.5), expected, rtol=1e-12)
+    assert np.isneginf(target_log_probs(neighbors, targets, 1.5)[2])
+
+
+def test_target_shortcut_where_exp_underflows() -> None:
+    neighbors = make([[(0.0, 1), (700.0, 2), (750.0, 3), (751.0, 3), (9000.0, 4)]], 6)
+    for target, expected in ((2, -700.0), (3, -750.0 + math.log1p(math.exp(-1.0))), (4, -9000.0), (5, -math.inf)):
+        assert target_log_probs(neighbors, np.array([target]), 1.0)[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_padding_is_no_neighbor_and_never_a_hit() -> None:
+    near_padding = Neighbors(np.array([[0.0, 5.0], [0.0, 0.0]], np.float32), np.array([[-1, 1], [-1, -1]], np.int32))
+    np.testing.assert_array_equal(target_log_probs(near_padding, np.array([1, 1]), 1.0), [0.0, -np.inf])
+    np.testing.assert_array_equal(target_log_probs(near_padding, np.array([-1, -1]), 1.0), [-np.inf, -np.inf])
+
+
 @given(row, temperatures, st.integers(1, 4))
 def test_masses_of_shards_add_up_to_the_whole(r: list[tuple[float, int]], temperature: float, shards: int) -> None:
     whole = neighbor_log_probs(make([r], 12), temperature).dense(7)

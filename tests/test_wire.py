@@ -18,6 +18,7 @@ from knnlm.messages import (
     DomainInfo,
     ForwardRequest,
     ForwardResult,
+    Memory,
     ModelInfo,
     Passage,
     SearchRequest,
@@ -206,6 +207,10 @@ SEARCH_REQUESTS = st.builds(
     ids=st.booleans(),
     passages=INT,
     passage_tokens=INT,
+    ef_search=maybe(INT),
+    exclude_entries=maybe(of("int64", 1)),
+    exclude_own_documents=st.booleans(),
+    exclude_documents=st.lists(TEXT, max_size=3),
 )
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4))
 NEIGHBORS = SHAPES.flatmap(
@@ -226,6 +231,8 @@ DOMAINS = st.builds(
     DomainInfo,
     TEXT, TEXT, st.lists(TEXT, max_size=3), TEXT, INT, INT, INT, *[TEXT] * 6,
     maybe(st.builds(Tuning, FINITE, FINITE, INT, FINITE, FINITE, INT, INT)),
+    st.lists(TEXT, max_size=3),
+    maybe(st.builds(Memory, TEXT, st.integers(0, 2**40), TEXT, st.integers(0, 2**40))),
 )  # fmt: skip
 
 
@@ -313,17 +320,30 @@ def test_a_forward_request_that_does_not_add_up_is_refused(changed: dict[str, An
     assert refused.value.param == param
 
 
-def test_a_number_that_protobuf_cannot_hold_is_refused_by_name() -> None:
-    request = SearchRequest("d", np.zeros((1, 2), np.float32), k=2**40)
+@pytest.mark.parametrize("param", ["k", "ef_search"])
+def test_a_number_that_protobuf_cannot_hold_is_refused_by_name(param: str) -> None:
+    request = SearchRequest("d", np.zeros((1, 2), np.float32), **{"k": 4, param: 2**40})  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest) as refused:
         protos.search_request_to_proto(request)
-    assert refused.value.param == "k"
+    assert refused.value.param == param
+
+
+def test_an_excluded_entry_of_another_kind_is_refused_by_name() -> None:
+    message = protos.search_request_to_proto(SearchRequest("d", np.zeros((1, 2), np.float32), k=1))
+    for malformed in (tensor(), array_to_tensor(np.zeros((1, 1), np.int64))):
+        message.exclude_entries.CopyFrom(malformed)
+        with pytest.raises(InvalidRequest) as refused:
+            protos.search_request_from_proto(message)
+        assert refused.value.param == "exclude_entries"
 
 
 @pytest.mark.parametrize(
     ("changed", "param"),
     [({"k": "4"}, "k"), ({"k": True}, "k"), ({"k": None}, "k"), ({"ids": 1}, "ids"), ({"queries": None}, "queries"),
-     ({"version": 2}, "version"), ({"overfetch": "2"}, "overfetch")],
+     ({"version": 2}, "version"), ({"overfetch": "2"}, "overfetch"), ({"ef_search": 1.5}, "ef_search"),
+     ({"exclude_entries": [1.5]}, "exclude_entries"), ({"exclude_entries": "all"}, "exclude_entries"),
+     ({"exclude_own_documents": 1}, "exclude_own_documents"), ({"exclude_documents": "d"}, "exclude_documents"),
+     ({"exclude_documents": ["d", 3]}, "exclude_documents"), ({"exclude_documents": [None]}, "exclude_documents")],
 )  # fmt: skip
 def test_a_field_of_a_wrong_type_is_refused_by_name(changed: dict[str, object], param: str) -> None:
     with pytest.raises(InvalidRequest) as refused:

@@ -21,7 +21,7 @@ from knnlm.cli.common import (
     progress,
     remark,
 )
-from knnlm.cli.index import AUTO, make_index
+from knnlm.cli.index import AUTO, make_index, print_index
 from knnlm.errors import KnnlmError
 
 if TYPE_CHECKING:
@@ -90,10 +90,10 @@ def build(
     except KeyboardInterrupt:
         remark("stopped: the same command continues where it was")
         raise
-    reason = "exact search, as asked"
+    reasons = ["exact search, as asked"]
     if index != NO_INDEX:
         try:
-            reason = make_index(path, index)[1]
+            reasons = make_index(path, index)[1]
         except (KnnlmError, KeyboardInterrupt):
             remark(
                 f"the keys of {path.name} are complete, its index is not: continue with `knnlm index {domain} "
@@ -108,12 +108,12 @@ def build(
             {
                 "domain": domain, "version": path.name, "path": str(path), "active": activate,
                 "entries": manifest.entries, "documents": manifest.documents, "tokens": manifest.tokens,
-                "index": manifest.index.recipe, "index_reason": reason,
+                "index": manifest.index.recipe, "index_reasons": reasons,
             }
         )  # fmt: skip
         return
     print(f"{path}: {manifest.entries:,} entries of {manifest.documents:,} documents")
-    print(f"index {manifest.index.recipe}: {reason}")
+    print_index(f"index {manifest.index.recipe}", reasons)
     if activate:
         print(
             f"{path.name} is now the current version of {domain}; fit temperature and lambda with `knnlm tune {domain}`"

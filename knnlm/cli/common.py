@@ -54,6 +54,16 @@ TemperatureOption = Annotated[
 CombineOption = Annotated[
     str, typer.Option("--combine", help="Several domains: mixture (a weight each) or union (one softmax over all).")
 ]
+EfSearchOption = Annotated[
+    int | None, typer.Option("--ef-search", help="Candidates that a search of a graph index (hnsw) keeps.")
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option("--exclude-document", help="Let no entry of this document count; its id, may be repeated."),
+]
+IndexOption = Annotated[
+    str | None, typer.Option("--index", help="Search with this index of the version; by default its default one.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 DEFAULT_STORE = Path("store")
@@ -149,7 +159,14 @@ def parse_part(name: str) -> "Part":
 
 
 def knn_options(
-    domains: Sequence[str], *, k: int | None, lmbda: float | None, temperature: float | None, combine: str
+    domains: Sequence[str],
+    *,
+    k: int | None,
+    lmbda: float | None,
+    temperature: float | None,
+    combine: str,
+    ef_search: int | None,
+    exclude_documents: Sequence[str],
 ) -> "KnnOptions | None":
     """None without domains; then the other options would be ignored, which is refused."""
     from knnlm.options import DomainOptions, KnnOptions
@@ -157,14 +174,15 @@ def knn_options(
     if not domains:
         given = {
             "--k": k is not None, "--lambda": lmbda is not None, "--temperature": temperature is not None,
-            "--combine": combine != COMBINE,
+            "--combine": combine != COMBINE, "--ef-search": ef_search is not None,
+            "--exclude-document": bool(exclude_documents),
         }  # fmt: skip
         unused = [name for name, is_given in given.items() if is_given]
         if unused:
             raise InvalidRequest(f"{unused[0]} means nothing without --domain", param=unused[0])
         return None
     parts = tuple(DomainOptions(domain, lmbda=lmbda, temperature=temperature) for domain in domains)
-    return KnnOptions(parts, k=k, combine=combine)
+    return KnnOptions(parts, k=k, combine=combine, ef_search=ef_search, exclude_documents=tuple(exclude_documents))
 
 
 def version_folder(catalog: "Catalog", domain: str, version: str | None) -> Path:

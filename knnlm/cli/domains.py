@@ -22,6 +22,7 @@ class Row:
     entries: int
     documents: int
     index: str
+    indexes: tuple[str, ...]
     model_id: str
     tuned: bool
 
@@ -41,8 +42,8 @@ def list_domains(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False
         for version in catalog.versions(domain):
             m = Manifest.load(catalog.path(domain, version))
             rows.append(
-                Row(domain, version, version == current, m.entries, m.documents, m.index.recipe, m.model.model_id,
-                    m.tuning is not None)
+                Row(domain, version, version == current, m.entries, m.documents, m.index.recipe,
+                    tuple(index.recipe for index in m.indexes), m.model.model_id, m.tuning is not None)
             )  # fmt: skip
     if as_json:
         print_json([asdict(row) for row in rows])
@@ -53,7 +54,7 @@ def list_domains(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False
     print_table(
         ["domain", "version", "entries", "documents", "index", "model", ""],
         [
-            [r.domain, r.version, f"{r.entries:,}", f"{r.documents:,}", r.index, r.model_id,
+            [r.domain, r.version, f"{r.entries:,}", f"{r.documents:,}", "; ".join(r.indexes), r.model_id,
              ", ".join(["current"] * r.current + ["tuned"] * r.tuned)]
             for r in rows
         ],

@@ -11,6 +11,9 @@ from knnlm.cli.common import (
     DeviceOption,
     DomainsOption,
     DtypeOption,
+    EfSearchOption,
+    ExcludeOption,
+    IndexOption,
     JsonOption,
     KOption,
     LambdaOption,
@@ -27,6 +30,7 @@ from knnlm.cli.common import (
     progress,
     remark,
 )
+from knnlm.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from knnlm.evaluation.perplexity import Report
@@ -42,6 +46,9 @@ def evaluate(
     lmbda: LambdaOption = None,
     temperature: TemperatureOption = None,
     combine: CombineOption = COMBINE,
+    ef_search: EfSearchOption = None,
+    exclude_document: ExcludeOption = None,
+    index: IndexOption = None,
     min_context: MinContextOption = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Report on a sample of so many tokens, spread over all documents.")
@@ -58,9 +65,19 @@ def evaluate(
     from knnlm.pipeline import Pipeline
 
     domains = domain or []
-    knn = knn_options(domains, k=k, lmbda=lmbda, temperature=temperature, combine=combine)
+    if index is not None and not domains:
+        raise InvalidRequest("--index means nothing without --domain", param="--index")
+    knn = knn_options(
+        domains,
+        k=k,
+        lmbda=lmbda,
+        temperature=temperature,
+        combine=combine,
+        ef_search=ef_search,
+        exclude_documents=exclude_document or (),
+    )
     chosen = list(select(read_documents(sources), parse_part(part)))
-    with Pipeline.load(model, store, domains, device=device, dtype=dtype) as pipeline:
+    with Pipeline.load(model, store, domains, device=device, dtype=dtype, index=index) as pipeline:
         documents = encode(chosen, pipeline.tokenizer)
         if max_tokens is not None:
             documents = sample(documents, pipeline.tokenizer, max_tokens)

@@ -27,7 +27,8 @@ __all__ = ["app", "main", "run"]
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 EXTRAS = {
-    "torch": "lm", "transformers": "lm", "safetensors": "lm", "faiss": "index", "pyarrow": "parquet", "rich": "cli",
+    "torch": "lm", "transformers": "lm", "safetensors": "lm", "faiss": "index",
+    "llvmlite": "index", "numba": "index", "pyarrow": "parquet", "rich": "cli",
 }  # fmt: skip
 
 app = typer.Typer(

@@ -13,6 +13,8 @@ from knnlm.cli.common import (
     DeviceOption,
     DomainsOption,
     DtypeOption,
+    EfSearchOption,
+    ExcludeOption,
     JsonOption,
     KOption,
     LambdaOption,
@@ -43,6 +45,8 @@ def next_token(
     lmbda: LambdaOption = None,
     temperature: TemperatureOption = None,
     combine: CombineOption = COMBINE,
+    ef_search: EfSearchOption = None,
+    exclude_document: ExcludeOption = None,
     top: Annotated[int, typer.Option(help="Show so many of the likeliest tokens.")] = 10,
     neighbors: Annotated[int, typer.Option(help="Show so many of the nearest neighbors of each domain.")] = 5,
     device: DeviceOption = "auto",
@@ -56,7 +60,15 @@ def next_token(
         if value < 0:
             raise InvalidRequest(f"{name} must be at least 0, got {value}", param=name)
     domains = domain or []
-    knn = knn_options(domains, k=k, lmbda=lmbda, temperature=temperature, combine=combine)
+    knn = knn_options(
+        domains,
+        k=k,
+        lmbda=lmbda,
+        temperature=temperature,
+        combine=combine,
+        ef_search=ef_search,
+        exclude_documents=exclude_document or (),
+    )
     text = read_text(text)
     with Pipeline.load(model, store, domains, device=device, dtype=dtype) as pipeline:
         result = pipeline.next_token(text, knn, passages=neighbors, passage_tokens=PASSAGE_TOKENS)

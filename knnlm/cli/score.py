@@ -10,6 +10,8 @@ from knnlm.cli.common import (
     DeviceOption,
     DomainsOption,
     DtypeOption,
+    EfSearchOption,
+    ExcludeOption,
     JsonOption,
     KOption,
     LambdaOption,
@@ -34,6 +36,8 @@ def score(
     lmbda: LambdaOption = None,
     temperature: TemperatureOption = None,
     combine: CombineOption = COMBINE,
+    ef_search: EfSearchOption = None,
+    exclude_document: ExcludeOption = None,
     min_context: MinContextOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -43,7 +47,15 @@ def score(
     from knnlm.pipeline import Pipeline
 
     domains = domain or []
-    knn = knn_options(domains, k=k, lmbda=lmbda, temperature=temperature, combine=combine)
+    knn = knn_options(
+        domains,
+        k=k,
+        lmbda=lmbda,
+        temperature=temperature,
+        combine=combine,
+        ef_search=ef_search,
+        exclude_documents=exclude_document or (),
+    )
     text = read_text(text)
     with Pipeline.load(model, store, domains, device=device, dtype=dtype) as pipeline:
         result = pipeline.score(text, knn, min_context=min_context)

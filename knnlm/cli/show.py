@@ -1,5 +1,6 @@
 """`knnlm show`: what a datastore is, and what its entries are."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ from knnlm.cli.common import (
 from knnlm.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from knnlm.datastore.manifest import Manifest
+    from knnlm.datastore.manifest import IndexRecord, Manifest
     from knnlm.datastore.reader import Datastore
     from knnlm.tokenizer import Tokenizer
 
@@ -43,12 +44,13 @@ def show(
     try:
         tokenizer = Tokenizer((path / TOKENIZER).read_text(encoding="utf-8"), bos_token_id=None, eos_token_id=None)
         entries = [_entry(datastore, tokenizer, number, around) for number in entry or ()]
+        memory = {index.recipe: _memory(index, datastore) for index in datastore.manifest.indexes}
     finally:
         datastore.close()
     if as_json:
-        print_json({**datastore.manifest.model_dump(mode="json"), "shown": entries})
+        print_json({**datastore.manifest.model_dump(mode="json"), "memory": memory, "shown": entries})
         return
-    print_table(["domain", domain], _summary(datastore.manifest), left=(0, 1))
+    print_table(["domain", domain], _summary(datastore.manifest, memory), left=(0, 1))
     for e in entries:
         print(f"\nentry {e['entry']}: token {e['position']} of {e['document']}")
         print(f"{e['before']!r} → {e['after']!r}")
@@ -67,7 +69,19 @@ def _entry(datastore: "Datastore", tokenizer: "Tokenizer", number: int, around: 
     }
 
 
-def _summary(m: "Manifest") -> list[tuple[str, str]]:
+def _memory(index: "IndexRecord", datastore: "Datastore") -> int | None:
+    """Bytes that a process holds of an index to search it; None for one that this program does not know."""
+    from knnlm.index.table import family
+
+    try:
+        known = family(index.recipe)
+    except InvalidRequest:
+        return None
+    file = None if index.file is None else datastore.path / index.file
+    return known.resident_bytes(datastore.keys, file, resident=False)
+
+
+def _summary(m: "Manifest", memory: Mapping[str, int | None]) -> list[tuple[str, str]]:
     """(what, value) of everything that a person decides by."""
     tuned = "no: run `knnlm tune`"
     if m.tuning is not None:
@@ -83,7 +97,10 @@ def _summary(m: "Manifest") -> list[tuple[str, str]]:
         ("windows", f"{m.windows.context_length} tokens, at least {m.windows.min_context} of context"),
         ("model", f"{m.model.model_id} ({m.model.architecture}), weights {m.model.weights_sha256[:12]}"),
         ("tokenizer", m.model.tokenizer_sha256[:12]),
-        ("index", m.index.recipe),
+        *[
+            ("index" if i == 0 else "also indexed", recipe + ("" if held is None else f", {held:,} bytes in memory"))
+            for i, (recipe, held) in enumerate(memory.items())
+        ],
         ("bytes", f"{sum(f.bytes for f in m.files.values()):,}"),
         ("tuned", tuned),
     ]

@@ -11,6 +11,7 @@ from knnlm.cli.common import (
     DeviceOption,
     DomainArgument,
     DtypeOption,
+    IndexOption,
     JsonOption,
     MinContextOption,
     ModelOption,
@@ -41,6 +42,7 @@ def tune(
         int, typer.Option(help="Fit on a sample of so many tokens, spread over all documents.")
     ] = 20_000,
     min_context: MinContextOption = None,
+    index: IndexOption = None,
     page: Annotated[Path | None, typer.Option(help="Also write the tuning curve as an HTML page.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -64,7 +66,7 @@ def tune(
     path = version_folder(Catalog(store), domain, version)
     chosen = list(select(read_documents(sources), parse_part(part)))
     lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=Manifest.load(path).key_function)
-    searcher = Searcher.open(path, expect=lm.info)
+    searcher = Searcher.open(path, index=index, expect=lm.info)
     try:
         encoded = encode(chosen, lm.tokenizer)
         held_out = unseen(encoded, path)
@@ -80,7 +82,11 @@ def tune(
     finally:
         searcher.close()
     result = fit(observations, ks)
-    with_tuning(path, result.tuning)
+    default = with_tuning(path, result.tuning).index.recipe
+    if index not in (None, default):
+        remark(
+            f"fitted to neighbors found by {index}; {default} answers: `knnlm index {domain} --use {index}` changes it"
+        )
     tuning = result.tuning
     warnings = _warnings(observations.leak, tuning.lmbda)
     if page is not None:

@@ -1,26 +1,35 @@
-"""The services over HTTP, for where gRPC cannot go: the same messages as JSON, arrays packed in base64."""
+"""The services over HTTP, for where gRPC cannot go: the same messages as protobuf, or as JSON.
+
+What holds arrays, Forward and Search, is sent and answered as its encoding says; all else is JSON.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
+from google.protobuf.message import DecodeError, Message
 
 from knnlm.clients.context import outgoing_id, time_limit
 from knnlm.clients.errors import rebuild
 from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, Unavailable
 from knnlm.messages import DomainInfo, ForwardRequest, ForwardResult, ModelInfo, SearchRequest, SearchResult
-from knnlm.wire import jsonable
+from knnlm.v1 import datastore_pb2, lm_pb2
+from knnlm.wire import jsonable, protos
 
 __all__ = ["HttpDatastore", "HttpLanguageModel"]
+
+PROTOBUF = "protobuf"
+
+Reply = TypeVar("Reply")
 
 
 class HttpLanguageModel:
     """An lm service. base_url: http://host:port. timeout: seconds per call; a request's deadline is kept too.
 
-    encoding: of arrays, "base64" or "list". transport: for tests, an httpx.ASGITransport. Every method raises the
-    KnnlmError the service raised, Unavailable when there is no service, DeadlineExceeded.
+    encoding: "protobuf", or JSON with arrays as "base64" or "list". transport: for tests, an httpx.ASGITransport. Every
+    method raises the KnnlmError the service raised, Unavailable when there is no service, DeadlineExceeded.
     """
 
     def __init__(
@@ -29,13 +38,17 @@ class HttpLanguageModel:
         *,
         api_key: str | None = None,
         timeout: float = 60.0,
-        encoding: str = "base64",
+        encoding: str = PROTOBUF,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._link = _Link(base_url, api_key, timeout, transport)
         self._encoding = encoding
 
     async def forward(self, request: ForwardRequest) -> ForwardResult:
+        if self._encoding == PROTOBUF:
+            message = protos.forward_request_to_proto(request)
+            answer = await self._link.message("/v1/forward", message, lm_pb2.ForwardResponse.FromString)
+            return protos.forward_result_from_proto(answer)
         body = jsonable.forward_request_to_json(request, self._encoding)
         return jsonable.forward_result_from_json(await self._link.json("POST", "/v1/forward", body))
 
@@ -64,15 +77,19 @@ class HttpDatastore:
         *,
         api_key: str | None = None,
         timeout: float = 60.0,
-        encoding: str = "base64",
+        encoding: str = PROTOBUF,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._link = _Link(base_url, api_key, timeout, transport)
         self._encoding = encoding
 
     async def search(self, request: SearchRequest) -> SearchResult:
-        body = jsonable.search_request_to_json(request, self._encoding)
         path = f"/v1/domains/{quote(request.domain, safe='')}/search"
+        if self._encoding == PROTOBUF:
+            message = protos.search_request_to_proto(request)
+            answer = await self._link.message(path, message, datastore_pb2.SearchResponse.FromString)
+            return protos.search_result_from_proto(answer)
+        body = jsonable.search_request_to_json(request, self._encoding)
         return jsonable.search_result_from_json(await self._link.json("POST", path, body))
 
     async def list_domains(self) -> Sequence[DomainInfo]:
@@ -112,9 +129,17 @@ class _Link:
             limits=httpx.Limits(keepalive_expiry=60.0),
         )
 
+    async def message(self, path: str, message: Message, decode: Callable[[bytes], Reply]) -> Reply:
+        """Send a protobuf message, read another."""
+        response = await self.call("POST", path, message.SerializeToString(), "application/protobuf")
+        try:
+            return decode(response.content)
+        except DecodeError as err:
+            raise KnnlmError(f"{self._base_url}{path} answered something that is not the message") from err
+
     async def json(self, method: str, path: str, body: Mapping[str, object] | None = None) -> dict[str, Any]:
         """The answer's JSON object; its fields are checked by those who read them."""
-        response = await self.call(method, path, body)
+        response = await self.call(method, path, None if body is None else _encoded(body), "application/json")
         try:
             answer = response.json()
         except ValueError as err:
@@ -123,16 +148,16 @@ class _Link:
             raise KnnlmError(f"{self._base_url}{path} answered {type(answer).__name__}, expected a JSON object")
         return answer
 
-    async def call(self, method: str, path: str, body: Mapping[str, object] | None = None) -> httpx.Response:
+    async def call(
+        self, method: str, path: str, content: bytes | None = None, content_type: str = "application/json"
+    ) -> httpx.Response:
         limit = time_limit(self._timeout)
         headers = {"x-request-timeout": f"{limit:.3f}"}
         request_id = outgoing_id()
         if request_id is not None:
             headers["x-request-id"] = request_id
-        content = None
-        if body is not None:
-            content = _encoded(body)
-            headers["content-type"] = "application/json"
+        if content is not None:
+            headers["content-type"] = content_type
         try:
             response = await self._http.request(method, path, content=content, headers=headers, timeout=limit)
         except httpx.TimeoutException as err:

@@ -5,7 +5,7 @@ A channel belongs to the event loop it is first used in; the clients open it the
 
 import json
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import grpc
 
@@ -16,7 +16,7 @@ from knnlm.messages import DomainInfo, ForwardRequest, ForwardResult, ModelInfo,
 from knnlm.v1 import datastore_pb2, datastore_pb2_grpc, lm_pb2, lm_pb2_grpc
 from knnlm.wire import protos
 
-__all__ = ["GrpcDatastore", "GrpcLanguageModel"]
+__all__ = ["HTTP2", "GrpcDatastore", "GrpcLanguageModel"]
 
 MAX_MESSAGE_BYTES = 64 << 20
 IDEMPOTENT = {
@@ -24,6 +24,10 @@ IDEMPOTENT = {
     "knnlm.v1.Datastore": ("Search", "ListDomains", "GetDomain"),
 }
 
+# an answer of 64 queries has 512 KiB: fewer, larger frames, and a window that need not grow to it first
+HTTP2 = (("grpc.http2.max_frame_size", 1 << 20), ("grpc.http2.lookahead_bytes", 4 << 20))
+
+Stub = TypeVar("Stub")
 Reply = TypeVar("Reply", covariant=True)
 Message = TypeVar("Message", contravariant=True)
 
@@ -41,13 +45,11 @@ class GrpcLanguageModel:
     """
 
     def __init__(self, target: str, *, api_key: str | None = None, timeout: float = 60.0) -> None:
-        self._link = _Link(target, "knnlm.v1.LanguageModel", api_key, timeout)
+        self._link = _Link(target, "knnlm.v1.LanguageModel", lm_pb2_grpc.LanguageModelStub, api_key, timeout)
 
     async def forward(self, request: ForwardRequest) -> ForwardResult:
         message = protos.forward_request_to_proto(request)
-        return protos.forward_result_from_proto(
-            await self._link.call(lambda channel: lm_pb2_grpc.LanguageModelStub(channel).Forward, message)
-        )
+        return protos.forward_result_from_proto(await self._link.call(lambda stub: stub.Forward, message))
 
     async def get_model(self) -> ModelInfo:
         return protos.model_from_proto(await self._get_model(tokenizer=False))
@@ -57,7 +59,7 @@ class GrpcLanguageModel:
 
     async def _get_model(self, *, tokenizer: bool) -> lm_pb2.GetModelResponse:
         return await self._link.call(
-            lambda channel: lm_pb2_grpc.LanguageModelStub(channel).GetModel,
+            lambda stub: stub.GetModel,
             lm_pb2.GetModelRequest(include_tokenizer=tokenizer),
         )
 
@@ -75,30 +77,26 @@ class GrpcDatastore:
     """A datastore service; see GrpcLanguageModel. `activate` is not retried, and needs an admin key."""
 
     def __init__(self, target: str, *, api_key: str | None = None, timeout: float = 60.0) -> None:
-        self._link = _Link(target, "knnlm.v1.Datastore", api_key, timeout)
+        self._link = _Link(target, "knnlm.v1.Datastore", datastore_pb2_grpc.DatastoreStub, api_key, timeout)
 
     async def search(self, request: SearchRequest) -> SearchResult:
         message = protos.search_request_to_proto(request)
-        return protos.search_result_from_proto(
-            await self._link.call(lambda channel: datastore_pb2_grpc.DatastoreStub(channel).Search, message)
-        )
+        return protos.search_result_from_proto(await self._link.call(lambda stub: stub.Search, message))
 
     async def list_domains(self) -> Sequence[DomainInfo]:
-        reply = await self._link.call(
-            lambda channel: datastore_pb2_grpc.DatastoreStub(channel).ListDomains, datastore_pb2.ListDomainsRequest()
-        )
+        reply = await self._link.call(lambda stub: stub.ListDomains, datastore_pb2.ListDomainsRequest())
         return [protos.domain_from_proto(domain) for domain in reply.domains]
 
     async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
         reply = await self._link.call(
-            lambda channel: datastore_pb2_grpc.DatastoreStub(channel).GetDomain,
+            lambda stub: stub.GetDomain,
             datastore_pb2.GetDomainRequest(domain=domain, version=version),
         )
         return protos.domain_from_proto(reply.domain)
 
     async def activate(self, domain: str, version: str) -> DomainInfo:
         reply = await self._link.call(
-            lambda channel: datastore_pb2_grpc.DatastoreStub(channel).ActivateVersion,
+            lambda stub: stub.ActivateVersion,
             datastore_pb2.ActivateVersionRequest(domain=domain, version=version),
         )
         return protos.domain_from_proto(reply.domain)
@@ -113,25 +111,35 @@ class GrpcDatastore:
         await self.aclose()
 
 
-class _Link:
+class _Link(Generic[Stub]):
     """One channel to one service, and what every call over it has in common."""
 
-    def __init__(self, target: str, service: str, api_key: str | None, timeout: float) -> None:
+    def __init__(
+        self,
+        target: str,
+        service: str,
+        stub: Callable[[grpc.aio.Channel], Stub],
+        api_key: str | None,
+        timeout: float,
+    ) -> None:
         self._target = target
         self._service = service
+        self._make_stub = stub
         self._authorization = [] if api_key is None else [("authorization", f"Bearer {api_key}")]
         self._timeout = timeout
         self._channel: grpc.aio.Channel | None = None
+        self._stub: Stub | None = None
 
-    async def call(self, method: Callable[[grpc.aio.Channel], _Method[Message, Reply]], message: Message) -> Reply:
-        if self._channel is None:
+    async def call(self, method: Callable[[Stub], _Method[Message, Reply]], message: Message) -> Reply:
+        if self._stub is None:
             self._channel = _open(self._target, self._service)
+            self._stub = self._make_stub(self._channel)
         metadata = list(self._authorization)
         request_id = outgoing_id()
         if request_id is not None:
             metadata.append(("x-request-id", request_id))
         try:
-            return await method(self._channel)(message, timeout=time_limit(self._timeout), metadata=metadata)
+            return await method(self._stub)(message, timeout=time_limit(self._timeout), metadata=metadata)
         except grpc.aio.AioRpcError as err:
             raise self._translated(err) from err
 
@@ -184,6 +192,7 @@ def _open(target: str, service: str) -> grpc.aio.Channel:
             ("grpc.service_config", json.dumps(config)),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            *HTTP2,
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),

@@ -4,6 +4,7 @@ Line i is document i: {"id", "start", "tokens"}, start being its first token's p
 tokens gives t - 1 entries (none when t < 2), in order; so the table alone says where every entry came from.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,17 +47,21 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 class DocumentTable:
-    """32 bytes of memory per document; the ids stay on disk."""
+    """48 bytes of memory per document; the ids stay on disk, their hashes do not."""
 
     def __init__(self, path: Path) -> None:
         """Reads the whole file once. Raises DatastoreCorrupt when it is malformed."""
         self._path = path
-        columns = ((row.start, row.tokens, row.entries, offset) for row, offset in _rows_with_offsets(path))
-        table: Int64 = np.fromiter(columns, np.dtype((np.int64, 4)))  # (m, 4)
+        columns = (
+            (row.start, row.tokens, row.entries, offset, _hash(row.id)) for row, offset in _rows_with_offsets(path)
+        )
+        table: Int64 = np.fromiter(columns, np.dtype((np.int64, 5)))  # (m, 5)
         self.starts: Int64 = table[:, 0].copy()  # (m,) of tokens
         self.lengths: Int64 = table[:, 1].copy()  # (m,) in tokens
         self.first_entries: Int64 = np.cumsum(table[:, 2]) - table[:, 2]  # (m,)
         self._offsets: Int64 = table[:, 3].copy()  # (m,) of lines, in bytes
+        self._by_hash: Int64 = np.argsort(table[:, 4], kind="stable")  # (m,) documents
+        self._hashes: Int64 = table[self._by_hash, 4]  # (m,) ascending
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -67,10 +72,22 @@ class DocumentTable:
         documents = np.searchsorted(self.first_entries, entries, side="right") - 1
         return documents.astype(np.int64), entries - self.first_entries[documents] + 1
 
+    def numbers(self, name: str) -> Int64:
+        """The documents with this id, ascending: none, one, or several, since nothing forbids that."""
+        wanted = np.int64(_hash(name))
+        alike = self._by_hash[np.searchsorted(self._hashes, wanted) : np.searchsorted(self._hashes, wanted, "right")]
+        return np.array([number for number in alike if self.id(int(number)) == name], np.int64)
+
     def id(self, document: int) -> str:
         with self._path.open("rb") as file:
             file.seek(int(self._offsets[document]))
             return _row(file.readline(), self._path, document + 1).id
+
+
+def _hash(name: str) -> int:
+    """Of 64 bits, signed. surrogatepass: an id may hold what is no character."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _rows_with_offsets(path: Path) -> Iterator[tuple[Row, int]]:

@@ -6,7 +6,7 @@ change after publication. The file must be, byte for byte, what this module writ
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -15,13 +15,14 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from knnlm.datastore.files import locked, write_atomic
 from knnlm.datastore.layout import MANIFEST
-from knnlm.errors import DatastoreCorrupt, DatastoreIncomplete, InvalidRequest
+from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreIncomplete, InvalidRequest
 from knnlm.messages import ModelInfo, Tuning
 
 __all__ = ["FORMAT_VERSION", "FileRecord", "IndexRecord", "Manifest", "ModelRecord", "TuningRecord", "WindowsRecord",
-           "with_index", "with_tuning"]  # fmt: skip
+           "with_default_index", "with_index", "with_tuning", "without_index"]  # fmt: skip
 
 FORMAT_VERSION: Final = 1
+FLAT: Final = "flat"
 
 KeyDtype = Literal["float16", "float32"]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -97,7 +98,10 @@ class TuningRecord(Record):
 
 
 class Manifest(Record):
-    """One version of one domain. `checksum` is the sha256 of the canonical JSON of everything else."""
+    """One version of one domain. `checksum` is the sha256 of the canonical JSON of everything else.
+
+    index: the one that answers unless another is asked for. other_indexes: those beside it, each of another recipe.
+    """
 
     format_version: Literal[1] = FORMAT_VERSION
     domain: str
@@ -114,12 +118,37 @@ class Manifest(Record):
     index: IndexRecord = IndexRecord(recipe="flat")
     files: dict[FileName, FileRecord]
     tuning: TuningRecord | None = None
+    other_indexes: tuple[IndexRecord, ...] = ()
 
     @model_validator(mode="after")
-    def _index_is_listed(self) -> Self:
-        if self.index.file is not None and self.index.file not in self.files:
-            raise ValueError(f"index file {self.index.file} is not among files")
+    def _indexes_are_listed(self) -> Self:
+        for index in self.indexes:
+            if index.file is not None and index.file not in self.files:
+                raise ValueError(f"index file {index.file} is not among files")
+        recipes = [index.recipe for index in self.indexes]
+        if len(set(recipes)) != len(recipes):
+            raise ValueError(f"two indexes of one recipe: {', '.join(recipes)}")
         return self
+
+    @property
+    def indexes(self) -> tuple[IndexRecord, ...]:
+        """All of them, the default first."""
+        return (self.index, *self.other_indexes)
+
+    def index_of(self, recipe: str | None) -> IndexRecord:
+        """The index of a recipe, None = the default. "flat" needs no file, so every version has it.
+
+        Raises InvalidRequest for one that this version does not have.
+        """
+        for index in self.indexes:
+            if recipe in (None, index.recipe):
+                return index
+        if recipe == FLAT:
+            return IndexRecord(recipe=FLAT)
+        known = ", ".join(sorted({FLAT, *(index.recipe for index in self.indexes)}))
+        raise InvalidRequest(
+            f"domain {self.domain} version {self.version} has no index {recipe!r}: it has {known}", param="index"
+        )
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -164,6 +193,8 @@ class Manifest(Record):
 
     def serialized(self) -> bytes:
         fields = self.model_dump(mode="json")
+        if not self.other_indexes:  # as it was written before there could be several
+            del fields["other_indexes"]
         return (json.dumps({**fields, "checksum": _checksum(fields)}, indent=2) + "\n").encode()
 
 
@@ -173,14 +204,55 @@ def with_tuning(path: Path, tuning: Tuning) -> Manifest:
     return _rewrite(path, lambda old: old.model_copy(update={"tuning": record}))
 
 
-def with_index(path: Path, index: IndexRecord, files: Mapping[str, FileRecord]) -> Manifest:
-    """Make `index`, whose `files` lie in folder `path` already, the index of the version, in place of the former."""
+def with_index(path: Path, index: IndexRecord, files: Mapping[str, FileRecord], *, beside: bool = False) -> Manifest:
+    """Make `index`, whose `files` lie in folder `path` already, the default index of the version.
+
+    It takes the place of one of the same recipe, and of the former default; with `beside` the former default stays and
+    the new one is added to the others.
+    """
 
     def change(old: Manifest) -> Manifest:
-        kept = {name: record for name, record in old.files.items() if name != old.index.file}
-        return old.model_copy(update={"index": index, "files": {**kept, **files}})
+        others = [other for other in old.other_indexes if other.recipe != index.recipe]
+        if not beside or old.index.recipe == index.recipe:
+            return _indexed(old, [index, *others], files)
+        return _indexed(old, [old.index, *others, index], files)
 
     return _rewrite(path, change)
+
+
+def with_default_index(path: Path, recipe: str) -> Manifest:
+    """Make an index that the version has its default. Raises InvalidRequest for another recipe."""
+
+    def change(old: Manifest) -> Manifest:
+        chosen = old.index_of(recipe)
+        return _indexed(old, [chosen, *(index for index in old.indexes if index.recipe != recipe)], {})
+
+    return _rewrite(path, change)
+
+
+def without_index(path: Path, recipe: str) -> Manifest:
+    """Take an index from the version. Raises InvalidRequest for one it does not have, Conflict for its default."""
+
+    def change(old: Manifest) -> Manifest:
+        if recipe == old.index.recipe:
+            raise Conflict(f"{recipe} is the default index of {path}: make another one the default first")
+        if recipe not in {index.recipe for index in old.indexes}:
+            raise InvalidRequest(f"{path} has no index {recipe!r} to remove: it has {_names(old)}", param="index")
+        return _indexed(old, [index for index in old.indexes if index.recipe != recipe], {})
+
+    return _rewrite(path, change)
+
+
+def _indexed(old: Manifest, indexes: Sequence[IndexRecord], files: Mapping[str, FileRecord]) -> Manifest:
+    """With these indexes, the default first, and of the files those that are still named."""
+    gone = {index.file for index in old.indexes} - {index.file for index in indexes}
+    kept = {name: record for name, record in old.files.items() if name not in gone}
+    update = {"index": indexes[0], "other_indexes": tuple(indexes[1:]), "files": {**kept, **files}}
+    return old.model_copy(update=update)
+
+
+def _names(manifest: Manifest) -> str:
+    return ", ".join(index.recipe for index in manifest.indexes)
 
 
 def _rewrite(path: Path, change: Callable[[Manifest], Manifest]) -> Manifest:

@@ -4,6 +4,7 @@ Windows are those of scoring (knnlm/mixer.py), so a fitted value holds for what 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from knnlm.messages import ForwardRequest, SearchRequest
 from knnlm.neighbors import Neighbors
 from knnlm.pipeline import Search
 
-__all__ = ["LEAK_ALARM", "coincide", "collect"]
+__all__ = ["LEAK_ALARM", "HeldOut", "coincide", "collect", "observe"]
 
 # How far, in squared norms of the query, a key lies from the same text's stored one. In float32 what is left is the
 # rounding to float16, 5e-8; other text was never nearer than 4e-5, even to a model that has hardly been trained. Halves
@@ -28,6 +29,40 @@ LEAK_CONTEXT = 16  # tokens before a query that counts, where there are so long 
 LEAK_ALARM = 0.05  # share of coinciding queries from which on a report warns
 
 Batch = list[tuple[Encoded, Window]]
+Answer = tuple[npt.NDArray[np.floating], npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the model alone says about n held-out tokens: queries (n, d) float32, lm_log_probs (n,), targets (n,)."""
+
+    queries: npt.NDArray[np.float32]
+    lm_log_probs: npt.NDArray[np.float32]
+    targets: npt.NDArray[np.int32]
+    documents: int
+
+
+def observe(
+    lm: KeyEncoder,
+    documents: Sequence[Encoded],
+    *,
+    min_context: int | None = None,
+    batch_tokens: int = 4096,
+    on_progress: Callable[[int], None] | None = None,
+) -> HeldOut:
+    """`collect` without a search: queries to be searched for in several ways. Parameters and errors are its own."""
+    keys, log_probs, targets = [], [], []
+    done = 0
+    for _, expected, (queries, answered) in _answers(lm, documents, min_context, batch_tokens):
+        keys.append(queries.astype(np.float32))
+        log_probs.append(answered)
+        targets.append(expected)
+        done += len(expected)
+        if on_progress is not None:
+            on_progress(done)
+    if not done:
+        raise InvalidRequest("no document with at least two tokens", param="sources")
+    return HeldOut(np.concatenate(keys), np.concatenate(log_probs), np.concatenate(targets), len(documents))
 
 
 def collect(
@@ -46,29 +81,16 @@ def collect(
     `search` answers for `domain`. min_context: as in `Mixer.score`. on_progress: called with the tokens done so far.
     Memory: 16 bytes per token and neighbor. Raises InvalidRequest when there is no token.
     """
-    context = lm.info.context_length
-    least = context // 2 if min_context is None else min_context
     same = SAME.get(lm.info.dtype, SAME_HALF)
     log_probs, targets, distances, values, coinciding, deep = [], [], [], [], [], []
     done = 0
-    for batch in _batches(documents, context, least, batch_tokens):
-        expected = np.concatenate([d.tokens[w.first : w.end] for d, w in batch])  # (n,) int32
-        forward = lm.forward(
-            ForwardRequest(
-                tokens=[d.tokens[w.start : w.end] for d, w in batch],
-                positions=[w.positions for _, w in batch],
-                targets=expected,
-                keys=True,
-            )
-        )
-        if forward.target_log_probs is None or forward.keys is None:
-            raise ModelError(f"model {lm.info.model_id} did not answer with log-probabilities and keys")
-        found = search.search(SearchRequest(domain=domain, queries=forward.keys, k=k)).neighbors
-        log_probs.append(forward.target_log_probs)
+    for batch, expected, (keys, answered) in _answers(lm, documents, min_context, batch_tokens):
+        found = search.search(SearchRequest(domain=domain, queries=keys, k=k)).neighbors
+        log_probs.append(answered)
         targets.append(expected)
         distances.append(found.distances)
         values.append(found.values)
-        coinciding.append(coincide(forward.keys, found, same))
+        coinciding.append(coincide(keys, found, same))
         deep.append(np.concatenate([np.arange(w.first, w.end) >= LEAK_CONTEXT for _, w in batch]))
         done += len(expected)
         if on_progress is not None:
@@ -95,6 +117,27 @@ def coincide(queries: npt.NDArray[np.floating], neighbors: Neighbors, same: floa
 def _share(hits: npt.NDArray[np.bool_], counted: npt.NDArray[np.bool_]) -> float:
     """Of the counted ones; of all where none is: very short documents may all be copies."""
     return float(hits[counted].mean() if counted.any() else hits.mean())
+
+
+def _answers(
+    lm: KeyEncoder, documents: Sequence[Encoded], min_context: int | None, batch_tokens: int
+) -> Iterator[tuple[Batch, npt.NDArray[np.int32], Answer]]:
+    """Windows, the (n,) tokens that they predict, and what the model says: (keys (n, d), log-probabilities (n,))."""
+    context = lm.info.context_length
+    least = context // 2 if min_context is None else min_context
+    for batch in _batches(documents, context, least, batch_tokens):
+        expected = np.concatenate([d.tokens[w.first : w.end] for d, w in batch])  # (n,) int32
+        forward = lm.forward(
+            ForwardRequest(
+                tokens=[d.tokens[w.start : w.end] for d, w in batch],
+                positions=[w.positions for _, w in batch],
+                targets=expected,
+                keys=True,
+            )
+        )
+        if forward.target_log_probs is None or forward.keys is None:
+            raise ModelError(f"model {lm.info.model_id} did not answer with log-probabilities and keys")
+        yield batch, expected, (forward.keys, forward.target_log_probs)
 
 
 def _batches(documents: Sequence[Encoded], context: int, min_context: int, batch_tokens: int) -> Iterator[Batch]:

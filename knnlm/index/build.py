@@ -1,64 +1,84 @@
-"""Giving a published version an index: the file first, then the manifest that names it, then the former file goes.
+"""Giving a published version an index: the file first, then the manifest that names it, then what it replaced goes.
 
-Killed at any moment the version is what it was, or has the new index. Processes that have the former one open keep it.
+Killed at any moment the version is what it was, or has the new index; indexing that was stopped starts over.
+Processes that have a former one open keep it.
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 from knnlm.datastore.files import disk_errors, locked, sha256_of, sync_file, sync_folder
-from knnlm.datastore.manifest import FileRecord, IndexRecord, with_index
+from knnlm.datastore.manifest import FileRecord, IndexRecord, Manifest, with_index, without_index
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
+from knnlm.index.choose import Choice, choose
 from knnlm.index.table import family
 
-__all__ = ["build_index", "choose"]
-
-FLAT_ENTRIES = 50_000
-ENTRIES_PER_LIST = 40  # FAISS warns below 39 training points per list
-MAX_LISTS = 1 << 16
+__all__ = ["build_index", "remove_index", "suited"]
 
 Report = Callable[[int, int], None]
 
 
-def build_index(path: Path, recipe: str = "auto", *, seed: int = 0, on_progress: Report | None = None) -> str:
-    """Index the version in folder `path` and return the recipe; "auto" takes what `choose` says.
+def suited(path: Path, recipe: str = "auto", *, memory_bytes: int | None = None) -> Choice:
+    """What `build_index` would build in the version in folder `path`, and why.
 
-    on_progress hears (keys added, keys in all). Raises InvalidRequest for a recipe that is not known or does not suit
-    the datastore, Conflict when another process is indexing it, DatastoreError when it cannot be read or written.
+    "auto" is chosen from the number of entries, their dimension and memory_bytes, which a process may hold. A recipe
+    that asks for more entries than there are gives way to a smaller one. Raises InvalidRequest for one that is not
+    known, or that does not suit for another reason.
     """
-    datastore = Datastore.open(path)
-    entries, dim = datastore.keys.shape
+    manifest = Manifest.load(path)
+    entries, dim = manifest.entries, manifest.key_dim
     if recipe == "auto":
-        recipe, _ = choose(entries, dim)
+        return choose(entries, dim, memory_bytes)
     chosen = family(recipe)
     why_not = chosen.refusal(entries, dim)
-    if why_not is not None:
+    if why_not is None:
+        return Choice(recipe, ("as asked",))
+    smaller = chosen.smaller(entries, dim)
+    if smaller is None or family(smaller).refusal(entries, dim) is not None:
         raise InvalidRequest(f"index {recipe} does not suit {path}: {why_not}", param="recipe")
+    return Choice(smaller, (f"{recipe} was asked for, but {why_not}",))
+
+
+def build_index(
+    path: Path, recipe: str = "auto", *, seed: int = 0, beside: bool = False, on_progress: Report | None = None
+) -> str:
+    """Index the version in folder `path` and return the recipe, which is what `suited` says.
+
+    The index becomes the default of the version, in place of the former; with beside=True both are kept, the former
+    the default. on_progress hears (keys added, keys in all). Raises InvalidRequest as `suited` does, Conflict when
+    another process is indexing it, DatastoreError when it cannot be read or written.
+    """
+    datastore = Datastore.open(path)
+    recipe = suited(path, recipe).recipe
+    chosen = family(recipe)
     with locked(path / "keys.npy", wait=False, doing="indexing"):
         for leftover in path.glob(".index.*"):
             leftover.unlink()
         building = path / ".index.building"
-        parameters = chosen.build(datastore.keys, building, seed, on_progress or _silent)
-        files = _named(building) if chosen.has_file else {}
-        index = IndexRecord(recipe=recipe, file=next(iter(files), None), parameters=dict(parameters))
-        manifest = with_index(path, index, files)
-        for former in path.glob("index.*.faiss"):
-            if former.name not in manifest.files:
-                former.unlink()
+        try:
+            parameters = chosen.build(datastore.keys, building, seed, on_progress or _silent)
+            files = _named(building) if chosen.has_file else {}
+            index = IndexRecord(recipe=recipe, file=next(iter(files), None), parameters=dict(parameters))
+            with_index(path, index, files, beside=beside)
+        finally:
+            building.unlink(missing_ok=True)
+            _remove_unnamed(path)
     return recipe
 
 
-def choose(entries: int, dim: int) -> tuple[str, str]:
-    """A recipe for so many keys of this dimension, and the reason in a sentence."""
-    if entries < FLAT_ENTRIES:
-        return "flat", f"{entries} entries are few: exact search is fast enough, and nothing has to be trained"
-    lists = min(round(4 * math.sqrt(entries)), entries // ENTRIES_PER_LIST, MAX_LISTS)
-    return f"ivf{lists},sq8", (
-        f"{entries} entries: about 4 sqrt(n) = {lists} lists of {entries // lists} entries on average, "
-        f"a byte per dimension ({entries * dim / 1e9:.2g} GB), distances rescored from the stored keys"
-    )
+def remove_index(path: Path, recipe: str) -> None:
+    """Take an index from the version in folder `path`. Raises as `without_index` and `build_index` do."""
+    with locked(path / "keys.npy", wait=False, doing="indexing"):
+        without_index(path, recipe)
+        _remove_unnamed(path)
+
+
+def _remove_unnamed(path: Path) -> None:
+    manifest = Manifest.load(path)
+    for former in path.glob("index.*.faiss"):
+        if former.name not in manifest.files:
+            former.unlink()
 
 
 def _named(building: Path) -> dict[str, FileRecord]:

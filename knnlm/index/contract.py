@@ -13,40 +13,58 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Family", "Float32", "Index", "Int64", "Keys", "Parameters", "SearchParameters", "chunks", "to_float32"]
+__all__ = [
+    "FAR",
+    "Family",
+    "Float32",
+    "Index",
+    "Int64",
+    "Keys",
+    "Parameters",
+    "SearchParameters",
+    "chunks",
+    "to_float32",
+]
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.floating]
 Parameters = Mapping[str, int | float]
 
+FAR = np.finfo(np.float32).max  # the distance beside an id of -1
 CHUNK_BYTES = 1 << 26  # of float32: what building and opening hold at once, beside the index itself
 
 
 @dataclass(frozen=True)
 class SearchParameters:
-    """Of one request. nprobe: lists to visit, None = the index's default."""
+    """Of one request. nprobe: lists to visit; ef_search: candidates a graph search keeps; None = the default."""
 
     k: int
     nprobe: int | None = None
+    ef_search: int | None = None
 
 
 class Index(ABC):
     """An opened index: immutable, and safe for searches from any number of threads.
 
-    lossy: its distances are not the squared L2 to the stored keys, or it may miss a nearest one. nprobe: its default,
-    None for an index without lists. overfetch: candidates per neighbor that rescoring should start from.
+    nprobe, ef_search: its defaults, None where it has no lists or is no graph. overfetch: candidates per neighbor that
+    rescoring should start from. exact: its distances are the squared L2 to the stored keys, whatever else is in the
+    batch, so that rescoring adds nothing. memory: "resident", "mapped", "device", or "none" when it has no part of its
+    own.
     """
 
-    lossy: bool
     nprobe: int | None = None
+    ef_search: int | None = None
     overfetch: float = 1.0
+    exact: bool = False
+    memory: str
 
     @abstractmethod
     def search(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
         """queries: (n, d) C-contiguous. Returns distances and ids, both (n, k); id -1 where nothing was found.
 
-        Nothing is promised about the order, or about the distance beside an id of -1.
+        Nothing is promised about the order, or about the distance beside an id of -1. Which ids are found for a query
+        does not depend on the other queries.
         """
 
     @property
@@ -73,6 +91,11 @@ class Family(ABC):
     def refusal(self, entries: int, dim: int) -> str | None:
         """Why it cannot hold this many keys of this dimension; None when it can."""
 
+    def smaller(self, entries: int, dim: int) -> str | None:
+        """The recipe to take instead when there are too few keys for this one; None when that is not the reason."""
+        del entries, dim
+        return None
+
     @abstractmethod
     def build(self, keys: Keys, file: Path, seed: int, on_progress: Callable[[int, int], None]) -> Parameters:
         """Write the index of keys (n, d) to `file` and return the defaults of its searches.
@@ -82,8 +105,15 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def open(self, keys: Keys, file: Path | None, parameters: Parameters) -> Index:
-        """Open what `build` wrote for these keys. Raises DatastoreCorrupt when the file is not that."""
+    def resident_bytes(self, keys: Keys, file: Path | None, *, resident: bool) -> int:
+        """What `open` will hold in the process's own memory, known before it is opened."""
+
+    @abstractmethod
+    def open(self, keys: Keys, file: Path | None, parameters: Parameters, *, resident: bool) -> Index:
+        """Open what `build` wrote for these keys. resident: read into memory what could be mapped.
+
+        Raises DatastoreCorrupt when the file is not that.
+        """
 
 
 def chunks(entries: int, dim: int) -> list[tuple[int, int]]:

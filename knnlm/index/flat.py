@@ -11,7 +11,7 @@ from typing import Self
 import faiss
 
 from knnlm.errors import InvalidRequest
-from knnlm.index.contract import Family, Float32, Index, Int64, Keys, Parameters, SearchParameters, chunks, to_float32
+from knnlm.index.contract import Family, Float32, Index, Int64, Keys, Parameters, SearchParameters, chunks
 
 __all__ = ["Flat"]
 
@@ -36,16 +36,27 @@ class Flat(Family):
         on_progress(len(keys), len(keys))
         return {}
 
-    def open(self, keys: Keys, file: Path | None, parameters: Parameters) -> Index:
-        del file, parameters
+    def resident_bytes(self, keys: Keys, file: Path | None, *, resident: bool) -> int:
+        del file, resident
+        return 4 * int(keys.size)
+
+    def open(self, keys: Keys, file: Path | None, parameters: Parameters, *, resident: bool) -> Index:
+        del file, parameters, resident
         index = faiss.IndexFlatL2(keys.shape[1])
-        for lo, hi in chunks(*keys.shape):
-            index.add(to_float32(keys[lo:hi]))
+        # not by add: it grows by doubling, and would hold twice the keys meanwhile
+        index.codes.resize(4 * keys.size)
+        index.ntotal = len(keys)
+        if keys.size:
+            held = faiss.rev_swig_ptr(index.get_xb(), keys.size).reshape(keys.shape)
+            for lo, hi in chunks(*keys.shape):
+                held[lo:hi] = keys[lo:hi]
         return FlatIndex(index)
 
 
 class FlatIndex(Index):
-    lossy = False
+    """Its distances are exact up to rounding, which depends on the batch: rescoring takes that away too."""
+
+    memory = "resident"
 
     def __init__(self, index: faiss.IndexFlatL2) -> None:
         self._index = index

@@ -1,152 +1,161 @@
 """Inverted lists: keys are grouped around nlist centroids, a query visits the nprobe nearest groups.
 
-Recipes: "ivf<nlist>[,<codec>]" with a codec of flat (float32), fp16, sq8 (a byte per dimension) or pq<M> (M bytes per
-entry). What a codec loses in distances, rescoring gives back; what nprobe misses is missed.
+Recipes: "ivf<nlist>[,<codec>]", with any codec of codecs.py. What a codec loses in distances, rescoring gives back;
+what nprobe misses is missed. "ivf4096,pq64" visiting 32 lists is the recipe of Khandelwal et al. 2019 (arXiv
+1911.00172) at d = 1024.
 """
 
 import math
 import re
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import faiss
 import numpy as np
 
-from knnlm.datastore.files import CHUNK
-from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest
-from knnlm.index.contract import Family, Float32, Index, Int64, Keys, Parameters, SearchParameters, chunks, to_float32
+from knnlm.errors import DatastoreCorrupt, InvalidRequest
+from knnlm.index.codecs import Codec, codec, codec_names
+from knnlm.index.contract import Float32, Int64, Parameters, SearchParameters
+from knnlm.index.faiss_family import LEAST_POINTS, FaissFamily, FaissIndex
+from knnlm.index.fronts import Front, split
+from knnlm.index.rescore import rescored
 
-__all__ = ["Ivf", "default_nprobe", "sample_rows"]
+__all__ = ["Ivf", "default_nprobe", "lists_for", "visited"]
 
-FACTORY = {"flat": "Flat", "fp16": "SQfp16", "sq8": "SQ8"}
-OVERFETCH = {"flat": 1.0, "fp16": 1.1, "sq8": 1.25, "pq": 4.0}
-PQ_CENTROIDS = 256  # FAISS cannot train a byte's codebook on fewer points
 MAX_NLIST = 1 << 20
-
-# FAISS itself samples down to 256 points per centroid and warns below 39
+PQ_CENTROIDS = 256
+ENTRIES_PER_LIST = 40  # FAISS warns below 39 training points per list
 POINTS_PER_LIST = 64
-LEAST_POINTS = 1 << 16
 
-# A kNN-LM asks for about a thousand neighbors: lists that hold sixteen times as many, and never under 1/64 of them all
-VISITED_ENTRIES = 16 * 1024
-VISITED_SHARE = 64
+# With 2 sqrt(n) lists of sqrt(n) / 2 entries, 32 of them hold 16 sqrt(n): finding lists and visiting them cost alike,
+# and of a million entries those visited hold most of the nearest thousand
+LISTS = 2  # times sqrt(n)
+VISITED = 16  # times sqrt(n), entries
+LEAST_VISITED = 1 << 13
+EF_QUANTIZER = 64  # candidates among the centroids, where a graph finds the lists
+SPARE_LISTS = 8  # that a matrix product may rank otherwise than true distances do
+ONE_QUERY_AT_A_TIME = 11  # of FAISS's FastScan, with a reservoir of candidates: fastest at k around a thousand
 
 
-class Ivf(Family):
-    has_file = True
+class Ivf(FaissFamily):
+    flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
 
-    def __init__(self, nlist: int, codec: str) -> None:
+    def __init__(self, recipe: str, front: Front | None, nlist: int, codec: Codec) -> None:
+        super().__init__(recipe, front, codec)
         self._nlist = nlist
-        self._codec = codec
-        self._subvectors = int(codec[2:]) if codec.startswith("pq") else 0
 
     @classmethod
     def parse(cls, recipe: str) -> Self:
-        match = re.fullmatch(r"ivf([1-9]\d{0,6})(?:,(flat|fp16|sq8|pq[1-9]\d{0,3}))?", recipe)
-        if match is None or int(match[1]) > MAX_NLIST:
+        front, rest = split(recipe)
+        match = re.fullmatch(r"ivf([1-9]\d{0,6})(?:,(.*))?", rest)
+        chosen = codec(match[2] if match and match[2] is not None else "flat")
+        if match is None or chosen is None or int(match[1]) > MAX_NLIST:
             raise InvalidRequest(
-                f"recipe {recipe!r} is not known: expected ivf<lists>[,flat|fp16|sq8|pq<bytes>] "
-                f"with at most {MAX_NLIST} lists, like ivf256,sq8",
+                f"recipe {recipe!r} is not known: expected ivf<lists>[,<codec>] with at most {MAX_NLIST} lists, like "
+                f"ivf256,sq8; codecs: {codec_names()}",
                 param="recipe",
             )
-        return cls(int(match[1]), match[2] or "flat")
+        return cls(recipe, front, int(match[1]), chosen)
+
+    @property
+    def base(self) -> str:
+        return f"IVF{self._nlist},{self.codec.factory}"
+
+    def points(self) -> int:
+        return max(POINTS_PER_LIST * self._nlist, LEAST_POINTS)
+
+    def seeded(self, index: Any, seed: int) -> None:
+        index.cp.seed = seed
+        if hasattr(index, "pq"):
+            index.pq.cp.seed = seed
 
     def refusal(self, entries: int, dim: int) -> str | None:
-        if entries < self._nlist:
+        why_not = super().refusal(entries, dim)
+        if why_not is None and entries < self._nlist:
             return f"{self._nlist} lists need at least as many entries, there are {entries}"
-        if self._subvectors and dim % self._subvectors:
-            return f"{self._codec} cuts a key into {self._subvectors} equal parts, {dim} dimensions cannot be"
-        if self._subvectors and entries < PQ_CENTROIDS:
-            return f"{self._codec} needs at least {PQ_CENTROIDS} entries to be trained, there are {entries}"
-        return None
+        return why_not
 
-    def build(self, keys: Keys, file: Path, seed: int, on_progress: Callable[[int, int], None]) -> Parameters:
-        n, dim = keys.shape
-        codec = f"PQ{self._subvectors}np" if self._subvectors else FACTORY[self._codec]
-        # "np": without polysemous codes, which take longest to train and serve a kind of search that is not ours
-        index: Any = faiss.index_factory(dim, f"IVF{self._nlist},{codec}", faiss.METRIC_L2)
-        index.cp.seed = seed
-        if self._subvectors:
-            index.pq.cp.seed = seed
-        index.train(_gather(keys, sample_rows(n, max(POINTS_PER_LIST * self._nlist, LEAST_POINTS), seed)))
-        for lo, hi in chunks(n, dim):
-            index.add(to_float32(keys[lo:hi]))
-            on_progress(hi, n)
-        try:
-            faiss.write_index(index, str(file))
-        except RuntimeError as err:  # FAISS has one class for everything; here it is the disk
-            raise DatastoreError(f"cannot write {file}: {err}") from err
-        return {
-            "nprobe": default_nprobe(n, self._nlist),
-            "overfetch": OVERFETCH["pq" if self._subvectors else self._codec],
-        }
+    def smaller(self, entries: int, dim: int) -> str | None:
+        fallback = super().smaller(entries, dim)
+        if fallback is None or entries < max(self.least(dim), ENTRIES_PER_LIST):
+            return fallback
+        prefix, _, rest = self.recipe.partition(f"ivf{self._nlist}")
+        return f"{prefix}ivf{lists_for(entries)}{rest}"
 
-    def open(self, keys: Keys, file: Path | None, parameters: Parameters) -> Index:
-        if file is None:
-            raise DatastoreCorrupt("an ivf index needs its file, the manifest names none")
-        try:
-            # mapped: replicas on one machine share it, and opening is immediate
-            index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-        except RuntimeError as err:
-            raise DatastoreCorrupt(f"{file} is not an index: {err}") from err
-        if not isinstance(index, faiss.IndexIVF) or (index.ntotal, index.d) != keys.shape:
-            raise DatastoreCorrupt(
-                f"{file} is {type(index).__name__} of {(index.ntotal, index.d)} keys, expected IndexIVF of {keys.shape}"
-            )
-        return IvfIndex(index, file, parameters)
+    def always_resident(self, entries: int, dim: int) -> int:
+        inner = dim if self.front is None else self.front.dim_out(dim)
+        return super().always_resident(entries, dim) + 4 * self._nlist * inner
+
+    def made_on_reading(self) -> int:
+        tables = 4 * self._nlist * self.codec.parts * PQ_CENTROIDS if self.codec.row.mapped else 0
+        settings: Any = faiss.cvar
+        return tables if tables <= settings.precomputed_table_max_bytes else 0  # else FAISS does without
+
+    def defaults(self, entries: int) -> Parameters:
+        return {"nprobe": default_nprobe(entries, self._nlist)}
+
+    def opened(self, index: Any, file: Path, parameters: Parameters, mapped: bool) -> "IvfIndex":
+        return IvfIndex(index, file, parameters, mapped)
 
 
-class IvfIndex(Index):
-    lossy = True
+class IvfIndex(FaissIndex):
     nprobe: int
 
-    def __init__(self, index: Any, file: Path, parameters: Parameters) -> None:  # Any: faiss has no types
-        self._index = index
-        self._file = file
-        self._bytes = file.stat().st_size
-        self._nlist = int(index.nlist)
+    def __init__(self, index: Any, file: Path, parameters: Parameters, mapped: bool) -> None:
+        super().__init__(index, file, parameters, mapped)
+        if not isinstance(self._index, faiss.IndexIVF):
+            raise DatastoreCorrupt(f"{file} is {type(self._index).__name__}, expected IndexIVF")
+        self._nlist = int(self._index.nlist)
         self.nprobe = min(int(parameters.get("nprobe", default_nprobe(int(index.ntotal), self._nlist))), self._nlist)
-        self.overfetch = float(parameters.get("overfetch", 1.0))
+        self._quantizer = faiss.downcast_index(self._index.quantizer)
+        self._centroids: Float32 | None = None
+        if isinstance(self._quantizer, faiss.IndexFlat):
+            raw = faiss.rev_swig_ptr(self._quantizer.get_xb(), self._nlist * self._index.d)
+            self._centroids = raw.reshape(self._nlist, self._index.d)
+        if isinstance(self._index, faiss.IndexIVFFastScan):
+            self._index.implem = ONE_QUERY_AT_A_TIME
 
-    def search(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
+    def search_projected(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
         # per request, never set on the index: other threads are searching it
         settings = faiss.SearchParametersIVF()
         settings.nprobe = min(self.nprobe if parameters.nprobe is None else parameters.nprobe, self._nlist)
-        distances, ids = self._index.search(queries, parameters.k, params=settings)
+        if self._centroids is None:
+            graph: Any = faiss.SearchParametersHNSW()  # type: ignore[attr-defined]  # lives as long as what points at it
+            if isinstance(self._quantizer, faiss.IndexHNSW):
+                graph.efSearch = max(EF_QUANTIZER, 2 * settings.nprobe)
+                settings.quantizer_params = graph
+            distances, ids = self._index.search(queries, parameters.k, params=settings)
+            return distances, ids
+        near, lists = self._lists(self._centroids, queries, settings.nprobe)
+        n, k = len(queries), parameters.k
+        distances, ids = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
+        pointers = [faiss.swig_ptr(array) for array in (queries, lists, near, distances, ids)]
+        # the form of C++: FAISS's wrapper of it takes no parameters
+        self._index.search_preassigned_c(n, pointers[0], k, *pointers[1:], False, settings)
         return distances, ids
+
+    def _lists(self, centroids: Float32, queries: Float32, nprobe: int) -> tuple[Float32, Int64]:
+        """The nprobe nearest centroids of each query and their distances, by a matrix product for the whole batch and
+        then truly: its rounding depends on the batch, and must not decide which lists are visited."""
+        _, nearest = self._quantizer.search(queries, min(nprobe + SPARE_LISTS, self._nlist))
+        return rescored(centroids, queries, nearest, nprobe)
 
     @property
     def memory_bytes(self) -> int:
         tables = getattr(self._index, "precomputed_table", None)  # FAISS makes them when it reads pq codes
-        return self._bytes + (0 if tables is None else 4 * int(tables.size()))
-
-    def warm(self) -> None:
-        with suppress(FileNotFoundError), self._file.open("rb") as file:  # an index replaced since lives on unnamed
-            while file.read(CHUNK):
-                pass
+        return super().memory_bytes + (0 if tables is None else 4 * int(tables.size()))
 
 
 def default_nprobe(entries: int, nlist: int) -> int:
-    """How many lists a search visits when it does not say: VISITED_ENTRIES worth of them, at least 1/VISITED_SHARE."""
-    wanted = max(nlist / VISITED_SHARE, VISITED_ENTRIES * nlist / max(entries, 1), 1)
-    return min(nlist, math.ceil(wanted))
+    """How many lists a search visits when it does not say: those that hold VISITED sqrt(n) entries, on average."""
+    return min(nlist, max(1, math.ceil(visited(entries) * nlist / max(entries, 1))))
 
 
-def sample_rows(entries: int, size: int, seed: int) -> Int64:
-    """(min(size, entries),) ascending and distinct: one row drawn from each of `size` equal stretches of the corpus.
-
-    Uniform over the corpus, as training must be: neighboring rows come from one text and are alike.
-    """
-    size = min(size, entries)
-    edges = np.arange(size + 1, dtype=np.int64) * entries // max(size, 1)
-    widths = np.diff(edges)
-    return edges[:-1] + np.floor(np.random.default_rng(seed).random(size) * widths).astype(np.int64)
+def visited(entries: int) -> int:
+    """How many of so many entries a search looks at when it does not say; never too few for a thousand neighbors."""
+    return max(VISITED * math.isqrt(entries), LEAST_VISITED)
 
 
-def _gather(keys: Keys, rows: Int64) -> Float32:
-    result = np.empty((len(rows), keys.shape[1]), np.float32)
-    for lo, hi in chunks(len(rows), keys.shape[1]):
-        result[lo:hi] = keys[rows[lo:hi]]
-    return result
+def lists_for(entries: int) -> int:
+    """How many lists suit so many entries."""
+    return int(np.clip(round(LISTS * math.sqrt(entries)), 1, min(max(1, entries // ENTRIES_PER_LIST), MAX_NLIST)))

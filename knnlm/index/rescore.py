@@ -1,65 +1,56 @@
-"""Candidates of an index to true distances: squared L2 to the stored keys, nearest first.
+"""Candidates of an index to the nearest entries by their true distance: squared L2 to the stored keys.
 
-Each distance is summed over the dimensions in one fixed order, whatever else is in the batch: a query's answer does not
-depend on the queries that happen to be searched with it. One query is worked on at a time, so that its candidates stay
-in the processor's cache, and the queries of a batch on all processors: numpy lets go of the interpreter meanwhile.
+Each distance is summed over the dimensions in one fixed order, and equal ones are ordered by id: what a query is
+answered does not depend on the queries that happen to be searched with it.
 """
-
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import numpy as np
 
-from knnlm.index.contract import Float32, Int64, Keys
+from knnlm.index.contract import FAR, Float32, Int64, Keys
+from knnlm.index.kernels import squared_distances
+from knnlm.index.parallel import in_slices
 
-__all__ = ["FAR", "nearest_first", "rescore"]
+__all__ = ["nearest_first", "rescored"]
 
-FAR = np.finfo(np.float32).max  # the distance beside an id of -1
-FEW = 8  # queries that are not worth a second thread
+LOW = np.uint64(0xFFFFFFFF)  # the half of a packed pair that holds the id
+HALF = np.uint64(32)
 
 
-def rescore(keys: Keys, queries: Float32, ids: Int64) -> Float32:
-    """(n, c) squared L2 between queries (n, d) and keys[ids], ids being (n, c) with -1 for padding, which stays FAR."""
-    distances = np.full(ids.shape, FAR, np.float32)
-    raw = np.asarray(keys)  # a memmap's own indexing costs more than the gather
+def rescored(keys: Keys, queries: Float32, candidates: Int64, k: int) -> tuple[Float32, Int64]:
+    """The k nearest of every query's candidates, as `nearest_first` gives them.
 
-    def one(row: int) -> None:
-        found = np.flatnonzero(ids[row] >= 0)
-        difference = _float32(raw[ids[row, found]])  # (found, d)
-        difference -= queries[row]
-        with np.errstate(over="ignore"):  # too far for float32 is FAR
-            distances[row, found] = np.minimum(np.einsum("cd,cd->c", difference, difference), FAR)
+    keys: (entries, d) float16 or float32. queries: (n, d). candidates: (n, c) distinct entries, -1 = none.
+    """
+    k = min(k, candidates.shape[1])
+    distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
 
-    threads = min(os.cpu_count() or 1, len(queries) // FEW)
-    if threads < 2:
-        for row in range(len(queries)):
-            one(row)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(one, range(len(queries))):
-                pass
-    return distances
+    def work(lo: int, hi: int) -> None:
+        found = squared_distances(keys, queries[lo:hi], candidates[lo:hi])
+        distances[lo:hi], ids[lo:hi] = nearest_first(found, candidates[lo:hi], k)
+
+    in_slices(work, len(queries))
+    return distances, ids
 
 
 def nearest_first(distances: Float32, ids: Int64, k: int) -> tuple[Float32, Int64]:
-    """The k nearest of every row of (n, c), padding last; of equal distances the lower id comes first."""
-    far = np.where(ids >= 0, distances, np.inf)
-    order = np.lexsort((ids, far), axis=1)[:, :k]
-    ids = np.take_along_axis(ids, order, axis=1)
-    # FAISS expands |q - x|^2 for large batches: cancellation can leave a distance just below zero
-    distances = np.clip(np.take_along_axis(distances, order, axis=1), 0, FAR)
-    return np.where(ids >= 0, distances, FAR).astype(np.float32), ids
+    """The k nearest of every row of (n, c), padding (id -1) last at FAR; of equal distances the lower id comes first.
+
+    Distances below zero, which an index may find by cancellation, are zero.
+    """
+    # + 0: there are two zeros, and the bits of the negative one would sort behind everything
+    distances = np.where(ids >= 0, np.clip(distances, 0, FAR) + np.float32(0), FAR)
+    if ids.max(initial=0) < LOW:
+        return _sorted_as_bits(distances, ids, k)
+    order = np.lexsort((ids.view(np.uint64), distances), axis=1)[:, :k]
+    return np.take_along_axis(distances, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
-def _float32(keys: Keys) -> Float32:
-    """numpy converts halves one by one in software; a table of all 65,536 is twice as fast."""
-    if keys.dtype == np.float16:
-        return np.take(_halves(), keys.view(np.uint16))
-    return keys.astype(np.float32)
-
-
-@cache
-def _halves() -> Float32:
-    """(65536,) float32: the value of every float16 by its bits."""
-    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+def _sorted_as_bits(distances: Float32, ids: Int64, k: int) -> tuple[Float32, Int64]:
+    """Floats that are not negative are ordered as their bits are: a distance and an id make one number to sort."""
+    pairs = distances.view(np.uint32).astype(np.uint64) << HALF
+    pairs |= ids.view(np.uint64) & LOW  # -1 becomes the largest
+    pairs.sort(axis=1)
+    pairs = pairs[:, :k]
+    sorted_ids = (pairs & LOW).view(np.int64)
+    sorted_ids[sorted_ids == np.int64(LOW)] = -1
+    return (pairs >> HALF).astype(np.uint32).view(np.float32), sorted_ids

@@ -14,71 +14,122 @@ import numpy.typing as npt
 
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
-from knnlm.errors import DatastoreError, InvalidRequest, UnknownDomain, UnknownVersion
-from knnlm.index.contract import Float32, Index, Int64, SearchParameters
-from knnlm.index.rescore import nearest_first, rescore
+from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest, UnknownDomain, UnknownVersion
+from knnlm.index.contract import FAR, Float32, Index, Int64, SearchParameters
+from knnlm.index.exclusion import Exclusion, without
+from knnlm.index.kernels import gather
+from knnlm.index.memory import require
+from knnlm.index.rescore import nearest_first, rescored
 from knnlm.index.table import family
-from knnlm.messages import DomainInfo, ModelInfo, Passage, SearchRequest, SearchResult
+from knnlm.messages import DomainInfo, Memory, ModelInfo, Passage, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
 
 __all__ = ["Searcher"]
 
 WARM_QUERIES = 16
+SPARE = 8  # candidates beyond those wanted: which one is the last must not hang on the rounding of its distance
 
 
 class Searcher:
     """Searches from any number of threads; `close` when none runs any more."""
 
-    def __init__(self, datastore: Datastore, index: Index) -> None:
+    def __init__(
+        self, datastore: Datastore, index: Index, *, recipe: str | None = None, resident: bool = False
+    ) -> None:
+        """index: opened for the keys of datastore, by the family of `recipe` (the default one's).
+
+        resident: hold the keys that rescoring reads in this process's memory.
+        """
         self._datastore = datastore
         self._index = index
+        self._recipe = recipe or datastore.manifest.index.recipe
+        self._resident = resident
+        self._keys = np.array(datastore.keys) if resident else datastore.keys
 
     @classmethod
-    def open(cls, path: Path, *, expect: ModelInfo | None = None) -> Self:
-        """The version in folder `path`. Raises as `Datastore.open` does, and DatastoreError for an unknown index."""
+    def open(
+        cls,
+        path: Path,
+        *,
+        index: str | None = None,
+        resident: bool = False,
+        device: str = "cpu",
+        memory_limit: int | None = None,
+        expect: ModelInfo | None = None,
+    ) -> Self:
+        """The version in folder `path`.
+
+        index: the recipe of one of its indexes; by default its default one. resident: read into memory what could be
+        mapped, of the index and of the keys. device: where to search; cuda or cuda:N need torch or FAISS's GPU part.
+        memory_limit: bytes that it may hold; by default what the system has. Raises as `Datastore.open` does,
+        InvalidRequest for an index it does not have, DatastoreError for one that this program does not know, and
+        InsufficientMemory, before anything is loaded, when it would not fit.
+        """
         datastore = Datastore.open(path, expect=expect)
-        record = datastore.manifest.index
+        record = datastore.manifest.index_of(index)
+        file = None if record.file is None else path / record.file
+        if device != "cpu":
+            from knnlm.index.device import open_on_device  # where it is asked for: it may need torch
+
+            require(datastore.keys.nbytes if resident else 0, path, limit=memory_limit)
+            found = open_on_device(datastore.keys, device, record.recipe, file, record.parameters)
+            return cls(datastore, found, recipe=record.recipe, resident=resident)
         try:
             chosen = family(record.recipe)
         except InvalidRequest as err:
             raise DatastoreError(f"{path} has an index that this program does not know: {err.message}") from err
-        file = None if record.file is None else path / record.file
-        return cls(datastore, chosen.open(datastore.keys, file, record.parameters))
+        needed = chosen.resident_bytes(datastore.keys, file, resident=resident)
+        require(needed + (datastore.keys.nbytes if resident else 0), path, limit=memory_limit)
+        opened = chosen.open(datastore.keys, file, record.parameters, resident=resident)
+        return cls(datastore, opened, recipe=record.recipe, resident=resident)
 
     @property
     def manifest(self) -> Manifest:
         return self._datastore.manifest
 
     @property
+    def memory(self) -> Memory:
+        """Where index and keys lie. What is mapped, the system may drop and read again."""
+        return Memory(
+            index=self._index.memory,
+            index_bytes=self._index.memory_bytes,
+            keys="resident" if self._resident else "mapped",
+            keys_bytes=int(self._keys.nbytes),
+        )
+
+    @property
     def memory_bytes(self) -> int:
-        """The index, file maps included. Not the stored keys: what rescoring maps of them the system may drop."""
+        """Of the index, file maps included."""
         return self._index.memory_bytes
 
     def search(self, request: SearchRequest) -> SearchResult:
         """The nearest entries of every query, distances ascending, padded with value -1 where too few were found.
 
-        Raises InvalidRequest, naming the parameter, for what is out of range; UnknownDomain or UnknownVersion when the
-        request means another version than this one.
+        Unless rescoring is switched off, the answer to a query does not depend on the others. Raises InvalidRequest,
+        naming the parameter, for what is out of range; UnknownDomain or UnknownVersion when the request means another
+        version than this one.
         """
         self._check(request)
         queries = np.ascontiguousarray(request.queries, np.float32)  # (n, d)
         k = min(request.k, self.manifest.entries)
-        rescoring = self._rescoring(request)
+        exclusion = Exclusion.of(request, self._datastore)
+        timings = {"search": 0.0, "rescore": 0.0}
+
+        def nearest(queries: Float32, k: int) -> tuple[Float32, Int64]:
+            return self._nearest(queries, k, request, timings)
+
+        if not k or not len(queries):
+            distances, ids = _nothing(len(queries), k)
+        elif exclusion is None:
+            distances, ids = nearest(queries, k)
+        else:
+            distances, ids = without(nearest, queries, k, exclusion, self.manifest.entries)
         begun = time.perf_counter()
-        distances, ids = self._candidates(queries, k, request) if k and len(queries) else _nothing(len(queries), k)
-        searched = time.perf_counter()
-        if rescoring:
-            distances = rescore(self._datastore.keys, queries, ids)
-        distances, ids = nearest_first(distances, ids, k)
-        rescored = time.perf_counter()
-        timings = {"search": searched - begun, "rescore": rescored - searched}
-        found = ids >= 0
-        values = np.full(ids.shape, -1, np.int32)
-        values[found] = self._datastore.values[ids[found]]
+        values = gather(self._datastore.values, ids)
         passages: Sequence[Sequence[Passage]] = ()
         if request.passages:
             passages = [self._passages(row, request) for row in ids]
-            timings["passages"] = time.perf_counter() - rescored
+            timings["passages"] = time.perf_counter() - begun
         return SearchResult(
             domain=self.manifest.domain,
             version=self.manifest.version,
@@ -100,11 +151,13 @@ class Searcher:
             key_dim=manifest.key_dim,
             key_dtype=manifest.key_dtype,
             key_function=manifest.key_function,
-            index=manifest.index.recipe,
+            index=self._recipe,
             model_id=manifest.model.model_id,
             weights_sha256=manifest.model.weights_sha256,
             tokenizer_sha256=manifest.model.tokenizer_sha256,
             tuning=None if manifest.tuning is None else manifest.tuning.message(),
+            indexes=tuple(index.recipe for index in manifest.indexes),
+            memory=self.memory,
         )
 
     def warm(self) -> None:
@@ -117,17 +170,38 @@ class Searcher:
     def close(self) -> None:
         """Let go of the datastore's maps and of the index. Afterwards this object must not be used."""
         self._datastore.close()
-        del self._index
+        del self._index, self._keys
 
-    def _candidates(self, queries: Float32, k: int, request: SearchRequest) -> tuple[Float32, Int64]:
-        wanted = k
-        if self._rescoring(request):
-            overfetch = self._index.overfetch if request.overfetch is None else request.overfetch
-            wanted = min(math.ceil(k * overfetch), self.manifest.entries)
-        return self._index.search(queries, SearchParameters(wanted, request.nprobe))
+    def _nearest(
+        self, queries: Float32, k: int, request: SearchRequest, timings: dict[str, float]
+    ) -> tuple[Float32, Int64]:
+        """Distances and ids (n, k), nearest first. Adds its seconds to timings."""
+        begun = time.perf_counter()
+        if not self._rescoring(request):
+            found, ids = self._index.search(queries, SearchParameters(k, request.nprobe, request.ef_search))
+            self._refuse_unknown(ids)
+            timings["search"] += time.perf_counter() - begun
+            return nearest_first(np.nan_to_num(found, copy=False, nan=float(FAR)), ids, k)  # NaN: beyond float32
+        overfetch = self._index.overfetch if request.overfetch is None else request.overfetch
+        wanted = min(math.ceil(k * overfetch) + SPARE, self.manifest.entries)
+        _, ids = self._index.search(queries, SearchParameters(wanted, request.nprobe, request.ef_search))
+        self._refuse_unknown(ids)
+        searched = time.perf_counter()
+        distances, ids = rescored(self._keys, queries, ids, k)
+        timings["search"] += searched - begun
+        timings["rescore"] += time.perf_counter() - searched
+        return distances, ids
+
+    def _refuse_unknown(self, ids: Int64) -> None:
+        """Sizes are compared on opening, contents are not: an id that is no entry would be read beside the keys."""
+        most = int(ids.max(initial=-1))
+        if most >= self.manifest.entries:
+            raise DatastoreCorrupt(
+                f"index {self._recipe} of {self._datastore.path} found entry {most} of {self.manifest.entries}"
+            )
 
     def _rescoring(self, request: SearchRequest) -> bool:
-        return self._index.lossy if request.rescore is None else request.rescore
+        return not self._index.exact if request.rescore is None else request.rescore
 
     def _passages(self, ids: npt.NDArray[np.int64], request: SearchRequest) -> list[Passage]:
         nearest = ids[: request.passages]
@@ -146,10 +220,14 @@ class Searcher:
         _check_queries(request.queries, self.manifest.key_dim)
         if request.k < 1:
             raise InvalidRequest(f"k must be >= 1, got {request.k}", param="k")
-        if request.nprobe is not None and self._index.nprobe is None:
-            raise InvalidRequest(f"index {self.manifest.index.recipe} has no lists, so no nprobe", param="nprobe")
-        if request.nprobe is not None and request.nprobe < 1:
-            raise InvalidRequest(f"nprobe must be >= 1, got {request.nprobe}", param="nprobe")
+        for name, asked, default, what in (
+            ("nprobe", request.nprobe, self._index.nprobe, "has no lists"),
+            ("ef_search", request.ef_search, self._index.ef_search, "is no graph"),
+        ):
+            if asked is not None and default is None:
+                raise InvalidRequest(f"index {self._recipe} {what}, so {name} means nothing to it", param=name)
+            if asked is not None and asked < 1:
+                raise InvalidRequest(f"{name} must be >= 1, got {asked}", param=name)
         if request.overfetch is not None and not (math.isfinite(request.overfetch) and request.overfetch >= 1):
             raise InvalidRequest(f"overfetch must be >= 1, got {request.overfetch}", param="overfetch")
         if request.overfetch is not None and not self._rescoring(request):
@@ -170,4 +248,4 @@ def _check_queries(queries: npt.NDArray[np.floating], dim: int) -> None:
 
 
 def _nothing(n: int, k: int) -> tuple[Float32, Int64]:
-    return np.zeros((n, k), np.float32), np.full((n, k), -1, np.int64)
+    return np.full((n, k), FAR, np.float32), np.full((n, k), -1, np.int64)

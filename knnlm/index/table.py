@@ -12,15 +12,27 @@ __all__ = ["FAMILIES", "family"]
 FAMILIES = {
     "flat": "knnlm.index.flat:Flat",
     "ivf": "knnlm.index.ivf:Ivf",
+    "hnsw": "knnlm.index.hnsw:Hnsw",
+    "fp": "knnlm.index.scan:Scan",
+    "sq": "knnlm.index.scan:Scan",
+    "pq": "knnlm.index.scan:Scan",
+    "rabitq": "knnlm.index.scan:Scan",
+    "rabitqfs": "knnlm.index.scan:Scan",
+    "faiss": "knnlm.index.factory:Factory",
 }
+FRONT = r"(?:(?:pca|opq)[\d_]*,)?"  # dimensions changed first, see fronts.py
 
 
 def family(recipe: str) -> Family:
     """The family of a recipe, parsed. Raises InvalidRequest for one that is not known, listing those that are."""
-    word = re.match("[a-z]*", recipe)
-    name = word.group() if word else ""
+    match = re.match(FRONT + "([a-z]+)", recipe)
+    name = match[1] if match else ""
     if name not in FAMILIES:
-        raise InvalidRequest(f"unknown index recipe {recipe!r}; families: {', '.join(FAMILIES)}", param="recipe")
+        raise InvalidRequest(
+            f"unknown index recipe {recipe[:80]!r}; families: {', '.join(FAMILIES)}, each but flat and faiss with "
+            "pca<d>, or opq<M>[_<d>], before it",
+            param="recipe",
+        )
     module, _, attribute = FAMILIES[name].partition(":")
     found: Any = getattr(import_module(module), attribute)  # Any: it comes by name; a test resolves every row
     parsed: Family = found.parse(recipe)

@@ -6,15 +6,20 @@ head: the logits of a whole batch are never made here. What a site means is writ
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from knnlm.errors import ModelError
 from knnlm.lm.architectures import Site
 
-__all__ = ["capture", "encode"]
+__all__ = ["capture", "capture_keys", "encode", "only_at"]
+
+
+class _Reached(Exception):
+    """The site has been seen and nothing behind it is wanted. Never leaves this file."""
 
 
 def encode(base: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -42,26 +47,76 @@ def capture(
     """
     with _recorded(_module(base, site), site) as seen:
         hidden = encode(base, input_ids, attention_mask)
+    return hidden, _keys(seen, site, input_ids)
+
+
+def capture_keys(base: nn.Module, site: Site, input_ids: Tensor) -> Tensor:
+    """The keys (batch, T, d) of `capture`, from a pass that ends at `site`: what lies behind it is not computed."""
+    with _recorded(_module(base, site), site, last=True) as seen, suppress(_Reached):
+        encode(base, input_ids)
+    return _keys(seen, site, input_ids)
+
+
+@contextmanager
+def only_at(base: nn.Module, ffn: Site, input_ids: Tensor, rows: Tensor) -> Iterator[None]:
+    """Inside, a pass over input_ids (batch, T) runs the last layer's FFN at the positions `rows` alone.
+
+    rows: (m,) int64, of the batch * T positions one below the other. An FFN treats every position by itself and no
+    attention comes after this one, so what the model gives at `rows` stays what it was; elsewhere it has no meaning.
+    """
+    shapes = (input_ids.shape, (input_ids.numel(),))
+
+    def narrow(value: Any) -> Any:
+        """Every tensor with a row per position: BLOOM's FFN is also given the residual stream."""
+        if not isinstance(value, Tensor) or value.shape[:-1] not in shapes:
+            return value
+        taken = value.flatten(0, -2)[rows]
+        return taken if value.dim() == 2 else taken[None]
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(map(narrow, args)), {name: narrow(value) for name, value in kwargs.items()}
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        whole = torch.zeros((input_ids.numel(), output.shape[-1]), dtype=output.dtype, device=output.device)
+        whole[rows] = output.flatten(0, -2)
+        return whole if output.dim() == 2 else whole.view(*input_ids.shape, -1)
+
+    module = _module(base, ffn)
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keys(seen: list[Tensor], site: Site, input_ids: Tensor) -> Tensor:
     rows = input_ids.shape
     # OPT flattens to (batch * T, d) before its FFN
     if len(seen) != 1 or seen[0].shape[:-1] not in (rows, (rows.numel(),)):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in seen) or "nothing"
         raise ModelError(f"the {site.side} of {site.module} was {shapes}, expected one vector for each of {rows}")
-    return hidden, seen[0].reshape(*rows, -1)
+    return seen[0].reshape(*rows, -1)
 
 
 @contextmanager
-def _recorded(module: nn.Module, site: Site) -> Iterator[list[Tensor]]:
+def _recorded(module: nn.Module, site: Site, *, last: bool = False) -> Iterator[list[Tensor]]:
+    """last: end the pass, by raising _Reached, when the tensor has been seen."""
     seen: list[Tensor] = []
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(args[0] if args else kwargs["hidden_states"])
+        if last:
+            raise _Reached
 
     def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         seen.append(output[0] if isinstance(output, tuple) else output)
+        if last:
+            raise _Reached
 
     if site.side == "input":
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+        # prepended: before `only_at` narrows it
+        handle = module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
     else:
         handle = module.register_forward_hook(after)
     try:

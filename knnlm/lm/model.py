@@ -1,12 +1,15 @@
 """A causal language model that answers forward requests: log-probabilities and keys of the positions that were asked.
 
-Both come from one pass. The logits of a whole batch are never made: the head runs over the asked positions alone, in
-chunks of bounded size. Log-probabilities equal log_softmax(model(...).logits) of the plain model in transformers.
+Both come from one pass. Nothing is computed that was not asked: head and last FFN run over the asked positions alone,
+the head in chunks of bounded size, and where only keys are wanted the pass ends at the keys. Log-probabilities equal
+log_softmax(model(...).logits) of the plain model in transformers.
 """
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from transformers import PreTrainedModel
 from knnlm.errors import ModelError
 from knnlm.lm import loading
 from knnlm.lm.architectures import find
-from knnlm.lm.capture import capture, encode
+from knnlm.lm.capture import capture, capture_keys, encode, only_at
 from knnlm.lm.requests import Feed, batches, plan
 from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
 from knnlm.tokenizer import Tokenizer
@@ -28,12 +31,15 @@ __all__ = ["LanguageModel"]
 
 BATCH_TOKENS = 8192  # of one pass, padding included
 CHUNK_BYTES = 64 << 20  # of float32 logits made at a time
+# on a CPU, at most: what one step writes should still be in its cache when the next one reads it
+CPU_BATCH_TOKENS = 2048
+CPU_CHUNK_ROWS = 256
 
 Arrays = dict[str, npt.NDArray[Any]]  # by their names in ForwardResult; n rows each
 
 
 class LanguageModel:
-    """`info` and `tokenizer` are what a datastore's manifest records of it. One caller at a time."""
+    """`info` and `tokenizer` are what a datastore's manifest records of it. Callers from several threads take turns."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, info: ModelInfo) -> None:
         """For a model in eval mode whose facts are `info`; `load` is the usual way."""
@@ -44,6 +50,8 @@ class LanguageModel:
         self._head = loading.output_head(model)
         self._architecture = find(model.config)
         self._site = self._architecture.site(info.key_function)
+        self._ffn = self._architecture.site("ffn_input")
+        self._alone = threading.Lock()  # hooks belong to a module: a second pass at the same time would run into them
 
     @classmethod
     def load(
@@ -93,13 +101,13 @@ class LanguageModel:
         out = self._empty(request)
         wants_logits = request.full or request.targets is not None or request.top_n > 0
         seconds = {"forward": 0.0, "logits": 0.0}
-        with torch.inference_mode():
-            for batch in batches(feeds, BATCH_TOKENS):
+        with self._alone, torch.inference_mode():
+            for batch in batches(feeds, min(BATCH_TOKENS, CPU_BATCH_TOKENS) if self._on_cpu else BATCH_TOKENS):
                 started = time.perf_counter()
                 rows = np.concatenate([feed.first_row + np.arange(len(feed.positions)) for feed in batch])  # (m,)
-                hidden = self._encode(batch, rows, out)  # (m, h)
+                hidden = self._encode(batch, rows, out, keys_alone=not wants_logits)  # (m, h)
                 encoded = time.perf_counter()
-                if wants_logits:
+                if hidden is not None:
                     self._score(hidden, rows, request, out)
                 seconds["forward"] += encoded - started
                 seconds["logits"] += time.perf_counter() - encoded
@@ -128,8 +136,17 @@ class LanguageModel:
             out["keys"] = np.empty((n, self.info.key_dim), key_dtype)
         return out
 
-    def _encode(self, batch: Sequence[Feed], rows: npt.NDArray[np.int64], out: Arrays) -> Tensor:
-        """Final hidden states (m, h) of the batch's asked positions, feed after feed; their keys go to out[rows]."""
+    @property
+    def _on_cpu(self) -> bool:
+        return self._model.device.type == "cpu"
+
+    def _encode(
+        self, batch: Sequence[Feed], rows: npt.NDArray[np.int64], out: Arrays, *, keys_alone: bool
+    ) -> Tensor | None:
+        """Final hidden states (m, h) of the batch's asked positions, feed after feed; their keys go to out[rows].
+
+        keys_alone: nothing but the keys is wanted, and None is returned.
+        """
         width = len(batch[0].tokens)  # the longest comes first
         ids = np.zeros((len(batch), width), np.int64)
         for row, feed in enumerate(batch):
@@ -138,11 +155,16 @@ class LanguageModel:
         index = torch.from_numpy(asked).to(self._model.device)
         input_ids = torch.from_numpy(ids).to(self._model.device)
         # padding is on the right, so no mask: attention stays purely causal, its fastest form
-        if "keys" in out:
-            hidden, keys = capture(self._base, self._site, input_ids)
-            out["keys"][rows] = self._key_array(keys.flatten(0, 1)[index])
-        else:
-            hidden = encode(self._base, input_ids)
+        if keys_alone:
+            out["keys"][rows] = self._key_array(capture_keys(self._base, self._site, input_ids).flatten(0, 1)[index])
+            return None
+        everywhere = len(asked) == ids.size
+        with nullcontext() if everywhere else only_at(self._base, self._ffn, input_ids, index):
+            if "keys" in out:
+                hidden, keys = capture(self._base, self._site, input_ids)
+                out["keys"][rows] = self._key_array(keys.flatten(0, 1)[index])
+            else:
+                hidden = encode(self._base, input_ids)
         hidden = hidden.flatten(0, 1)[index]
         if not hidden.isfinite().all():
             raise ModelError(f"numbers of this model overflow {self.info.dtype}: load it as bfloat16 or float32")
@@ -162,6 +184,7 @@ class LanguageModel:
         parts: dict[str, list[Tensor]] = defaultdict(list)
         targets = None if request.targets is None else torch.as_tensor(np.asarray(request.targets, np.int64)[rows])
         step = max(1, CHUNK_BYTES // (4 * self.info.vocab_size))
+        step = min(step, CPU_CHUNK_ROWS) if self._on_cpu else step
         for start in range(0, len(rows), step):
             chunk = slice(start, start + step)
             logits = self._architecture.adjust_logits(self._head(hidden[chunk]), self._model.config)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from knnlm.v1 import common_pb2 as knnlm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18knnlm/v1/datastore.proto\x12\x08knnlm.v1\x1a\x15knnlm/v1/common.proto\"\x8e\x02\n\rSearchRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12!\n\x07queries\x18\x02 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x14\n\x07version\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06nprobe\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x14\n\x07rescore\x18\x06 \x01(\x08H\x02\x88\x01\x01\x12\x16\n\toverfetch\x18\x07 \x01(\x02H\x03\x88\x01\x01\x12\x0b\n\x03ids\x18\x08 \x01(\x08\x12\x10\n\x08passages\x18\t \x01(\x05\x12\x16\n\x0epassage_tokens\x18\n \x01(\x05\x42\n\n\x08_versionB\t\n\x07_nprobeB\n\n\x08_rescoreB\x0c\n\n_overfetch\"\xe0\x01\n\x0eSearchResponse\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12#\n\tdistances\x18\x03 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12 \n\x06values\x18\x04 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x1d\n\x03ids\x18\x05 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12$\n\x08passages\x18\x06 \x03(\x0b\x32\x12.knnlm.v1.Passages\x12!\n\x07timings\x18\x07 \x03(\x0b\x32\x10.knnlm.v1.Timing\"/\n\x08Passages\x12#\n\x08passages\x18\x01 \x03(\x0b\x32\x11.knnlm.v1.Passage\"\x7f\n\x07Passage\x12\x10\n\x08\x64ocument\x18\x01 \x01(\t\x12\r\n\x05\x65ntry\x18\x02 \x01(\x03\x12\x10\n\x08position\x18\x03 \x01(\x03\x12 \n\x06\x62\x65\x66ore\x18\x04 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x1f\n\x05\x61\x66ter\x18\x05 \x01(\x0b\x32\x10.knnlm.v1.Tensor\"\x8a\x01\n\x06Tuning\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x0e\n\x06lambda\x18\x02 \x01(\x01\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x15\n\rlm_perplexity\x18\x04 \x01(\x01\x12\x16\n\x0eknn_perplexity\x18\x05 \x01(\x01\x12\x0e\n\x06tokens\x18\x06 \x01(\x03\x12\x11\n\tdocuments\x18\x07 \x01(\x03\"\x9d\x02\n\x06\x44omain\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08versions\x18\x03 \x03(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0f\n\x07\x65ntries\x18\x05 \x01(\x03\x12\x11\n\tdocuments\x18\x06 \x01(\x03\x12\x0f\n\x07key_dim\x18\x07 \x01(\x05\x12\x11\n\tkey_dtype\x18\x08 \x01(\t\x12\x14\n\x0ckey_function\x18\t \x01(\t\x12\r\n\x05index\x18\n \x01(\t\x12\x10\n\x08model_id\x18\x0b \x01(\t\x12\x16\n\x0eweights_sha256\x18\x0c \x01(\t\x12\x18\n\x10tokenizer_sha256\x18\r \x01(\t\x12 \n\x06tuning\x18\x0e \x01(\x0b\x32\x10.knnlm.v1.Tuning\"\x14\n\x12ListDomainsRequest\"8\n\x13ListDomainsResponse\x12!\n\x07\x64omains\x18\x01 \x03(\x0b\x32\x10.knnlm.v1.Domain\"D\n\x10GetDomainRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_version\"5\n\x11GetDomainResponse\x12 \n\x06\x64omain\x18\x01 \x01(\x0b\x32\x10.knnlm.v1.Domain\"9\n\x16\x41\x63tivateVersionRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\";\n\x17\x41\x63tivateVersionResponse\x12 \n\x06\x64omain\x18\x01 \x01(\x0b\x32\x10.knnlm.v1.Domain2\xc1\x02\n\tDatastore\x12@\n\x06Search\x12\x17.knnlm.v1.SearchRequest\x1a\x18.knnlm.v1.SearchResponse\"\x03\x90\x02\x01\x12O\n\x0bListDomains\x12\x1c.knnlm.v1.ListDomainsRequest\x1a\x1d.knnlm.v1.ListDomainsResponse\"\x03\x90\x02\x01\x12I\n\tGetDomain\x12\x1a.knnlm.v1.GetDomainRequest\x1a\x1b.knnlm.v1.GetDomainResponse\"\x03\x90\x02\x01\x12V\n\x0f\x41\x63tivateVersion\x12 .knnlm.v1.ActivateVersionRequest\x1a!.knnlm.v1.ActivateVersionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18knnlm/v1/datastore.proto\x12\x08knnlm.v1\x1a\x15knnlm/v1/common.proto\"\x99\x03\n\rSearchRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12!\n\x07queries\x18\x02 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x14\n\x07version\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06nprobe\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x14\n\x07rescore\x18\x06 \x01(\x08H\x02\x88\x01\x01\x12\x16\n\toverfetch\x18\x07 \x01(\x02H\x03\x88\x01\x01\x12\x0b\n\x03ids\x18\x08 \x01(\x08\x12\x10\n\x08passages\x18\t \x01(\x05\x12\x16\n\x0epassage_tokens\x18\n \x01(\x05\x12\x16\n\tef_search\x18\x0b \x01(\x05H\x04\x88\x01\x01\x12)\n\x0f\x65xclude_entries\x18\x0c \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x1d\n\x15\x65xclude_own_documents\x18\r \x01(\x08\x12\x19\n\x11\x65xclude_documents\x18\x0e \x03(\tB\n\n\x08_versionB\t\n\x07_nprobeB\n\n\x08_rescoreB\x0c\n\n_overfetchB\x0c\n\n_ef_search\"\xe0\x01\n\x0eSearchResponse\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12#\n\tdistances\x18\x03 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12 \n\x06values\x18\x04 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x1d\n\x03ids\x18\x05 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12$\n\x08passages\x18\x06 \x03(\x0b\x32\x12.knnlm.v1.Passages\x12!\n\x07timings\x18\x07 \x03(\x0b\x32\x10.knnlm.v1.Timing\"/\n\x08Passages\x12#\n\x08passages\x18\x01 \x03(\x0b\x32\x11.knnlm.v1.Passage\"\x7f\n\x07Passage\x12\x10\n\x08\x64ocument\x18\x01 \x01(\t\x12\r\n\x05\x65ntry\x18\x02 \x01(\x03\x12\x10\n\x08position\x18\x03 \x01(\x03\x12 \n\x06\x62\x65\x66ore\x18\x04 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x1f\n\x05\x61\x66ter\x18\x05 \x01(\x0b\x32\x10.knnlm.v1.Tensor\"\x8a\x01\n\x06Tuning\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x0e\n\x06lambda\x18\x02 \x01(\x01\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x15\n\rlm_perplexity\x18\x04 \x01(\x01\x12\x16\n\x0eknn_perplexity\x18\x05 \x01(\x01\x12\x0e\n\x06tokens\x18\x06 \x01(\x03\x12\x11\n\tdocuments\x18\x07 \x01(\x03\"\xd0\x02\n\x06\x44omain\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08versions\x18\x03 \x03(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0f\n\x07\x65ntries\x18\x05 \x01(\x03\x12\x11\n\tdocuments\x18\x06 \x01(\x03\x12\x0f\n\x07key_dim\x18\x07 \x01(\x05\x12\x11\n\tkey_dtype\x18\x08 \x01(\t\x12\x14\n\x0ckey_function\x18\t \x01(\t\x12\r\n\x05index\x18\n \x01(\t\x12\x10\n\x08model_id\x18\x0b \x01(\t\x12\x16\n\x0eweights_sha256\x18\x0c \x01(\t\x12\x18\n\x10tokenizer_sha256\x18\r \x01(\t\x12 \n\x06tuning\x18\x0e \x01(\x0b\x32\x10.knnlm.v1.Tuning\x12\x0f\n\x07indexes\x18\x0f \x03(\t\x12 \n\x06memory\x18\x10 \x01(\x0b\x32\x10.knnlm.v1.Memory\"N\n\x06Memory\x12\r\n\x05index\x18\x01 \x01(\t\x12\x13\n\x0bindex_bytes\x18\x02 \x01(\x03\x12\x0c\n\x04keys\x18\x03 \x01(\t\x12\x12\n\nkeys_bytes\x18\x04 \x01(\x03\"\x14\n\x12ListDomainsRequest\"8\n\x13ListDomainsResponse\x12!\n\x07\x64omains\x18\x01 \x03(\x0b\x32\x10.knnlm.v1.Domain\"D\n\x10GetDomainRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_version\"5\n\x11GetDomainResponse\x12 \n\x06\x64omain\x18\x01 \x01(\x0b\x32\x10.knnlm.v1.Domain\"9\n\x16\x41\x63tivateVersionRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\";\n\x17\x41\x63tivateVersionResponse\x12 \n\x06\x64omain\x18\x01 \x01(\x0b\x32\x10.knnlm.v1.Domain2\xc1\x02\n\tDatastore\x12@\n\x06Search\x12\x17.knnlm.v1.SearchRequest\x1a\x18.knnlm.v1.SearchResponse\"\x03\x90\x02\x01\x12O\n\x0bListDomains\x12\x1c.knnlm.v1.ListDomainsRequest\x1a\x1d.knnlm.v1.ListDomainsResponse\"\x03\x90\x02\x01\x12I\n\tGetDomain\x12\x1a.knnlm.v1.GetDomainRequest\x1a\x1b.knnlm.v1.GetDomainResponse\"\x03\x90\x02\x01\x12V\n\x0f\x41\x63tivateVersion\x12 .knnlm.v1.ActivateVersionRequest\x1a!.knnlm.v1.ActivateVersionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,29 +39,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DATASTORE'].methods_by_name['GetDomain']._loaded_options = None
   _globals['_DATASTORE'].methods_by_name['GetDomain']._serialized_options = b'\220\002\001'
   _globals['_SEARCHREQUEST']._serialized_start=62
-  _globals['_SEARCHREQUEST']._serialized_end=332
-  _globals['_SEARCHRESPONSE']._serialized_start=335
-  _globals['_SEARCHRESPONSE']._serialized_end=559
-  _globals['_PASSAGES']._serialized_start=561
-  _globals['_PASSAGES']._serialized_end=608
-  _globals['_PASSAGE']._serialized_start=610
-  _globals['_PASSAGE']._serialized_end=737
-  _globals['_TUNING']._serialized_start=740
-  _globals['_TUNING']._serialized_end=878
-  _globals['_DOMAIN']._serialized_start=881
-  _globals['_DOMAIN']._serialized_end=1166
-  _globals['_LISTDOMAINSREQUEST']._serialized_start=1168
-  _globals['_LISTDOMAINSREQUEST']._serialized_end=1188
-  _globals['_LISTDOMAINSRESPONSE']._serialized_start=1190
-  _globals['_LISTDOMAINSRESPONSE']._serialized_end=1246
-  _globals['_GETDOMAINREQUEST']._serialized_start=1248
-  _globals['_GETDOMAINREQUEST']._serialized_end=1316
-  _globals['_GETDOMAINRESPONSE']._serialized_start=1318
-  _globals['_GETDOMAINRESPONSE']._serialized_end=1371
-  _globals['_ACTIVATEVERSIONREQUEST']._serialized_start=1373
-  _globals['_ACTIVATEVERSIONREQUEST']._serialized_end=1430
-  _globals['_ACTIVATEVERSIONRESPONSE']._serialized_start=1432
-  _globals['_ACTIVATEVERSIONRESPONSE']._serialized_end=1491
-  _globals['_DATASTORE']._serialized_start=1494
-  _globals['_DATASTORE']._serialized_end=1815
+  _globals['_SEARCHREQUEST']._serialized_end=471
+  _globals['_SEARCHRESPONSE']._serialized_start=474
+  _globals['_SEARCHRESPONSE']._serialized_end=698
+  _globals['_PASSAGES']._serialized_start=700
+  _globals['_PASSAGES']._serialized_end=747
+  _globals['_PASSAGE']._serialized_start=749
+  _globals['_PASSAGE']._serialized_end=876
+  _globals['_TUNING']._serialized_start=879
+  _globals['_TUNING']._serialized_end=1017
+  _globals['_DOMAIN']._serialized_start=1020
+  _globals['_DOMAIN']._serialized_end=1356
+  _globals['_MEMORY']._serialized_start=1358
+  _globals['_MEMORY']._serialized_end=1436
+  _globals['_LISTDOMAINSREQUEST']._serialized_start=1438
+  _globals['_LISTDOMAINSREQUEST']._serialized_end=1458
+  _globals['_LISTDOMAINSRESPONSE']._serialized_start=1460
+  _globals['_LISTDOMAINSRESPONSE']._serialized_end=1516
+  _globals['_GETDOMAINREQUEST']._serialized_start=1518
+  _globals['_GETDOMAINREQUEST']._serialized_end=1586
+  _globals['_GETDOMAINRESPONSE']._serialized_start=1588
+  _globals['_GETDOMAINRESPONSE']._serialized_end=1641
+  _globals['_ACTIVATEVERSIONREQUEST']._serialized_start=1643
+  _globals['_ACTIVATEVERSIONREQUEST']._serialized_end=1700
+  _globals['_ACTIVATEVERSIONRESPONSE']._serialized_start=1702
+  _globals['_ACTIVATEVERSIONRESPONSE']._serialized_end=1761
+  _globals['_DATASTORE']._serialized_start=1764
+  _globals['_DATASTORE']._serialized_end=2085
 # @@protoc_insertion_point(module_scope)

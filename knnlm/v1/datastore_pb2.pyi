@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SearchRequest(_message.Message):
-    __slots__ = ("domain", "queries", "k", "version", "nprobe", "rescore", "overfetch", "ids", "passages", "passage_tokens")
+    __slots__ = ("domain", "queries", "k", "version", "nprobe", "rescore", "overfetch", "ids", "passages", "passage_tokens", "ef_search", "exclude_entries", "exclude_own_documents", "exclude_documents")
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
     QUERIES_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,10 @@ class SearchRequest(_message.Message):
     IDS_FIELD_NUMBER: _ClassVar[int]
     PASSAGES_FIELD_NUMBER: _ClassVar[int]
     PASSAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EF_SEARCH_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_OWN_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
     domain: str
     queries: _common_pb2.Tensor
     k: int
@@ -29,7 +33,11 @@ class SearchRequest(_message.Message):
     ids: bool
     passages: int
     passage_tokens: int
-    def __init__(self, domain: _Optional[str] = ..., queries: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., k: _Optional[int] = ..., version: _Optional[str] = ..., nprobe: _Optional[int] = ..., rescore: _Optional[bool] = ..., overfetch: _Optional[float] = ..., ids: _Optional[bool] = ..., passages: _Optional[int] = ..., passage_tokens: _Optional[int] = ...) -> None: ...
+    ef_search: int
+    exclude_entries: _common_pb2.Tensor
+    exclude_own_documents: bool
+    exclude_documents: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, domain: _Optional[str] = ..., queries: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., k: _Optional[int] = ..., version: _Optional[str] = ..., nprobe: _Optional[int] = ..., rescore: _Optional[bool] = ..., overfetch: _Optional[float] = ..., ids: _Optional[bool] = ..., passages: _Optional[int] = ..., passage_tokens: _Optional[int] = ..., ef_search: _Optional[int] = ..., exclude_entries: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., exclude_own_documents: _Optional[bool] = ..., exclude_documents: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SearchResponse(_message.Message):
     __slots__ = ("domain", "version", "distances", "values", "ids", "passages", "timings")
@@ -87,7 +95,7 @@ class Tuning(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., k: _Optional[int] = ..., lm_perplexity: _Optional[float] = ..., knn_perplexity: _Optional[float] = ..., tokens: _Optional[int] = ..., documents: _Optional[int] = ..., **kwargs) -> None: ...
 
 class Domain(_message.Message):
-    __slots__ = ("domain", "version", "versions", "state", "entries", "documents", "key_dim", "key_dtype", "key_function", "index", "model_id", "weights_sha256", "tokenizer_sha256", "tuning")
+    __slots__ = ("domain", "version", "versions", "state", "entries", "documents", "key_dim", "key_dtype", "key_function", "index", "model_id", "weights_sha256", "tokenizer_sha256", "tuning", "indexes", "memory")
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +110,8 @@ class Domain(_message.Message):
     WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
     TUNING_FIELD_NUMBER: _ClassVar[int]
+    INDEXES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     domain: str
     version: str
     versions: _containers.RepeatedScalarFieldContainer[str]
@@ -116,7 +126,21 @@ class Domain(_message.Message):
     weights_sha256: str
     tokenizer_sha256: str
     tuning: Tuning
-    def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ..., versions: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ..., entries: _Optional[int] = ..., documents: _Optional[int] = ..., key_dim: _Optional[int] = ..., key_dtype: _Optional[str] = ..., key_function: _Optional[str] = ..., index: _Optional[str] = ..., model_id: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., tuning: _Optional[_Union[Tuning, _Mapping]] = ...) -> None: ...
+    indexes: _containers.RepeatedScalarFieldContainer[str]
+    memory: Memory
+    def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ..., versions: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ..., entries: _Optional[int] = ..., documents: _Optional[int] = ..., key_dim: _Optional[int] = ..., key_dtype: _Optional[str] = ..., key_function: _Optional[str] = ..., index: _Optional[str] = ..., model_id: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., tuning: _Optional[_Union[Tuning, _Mapping]] = ..., indexes: _Optional[_Iterable[str]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ...) -> None: ...
+
+class Memory(_message.Message):
+    __slots__ = ("index", "index_bytes", "keys", "keys_bytes")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    INDEX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    index: str
+    index_bytes: int
+    keys: str
+    keys_bytes: int
+    def __init__(self, index: _Optional[str] = ..., index_bytes: _Optional[int] = ..., keys: _Optional[str] = ..., keys_bytes: _Optional[int] = ...) -> None: ...
 
 class ListDomainsRequest(_message.Message):
     __slots__ = ()

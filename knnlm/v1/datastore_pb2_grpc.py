@@ -62,9 +62,9 @@ class DatastoreServicer:
     """
 
     def Search(self, request, context):
-        """Errors: INVALID_ARGUMENT (wrong dimension, NaN or infinite query, k or n too large), NOT_FOUND (unknown domain, or
-        a pinned version that is not loaded), RESOURCE_EXHAUSTED (queue full), UNAVAILABLE (loading or draining),
-        DEADLINE_EXCEEDED.
+        """Errors: INVALID_ARGUMENT (wrong dimension, NaN or infinite query, k or n too large, an entry or document to exclude
+        that does not exist), NOT_FOUND (unknown domain, or a pinned version that is not loaded), RESOURCE_EXHAUSTED (queue
+        full), UNAVAILABLE (loading or draining), DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +84,7 @@ class DatastoreServicer:
 
     def ActivateVersion(self, request, context):
         """Loads the version, warms it, makes it current on disk and answers from it. Returns when this replica serves it.
+        Errors besides: FAILED_PRECONDITION (the version cannot be used, or does not fit in memory).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

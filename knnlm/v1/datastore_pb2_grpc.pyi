@@ -34,14 +34,16 @@ class DatastoreStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DatastoreAsyncStub: ...
     Search: _grpc.UnaryUnaryMultiCallable[_datastore_pb2.SearchRequest, _datastore_pb2.SearchResponse]
-    """Errors: INVALID_ARGUMENT (wrong dimension, NaN or infinite query, k or n too large), NOT_FOUND (unknown domain, or
-    a pinned version that is not loaded), RESOURCE_EXHAUSTED (queue full), UNAVAILABLE (loading or draining),
-    DEADLINE_EXCEEDED.
+    """Errors: INVALID_ARGUMENT (wrong dimension, NaN or infinite query, k or n too large, an entry or document to exclude
+    that does not exist), NOT_FOUND (unknown domain, or a pinned version that is not loaded), RESOURCE_EXHAUSTED (queue
+    full), UNAVAILABLE (loading or draining), DEADLINE_EXCEEDED.
     """
     ListDomains: _grpc.UnaryUnaryMultiCallable[_datastore_pb2.ListDomainsRequest, _datastore_pb2.ListDomainsResponse]
     GetDomain: _grpc.UnaryUnaryMultiCallable[_datastore_pb2.GetDomainRequest, _datastore_pb2.GetDomainResponse]
     ActivateVersion: _grpc.UnaryUnaryMultiCallable[_datastore_pb2.ActivateVersionRequest, _datastore_pb2.ActivateVersionResponse]
-    """Loads the version, warms it, makes it current on disk and answers from it. Returns when this replica serves it."""
+    """Loads the version, warms it, makes it current on disk and answers from it. Returns when this replica serves it.
+    Errors besides: FAILED_PRECONDITION (the version cannot be used, or does not fit in memory).
+    """
 
 @_typing.type_check_only
 class DatastoreAsyncStub(DatastoreStub):
@@ -49,14 +51,16 @@ class DatastoreAsyncStub(DatastoreStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Search: _aio.UnaryUnaryMultiCallable[_datastore_pb2.SearchRequest, _datastore_pb2.SearchResponse]  # type: ignore[assignment]
-    """Errors: INVALID_ARGUMENT (wrong dimension, NaN or infinite query, k or n too large), NOT_FOUND (unknown domain, or
-    a pinned version that is not loaded), RESOURCE_EXHAUSTED (queue full), UNAVAILABLE (loading or draining),
-    DEADLINE_EXCEEDED.
+    """Errors: INVALID_ARGUMENT (wrong dimension, NaN or infinite query, k or n too large, an entry or document to exclude
+    that does not exist), NOT_FOUND (unknown domain, or a pinned version that is not loaded), RESOURCE_EXHAUSTED (queue
+    full), UNAVAILABLE (loading or draining), DEADLINE_EXCEEDED.
     """
     ListDomains: _aio.UnaryUnaryMultiCallable[_datastore_pb2.ListDomainsRequest, _datastore_pb2.ListDomainsResponse]  # type: ignore[assignment]
     GetDomain: _aio.UnaryUnaryMultiCallable[_datastore_pb2.GetDomainRequest, _datastore_pb2.GetDomainResponse]  # type: ignore[assignment]
     ActivateVersion: _aio.UnaryUnaryMultiCallable[_datastore_pb2.ActivateVersionRequest, _datastore_pb2.ActivateVersionResponse]  # type: ignore[assignment]
-    """Loads the version, warms it, makes it current on disk and answers from it. Returns when this replica serves it."""
+    """Loads the version, warms it, makes it current on disk and answers from it. Returns when this replica serves it.
+    Errors besides: FAILED_PRECONDITION (the version cannot be used, or does not fit in memory).
+    """
 
 class DatastoreServicer(metaclass=_abc_1.ABCMeta):
     """Batched k-NN search over domains, each an immutable version of a datastore that can be switched while serving."""
@@ -67,9 +71,9 @@ class DatastoreServicer(metaclass=_abc_1.ABCMeta):
         request: _datastore_pb2.SearchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_datastore_pb2.SearchResponse, _abc.Awaitable[_datastore_pb2.SearchResponse]]:
-        """Errors: INVALID_ARGUMENT (wrong dimension, NaN or infinite query, k or n too large), NOT_FOUND (unknown domain, or
-        a pinned version that is not loaded), RESOURCE_EXHAUSTED (queue full), UNAVAILABLE (loading or draining),
-        DEADLINE_EXCEEDED.
+        """Errors: INVALID_ARGUMENT (wrong dimension, NaN or infinite query, k or n too large, an entry or document to exclude
+        that does not exist), NOT_FOUND (unknown domain, or a pinned version that is not loaded), RESOURCE_EXHAUSTED (queue
+        full), UNAVAILABLE (loading or draining), DEADLINE_EXCEEDED.
         """
 
     @_abc_1.abstractmethod
@@ -92,6 +96,8 @@ class DatastoreServicer(metaclass=_abc_1.ABCMeta):
         request: _datastore_pb2.ActivateVersionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_datastore_pb2.ActivateVersionResponse, _abc.Awaitable[_datastore_pb2.ActivateVersionResponse]]:
-        """Loads the version, warms it, makes it current on disk and answers from it. Returns when this replica serves it."""
+        """Loads the version, warms it, makes it current on disk and answers from it. Returns when this replica serves it.
+        Errors besides: FAILED_PRECONDITION (the version cannot be used, or does not fit in memory).
+        """
 
 def add_DatastoreServicer_to_server(servicer: DatastoreServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -29,6 +29,8 @@ _CODES = {
     "int64": common_pb2.DTYPE_INT64,
 }
 _NAMES = {code: name for name, code in _CODES.items()}
+_LITTLE = {name: np.dtype(name).newbyteorder("<") for name in _CODES}
+_OF_DTYPE = {np.dtype(name): name for name in _CODES}  # of this machine's byte order; dtype.name is slow to ask for
 FLOATS, INT32, INT64 = ("float32", "float16"), ("int32",), ("int64",)
 LIST_LIMIT = 1_000_000  # numbers: ten times larger than packed, and slow for everybody
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -37,7 +39,7 @@ _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 def array_to_tensor(array: Array) -> common_pb2.Tensor:
     """array: any shape, of a dtype that can travel."""
     name = _travelling(array)
-    return common_pb2.Tensor(dtype=_CODES[name], shape=array.shape, data=_packed(array))
+    return common_pb2.Tensor(dtype=_CODES[name], shape=array.shape, data=_packed(array, name))
 
 
 def array_from_tensor(tensor: common_pb2.Tensor, name: str, dtypes: Sequence[str], ndim: int) -> Array:
@@ -48,8 +50,9 @@ def array_from_tensor(tensor: common_pb2.Tensor, name: str, dtypes: Sequence[str
 def array_to_json(array: Array, encoding: str) -> object:
     """encoding: "list" or "base64". Raises TooLarge for a list of more than LIST_LIMIT numbers."""
     if encoding == "base64":
-        data = base64.b64encode(_packed(array)).decode("ascii")
-        return {"dtype": _travelling(array), "shape": list(array.shape), "data": data}
+        name = _travelling(array)
+        data = base64.b64encode(_packed(array, name)).decode("ascii")
+        return {"dtype": name, "shape": list(array.shape), "data": data}
     if encoding != "list":
         raise InvalidRequest(f'encoding must be "list" or "base64", got {encoding!r}', param="encoding")
     if array.size > LIST_LIMIT:
@@ -111,7 +114,7 @@ def _unpacked(data: bytes, dtype: object, shape: object, name: str, dtypes: Sequ
         raise InvalidRequest(f"{name} must have a shape of 32-bit numbers >= 0, got {_short(shape)}", param=name)
     if len(shape) != ndim:
         raise InvalidRequest(f"{name} must have {ndim} dimensions, got shape {_short(shape)}", param=name)
-    little = np.dtype(dtype).newbyteorder("<")
+    little = _LITTLE[dtype]
     if math.prod(shape) * little.itemsize != len(data):
         expected = math.prod(shape) * little.itemsize
         raise InvalidRequest(
@@ -120,12 +123,15 @@ def _unpacked(data: bytes, dtype: object, shape: object, name: str, dtypes: Sequ
     return np.frombuffer(data, little).reshape(shape).astype(np.dtype(dtype), copy=False)
 
 
-def _packed(array: Array) -> bytes:
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+def _packed(array: Array, name: str) -> bytes:
+    return array.astype(_LITTLE[name], copy=False).tobytes()
 
 
 def _travelling(array: Array) -> str:
-    if array.dtype.name not in _CODES:
+    name = _OF_DTYPE.get(array.dtype)
+    if name is not None:
+        return name
+    if array.dtype.name not in _CODES:  # big-endian perhaps
         raise InvalidRequest(f"arrays of {array.dtype.name} cannot be sent, expected one of {', '.join(_CODES)}")
     return array.dtype.name
 

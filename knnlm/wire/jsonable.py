@@ -14,6 +14,7 @@ from knnlm.messages import (
     DomainInfo,
     ForwardRequest,
     ForwardResult,
+    Memory,
     ModelInfo,
     Passage,
     SearchRequest,
@@ -99,6 +100,8 @@ def search_request_to_json(request: SearchRequest, encoding: str) -> dict[str, o
     queries = request.queries
     packed = queries if queries.dtype == np.float16 else queries.astype(np.float32, copy=False)
     fields = {name: value for name, value in vars(request).items() if name not in ("domain", "queries")}
+    fields["exclude_entries"] = _array(request.exclude_entries, encoding)
+    fields["exclude_documents"] = list(request.exclude_documents)
     return {"queries": array_to_json(packed, encoding), **fields, "encoding": encoding}
 
 
@@ -114,6 +117,10 @@ def search_request_from_json(domain: str, given: Json) -> SearchRequest:
         ids=_get(given, "ids", bool, False),
         passages=_get(given, "passages", int, 0),
         passage_tokens=_get(given, "passage_tokens", int, SearchRequest.passage_tokens),
+        ef_search=_get(given, "ef_search", int, None),
+        exclude_entries=_optional(given, "exclude_entries", INT64, 1),
+        exclude_own_documents=_get(given, "exclude_own_documents", bool, False),
+        exclude_documents=_strings(given, "exclude_documents"),
     )
 
 
@@ -147,14 +154,22 @@ def domain_to_json(info: DomainInfo) -> dict[str, object]:
     tuning = None
     if info.tuning is not None:
         tuning = {"lambda" if name == "lmbda" else name: value for name, value in vars(info.tuning).items()}
-    return {**vars(info), "versions": list(info.versions), "tuning": tuning}
+    memory = None if info.memory is None else dict(vars(info.memory))
+    lists = {"versions": list(info.versions), "indexes": list(info.indexes)}
+    return {**vars(info), **lists, "tuning": tuning, "memory": memory}
 
 
 def domain_from_json(given: Json) -> DomainInfo:
-    tuning = _get(given, "tuning", dict, None)
+    tuning, memory = _get(given, "tuning", dict, None), _get(given, "memory", dict, None)
     kinds: dict[str, type] = {"entries": int, "documents": int, "key_dim": int, "versions": list}
-    fields: Any = {name: _get(given, name, kinds.get(name, str)) for name in _names(DomainInfo) if name != "tuning"}
-    return DomainInfo(**fields, tuning=None if tuning is None else _tuning(tuning))
+    apart = ("indexes", "tuning", "memory")
+    fields: Any = {name: _get(given, name, kinds.get(name, str)) for name in _names(DomainInfo) if name not in apart}
+    return DomainInfo(
+        **fields,
+        indexes=_strings(given, "indexes"),
+        tuning=None if tuning is None else _tuning(tuning),
+        memory=None if memory is None else _memory(memory),
+    )
 
 
 def _tuning(given: Json) -> Tuning:
@@ -166,6 +181,15 @@ def _tuning(given: Json) -> Tuning:
         knn_perplexity=_get(given, "knn_perplexity", float),
         tokens=_get(given, "tokens", int),
         documents=_get(given, "documents", int),
+    )
+
+
+def _memory(given: Json) -> Memory:
+    return Memory(
+        index=_get(given, "index", str),
+        index_bytes=_get(given, "index_bytes", int),
+        keys=_get(given, "keys", str),
+        keys_bytes=_get(given, "keys_bytes", int),
     )
 
 
@@ -201,6 +225,15 @@ def _get(given: Json, name: str, kind: type, default: Any = _REQUIRED) -> Any:  
     if not (isinstance(value, kind) or number) or (kind is int and isinstance(value, bool)):
         raise InvalidRequest(f"{name} must be {kind.__name__}, got {value!r:.60}", param=name)
     return value
+
+
+def _strings(given: Json, name: str) -> list[str]:
+    """Empty when it is left out."""
+    values: list[str] = _get(given, name, list, [])
+    for value in values:
+        if not isinstance(value, str):
+            raise InvalidRequest(f"{name} must hold texts, got {value!r:.60}", param=name)
+    return values
 
 
 def _arrays(given: Json, name: str) -> Sequence[Array]:

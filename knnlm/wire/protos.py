@@ -11,6 +11,7 @@ from knnlm.messages import (
     DomainInfo,
     ForwardRequest,
     ForwardResult,
+    Memory,
     ModelInfo,
     Passage,
     SearchRequest,
@@ -123,6 +124,10 @@ def search_request_to_proto(request: SearchRequest) -> datastore_pb2.SearchReque
         ids=request.ids,
         passages=_int32(request.passages, "passages"),
         passage_tokens=_int32(request.passage_tokens, "passage_tokens"),
+        ef_search=None if request.ef_search is None else _int32(request.ef_search, "ef_search"),
+        exclude_entries=_tensor(request.exclude_entries),
+        exclude_own_documents=request.exclude_own_documents,
+        exclude_documents=request.exclude_documents,
     )
 
 
@@ -138,6 +143,10 @@ def search_request_from_proto(message: datastore_pb2.SearchRequest) -> SearchReq
         ids=message.ids,
         passages=message.passages,
         passage_tokens=message.passage_tokens,
+        ef_search=message.ef_search if message.HasField("ef_search") else None,
+        exclude_entries=_optional(message, "exclude_entries", INT64, 1),
+        exclude_own_documents=message.exclude_own_documents,
+        exclude_documents=list(message.exclude_documents),
     )
 
 
@@ -175,7 +184,8 @@ def domain_to_proto(info: DomainInfo) -> datastore_pb2.Domain:
     if info.tuning is not None:
         fields = dict(vars(info.tuning))
         tuning = datastore_pb2.Tuning(**{"lambda": fields.pop("lmbda")}, **fields)
-    return datastore_pb2.Domain(**{**vars(info), "versions": list(info.versions), "tuning": tuning})
+    memory = None if info.memory is None else datastore_pb2.Memory(**vars(info.memory))
+    return datastore_pb2.Domain(**{**vars(info), "tuning": tuning, "memory": memory})
 
 
 def domain_from_proto(message: datastore_pb2.Domain) -> DomainInfo:
@@ -191,6 +201,10 @@ def domain_from_proto(message: datastore_pb2.Domain) -> DomainInfo:
             tokens=given.tokens,
             documents=given.documents,
         )
+    memory = None
+    if message.HasField("memory"):
+        held = message.memory
+        memory = Memory(held.index, held.index_bytes, held.keys, held.keys_bytes)
     return DomainInfo(
         domain=message.domain,
         version=message.version,
@@ -206,6 +220,8 @@ def domain_from_proto(message: datastore_pb2.Domain) -> DomainInfo:
         weights_sha256=message.weights_sha256,
         tokenizer_sha256=message.tokenizer_sha256,
         tuning=tuning,
+        indexes=list(message.indexes),
+        memory=memory,
     )
 
 

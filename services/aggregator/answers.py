@@ -1,5 +1,6 @@
 """From mixed arrays to the shapes of schemas.py: probabilities, token texts, neighbors with their source."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -53,18 +54,20 @@ def next_tokens(
 
 def scored_tokens(score: Score, tokenizer: Tokenizer) -> list[schemas.ScoredToken]:
     """One for each token but the first."""
-    texts = {int(t): tokenizer.token(int(t)) for t in np.unique(score.tokens)}
-    knn = score.knn_log_probs
+    texts = {t: tokenizer.token(t) for t in np.unique(score.tokens).tolist()}
+    tokens = score.tokens[1:].tolist()
+    knn = [None] * len(tokens) if score.knn_log_probs is None else score.knn_log_probs.tolist()
+    columns = (score.log_probs.tolist(), score.lm_log_probs.tolist(), knn, score.weight.tolist())
     return [
         schemas.ScoredToken(
-            token_id=int(token),
-            token=texts[int(token)],
-            log_p=finite(float(score.log_probs[i])),
-            log_p_lm=float(score.lm_log_probs[i]),
-            log_p_knn=None if knn is None else finite(float(knn[i])),
-            lmbda=float(score.weight[i]),
+            token_id=token,
+            token=texts[token],
+            log_p=finite(log_p),
+            log_p_lm=log_p_lm,
+            log_p_knn=None if log_p_knn is None else finite(log_p_knn),
+            lmbda=weight,
         )
-        for i, token in enumerate(score.tokens[1:])
+        for token, log_p, log_p_lm, log_p_knn, weight in zip(tokens, *columns, strict=True)
     ]
 
 
@@ -74,12 +77,14 @@ def used_domains(answer: NextTokens | Score) -> list[schemas.UsedDomain]:
 
 def domain_shape(info: DomainInfo) -> schemas.Domain:
     tuning = None if info.tuning is None else schemas.Tuning(**asdict(info.tuning))
-    return schemas.Domain(**{**asdict(info), "versions": list(info.versions), "tuning": tuning})
+    memory = None if info.memory is None else schemas.Memory(**asdict(info.memory))
+    lists = {"versions": list(info.versions), "indexes": list(info.indexes)}
+    return schemas.Domain(**{**asdict(info), **lists, "tuning": tuning, "memory": memory})
 
 
 def finite(value: float) -> float | None:
     """JSON has no infinity: null stands for it."""
-    return value if np.isfinite(value) else None
+    return value if math.isfinite(value) else None
 
 
 def _neighbors(answer: NextTokens, row: int, count: int, tokenizer: Tokenizer) -> list[schemas.Neighbor]:

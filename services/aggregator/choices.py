@@ -52,8 +52,10 @@ def choose(request: Request, model_id: str, settings: AggregatorSettings) -> tup
         k=knn.k,
         combine=knn.combine,
         nprobe=knn.nprobe,
+        ef_search=knn.ef_search,
         rescore=knn.rescore,
         overfetch=knn.overfetch,
+        exclude_documents=tuple(knn.exclude_documents),
         rule=knn.rule,
         on_datastore_error=request.on_datastore_error or settings.on_datastore_error,
     )

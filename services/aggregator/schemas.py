@@ -35,9 +35,15 @@ class Knn(Strict):
     lmbda: Lambda | None = Field(None, alias="lambda")
     temperature: Temperature | None = None
     nprobe: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Lists to visit in an IVF index.")
-    rescore: StrictBool | None = Field(None, description="True distances; by default when the index is lossy.")
+    ef_search: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        None, description="Candidates a search of a graph index keeps."
+    )
+    rescore: StrictBool | None = Field(None, description="True distances; by default yes.")
     overfetch: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = Field(
         None, description="Candidates per neighbor before rescoring."
+    )
+    exclude_documents: list[StrictStr] = Field(
+        [], description="Ids of documents whose entries do not count, which every domain must have."
     )
     rule: StrictStr = Field("fixed", description="How lambda follows from what was found.")
 
@@ -166,6 +172,15 @@ class Tuning(BaseModel):
     documents: int
 
 
+class Memory(BaseModel):
+    """Where a loaded version lies: resident (held by the process), mapped (files), device, or none."""
+
+    index: str
+    index_bytes: int
+    keys: str
+    keys_bytes: int
+
+
 class Domain(BaseModel):
     domain: str
     version: str
@@ -181,6 +196,8 @@ class Domain(BaseModel):
     weights_sha256: str
     tokenizer_sha256: str
     tuning: Tuning | None
+    indexes: list[str]
+    memory: Memory | None
 
 
 class DomainList(BaseModel):

@@ -2,7 +2,7 @@
 
 from services.datastore.engine import Engine
 from services.datastore.loaded import Opener
-from services.datastore.rest import routes
+from services.datastore.rest import packed, routes
 from services.datastore.rpc import rpc_service
 from services.datastore.settings import DatastoreSettings
 from services.runtime.metrics import Metrics
@@ -23,4 +23,5 @@ def service(settings: DatastoreSettings, open_searcher: Opener | None = None) ->
         metrics=metrics,
         routers=[routes(engine)],
         rpc=[rpc_service(engine)],
+        packed=packed(engine),
     )

@@ -9,15 +9,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from prometheus_client import Histogram
 
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
+from knnlm.index.exclusion import check_exclusion
 from knnlm.messages import DomainInfo, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
-from services.datastore.loaded import Loaded, Opener, SearcherLike
+from services.datastore.loaded import Loaded, Opener, opener
 from services.datastore.pool import Pool
 from services.datastore.settings import DatastoreSettings
 from services.runtime.batching import Batcher
@@ -29,6 +30,7 @@ __all__ = ["Engine"]
 
 LOG = logging.getLogger(__name__)
 ENVELOPE_BYTES = 4096  # of an answer beside its arrays
+TURN = 64  # queries of a domain before it is another's turn: larger batches are hardly faster per query
 PASSAGE_BYTES = 256  # of a passage beside its tokens; document names are short
 
 
@@ -44,7 +46,7 @@ class Engine:
     def __init__(self, settings: DatastoreSettings, metrics: Metrics, open_searcher: Opener | None = None) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._pool = Pool(settings, metrics, open_searcher or _open)
+        self._pool = Pool(settings, metrics, open_searcher or opener(settings))
         self._batcher: Batcher[_Search, SearchResult] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._switches: set[asyncio.Task[DomainInfo]] = set()
@@ -61,6 +63,8 @@ class Engine:
             self._process,
             size=lambda search: len(search.request.queries),
             group=_group,
+            lane=lambda search: search.request.domain,
+            turn=TURN,
             max_queue=self._settings.max_queue_queries,
             max_batch=self._settings.max_batch_queries,
             metrics=self._metrics,
@@ -131,6 +135,7 @@ class Engine:
         limits = self._settings
         if request.queries.ndim != 2:
             raise InvalidRequest(f"queries must have 2 dimensions, got {request.queries.ndim}", param="queries")
+        check_exclusion(request)
         for name, given, most in (
             ("queries", len(request.queries), limits.max_queries),
             ("k", request.k, limits.max_k),
@@ -153,23 +158,31 @@ class Engine:
         loaded, request = searches[0].loaded, searches[0].request
         sizes = [len(search.request.queries) for search in searches]
         if len(searches) > 1:
-            request = replace(request, queries=np.concatenate([search.request.queries for search in searches]))
+            queries = np.concatenate([search.request.queries for search in searches])
+            request = replace(request, queries=queries, exclude_entries=_excluded(searches))
         with self._seconds.labels(request.domain).time():
             result = loaded.search(request)
         return [result] if len(searches) == 1 else _parts(result, sizes)
 
 
-def _open(path: Path) -> SearcherLike:
-    from knnlm.index.searcher import Searcher  # faiss: slow to import, while /livez answers already
-
-    return Searcher.open(path)
-
-
 def _group(search: _Search) -> tuple[object, ...]:
     request = search.request
     options = (request.version, request.k, request.nprobe, request.rescore, request.overfetch, request.ids)
+    excluded = (request.exclude_own_documents, tuple(request.exclude_documents))
     passages = (request.passages, request.passage_tokens)
-    return (id(search.loaded), *options, *passages, request.queries.shape[1], request.queries.dtype)
+    shape = (request.queries.shape[1], request.queries.dtype)
+    return (id(search.loaded), *options, request.ef_search, *excluded, *passages, *shape)
+
+
+def _excluded(searches: Sequence[_Search]) -> npt.NDArray[np.int64] | None:
+    """An entry for every query of all of them, -1 for those of a request that excludes none."""
+    given = [search.request.exclude_entries for search in searches]
+    if all(entries is None for entries in given):
+        return None
+    sizes = [len(search.request.queries) for search in searches]
+    return np.concatenate(
+        [np.full(n, -1, np.int64) if entries is None else entries for n, entries in zip(sizes, given, strict=True)]
+    )
 
 
 def _parts(result: SearchResult, sizes: Sequence[int]) -> list[SearchResult]:

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Protocol
 
 from knnlm.datastore.manifest import Manifest
-from knnlm.messages import DomainInfo, SearchRequest, SearchResult
+from knnlm.errors import DatastoreError, InsufficientMemory, InvalidRequest
+from knnlm.index.memory import release_freed
+from knnlm.messages import DomainInfo, Memory, SearchRequest, SearchResult
+from services.datastore.settings import DatastoreSettings
 
-__all__ = ["Loaded", "Opener", "SearcherLike", "Stamp", "stamp"]
+__all__ = ["Loaded", "Opener", "SearcherLike", "Stamp", "opener", "stamp"]
 
 Stamp = tuple[str, int, int]  # version, and what tells that its manifest was rewritten (tuning, index)
 
@@ -21,14 +24,34 @@ class SearcherLike(Protocol):
     @property
     def manifest(self) -> Manifest: ...
     @property
-    def memory_bytes(self) -> int: ...
+    def memory(self) -> Memory: ...
     def search(self, request: SearchRequest) -> SearchResult: ...
     def info(self, versions: Sequence[str], state: str = "ready") -> DomainInfo: ...
     def warm(self) -> None: ...
     def close(self) -> None: ...
 
 
-Opener = Callable[[Path], SearcherLike]
+Opener = Callable[[Path, int | None], SearcherLike]  # a version's folder, and what it may hold in memory, in bytes
+
+
+def opener(settings: DatastoreSettings) -> Opener:
+    """Opens versions as the settings say. It raises as Searcher.open does."""
+
+    def open_searcher(path: Path, memory_limit: int | None) -> SearcherLike:
+        from knnlm.index.searcher import Searcher  # faiss: slow to import, while /livez answers already
+
+        try:
+            return Searcher.open(
+                path,
+                index=settings.index or None,
+                resident=settings.memory == "resident",
+                device=settings.device,
+                memory_limit=memory_limit,
+            )
+        except InvalidRequest as err:  # of ours, not of who asks for this version
+            raise DatastoreError(f"{err.message} (this service is set to index {settings.index!r})") from err
+
+    return open_searcher
 
 
 def stamp(path: Path) -> Stamp:
@@ -40,10 +63,19 @@ def stamp(path: Path) -> Stamp:
 class Loaded:
     """Made warm, by a thread that may block. `leases` is touched in the event loop only."""
 
-    def __init__(self, path: Path, open_searcher: Opener) -> None:
+    def __init__(self, path: Path, open_searcher: Opener, memory_limit: int | None = None) -> None:
+        """memory_limit: bytes that it may hold. Raises as open_searcher does; InsufficientMemory when memory ends."""
         self.stamp = stamp(path)  # before reading: a rewrite meanwhile is then seen as a change
-        self.searcher = open_searcher(path)
-        self.searcher.warm()
+        try:
+            self.searcher = open_searcher(path, memory_limit)
+        except MemoryError as err:
+            raise InsufficientMemory(f"memory ended while {path} was loaded: {err}") from err
+        try:
+            self.searcher.warm()
+        except BaseException:
+            self.searcher.close()
+            raise
+        self.memory = self.searcher.memory
         self.leases = 0
         self.retired_at: float | None = None  # of time.monotonic
         self._searching = threading.Lock()
@@ -51,6 +83,13 @@ class Loaded:
     @property
     def version(self) -> str:
         return self.stamp[0]
+
+    @property
+    def held_bytes(self) -> int:
+        """In this process's own memory."""
+        memory = self.memory
+        parts = ((memory.index, memory.index_bytes), (memory.keys, memory.keys_bytes))
+        return sum(size for place, size in parts if place == "resident")
 
     @contextmanager
     def lease(self) -> Iterator[None]:
@@ -66,6 +105,10 @@ class Loaded:
             return self.searcher.search(request)
 
     def close(self) -> None:
-        """Free it; blocks, for seconds when the index is large. The lock: a search whose caller left holds no lease."""
+        """Free it, and give its memory back to the system; blocks, for seconds when the index is large.
+
+        The lock: a search whose caller left holds no lease.
+        """
         with self._searching:
             self.searcher.close()
+        release_freed()

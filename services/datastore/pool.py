@@ -2,8 +2,8 @@
 
 A domain's CURRENT file says which version is wanted. The new version is opened and warmed beside the old, then one
 reference is rebound: searches in flight finish on the old one, and who pins it is answered for a while longer. A
-version that cannot be opened changes nothing but the domain's state. Blocking work runs in threads, all else in the
-event loop.
+version that cannot be opened, or for which there is no memory, changes nothing but the domain's state. Blocking work
+runs in threads, all else in the event loop.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from prometheus_client import Counter, Gauge
 
 from knnlm.datastore.catalog import Catalog
 from knnlm.errors import DatastoreError, KnnlmError, NotFound, Unavailable, UnknownDomain, UnknownVersion
-from knnlm.messages import DomainInfo
+from knnlm.messages import DomainInfo, Memory
 from services.datastore.loaded import Loaded, Opener, Stamp, stamp
 from services.datastore.settings import DatastoreSettings
 from services.runtime.logs import event
@@ -38,6 +38,7 @@ class Pool:
         self._open = open_searcher
         self._current: dict[str, Loaded] = {}
         self._retired: list[tuple[str, Loaded]] = []
+        self._places: dict[str, list[tuple[str, str]]] = {}  # by domain, labels of its memory
         self._failed: dict[str, tuple[Stamp | None, float, KnnlmError]] = {}
         self._loading: dict[str, str] = {}
         self._switching = asyncio.Lock()  # one change at a time: two would race for the same memory
@@ -46,7 +47,10 @@ class Pool:
             registry=metrics.registry,
         )  # fmt: skip
         self._entries = Gauge("knnlm_domain_entries", "Entries served.", ["domain"], registry=metrics.registry)
-        self._memory = Gauge("knnlm_domain_memory_bytes", "Size of the index.", ["domain"], registry=metrics.registry)
+        self._memory = Gauge(
+            "knnlm_domain_memory_bytes", "Size of index and keys, and where they lie: resident, mapped or device.",
+            ["domain", "part", "place"], registry=metrics.registry,
+        )  # fmt: skip
 
     def load(self) -> None:
         """Open every domain's current version; blocks. A domain that was asked for by name must be there and sound."""
@@ -55,7 +59,7 @@ class Pool:
                 version = self._catalog.current(domain)
                 if version is None:
                     raise UnknownVersion(f"domain {domain} has no current version: activate one", param="version")
-                self._rebind(domain, Loaded(self._catalog.path(domain, version), self._open))
+                self._rebind(domain, Loaded(self._catalog.path(domain, version), self._open, self._room()))
             except KnnlmError as err:
                 if self._settings.domains:
                     raise
@@ -128,7 +132,7 @@ class Pool:
             event(LOG, "domain_removed", domain=domain)
             self._retire(domain, self._current.pop(domain))
             self._entries.remove(domain)
-            self._memory.remove(domain)
+            self._show_memory(domain, None)
         self._failed = {domain: failure for domain, failure in self._failed.items() if domain in wanted}
         await self._let_go(grace=self._settings.grace_s)
 
@@ -184,7 +188,7 @@ class Pool:
                 return loaded
         self._loading[domain] = path.name
         try:
-            return await asyncio.to_thread(Loaded, path, self._open)
+            return await asyncio.to_thread(Loaded, path, self._open, self._room())
         finally:
             del self._loading[domain]
 
@@ -200,8 +204,24 @@ class Pool:
             self._retire(domain, old)
         self._loads.labels(domain, "ok").inc()
         self._entries.labels(domain).set(loaded.searcher.manifest.entries)
-        self._memory.labels(domain).set(loaded.searcher.memory_bytes)
+        self._show_memory(domain, loaded.memory)
         event(LOG, "serving", domain=domain, version=loaded.version, replaced=None if old is None else old.version)
+
+    def _room(self) -> int | None:
+        """Bytes that another version may hold: the former ones count until they are let go. None = no limit of ours."""
+        most = self._settings.max_memory_bytes
+        versions = [*self._current.values(), *(loaded for _, loaded in self._retired)]
+        return None if most is None else most - sum(loaded.held_bytes for loaded in versions)
+
+    def _show_memory(self, domain: str, memory: Memory | None) -> None:
+        for labels in self._places.pop(domain, []):
+            self._memory.remove(domain, *labels)
+        if memory is None:
+            return
+        parts = (("index", memory.index, memory.index_bytes), ("keys", memory.keys, memory.keys_bytes))
+        for part, place, size in parts:
+            self._memory.labels(domain, part, place).set(size)
+        self._places[domain] = [(part, place) for part, place, _ in parts]
 
     def _retire(self, domain: str, loaded: Loaded) -> None:
         loaded.retired_at = time.monotonic()

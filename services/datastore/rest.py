@@ -1,21 +1,29 @@
 """The datastore service over HTTP: decode, one call, encode."""
 
+from collections.abc import Mapping
+
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse
 
-from knnlm.wire import jsonable
+from knnlm.errors import InvalidRequest
+from knnlm.v1 import datastore_pb2
+from knnlm.wire import jsonable, protos
 from services.datastore.engine import Engine
 from services.datastore.schemas import ActivateBody, DomainAnswer, DomainsAnswer, SearchAnswer, SearchBody
 from services.runtime.auth import admin_only
 from services.runtime.calls import current
+from services.runtime.fields import PROTOBUF_TOO
+from services.runtime.packed import PackedRoute, decoded
 
-__all__ = ["routes"]
+__all__ = ["packed", "routes"]
+
+SEARCH = "/v1/domains/{domain}/search"
 
 
 def routes(engine: Engine) -> APIRouter:
     router = APIRouter(tags=["datastore"])
 
-    @router.post("/v1/domains/{domain}/search", summary="k neighbors of each query", response_model=SearchAnswer)
+    @router.post(SEARCH, summary="k neighbors of each query", response_model=SearchAnswer, openapi_extra=PROTOBUF_TOO)
     async def search(domain: str, body: SearchBody) -> JSONResponse:
         """The answer names the version it came from; pin it in the next request to stay on it."""
         request = jsonable.search_request_from_json(domain, vars(body))
@@ -42,3 +50,19 @@ def routes(engine: Engine) -> APIRouter:
         return JSONResponse(jsonable.domain_to_json(await engine.activate(domain, body.version, current())))
 
     return router
+
+
+def packed(engine: Engine) -> list[PackedRoute]:
+    """The search with knnlm.v1.SearchRequest as its body; the domain is in the path, in the message it may be empty."""
+
+    async def search(parts: Mapping[str, str], body: bytes) -> bytes:
+        message = decoded(body, datastore_pb2.SearchRequest.FromString)
+        if message.domain not in ("", parts["domain"]):
+            raise InvalidRequest(
+                f"domain must be empty or that of the path, {parts['domain']!r}, got {message.domain!r}", param="domain"
+            )
+        message.domain = parts["domain"]
+        result = await engine.search(protos.search_request_from_proto(message), current())
+        return protos.search_result_to_proto(result).SerializeToString()
+
+    return [PackedRoute(SEARCH, search)]

@@ -12,15 +12,25 @@ class SearchBody(Strict):
     k: StrictInt = Field(description="Neighbors per query.")
     version: StrictStr | None = Field(None, description="Answer from this version or not at all.")
     nprobe: StrictInt | None = Field(None, description="Lists to visit, for indexes that have lists.")
-    rescore: StrictBool | None = Field(
-        None, description="True distances from the stored keys; by default when the index is lossy."
-    )
+    rescore: StrictBool | None = Field(None, description="True distances from the stored keys; by default yes.")
     overfetch: Annotated[float, Field(strict=True)] | None = Field(
         None, description="Candidates per neighbor before rescoring, at least 1."
     )
     ids: StrictBool = Field(False, description="Also return entry numbers.")
     passages: StrictInt = Field(0, description="Text around so many nearest neighbors of each query.")
     passage_tokens: StrictInt = Field(24, description="Tokens on each side of it.")
+    ef_search: StrictInt | None = Field(
+        None, description="Candidates a graph search keeps, for indexes that are graphs."
+    )
+    exclude_entries: Array | None = Field(
+        None, description="(n,) int64, an entry for each query that is no neighbor of it, -1 = none"
+    )
+    exclude_own_documents: StrictBool = Field(
+        False, description="With exclude_entries: not that entry alone, but all of its document."
+    )
+    exclude_documents: list[StrictStr] = Field(
+        [], description="Ids of documents that hold no neighbors: at most 1024, of 4096 characters each."
+    )
     encoding: Encoding = "list"
 
 
@@ -56,6 +66,15 @@ class TuningAnswer(BaseModel):
     documents: int
 
 
+class MemoryAnswer(BaseModel):
+    """Where a loaded version lies: resident (held by the process), mapped (files), device, or none."""
+
+    index: str
+    index_bytes: int = Field(description="Once all of it is used.")
+    keys: str
+    keys_bytes: int = Field(description="Once all of them are used.")
+
+
 class DomainAnswer(BaseModel):
     domain: str
     version: str
@@ -66,11 +85,13 @@ class DomainAnswer(BaseModel):
     key_dim: int
     key_dtype: str
     key_function: str
-    index: str
+    index: str = Field(description="The one that answers.")
     model_id: str
     weights_sha256: str
     tokenizer_sha256: str
     tuning: TuningAnswer | None
+    indexes: list[str] = Field(description="All that the version has.")
+    memory: MemoryAnswer | None
 
 
 class DomainsAnswer(BaseModel):

@@ -1,7 +1,7 @@
 """The datastore service's settings."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -18,6 +18,16 @@ class DatastoreSettings(GrpcSettings):
     grpc_port: int = Field(9002, ge=0, le=65535, description="gRPC port; 0 picks a free one, which is logged")
     store: Path = Field(description="folder with one folder per domain; may be empty or not exist yet")
     domains: Names = Field((), description="serve these alone, and do not start without them; none: all of the store")
+    index: str = Field("", description="which index of a version answers, by its recipe, or flat; empty: its default")
+    memory: Literal["mapped", "resident"] = Field(
+        "mapped", description="index and stored keys: mapped files where that is possible, or read into memory"
+    )
+    device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where the index is searched: cpu, cuda or cuda:N"
+    )
+    max_memory_bytes: int | None = Field(
+        None, ge=1, description="of loaded versions together, mapped files left out; none: what the system has"
+    )
     max_k: int = Field(4096, ge=1, description="neighbors per query")
     max_queries: int = Field(4096, ge=1, description="queries in one request")
     max_passages: int = Field(64, ge=0, description="neighbors per query shown with their text")

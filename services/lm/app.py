@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from services.lm.engine import Engine, Model
-from services.lm.rest import routes
+from services.lm.rest import packed, routes
 from services.lm.rpc import rpc_service
 from services.lm.settings import LmSettings
 from services.runtime.metrics import Metrics
@@ -24,4 +24,5 @@ def service(settings: LmSettings, load: Callable[[LmSettings], Model] | None = N
         metrics=metrics,
         routers=[routes(engine)],
         rpc=[rpc_service(engine)],
+        packed=packed(engine),
     )

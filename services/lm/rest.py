@@ -1,20 +1,32 @@
 """The lm service over HTTP: decode, one call, encode."""
 
+from collections.abc import Mapping
+
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
-from knnlm.wire import jsonable
+from knnlm.v1 import lm_pb2
+from knnlm.wire import jsonable, protos
 from services.lm.engine import Engine
 from services.lm.schemas import ForwardAnswer, ForwardBody, ModelAnswer
 from services.runtime.calls import current
+from services.runtime.fields import PROTOBUF_TOO
+from services.runtime.packed import PackedRoute, decoded
 
-__all__ = ["routes"]
+__all__ = ["packed", "routes"]
+
+FORWARD = "/v1/forward"
 
 
 def routes(engine: Engine) -> APIRouter:
     router = APIRouter(tags=["lm"])
 
-    @router.post("/v1/forward", summary="Log-probabilities and keys of sequences", response_model=ForwardAnswer)
+    @router.post(
+        FORWARD,
+        summary="Log-probabilities and keys of sequences",
+        response_model=ForwardAnswer,
+        openapi_extra=PROTOBUF_TOO,
+    )
     async def forward(body: ForwardBody) -> JSONResponse:
         """Stateless; several requests that want the same are run together."""
         request = jsonable.forward_request_from_json(vars(body))
@@ -31,3 +43,14 @@ def routes(engine: Engine) -> APIRouter:
         return Response(engine.model.tokenizer.json, media_type="application/json")
 
     return router
+
+
+def packed(engine: Engine) -> list[PackedRoute]:
+    """Forward with knnlm.v1.ForwardRequest as its body."""
+
+    async def forward(parts: Mapping[str, str], body: bytes) -> bytes:  # noqa: ARG001  the path has none
+        message = decoded(body, lm_pb2.ForwardRequest.FromString)
+        result = await engine.forward(protos.forward_request_from_proto(message), current())
+        return protos.forward_result_to_proto(result).SerializeToString()
+
+    return [PackedRoute(FORWARD, forward)]

@@ -3,14 +3,17 @@
 No timer: a lone request is never held back, and batches grow by themselves under load. The queue is counted in items
 (rows, tokens) at entry and refuses at once when full. Work whose caller has left or whose time is over is dropped
 before it is begun. It knows neither models nor indexes.
+
+Who asks much does not keep others waiting: requests of different lanes (domains, say) are taken in turn, and no lane
+may fill the queue alone; see Batcher.
 """
 
 import asyncio
 import contextlib
+import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -24,10 +27,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Waiting(Generic[Item, Result]):
     item: Item
     size: int
+    lane: Hashable
     group: Hashable
     future: "asyncio.Future[Result]"
     since: float = field(default_factory=time.perf_counter)
@@ -35,12 +39,19 @@ class _Waiting(Generic[Item, Result]):
 
 
 class Batcher(Generic[Item, Result]):
-    """Made and used in one event loop.
+    """Made and used in one event loop; the worker thread takes its work itself, and never waits for the loop.
 
-    process: called in the worker thread with items of one group; one result per item, in order. When it raises for
-    several items, each is tried alone, so that nobody fails by what a stranger asked. size: what an item counts.
+    process: called in the worker thread with items of one lane and group; one result per item, in order. When it raises
+    for several items, each is tried alone, so that nobody fails by what a stranger asked. size: what an item counts.
     group: items may share a call of `process` when these are equal. max_queue, max_batch: in sizes; a single larger
     item still runs, alone, but one over max_queue can never be admitted.
+
+    lane: None, or whose an item is. Lanes that wait are served in turn, one batch each, of at most `turn` in size: also
+    when no other lane waits at the moment, but one was served just before, whose callers may be about to ask again.
+    Only a lane that follows itself may fill a batch. Within a lane the oldest item decides what group is next. Of the
+    queue, a lane may hold the share it had if there were one lane more than there are: half of it alone, a third beside
+    another. So there is room for who comes next, and a flood is refused before it fills the queue. A lane that holds
+    nothing is admitted wherever the queue has room.
     """
 
     def __init__(
@@ -52,39 +63,43 @@ class Batcher(Generic[Item, Result]):
         max_queue: int,
         max_batch: int,
         metrics: Metrics,
+        lane: Callable[[Item], Hashable] | None = None,
+        turn: int | None = None,
     ) -> None:
         self._process = process
         self._size = size
         self._group = group
+        self._lane = lane
         self._max_queue = max_queue
         self._max_batch = max_batch
+        self._turn = max_batch if turn is None else min(turn, max_batch)
         self._metrics = metrics
-        self._queue: deque[_Waiting[Item, Result]] = deque()
-        self._held = 0
+        self._held: Counter[Hashable] = Counter()  # per lane, until the caller has its result; for the loop alone
+        self._total = 0
+        self._queues: dict[Hashable, deque[_Waiting[Item, Result]]] = {}  # whose turn is next stands first
+        self._served: Hashable = None  # the lane of the last batch; for the worker alone
         self._closing = False
-        self._filled = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch")
-        self._loop_task = asyncio.get_running_loop().create_task(self._run())
+        self._filled = threading.Condition()  # guards the queues and that it is closing
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="batch", daemon=True)
+        self._thread.start()
 
     async def submit(self, item: Item, call: Call) -> Result:
         """Wait for the item's result, at most for the time the call has left; adds the `queue` stage to its timings.
 
-        Raises Overloaded when the queue is full, DeadlineExceeded, Unavailable when closing, and what process raised.
+        Raises Overloaded when the queue or its lane's share of it is full, DeadlineExceeded, Unavailable when closing,
+        and what process raised.
         """
-        size = self._size(item)
+        size, lane = self._size(item), None if self._lane is None else self._lane(item)
         left = call.remaining()
         if self._closing:
             raise Unavailable("the service is shutting down")
-        if self._held + size > self._max_queue:
-            self._metrics.rejected.labels("queue_full").inc()
-            raise Overloaded(
-                f"the queue is full: {self._held} of {self._max_queue} items wait, this request has {size}"
-            )
-        waiting = _Waiting[Item, Result](item, size, self._group(item), asyncio.get_running_loop().create_future())
-        self._held += size
-        self._metrics.queue_items.set(self._held)
-        self._queue.append(waiting)
-        self._filled.set()
+        self._admit(size, lane)
+        waiting = _Waiting[Item, Result](item, size, lane, self._group(item), self._loop.create_future())
+        self._hold(lane, size)
+        with self._filled:
+            self._queues.setdefault(lane, deque()).append(waiting)
+            self._filled.notify()
         try:
             async with asyncio.timeout(left):
                 return await waiting.future
@@ -95,50 +110,81 @@ class Batcher(Generic[Item, Result]):
             self._metrics.rejected.labels("disconnected").inc()
             raise
         finally:
-            self._held -= size
-            self._metrics.queue_items.set(self._held)
+            self._hold(lane, -size)
             call.timings["queue"] = call.timings.get("queue", 0.0) + waiting.waited
 
     async def close(self) -> None:
-        """Refuse new items, finish those accepted, end the thread."""
-        self._closing = True
-        self._filled.set()
-        await self._loop_task
-        await asyncio.to_thread(self._thread.shutdown)
+        """Refuse new items, finish those accepted, end the thread. What it gave last is then with its callers."""
+        with self._filled:
+            self._closing = True
+            self._filled.notify()
+        await asyncio.to_thread(self._thread.join)
 
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            batch = self._take()
-            if batch:
-                outcomes = await loop.run_in_executor(self._thread, self._work, [waiting.item for waiting in batch])
-                for waiting, outcome in zip(batch, outcomes, strict=True):
-                    _settle(waiting.future, outcome)
-            elif self._closing:
-                return
-            else:
-                self._filled.clear()
-                await self._filled.wait()
+    def _admit(self, size: int, lane: Hashable) -> None:
+        held = self._held[lane]
+        if self._total + size > self._max_queue:
+            problem = f"the queue is full: {self._total} of {self._max_queue} items wait, this request has {size}"
+        elif self._lane is not None and held and held + size > (share := self._share(lane)):
+            problem = (
+                f"{lane} has its share of the queue: {held} items wait, this request has {size}, "
+                f"at most {share} of {self._max_queue} may wait beside those of others"
+            )
+        else:
+            return
+        self._metrics.rejected.labels("queue_full").inc()
+        raise Overloaded(problem)
+
+    def _share(self, lane: Hashable) -> int:
+        return self._max_queue // (len(self._held.keys() | {lane}) + 1)
+
+    def _hold(self, lane: Hashable, size: int) -> None:
+        self._total += size
+        self._held[lane] += size
+        if not self._held[lane]:
+            del self._held[lane]
+        self._metrics.queue_items.set(self._total)
+
+    def _run(self) -> None:
+        while batch := self._next():
+            outcomes = self._work([waiting.item for waiting in batch])
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
+                self._loop.call_soon_threadsafe(self._settle, batch, outcomes)
+            del batch, outcomes  # not to be kept in memory until the next ones are there
+
+    def _next(self) -> list[_Waiting[Item, Result]]:
+        """What is worked on next; waits for it. Empty when closing and all is done."""
+        with self._filled:
+            while not (batch := self._take()) and not self._closing:
+                self._filled.wait()
+        now = time.perf_counter()
+        for waiting in batch:
+            waiting.waited = now - waiting.since
+        return batch
 
     def _take(self) -> list[_Waiting[Item, Result]]:
-        """The oldest item somebody still waits for, and all later ones of its group that fit beside it."""
+        """Of the lane whose turn it is: the oldest item somebody still waits for, and all later ones of its group that
+        fit beside it."""
         batch: list[_Waiting[Item, Result]] = []
-        left: deque[_Waiting[Item, Result]] = deque()
         rows = 0
-        for waiting in self._queue:
-            if waiting.future.done():  # its caller left, or its time is over
-                continue
-            fits = not batch or (waiting.group == batch[0].group and rows + waiting.size <= self._max_batch)
-            if not fits:
-                left.append(waiting)
-                continue
-            waiting.waited = time.perf_counter() - waiting.since
-            self._metrics.queue_wait.observe(waiting.waited)
-            batch.append(waiting)
-            rows += waiting.size
-        self._queue = left
-        if batch:
-            self._metrics.batch_rows.observe(rows)
+        while self._queues and not batch:
+            lane = next(iter(self._queues))
+            queue = self._queues.pop(lane)
+            room = self._turn if self._queues or lane != self._served else self._max_batch
+            others: list[_Waiting[Item, Result]] = []
+            while queue and (not batch or rows < room):
+                waiting = queue.popleft()
+                if waiting.future.done():  # its caller left, or its time is over
+                    continue
+                if batch and (waiting.group != batch[0].group or rows + waiting.size > room):
+                    others.append(waiting)
+                    continue
+                batch.append(waiting)
+                rows += waiting.size
+            queue.extendleft(reversed(others))
+            if queue:
+                self._queues[lane] = queue  # behind all other lanes
+            if batch:
+                self._served = lane
         return batch
 
     def _work(self, items: Sequence[Item]) -> list[Result | Exception]:
@@ -152,10 +198,14 @@ class Batcher(Generic[Item, Result]):
                 return [err]
         return [outcome for item in items for outcome in self._work([item])]
 
-
-def _settle(future: "asyncio.Future[Result]", outcome: Result | Exception) -> None:
-    with contextlib.suppress(asyncio.InvalidStateError):  # cancelled while the thread worked
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
+    def _settle(self, batch: Sequence[_Waiting[Item, Result]], outcomes: Sequence[Result | Exception]) -> None:
+        """In the loop: hand every outcome to its caller, all at once."""
+        self._metrics.batch_rows.observe(sum(waiting.size for waiting in batch))
+        for waiting, outcome in zip(batch, outcomes, strict=True):
+            self._metrics.queue_wait.observe(waiting.waited)
+            if waiting.future.done():  # cancelled while the thread worked
+                continue
+            if isinstance(outcome, Exception):
+                waiting.future.set_exception(outcome)
+            else:
+                waiting.future.set_result(outcome)

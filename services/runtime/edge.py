@@ -12,10 +12,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from knnlm.errors import DeadlineExceeded, KnnlmError, TooLarge
+from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, TooLarge
 from services.runtime import errors
 from services.runtime.calls import Call, entered, new_id, seconds_allowed
 from services.runtime.logs import event
+from services.runtime.packed import PROTOBUF, is_protobuf
 from services.runtime.service import Door, Service
 
 __all__ = ["PROBES", "Edge"]
@@ -38,6 +39,7 @@ class Edge:
         self._settings = service.settings
         self._metrics = service.metrics
         self._door = door
+        self._packed_routes = service.packed
         self._public = PROBES | service.public_paths
         self._always = self._public | DESCRIPTIONS
 
@@ -49,14 +51,13 @@ class Edge:
             raise RuntimeError(f"{scope['type']} connections are not served")  # so none can pass by the keys
         headers = Headers(scope=scope)
         started = time.monotonic()
-        limit = self._settings.request_timeout_s
-        call = Call(new_id(headers.get("x-request-id")), "http", deadline=started + limit)
+        call, problem = self._call(headers, started)
         answer = _Answer(send, call, started)
         with entered(call):
             try:
-                call.deadline = started + seconds_allowed(headers.get("x-request-timeout"), limit)
-                with entered(call):  # again, with the deadline for clients of other services
-                    await self._pass(scope, receive, answer, call)
+                if problem is not None:
+                    raise problem
+                await self._pass(scope, receive, answer, call, headers)
             except _CallerLeft:
                 pass
             except KnnlmError as err:
@@ -67,8 +68,17 @@ class Edge:
             finally:
                 self._note(scope, call, answer, time.monotonic() - started)
 
-    async def _pass(self, scope: Scope, receive: Receive, answer: "_Answer", call: Call) -> None:
-        headers = Headers(scope=scope)
+    def _call(self, headers: Headers, started: float) -> tuple[Call, KnnlmError | None]:
+        """The call, and what is wrong with how it was asked for: to be told once it can be logged and answered."""
+        seconds = limit = self._settings.request_timeout_s
+        problem: KnnlmError | None = None
+        try:
+            seconds = seconds_allowed(headers.get("x-request-timeout"), limit)
+        except InvalidRequest as err:
+            problem = err
+        return Call(new_id(headers.get("x-request-id")), "http", deadline=started + seconds), problem
+
+    async def _pass(self, scope: Scope, receive: Receive, answer: "_Answer", call: Call, headers: Headers) -> None:
         path = scope["path"]
         if path not in self._public:
             self._door.authenticate(call, headers.get("authorization"))
@@ -77,7 +87,7 @@ class Edge:
             return
         with self._door.inside():
             body = await self._body(headers, receive, call)
-            await self._run(scope, body, receive, answer)
+            await self._run(scope, body, receive, answer, packed=is_protobuf(headers.get("content-type")))
 
     async def _body(self, headers: Headers, receive: Receive, call: Call) -> bytes:
         """All of it, refused as soon as it is known to be too large, whatever the headers promise."""
@@ -103,32 +113,42 @@ class Edge:
         except TimeoutError as err:
             raise DeadlineExceeded("the request's time was over before its body had arrived") from err
 
-    async def _run(self, scope: Scope, body: bytes, receive: Receive, answer: "_Answer") -> None:
-        """Call the application with a body that is already here, and cancel it when the caller hangs up."""
+    async def _run(
+        self, scope: Scope, body: bytes, receive: Receive, answer: "_Answer", *, packed: bool = False
+    ) -> None:
+        """Answer a request whose body is already here, and stop when the caller hangs up."""
         gone = asyncio.Event()
-        pending = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replay() -> Message:
-            if pending:
-                return pending.pop()
-            await gone.wait()
-            return {"type": "http.disconnect"}
+        worker = asyncio.current_task()
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
             gone.set()
+            if not answer.complete and worker is not None:
+                worker.cancel()
 
-        work = asyncio.ensure_future(self.app(scope, replay, answer.send))
-        watcher = asyncio.ensure_future(watch())
+        watcher = asyncio.create_task(watch())
         try:
-            await asyncio.wait((work, watcher), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done() and not answer.complete:
-                raise _CallerLeft
-            await work
+            if not (packed and await self._packed(scope, body, answer)):
+                await self.app(scope, _replay(body, gone), answer.send)
+        except asyncio.CancelledError:
+            if gone.is_set() and worker is not None and worker.uncancel() == 0:
+                raise _CallerLeft from None
+            raise
         finally:
-            unfinished = [task for task in (work, watcher) if task.cancel()]
-            await asyncio.gather(*unfinished, return_exceptions=True)
+            watcher.cancel()
+
+    async def _packed(self, scope: Scope, body: bytes, answer: "_Answer") -> bool:
+        """Answer from a route that takes protobuf. False when there is none."""
+        if scope["method"] != "POST":
+            return False
+        for route in self._packed_routes:
+            parts = route.match(scope["path"])
+            if parts is not None:
+                scope["route"] = route
+                await answer.message(await route.answer(parts, body))
+                return True
+        return False
 
     def _note(self, scope: Scope, call: Call, answer: "_Answer", seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unrouted")  # the template: a bounded set of label values
@@ -160,6 +180,12 @@ class _Answer:
         self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._send(message)
 
+    async def message(self, body: bytes) -> None:
+        """A protobuf message, whole."""
+        headers = [(b"content-type", PROTOBUF.encode()), (b"content-length", str(len(body)).encode())]
+        await self.send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
     async def error(self, err: KnnlmError) -> None:
         """Answer with an error, unless an answer has begun: then all that is left is to end it short."""
         if self.status:
@@ -167,6 +193,19 @@ class _Answer:
         # the connection stays open: uvicorn discards a body nobody read, closing would reset the sending caller
         response = JSONResponse(errors.body(err), errors.row(err).status, errors.headers(err))
         await response({"type": "http"}, _nothing, self.send)
+
+
+def _replay(body: bytes, gone: asyncio.Event) -> Receive:
+    """What the application receives: the body, and nothing more until the caller is gone."""
+    pending = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if pending:
+            return pending.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    return receive
 
 
 async def _nothing() -> Message:

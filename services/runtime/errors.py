@@ -43,6 +43,7 @@ TABLE: Mapping[str, Row] = {
     "datastore_corrupt": Row(409, grpc.StatusCode.FAILED_PRECONDITION, _STATE),
     "datastore_mismatch": Row(409, grpc.StatusCode.FAILED_PRECONDITION, _STATE),
     "datastore_incomplete": Row(409, grpc.StatusCode.FAILED_PRECONDITION, _STATE),
+    "insufficient_memory": Row(507, grpc.StatusCode.FAILED_PRECONDITION, _SERVER),
     "unauthenticated": Row(401, grpc.StatusCode.UNAUTHENTICATED, "authentication_error"),
     "permission_denied": Row(403, grpc.StatusCode.PERMISSION_DENIED, "permission_error"),
     "overloaded": Row(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_error"),

@@ -4,7 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-__all__ = ["Array", "Encoding", "Strict"]
+from services.runtime.packed import PROTOBUF
+
+__all__ = ["PROTOBUF_TOO", "Array", "Encoding", "Strict"]
 
 _PACKED = {
     "type": "object",
@@ -31,3 +33,10 @@ class Strict(BaseModel):
     """A request body: what is not known is refused, nothing is accepted and ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# for openapi_extra of routes that have a PackedRoute
+PROTOBUF_TOO: dict[str, Any] = {
+    "requestBody": {"content": {PROTOBUF: {"schema": {"type": "string", "format": "binary"}}}},
+    "responses": {"200": {"content": {PROTOBUF: {"schema": {"type": "string", "format": "binary"}}}}},
+}

@@ -21,12 +21,14 @@ import uvicorn
 
 import knnlm
 from knnlm.errors import KnnlmError
+from services.runtime.allocation import keep_buffers
 from services.runtime.auth import is_loopback
 from services.runtime.http import build_app
 from services.runtime.logs import configure, event
 from services.runtime.rpc import RpcServer, address
 from services.runtime.service import Door, Service
 from services.runtime.settings import GrpcSettings, described, unknown_variables
+from services.runtime.threads import wait_passively
 
 __all__ = ["Host", "StartupFailed", "main", "running", "until_signal"]
 
@@ -44,6 +46,8 @@ def main(service: Service) -> NoReturn:
     """
     settings = service.settings
     configure(settings.log_format, settings.log_level)
+    keep_buffers(os.environ)
+    wait_passively(os.environ)
     for name in unknown_variables(type(settings), os.environ):
         event(LOG, "unknown_setting", logging.WARNING, variable=name)
     event(LOG, "starting", service=service.name, version=knnlm.__version__, **described(settings))
@@ -183,11 +187,15 @@ def _raise_load_failure(loading: "asyncio.Task[None]") -> None:
 
 def _bind(host: str, port: int, flag: str) -> socket.socket:
     try:
-        return socket.create_server(
+        listener = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
         )
     except OSError as err:
         raise StartupFailed(f"cannot listen on {host}:{port} ({flag}): {err.strerror or err}") from err
+    # connections inherit it. Without, the second part of an answer waits 40 ms for the caller to acknowledge the first;
+    # asyncio sets it for sockets of its own making only
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 async def _in_daemon_thread(work: Callable[[], None]) -> None:

@@ -2,21 +2,30 @@
 
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 
 from services.runtime.calls import current_id
 
 __all__ = ["configure", "event"]
 
 _FIELDS = "knnlm_fields"
+_SUSPECT = re.compile(
+    r'[ "=]|[^\x20-\x7e]'
+)  # what may need quotes: of the letters beyond ASCII, those that do not print
 
 
 def event(logger: logging.Logger, name: str, level: int = logging.INFO, /, **fields: object) -> None:
     """Log one event with its fields; at level ERROR, with the traceback of the exception being handled."""
     traced = level == logging.ERROR and sys.exc_info()[0] is not None
-    logger.log(level, name, exc_info=traced, extra={_FIELDS: fields})
+    if logger.isEnabledFor(level):
+        # made here: Logger.log looks through the stack for its caller, which no line shows
+        record = logging.LogRecord(logger.name, level, "", 0, name, (), sys.exc_info() if traced else None)
+        setattr(record, _FIELDS, fields)
+        logger.handle(record)
 
 
 def configure(log_format: str, log_level: str) -> None:
@@ -31,13 +40,18 @@ def configure(log_format: str, log_level: str) -> None:
 
 
 def _record(record: logging.LogRecord) -> dict[str, object]:
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+    stamp = f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
     fields: Mapping[str, object] = getattr(record, _FIELDS, {})
     line: dict[str, object] = {"time": stamp, "level": record.levelname.lower(), "event": record.getMessage()}
     request_id = current_id()
     if request_id is not None:
         line["request_id"] = request_id
     return {**line, **fields}
+
+
+@lru_cache(maxsize=8)  # many lines share a second
+def _second(number: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(number))
 
 
 class _KeyValue(logging.Formatter):
@@ -58,4 +72,6 @@ def _plain(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = str(value)
+    if text and _SUSPECT.search(text) is None:
+        return text
     return text if text and not any(c in ' "=' or not c.isprintable() for c in text) else json.dumps(text)

@@ -10,14 +10,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias, cast
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from knnlm.errors import InvalidRequest, KnnlmError
+from knnlm.clients.rpc import HTTP2
+from knnlm.errors import KnnlmError
 from services.runtime import errors
 from services.runtime.calls import Call, entered, new_id
 from services.runtime.logs import event
+from services.runtime.packed import decoded
 from services.runtime.service import Door, Service
 from services.runtime.settings import GrpcSettings
 
@@ -44,6 +45,7 @@ class RpcServer:
             options=[
                 ("grpc.max_send_message_length", settings.grpc_max_message_bytes),
                 ("grpc.max_receive_message_length", settings.grpc_max_message_bytes),
+                *HTTP2,
                 ("grpc.so_reuseport", 0),  # a second process on the port must fail, not share it
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # our clients ping every 30 s
@@ -87,20 +89,24 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         self._door = door
         self._metrics = service.metrics
         self._limit = service.settings.request_timeout_s
+        self._known: dict[str, Handler] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "Handler | None":
-        handler = await continuation(handler_call_details)
         method = str(handler_call_details.method)
+        known = self._known.get(method)  # the handler of a method never changes
+        if known is not None:
+            return known
+        handler = await continuation(handler_call_details)
         if handler is None or method.startswith(HEALTH):  # None: no such rpc, gRPC answers UNIMPLEMENTED
             return handler
         answer: Answer | None = handler.unary_unary  # None for a stream; typed for the synchronous server
-        if answer is None:
-            return self._guarded_stream(handler)
-        return self._guarded(answer, handler, method)
+        guarded = self._guarded_stream(handler) if answer is None else self._guarded(answer, handler, method)
+        self._known[method] = guarded
+        return guarded
 
     def _guarded(self, answer: Answer, handler: Handler, method: str) -> Handler:
         """Decode, check, call, and turn every failure into a status."""
@@ -118,7 +124,7 @@ class _Interceptor(grpc.aio.ServerInterceptor):
                 try:
                     self._door.authenticate(call, given.get("authorization"))
                     with self._door.inside():
-                        result = await answer(_decoded(raw, decode), context)
+                        result = await answer(raw if decode is None else decoded(raw, decode), context)
                     code = grpc.StatusCode.OK
                     return result
                 except asyncio.CancelledError:
@@ -171,15 +177,6 @@ def address(host: str, port: int) -> str:
 def _metadata(context: Context) -> dict[str, str]:
     pairs = context.invocation_metadata() or ()
     return {key: value for key, value in pairs if isinstance(value, str)}
-
-
-def _decoded(raw: bytes, decode: Callable[[bytes], Any] | None) -> Any:
-    if decode is None:
-        return raw
-    try:
-        return decode(raw)
-    except DecodeError as err:
-        raise InvalidRequest(f"the message is not what the rpc takes: {err}") from err
 
 
 async def _abort(context: Context, call: Call, err: KnnlmError) -> None:

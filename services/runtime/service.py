@@ -13,6 +13,7 @@ from knnlm.errors import Overloaded, Unavailable
 from services.runtime.auth import Keys
 from services.runtime.calls import Call
 from services.runtime.metrics import Metrics
+from services.runtime.packed import PackedRoute
 from services.runtime.settings import HttpSettings
 
 __all__ = ["Core", "Door", "Readiness", "RpcService", "Service"]
@@ -50,8 +51,9 @@ class RpcService:
 class Service:
     """All that the runtime needs to know of a service.
 
-    name: one word ("datastore"). rpc: needs GrpcSettings; without any, no gRPC port is opened. public_paths: exact HTTP
-    paths that need no key and take no body, beside /livez, /readyz and /metrics; they answer while loading, too.
+    name: one word ("datastore"). rpc: needs GrpcSettings; without any, no gRPC port is opened. packed: routes of the
+    routers that take protobuf, too. public_paths: exact HTTP paths that need no key and take no body, beside /livez,
+    /readyz and /metrics; they answer while loading, too.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Service:
     metrics: Metrics
     routers: Sequence[APIRouter]
     rpc: Sequence[RpcService] = ()
+    packed: Sequence[PackedRoute] = ()
     public_paths: frozenset[str] = frozenset()
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from knnlm.cli.index import print_index
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.manifest import Manifest
+from knnlm.datastore.manifest import IndexRecord, Manifest, with_index
 from knnlm.lm.model import LanguageModel
 from knnlm.messages import ForwardRequest, ForwardResult
 from tests.cli.conftest import Knnlm
@@ -65,10 +66,10 @@ def test_build_that_was_stopped_says_how_to_continue_and_continues(
 
 
 def test_build_whose_index_fails_says_how_to_finish(knnlm: Knnlm, store: Path, corpus: Path) -> None:
-    answer = knnlm("build", "toy", corpus, "--index", "ivf100000,sq8")
+    answer = knnlm("build", "toy", corpus, "--index", "ivf4,pq31")
     assert answer.code == 2
     assert "continue with `knnlm index toy --version v2` and `knnlm domains activate toy v2`" in answer.err
-    assert answer.err.splitlines()[-1].startswith("error: index ivf100000,sq8 does not suit")
+    assert answer.err.splitlines()[-1].startswith("error: index ivf4,pq31 does not suit")
     assert Catalog(store).current("toy") == "v1"
     assert knnlm("index", "toy", "--version", "v2").code == 0
 
@@ -83,6 +84,63 @@ def test_index_rebuilds_and_says_when_to_tune_again(knnlm: Knnlm, store: Path) -
     assert (again.json["index"], again.err) == ("ivf4,sq8", "")
 
 
+def test_index_gives_way_to_a_smaller_one_and_auto_says_why(knnlm: Knnlm, store: Path) -> None:
+    smaller = knnlm("index", "toy", "--recipe", "ivf100000,sq8")
+    assert smaller.code == 0
+    assert "ivf100000,sq8 was asked for, but 100000 lists need at least as many entries" in smaller.out
+    auto = knnlm("index", "toy", "--json").json
+    assert (auto["index"], auto["indexes"]) == ("flat", ["flat"])
+    assert "exact search" in auto["reasons"][0]
+    assert knnlm("index", "toy").out == f"index flat of toy v1: {auto['reasons'][0]}\n"
+
+
+def test_reasons_stand_below_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    print_index("index x", ["one", "two"])
+    assert capsys.readouterr().out == "index x\n  one\n  two\n"
+
+
+def test_several_indexes_are_built_beside_used_and_removed(knnlm: Knnlm, store: Path) -> None:
+    beside = knnlm("index", "toy", "--recipe", "ivf4", "--beside")
+    assert beside.out.splitlines()[1] == "flat answers, ivf4 beside it"
+    assert beside.err == ""  # the tuning is that of what answers
+    assert manifest(store).index.recipe == "flat"
+    used = knnlm("index", "toy", "--use", "ivf4", "--json")
+    assert used.json["indexes"] == ["ivf4", "flat"]
+    assert "fitted to neighbors found by flat" in used.err
+    assert knnlm("index", "toy", "--remove", "ivf4").code == 1
+    assert knnlm("index", "toy", "--remove", "flat", "--json").json["indexes"] == ["ivf4"]
+    missing = knnlm("index", "toy", "--use", "ivf9")
+    assert (missing.code, "has no index 'ivf9': it has flat, ivf4" in missing.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--use", "flat", "--recipe", "flat"), "--use builds nothing, so --recipe means nothing with it"),
+        (("--remove", "flat", "--beside"), "--remove builds nothing, so --beside means nothing with it"),
+        (("--use", "flat", "--remove", "flat"), "--use builds nothing, so --remove means nothing with it"),
+        (("--report", "--use", "flat"), "mean nothing with --report"),
+    ],
+)
+def test_index_options_that_contradict_each_other_are_refused(
+    knnlm: Knnlm, store: Path, options: tuple[str, ...], message: str
+) -> None:
+    answer = knnlm("index", "toy", *options)
+    assert answer.code == 2
+    assert message in answer.err
+
+
+def test_eval_and_tune_search_with_the_index_that_is_named(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    knnlm("index", "toy", "--recipe", "ivf4", "--beside")
+    for command in (("eval", corpus, "--domain", "toy"), ("tune", "toy", corpus)):
+        missing = knnlm(*command, "--index", "ivf9")
+        assert (missing.code, "has no index 'ivf9'" in missing.err) == (2, True)
+    assert knnlm("eval", corpus, "--domain", "toy", "--index", "ivf4", "--json").json["domains"]
+    tuned = knnlm("tune", "toy", corpus, "--part", "tune", "--index", "ivf4")
+    assert "fitted to neighbors found by ivf4; flat answers: `knnlm index toy --use ivf4`" in tuned.err
+    assert "--index means nothing without --domain" in knnlm("eval", corpus, "--index", "ivf4").err
+
+
 def test_show_tells_what_a_person_decides_by(knnlm: Knnlm, store: Path) -> None:
     answer = knnlm("show", "toy", "--entry", 0, "--around", 8)
     assert "30 documents" in answer.out
@@ -94,6 +152,23 @@ def test_show_tells_what_a_person_decides_by(knnlm: Knnlm, store: Path) -> None:
     assert entry["after"].startswith(entry["token"])
     assert entry["document"] == "d0"
     assert entry["position"] == 31
+
+
+def test_show_and_list_tell_every_index_and_what_it_holds_in_memory(knnlm: Knnlm, store: Path) -> None:
+    m = manifest(store)
+    flat = 4 * m.entries * m.key_dim
+    assert knnlm("show", "toy", "--json").json["memory"] == {"flat": flat}
+    assert f"flat, {flat:,} bytes in memory" in knnlm("show", "toy").out
+    knnlm("index", "toy", "--recipe", "ivf4,flat")
+    with_index(store / "toy" / "v1", IndexRecord(recipe="of-the-future"), {}, beside=True)
+    shown = knnlm("show", "toy", "--json").json
+    assert shown["memory"] == {"ivf4,flat": 4 * 4 * m.key_dim, "of-the-future": None}  # the first: centroids
+    table = knnlm("show", "toy").out
+    assert f"ivf4,flat, {4 * 4 * m.key_dim:,} bytes in memory" in table
+    assert "of-the-future" in table
+    (row,) = knnlm("domains", "list", "--json").json
+    assert (row["index"], row["indexes"]) == ("ivf4,flat", ["ivf4,flat", "of-the-future"])
+    assert "ivf4,flat; of-the-future" in knnlm("domains", "list").out
 
 
 def test_verify_passes_and_finds_one_changed_byte(knnlm: Knnlm, store: Path) -> None:
@@ -160,6 +235,26 @@ def test_lambda_zero_is_the_model(knnlm: Knnlm, store: Path) -> None:
     assert [t["token"] for t in alone["tokens"]][:3] == ["t", "h", "e"]
     assert alone["tokens"][0]["knn_log_prob"] is None
     assert mixed["tokens"][0]["knn_log_prob"] is None or mixed["tokens"][0]["knn_log_prob"] <= 0
+
+
+def test_a_document_that_is_excluded_does_not_count(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    text = json.loads(corpus.read_text().splitlines()[0])["text"]
+    command = ("next", text[:40], "--domain", "toy", "--neighbors", 4, "--json")
+    assert knnlm(*command).json["neighbors"][0]["document"] == "d0"
+    others = knnlm(*command, "--exclude-document", "d0").json["neighbors"]
+    assert len(others) == 4
+    assert "d0" not in {n["document"] for n in others}
+    score = ("score", text[:40], "--domain", "toy", "--json")
+    assert knnlm(*score, "--exclude-document", "d0").json["total"] != knnlm(*score).json["total"]
+    report = ("eval", corpus, "--domain", "toy", "--max-tokens", 100, "--json")
+    assert knnlm(*report, "--exclude-document", "d0").json["knn"] != knnlm(*report).json["knn"]
+    answer = knnlm("eval", corpus, "--domain", "toy", "--exclude-document", "nobody")
+    assert answer.code == 2
+    assert "'nobody', which is no document of toy v1" in answer.err
+    for option in (("--exclude-document", "d0"), ("--ef-search", 64)):
+        assert knnlm("score", "the cat", *option).err == f"error: {option[0]} means nothing without --domain\n"
+    assert "--ef-search" in knnlm("next", "--help").out
+    assert "so ef_search means nothing to it" in knnlm(*score, "--ef-search", 64).err
 
 
 def test_score_reads_standard_input(knnlm: Knnlm, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,10 @@ CHOICES: list[tuple[dict[str, Any], KnnOptions | None]] = [
         KnnOptions((DomainOptions("cat"), DomainOptions("dog", None, 0.1))),
     ),
     (
+        {"knn": {"domain": "cat", "exclude_documents": ["0", "3"]}},
+        KnnOptions((DomainOptions("cat"),), exclude_documents=("0", "3")),
+    ),
+    (
         {"knn": {"domains": ["cat", "dog"], "combine": "union", "lambda": 0.4}},
         KnnOptions((DomainOptions("cat", None, 0.4), DomainOptions("dog", None, 0.4)), combine="union"),
     ),
@@ -145,6 +149,19 @@ def test_score_equals_the_pipeline(store: Path) -> None:
                 assert [t["token_id"] for t in answer["tokens"]] == expected.tokens[1:].tolist()
                 assert math.isclose(answer["perplexity"], expected.perplexity, rel_tol=1e-6)
                 assert math.isclose(answer["total_log_p"], expected.total, rel_tol=1e-6)
+
+    with_system(store, check)
+
+
+def test_a_document_that_is_excluded_is_shown_no_more(store: Path) -> None:
+    async def check(s: System) -> None:
+        body = {"text": TEXTS[0][:30], "model": "toy+cat", "neighbors": 5}
+        found = (await s.post("/v1/next_token", body))["results"][0]["neighbors"]
+        assert found[0]["document"] == "0"
+        answer = await s.post("/v1/next_token", {**body, "knn": {"exclude_documents": ["0"]}})
+        others = answer["results"][0]["neighbors"]
+        assert len(others) == 5
+        assert "0" not in {n["document"] for n in others}
 
     with_system(store, check)
 
@@ -226,6 +243,9 @@ def test_models_and_domains_are_listed(store: Path) -> None:
         assert domains["cat"]["versions"] == ["v1", "v2"]
         assert domains["cat"]["tuning"]["lambda"] == 0.3
         assert domains["raw"]["tuning"] is None
+        assert domains["raw"]["indexes"] == ["flat"]
+        assert domains["raw"]["memory"]["keys"] == "mapped"
+        assert domains["raw"]["memory"]["keys_bytes"] == domains["raw"]["entries"] * 16 * 2  # float16
         assert (await s.client.get("/tokenizer_info")).json()["eos_token"] == "</s>"
 
     with_system(store, check)
@@ -276,6 +296,35 @@ REFUSED: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "temperature": 0}}, 400, "invalid_request", None),
     ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "rule": "magic"}}, 400, "invalid_request", "rule"),
     ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "nprobe": 4}}, 400, "invalid_request", None),
+    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "ef_search": 64}}, 400, "invalid_request", "ef_search"),
+    (
+        "/v1/next_token",
+        {"text": "a", "knn": {"domain": "cat", "ef_search": 0}},
+        400,
+        "invalid_request",
+        "knn.ef_search",
+    ),
+    (
+        "/v1/next_token",
+        {"text": "a", "knn": {"domain": "cat", "exclude_documents": ["9"]}},
+        400,
+        "invalid_request",
+        "exclude_documents",
+    ),
+    (
+        "/v1/next_token",
+        {"text": "a", "knn": {"domain": "cat", "exclude_documents": [9]}},
+        400,
+        "invalid_request",
+        "knn.exclude_documents.0",
+    ),
+    (
+        "/v1/next_token",
+        {"text": "a", "knn": {"domain": "cat", "exclude_documents": ["0"] * 1025}},
+        400,
+        "invalid_request",
+        "knn.exclude_documents",
+    ),
     ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "version": "v7"}}, 404, "unknown_version", None),
     ("/v1/next_token", {"text": "a", "knn": {"domains": ["cat", "cat"]}}, 400, "invalid_request", "knn.domains"),
     ("/v1/next_token", {"text": "a", "knn": {"domains": ["cat"] * 9}}, 413, "too_large", "knn.domains"),
@@ -300,9 +349,13 @@ def test_bad_input_is_refused_by_name(store: Path) -> None:
             assert error["code"] == code, (body, error)
             assert param is None or error["param"] == param, (body, error)
             assert error["message"], body
-        lonely = await s.client.post("/v1/next_token", content=b'{"text": "a\\ud800"}')
-        assert lonely.status_code == 400
-        assert lonely.json()["error"]["code"] == "invalid_request"
+        for content in (
+            b'{"text": "a\\ud800"}',
+            b'{"text": "a", "knn": {"domain": "cat", "exclude_documents": ["\\ud800"]}}',
+        ):
+            lonely = await s.client.post("/v1/next_token", content=content)
+            assert lonely.status_code == 400
+            assert lonely.json()["error"]["code"] == "invalid_request"
 
     with_system(store, check)
 

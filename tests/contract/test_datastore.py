@@ -68,6 +68,10 @@ def test_every_face_answers_as_the_searcher_does(store: Path) -> None:
         replace(REQUEST, passages=2, passage_tokens=3),
         replace(REQUEST, rescore=True, overfetch=2.0),
         replace(REQUEST, domain="empty"),
+        replace(REQUEST, ids=True, exclude_entries=np.array([0, 7, -1, 250, 289])),
+        replace(REQUEST, ids=True, exclude_entries=np.array([0, 7, -1, 250, 289]), exclude_own_documents=True),
+        replace(REQUEST, ids=True, exclude_documents=["0", "3"]),
+        replace(REQUEST, ids=True, exclude_documents=["0", "1", "2", "3"]),
     ]
 
     async def check() -> None:
@@ -87,8 +91,12 @@ def test_every_face_tells_the_same_of_the_domains(store: Path) -> None:
         expected = [Searcher.open(Catalog(store).path(domain, "v1")).info(["v1"]) for domain in ("empty", "toy")]
         async with datastore_faces(datastore_service(store)) as (_, clients):
             for client in clients.values():
-                listed = [replace(info, versions=tuple(info.versions)) for info in await client.list_domains()]
+                listed = [
+                    replace(info, versions=tuple(info.versions), indexes=tuple(info.indexes))
+                    for info in await client.list_domains()
+                ]
                 assert listed == expected
+                assert all(info.indexes == ("flat",) and info.memory is not None for info in listed)
                 assert (await client.get_domain("toy")).entries == expected[1].entries
                 assert (await client.get_domain("toy", "v1")).version == "v1"
                 with pytest.raises(UnknownVersion):
@@ -115,6 +123,13 @@ BAD = {
     "unknown domain": (replace(REQUEST, domain="nowhere"), UnknownDomain, "domain"),
     "a domain that is a path": (replace(REQUEST, domain="../toy"), UnknownDomain, "domain"),
     "unknown version": (replace(REQUEST, version="v9"), UnknownVersion, "version"),
+    "ef_search without a graph": (replace(REQUEST, ef_search=64), InvalidRequest, "ef_search"),
+    "an entry too few": (replace(REQUEST, exclude_entries=np.zeros(4, np.int64)), InvalidRequest, "exclude_entries"),
+    "no such entry": (replace(REQUEST, exclude_entries=np.full(5, 290)), InvalidRequest, "exclude_entries"),
+    "own documents of nothing": (replace(REQUEST, exclude_own_documents=True), InvalidRequest, "exclude_own_documents"),
+    "no such document": (replace(REQUEST, exclude_documents=["0", "x"]), InvalidRequest, "exclude_documents"),
+    "too many documents": (replace(REQUEST, exclude_documents=["0"] * 1025), InvalidRequest, "exclude_documents"),
+    "too long a document": (replace(REQUEST, exclude_documents=["x" * 4097]), InvalidRequest, "exclude_documents"),
     "nprobe without lists": (replace(REQUEST, nprobe=3), InvalidRequest, "nprobe"),
     "overfetch below one": (replace(REQUEST, rescore=True, overfetch=0.5), InvalidRequest, "overfetch"),
     "too many passages": (replace(REQUEST, passages=10**6), TooLarge, "passages"),
@@ -129,7 +144,7 @@ def test_every_face_refuses_bad_requests_alike(store: Path) -> None:
             for name, (request, expected, param) in BAD.items():
                 outcomes = {face: await outcome(client, request) for face, client in clients.items()}
                 if name == "a domain that is a path":  # HTTP servers decode %2F before they route
-                    del outcomes["http list"], outcomes["http base64"]
+                    outcomes = {"grpc": outcomes["grpc"]}
                 assert set(outcomes.values()) == {(expected.code, param)}, (name, outcomes)
 
     asyncio.run(check())
@@ -152,11 +167,78 @@ def test_searches_that_run_together_are_answered_as_alone(store: Path) -> None:
     asyncio.run(check())
 
 
+def test_exclusions_that_run_together_are_answered_as_alone(store: Path) -> None:
+    async def check() -> None:
+        searcher = Searcher.open(Catalog(store).path("toy", "v1"))
+        plain = [replace(REQUEST, queries=QUERIES[i:], ids=True) for i in range(4)]
+        nearest = [searcher.search(r).neighbors.ids for r in plain]
+        entries = [
+            replace(r, exclude_entries=ids[:, 0]) for r, ids in zip(plain, nearest, strict=True) if ids is not None
+        ]
+        own = [replace(r, exclude_own_documents=True) for r in entries]
+        named = [replace(r, exclude_documents=["1"]) for r in [*plain, *entries]]
+        requests = [*plain, *entries, *own, *named]
+        slow = Slow()
+        async with datastore_faces(datastore_service(store, slow)) as (host, clients):
+            searches = [asyncio.create_task(clients["grpc"].search(request)) for request in requests]
+            await until(lambda: asyncio.sleep(0, held(host) == sum(len(r.queries) for r in requests)))
+            slow.gate.set()
+            results = await asyncio.gather(*searches)
+            batches = host.service.metrics.registry.get_sample_value("knnlm_batch_rows_count")
+        for request, result in zip(requests, results, strict=True):
+            assert same(result, searcher.search(request)), request
+        assert batches in (3, 4, 5)  # what came first and held up the others, and the rest of each of the three kinds
+
+    asyncio.run(check())
+
+
+def test_what_cannot_be_answered_is_refused_among_others_too(store: Path) -> None:
+    """Each beside one that can, of the same k, so that they would be joined if they could be."""
+    given = np.arange(5)
+    entries, own = replace(REQUEST, k=5, exclude_entries=given), replace(REQUEST, k=6, exclude_entries=given)
+    asked: list[tuple[SearchRequest, tuple[str, str | None]]] = [
+        (entries, ("ok", None)),  # two wrong sizes that together are the right one
+        (replace(entries, exclude_entries=given[:4]), ("invalid_request", "exclude_entries")),
+        (replace(entries, exclude_entries=np.arange(6)), ("invalid_request", "exclude_entries")),
+        (replace(own, exclude_own_documents=True), ("ok", None)),
+        (
+            replace(own, exclude_entries=None, exclude_own_documents=True),
+            ("invalid_request", "exclude_own_documents"),
+        ),
+        (replace(entries, k=7), ("ok", None)),
+        (replace(entries, k=7, exclude_entries=given + 290), ("invalid_request", "exclude_entries")),
+        (replace(REQUEST, k=8), ("ok", None)),
+        (replace(REQUEST, k=8, ef_search=7), ("invalid_request", "ef_search")),
+        (replace(REQUEST, k=9, exclude_documents=["0"]), ("ok", None)),
+        (replace(REQUEST, k=9, exclude_documents=["x"]), ("invalid_request", "exclude_documents")),
+    ]
+
+    async def check() -> None:
+        slow = Slow()
+        async with datastore_faces(datastore_service(store, slow)) as (host, clients):
+            before = [asyncio.create_task(outcome(clients["grpc"], replace(REQUEST, k=k))) for k in (1, 2, 3, 4)]
+            await until(lambda: asyncio.sleep(0, held(host) == 20))  # and nothing else is begun
+            tasks: list[asyncio.Task[tuple[str, str | None]]] = []
+
+            async def all_are_in() -> bool:
+                waiting = held(host)
+                return waiting is not None and waiting + 5 * sum(t.done() for t in tasks) == 20 + 5 * len(tasks)
+
+            for request, _ in asked:  # one after the other, so that the one that can be answered is the first
+                tasks.append(asyncio.create_task(outcome(clients["grpc"], request)))
+                await until(all_are_in)
+            slow.gate.set()
+            assert [await task for task in tasks] == [expected for _, expected in asked]
+            assert [await task for task in before] == [("ok", None)] * 4
+
+    asyncio.run(check())
+
+
 def test_activation_switches_every_face(store: Path) -> None:
     async def check() -> None:
         toy_datastore(store, version="v2", texts=TEXTS[:1], activate=False)
         async with datastore_faces(datastore_service(store)) as (_, clients):
-            for version, client in zip(("v2", "v1", "v2"), clients.values(), strict=True):
+            for version, client in zip(("v2", "v1", "v2", "v1"), clients.values(), strict=True):
                 info = await client.activate("toy", version)
                 assert (info.version, list(info.versions), info.state) == (version, ["v1", "v2"], "ready")
                 assert {(await c.search(REQUEST)).version for c in clients.values()} == {version}
@@ -164,6 +246,6 @@ def test_activation_switches_every_face(store: Path) -> None:
                 await clients["grpc"].activate("toy", "v7")
             with pytest.raises(UnknownDomain):
                 await clients["http list"].activate("nowhere", "v1")
-        assert Catalog(store).current("toy") == "v2"
+        assert Catalog(store).current("toy") == "v1"
 
     asyncio.run(check())

@@ -5,11 +5,68 @@ from pathlib import Path
 
 import pytest
 
-from knnlm.datastore.manifest import FileRecord, IndexRecord, Manifest, with_index, with_tuning
-from knnlm.errors import DatastoreCorrupt, DatastoreIncomplete, InvalidRequest
+from knnlm.datastore.manifest import (
+    FileRecord,
+    IndexRecord,
+    Manifest,
+    with_default_index,
+    with_index,
+    with_tuning,
+    without_index,
+)
+from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreIncomplete, InvalidRequest
 from knnlm.messages import Tuning
 from knnlm.testing import ToyLanguageModel, toy_datastore
 
+# As the first program of this format version wrote it, when a version had one index
+GOLDEN = """\
+{
+  "format_version": 1,
+  "domain": "law",
+  "version": "v3",
+  "created": "2026-01-02T03:04:05Z",
+  "model": {
+    "model_id": "pocket",
+    "architecture": "llama",
+    "weights_sha256": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "tokenizer_sha256": "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
+    "vocab_size": 4096
+  },
+  "key_function": "ffn_input",
+  "windows": {
+    "context_length": 512,
+    "min_context": 256
+  },
+  "key_dim": 256,
+  "key_dtype": "float16",
+  "entries": 1000,
+  "documents": 3,
+  "tokens": 1003,
+  "index": {
+    "recipe": "ivf4,sq8",
+    "file": "index.0123.faiss",
+    "parameters": {
+      "nprobe": 2
+    }
+  },
+  "files": {
+    "index.0123.faiss": {
+      "bytes": 5,
+      "sha256": "cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc"
+    }
+  },
+  "tuning": {
+    "temperature": 2.5,
+    "lmbda": 0.25,
+    "k": 64,
+    "lm_perplexity": 20.0,
+    "knn_perplexity": 15.5,
+    "tokens": 1000,
+    "documents": 3
+  },
+  "checksum": "37eda43e0d3acafaf84b91cb7d1ef33e078c80a4b0c3414a4cd205ee4d66456d"
+}
+"""
 TUNING = Tuning(temperature=2.5, lmbda=0.25, k=64, lm_perplexity=20.0, knn_perplexity=15.5, tokens=1000, documents=3)
 
 
@@ -84,7 +141,9 @@ def test_changed_layout_is_noticed(path: Path) -> None:
     ("name", "value"),
     [("surprise", 1), ("entries", -1), ("key_dtype", "float64"),
      ("files", {"../keys.npy": {"bytes": 1, "sha256": "0" * 64}}),
-     ("index", {"recipe": "ivf4", "file": "index.faiss", "parameters": {}})],
+     ("index", {"recipe": "ivf4", "file": "index.faiss", "parameters": {}}),
+     ("other_indexes", [{"recipe": "ivf4", "file": "index.faiss", "parameters": {}}]),
+     ("other_indexes", [{"recipe": "flat", "file": None, "parameters": {}}])],
 )  # fmt: skip
 def test_fields_are_validated_even_with_a_good_checksum(path: Path, name: str, value: object) -> None:
     from knnlm.datastore.manifest import _checksum
@@ -128,6 +187,84 @@ def test_index_replaces_the_former_and_keeps_tuning(path: Path) -> None:
     assert "a.faiss" not in manifest.files
     assert manifest.files["b.faiss"] == second
     assert manifest.tuning is not None
+
+
+def recipes(path: Path) -> list[str]:
+    return [index.recipe for index in Manifest.load(path).indexes]
+
+
+def add(path: Path, recipe: str, file: str, *, beside: bool = True) -> None:
+    record = FileRecord(bytes=1, sha256=file[0] * 64)
+    with_index(path, IndexRecord(recipe=recipe, file=file), {file: record}, beside=beside)
+
+
+def test_file_of_before_there_were_several_indexes_is_read_and_written_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(GOLDEN)
+    manifest = Manifest.load(tmp_path)
+    assert manifest.indexes == (manifest.index,)
+    assert manifest.serialized().decode() == GOLDEN
+    add(tmp_path, "ivf8", "b.faiss")
+    assert "other_indexes" in (tmp_path / "manifest.json").read_text()
+    without_index(tmp_path, "ivf8")
+    assert (tmp_path / "manifest.json").read_text() == GOLDEN
+
+
+def test_indexes_beside_each_other(path: Path) -> None:
+    add(path, "ivf4", "a.faiss", beside=False)
+    add(path, "ivf8", "b.faiss")
+    add(path, "ivf16", "c.faiss")
+    assert recipes(path) == ["ivf4", "ivf8", "ivf16"]
+    assert {"a.faiss", "b.faiss", "c.faiss"} <= Manifest.load(path).files.keys()
+    add(path, "ivf8", "d.faiss")
+    assert sorted(recipes(path)) == ["ivf16", "ivf4", "ivf8"]
+    assert Manifest.load(path).index.recipe == "ivf4"
+    assert "b.faiss" not in Manifest.load(path).files
+    add(path, "ivf16", "e.faiss", beside=False)  # in place of the default, and of its own former file
+    assert recipes(path) == ["ivf16", "ivf8"]
+    assert {name for name in Manifest.load(path).files if name.endswith("faiss")} == {"d.faiss", "e.faiss"}
+
+
+def test_default_is_built_beside_itself(path: Path) -> None:
+    add(path, "ivf4", "a.faiss", beside=False)
+    add(path, "ivf4", "b.faiss")
+    assert recipes(path) == ["ivf4"]
+    assert Manifest.load(path).index.file == "b.faiss"
+
+
+def test_index_is_found_by_its_recipe(path: Path) -> None:
+    add(path, "ivf4", "a.faiss", beside=False)
+    add(path, "ivf8", "b.faiss")
+    manifest = Manifest.load(path)
+    assert manifest.index_of(None) == manifest.index_of("ivf4") == manifest.index
+    assert manifest.index_of("ivf8").file == "b.faiss"
+    assert manifest.index_of("flat") == IndexRecord(recipe="flat")
+    with pytest.raises(InvalidRequest, match="has no index 'ivf9': it has flat, ivf4, ivf8"):
+        manifest.index_of("ivf9")
+
+
+def test_another_default_keeps_all(path: Path) -> None:
+    add(path, "ivf4", "a.faiss", beside=False)
+    add(path, "ivf8", "b.faiss")
+    with_default_index(path, "ivf8")
+    assert recipes(path) == ["ivf8", "ivf4"]
+    with_default_index(path, "flat")
+    assert recipes(path) == ["flat", "ivf8", "ivf4"]
+    assert {"a.faiss", "b.faiss"} <= Manifest.load(path).files.keys()
+    with pytest.raises(InvalidRequest, match="has no index 'ivf9'"):
+        with_default_index(path, "ivf9")
+
+
+def test_index_is_taken_away_unless_it_is_the_default(path: Path) -> None:
+    add(path, "ivf4", "a.faiss", beside=False)
+    add(path, "ivf8", "b.faiss")
+    with pytest.raises(Conflict, match="ivf4 is the default index"):
+        without_index(path, "ivf4")
+    for unknown in ("flat", "ivf9"):
+        with pytest.raises(InvalidRequest, match=f"has no index '{unknown}' to remove: it has ivf4, ivf8"):
+            without_index(path, unknown)
+    without_index(path, "ivf8")
+    assert recipes(path) == ["ivf4"]
+    assert "b.faiss" not in Manifest.load(path).files
 
 
 def test_concurrent_changes_are_both_kept(path: Path) -> None:

@@ -11,8 +11,9 @@ import knnlm.index.contract
 from knnlm.datastore.files import locked
 from knnlm.datastore.manifest import IndexRecord, Manifest, with_index
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreError, InvalidRequest
-from knnlm.index.build import build_index, choose
-from knnlm.index.ivf import Ivf, default_nprobe, sample_rows
+from knnlm.index.build import build_index, remove_index, suited
+from knnlm.index.faiss_family import sample_rows
+from knnlm.index.ivf import default_nprobe, visited
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
 from tests.index.helpers import clustered, datastore
@@ -27,22 +28,6 @@ def path(tmp_path: Path) -> Path:
 
 def index_files(path: Path) -> list[str]:
     return sorted(f.name for f in path.iterdir() if "index" in f.name)
-
-
-@pytest.mark.parametrize("entries", [0, 1, 49_999])
-def test_few_entries_are_searched_exactly(entries: int) -> None:
-    recipe, reason = choose(entries, 64)
-    assert recipe == "flat"
-    assert str(entries) in reason
-
-
-@pytest.mark.parametrize("entries", [50_000, 10**6, 10**8, 10**10])
-def test_many_entries_get_lists_that_can_be_trained(entries: int) -> None:
-    recipe, reason = choose(entries, 768)
-    lists = int(recipe.removeprefix("ivf").removesuffix(",sq8"))
-    assert 256 <= lists <= min(entries // 40, 65536)
-    assert Ivf.parse(recipe).refusal(entries, 768) is None
-    assert str(lists) in reason
 
 
 def test_auto_takes_what_is_chosen(path: Path) -> None:
@@ -79,7 +64,7 @@ def test_interrupted_indexing_leaves_the_version_as_it_was(path: Path, monkeypat
     build_index(path, "ivf4")
     before = Manifest.load(path)
 
-    def killed(*args: object) -> None:
+    def killed(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -89,16 +74,27 @@ def test_interrupted_indexing_leaves_the_version_as_it_was(path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         build_index(path, "ivf8", on_progress=killed)
     assert Manifest.load(path) == before
+    assert index_files(path) == [before.index.file]
     Searcher.open(path).search(SearchRequest("toy", KEYS[:5], 10))
+
+
+def test_what_a_killed_indexing_left_is_removed_by_the_next(path: Path) -> None:
+    for name in (".index.building", "index.0123456789abcdef.faiss"):
+        (path / name).write_bytes(b"half")
     build_index(path, "ivf8")
-    assert len(index_files(path)) == 1
+    assert index_files(path) == [Manifest.load(path).index.file]
 
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("ivf1001", "1001 lists need at least as many entries, there are 1000"),
         ("ivf4,pq3", "pq3 cuts a key into 3 equal parts, 8 dimensions cannot be"),
+        ("ivf4000,pq3", "pq3 cuts a key into 3 equal parts"),
+        ("pca9,sq8", "pca cannot make 9 dimensions of 8"),
+        ("opq3,sq8", "opq3 cuts a key into 3 equal parts"),
+        ("faiss:nonsense", "FAISS says: could not parse index string nonsense"),
+        ("faiss:IVF4,PQ3", "FAISS says: .*multiple of the number of subquantizers"),
+        ("faiss:IVF2000,Flat", r"FAISS cannot build faiss:IVF2000,Flat of 1000 keys: 'nx"),
         ("tree", "families: flat, ivf"),
     ],
 )
@@ -108,10 +104,80 @@ def test_recipe_that_does_not_suit_is_refused(path: Path, recipe: str, message: 
     assert index_files(path) == []
 
 
-def test_product_quantizer_needs_entries(tmp_path: Path) -> None:
-    path = datastore(tmp_path, KEYS[:255])
-    with pytest.raises(InvalidRequest, match="pq4 needs at least 256 entries"):
-        build_index(path, "ivf1,pq4")
+@pytest.mark.parametrize(
+    ("entries", "recipe", "smaller"),
+    [
+        (255, "ivf1,pq4", "flat"),
+        (1000, "ivf1001", "ivf25"),
+        (1000, "pca4,ivf2000,sq8", "pca4,ivf25,sq8"),
+        (300, "ivf1000,pq4x4fs", "ivf7,pq4x4fs"),
+        (9, "pq4", "flat"),
+        (7, "pca4,sq8", "flat"),
+        (7, "pca4,ivf4,sq8", "flat"),
+        (255, "opq4,hnsw8", "flat"),
+        (0, "sq8", "flat"),
+        (0, "hnsw8", "flat"),
+        (0, "ivf1", "flat"),
+    ],
+)
+def test_too_few_entries_for_a_recipe_give_a_smaller_one(
+    tmp_path: Path, entries: int, recipe: str, smaller: str
+) -> None:
+    path = datastore(tmp_path, KEYS[:entries])
+    choice = suited(path, recipe)
+    assert choice.recipe == smaller
+    assert f"{recipe} was asked for" in choice.reasons[0]
+    assert build_index(path, recipe) == smaller
+
+
+def test_several_indexes_answer_beside_each_other(path: Path) -> None:
+    build_index(path, "ivf4,sq8")
+    build_index(path, "ivf8", beside=True)
+    build_index(path, "hnsw8", beside=True)
+    assert [index.recipe for index in Manifest.load(path).indexes] == ["ivf4,sq8", "ivf8", "hnsw8"]
+    assert len(index_files(path)) == 3
+    for recipe in (None, "ivf8", "hnsw8", "flat"):
+        searcher = Searcher.open(path, index=recipe)
+        assert searcher.info(()).index == (recipe or "ivf4,sq8")
+        assert searcher.info(()).indexes == ("ivf4,sq8", "ivf8", "hnsw8")
+        assert (searcher.search(SearchRequest("toy", KEYS[:5], 1)).neighbors.distances == 0).all()
+    with pytest.raises(InvalidRequest, match=r"has no index 'ivf9': it has flat, hnsw8, ivf4,sq8, ivf8"):
+        Searcher.open(path, index="ivf9")
+
+
+def test_building_beside_again_replaces_that_one(path: Path) -> None:
+    build_index(path, "ivf4")
+    build_index(path, "ivf8", beside=True)
+    before = Manifest.load(path)
+    build_index(path, "ivf8", beside=True, seed=1)
+    after = Manifest.load(path)
+    assert after.index == before.index
+    assert [index.recipe for index in after.other_indexes] == ["ivf8"]
+    assert after.other_indexes != before.other_indexes
+    assert set(index_files(path)) == {after.index.file, after.other_indexes[0].file}
+
+
+def test_one_file_of_two_recipes_stays_until_both_are_gone(path: Path) -> None:
+    build_index(path, "ivf4")
+    build_index(path, "ivf4,flat", beside=True)
+    assert len(index_files(path)) == 1
+    remove_index(path, "ivf4,flat")
+    assert index_files(path) == [Manifest.load(path).index.file]
+    Searcher.open(path)
+
+
+def test_removed_index_is_gone_with_its_file(path: Path) -> None:
+    build_index(path, "ivf4")
+    build_index(path, "ivf8", beside=True)
+    with pytest.raises(Conflict, match="ivf4 is the default index"):
+        remove_index(path, "ivf4")
+    with pytest.raises(InvalidRequest, match="has no index 'flat' to remove: it has ivf4, ivf8"):
+        remove_index(path, "flat")
+    remove_index(path, "ivf8")
+    manifest = Manifest.load(path)
+    assert manifest.other_indexes == ()
+    assert index_files(path) == [manifest.index.file]
+    assert manifest.files.keys() == {f.name for f in path.iterdir()} - {"manifest.json"}
 
 
 def test_two_indexers_at_once_are_refused(path: Path) -> None:
@@ -120,20 +186,22 @@ def test_two_indexers_at_once_are_refused(path: Path) -> None:
 
 
 def test_full_disk_is_an_error_and_the_version_stays(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> None:
+    def full(index: object, name: str) -> None:
+        Path(name).write_bytes(b"half")
         raise RuntimeError("write error: No space left on device")
 
     monkeypatch.setattr(faiss, "write_index", full)
     with pytest.raises(DatastoreError, match=r"cannot write .*No space left"):
         build_index(path, "ivf4")
     assert Manifest.load(path).index.recipe == "flat"
+    assert index_files(path) == []
 
 
 def test_progress_reaches_the_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knnlm.index.contract, "CHUNK_BYTES", 8 * 4 * 300)
     seen: list[tuple[int, int]] = []
     build_index(path, "ivf4", on_progress=lambda *progress: seen.append(progress))
-    assert seen == [(300, 1000), (600, 1000), (900, 1000), (1000, 1000)]
+    assert seen == [(0, 1000), (300, 1000), (600, 1000), (900, 1000), (1000, 1000)]
 
 
 def test_file_that_is_no_index_is_corrupt(path: Path) -> None:
@@ -153,7 +221,7 @@ def test_index_of_other_keys_is_corrupt(path: Path, tmp_path: Path) -> None:
     assert record.index.file is not None
     (path / record.index.file).write_bytes((other / record.index.file).read_bytes())
     with_index(path, record.index, {record.index.file: record.files[record.index.file]})
-    with pytest.raises(DatastoreCorrupt, match=r"of \(500, 8\) keys, expected IndexIVF of \(1000, 8\)"):
+    with pytest.raises(DatastoreCorrupt, match=r"holds \(500, 8\) keys, expected \(1000, 8\)"):
         Searcher.open(path)
 
 
@@ -178,7 +246,7 @@ def test_training_sample_is_spread_over_the_corpus(entries: int, size: int, seed
 def test_default_nprobe_visits_enough(entries: int, nlist: int) -> None:
     nprobe = default_nprobe(entries, nlist)
     assert 1 <= nprobe <= nlist
-    assert nprobe == nlist or (nprobe * 64 >= nlist and nprobe * entries / nlist >= 16 * 1024)
+    assert nprobe == nlist or nprobe * entries / nlist >= visited(entries)
 
 
 def test_searches_while_indexing(path: Path) -> None:

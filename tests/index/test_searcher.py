@@ -2,6 +2,7 @@ import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -9,10 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.manifest import with_tuning
-from knnlm.errors import DatastoreMismatch, InvalidRequest, UnknownDomain, UnknownVersion
+from knnlm.datastore.manifest import Manifest, with_tuning
+from knnlm.errors import DatastoreCorrupt, DatastoreMismatch, InvalidRequest, UnknownDomain, UnknownVersion
 from knnlm.index.build import build_index
-from knnlm.index.rescore import nearest_first, rescore
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest, Tuning
 from knnlm.neighbors import Neighbors, merge
@@ -115,7 +115,15 @@ def test_wrong_queries_are_refused(searcher: Searcher, asked: npt.NDArray[np.flo
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("k", 0), ("k", -1), ("nprobe", 4), ("overfetch", 2.0), ("passages", -1), ("passage_tokens", -1)],
+    [
+        ("k", 0),
+        ("k", -1),
+        ("nprobe", 4),
+        ("ef_search", 4),
+        ("overfetch", 0.5),
+        ("passages", -1),
+        ("passage_tokens", -1),
+    ],
 )
 def test_wrong_parameters_are_refused_by_name(searcher: Searcher, name: str, value: float) -> None:
     request = dataclasses.replace(SearchRequest("toy", queries(), 5), **{name: value})  # type: ignore[arg-type]
@@ -128,6 +136,44 @@ def test_wrong_parameters_are_refused_by_name(searcher: Searcher, name: str, val
 def test_overfetch_is_at_least_one(searcher: Searcher, overfetch: float) -> None:
     with pytest.raises(InvalidRequest, match="overfetch must be >= 1"):
         searcher.search(SearchRequest("toy", queries(), 5, rescore=True, overfetch=overfetch))
+
+
+def test_overfetch_without_rescoring_is_refused(searcher: Searcher) -> None:
+    with pytest.raises(InvalidRequest, match="candidates for rescoring, which is off here"):
+        searcher.search(SearchRequest("toy", queries(), 5, rescore=False, overfetch=2.0))
+
+
+def test_raw_distances_come_only_when_asked_for(tmp_path: Path) -> None:
+    keys = clustered(500, DIM)
+    path = datastore(tmp_path, keys)
+    build_index(path, "ivf4,pq4x4fs")
+    searcher, asked = Searcher.open(path), clustered(20, DIM, seed=2)
+
+    def errors(rescoring: bool | None) -> npt.NDArray[np.float64]:
+        found = searcher.search(SearchRequest("toy", asked, 20, ids=True, rescore=rescoring)).neighbors
+        assert found.ids is not None
+        true = np.square(asked[:, None].astype(np.float64) - keys[found.ids]).sum(axis=2)
+        error: npt.NDArray[np.float64] = abs(found.distances - true) / true
+        return error
+
+    assert errors(None).max() < 1e-6
+    assert errors(True).max() < 1e-6
+    assert errors(False).mean() > 1e-2
+
+
+def test_more_candidates_find_more(tmp_path: Path) -> None:
+    keys, asked = clustered(2000, DIM), clustered(20, DIM, seed=2)
+    path = datastore(tmp_path, keys)
+    build_index(path, "pq2x4fs")
+    searcher = Searcher.open(path)
+    _, true = brute_force(keys, asked, 50)
+
+    def hits(overfetch: float) -> int:
+        found = searcher.search(SearchRequest("toy", asked, 50, ids=True, overfetch=overfetch)).neighbors.ids
+        assert found is not None
+        return sum(len(set(f) & set(t)) for f, t in zip(found.tolist(), true.tolist(), strict=True))
+
+    assert hits(1) < hits(4) < hits(40) == true.size
 
 
 def test_nprobe_is_at_least_one_and_more_than_all_lists_is_all(tmp_path: Path) -> None:
@@ -144,6 +190,22 @@ def test_queries_far_beyond_float32_squares_still_answer(searcher: Searcher) -> 
     for rescoring in (True, False):
         result = searcher.search(SearchRequest("toy", asked, 5, rescore=rescoring)).neighbors
         assert np.isfinite(result.distances).all()
+
+
+@pytest.mark.parametrize("rescoring", [True, False])
+def test_entry_that_does_not_exist_is_never_looked_up(tmp_path: Path, rescoring: bool) -> None:
+    """The right number of keys is not the right entries: contents are read by `knnlm verify` alone."""
+    keys = clustered(500, DIM)
+    path = datastore(tmp_path, keys)
+    build_index(path, "ivf4")
+    file = path / str(Manifest.load(path).index.file)
+    index = faiss.read_index(str(file))
+    index.reset()
+    index.add_with_ids(keys, np.arange(500) + 100)
+    faiss.write_index(index, str(file))
+    searcher = Searcher.open(path)
+    with pytest.raises(DatastoreCorrupt, match=r"found entry \d+ of 500"):
+        searcher.search(SearchRequest("toy", keys[:5], 500, rescore=rescoring))
 
 
 def test_datastore_of_another_model_is_not_opened(path: Path) -> None:
@@ -176,38 +238,6 @@ def test_threads_get_what_they_would_get_alone(tmp_path: Path) -> None:
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one.ids, other.ids)
         np.testing.assert_array_equal(one.distances, other.distances)
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_rescored_distances_are_true_alone_in_a_batch_and_on_threads(
-    monkeypatch: pytest.MonkeyPatch, dtype: type[np.floating]
-) -> None:
-    keys, asked = clustered(100, DIM).astype(dtype), clustered(40, DIM, seed=3)
-    ids = np.random.default_rng(0).integers(-1, 100, (40, 30))
-    monkeypatch.setattr("os.cpu_count", lambda: 3)
-    whole = rescore(keys, asked, ids)
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
-    np.testing.assert_array_equal(rescore(keys, asked, ids), whole)
-    for row in range(3):
-        np.testing.assert_array_equal(rescore(keys, asked[row : row + 1], ids[row : row + 1])[0], whole[row])
-    expected = np.square(keys[ids].astype(np.float64) - asked[:, None]).sum(axis=2)
-    np.testing.assert_allclose(whole[ids >= 0], expected[ids >= 0], rtol=1e-6)
-    assert (whole[ids < 0] == np.finfo(np.float32).max).all()
-
-
-def test_every_half_converts_exactly() -> None:
-    bits = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
-    finite = bits[np.isfinite(bits)][:, None]  # (m, 1): a key of one dimension each
-    distances = rescore(finite, np.zeros((1, 1), np.float32), np.arange(len(finite))[None])
-    np.testing.assert_array_equal(distances[0], np.square(finite[:, 0].astype(np.float32)))
-
-
-def test_order_is_by_distance_then_id_with_padding_last() -> None:
-    distances = np.array([[2, -1e-6, 3.4e38, 2, 0]], np.float32)
-    ids = np.array([[7, 5, -1, 3, 9]])
-    kept, order = nearest_first(distances, ids, 5)
-    assert order.tolist() == [[5, 9, 3, 7, -1]]
-    assert kept[0, :4].tolist() == [0, 0, 2, 2]
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from knnlm.errors import ModelError
 from knnlm.lm.architectures import KEY_FUNCTIONS, Refusal, Site
-from knnlm.lm.capture import capture, encode
+from knnlm.lm.capture import capture, capture_keys, encode, only_at
 from tests.lm.conftest import Tiny
 from tests.lm.tiny_models import VOCAB, WIDTH
 
@@ -180,6 +180,48 @@ def test_hidden_states_are_what_the_head_reads(tiny: Tiny) -> None:
         also, _ = capture(tiny.lm._model.base_model, tiny.row.site("ffn_input"), ids())
     assert_close(hidden, entering)
     np.testing.assert_array_equal(also, hidden)
+
+
+def test_a_pass_for_keys_alone_ends_at_the_keys(tiny: Tiny) -> None:
+    base: Any = tiny.lm._model.base_model
+    input_ids = ids()
+    layers, _, _, first_of_ffn, _, final_norm = REFERENCES[tiny.name]
+    behind = [base.get_submodule(layers)[1].get_submodule(first_of_ffn)]
+    behind += [base.get_submodule(final_norm)] if final_norm else []
+    ran: list[nn.Module] = []
+    with torch.no_grad():
+        hidden, keys = capture(base, tiny.row.site("ffn_input"), input_ids)
+        handles = [module.register_forward_hook(lambda module, *_: ran.append(module)) for module in behind]
+        np.testing.assert_array_equal(capture_keys(base, tiny.row.site("ffn_input"), input_ids), keys)
+        assert not ran
+        for handle in handles:
+            handle.remove()
+        for key_function in KEY_FUNCTIONS:
+            if not isinstance(tiny.row.keys[key_function], Refusal):
+                expected = captured(tiny, key_function, input_ids)
+                found = capture_keys(base, tiny.row.site(key_function), input_ids)
+                np.testing.assert_array_equal(found, expected, err_msg=key_function)
+        np.testing.assert_array_equal(encode(base, input_ids), hidden)  # nothing stays behind
+
+
+def test_the_last_ffn_runs_only_where_asked(tiny: Tiny) -> None:
+    base: Any = tiny.lm._model.base_model
+    input_ids, site = ids(), tiny.row.site("ffn_input")
+    layers, _, _, first_of_ffn, _, _ = REFERENCES[tiny.name]
+    rows = torch.tensor([3, 19, 20, 44])
+    ran: list[int] = []
+    first = base.get_submodule(layers)[1].get_submodule(first_of_ffn)
+    handle = first.register_forward_hook(lambda _m, args, _o: ran.append(args[0].shape[:-1].numel()))
+    with torch.no_grad():
+        hidden, keys = capture(base, site, input_ids)
+        ran.clear()
+        with only_at(base, site, input_ids, rows):
+            narrow, narrow_keys = capture(base, site, input_ids)
+        assert ran == [len(rows)]
+        handle.remove()
+        np.testing.assert_array_equal(narrow_keys, keys)
+        assert_close(narrow.flatten(0, 1)[rows], hidden.flatten(0, 1)[rows])
+        np.testing.assert_array_equal(encode(base, input_ids), hidden)
 
 
 @pytest.mark.parametrize(("side", "masked"), [("left", True), ("right", True), ("right", False)])

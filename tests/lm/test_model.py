@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,22 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_module, "CHUNK_BYTES", 4 * 4 * tiny_models.VOCAB)
 
 
+def test_two_passes_at_once_do_not_run_into_each_other(llama: Tiny) -> None:
+    """Keys and the narrowed FFN are hooks on the model's modules, which both passes go through."""
+
+    def one(seed: int) -> Any:
+        tokens = np.random.default_rng(seed).integers(tiny_models.VOCAB, size=24)
+        asked = np.arange(seed % 5, 24, 2 + seed % 3)
+        return ask(llama.lm, [tokens], [asked], targets=np.zeros(len(asked), np.int32), keys=True)
+
+    alone = [one(seed) for seed in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(one, range(40)))
+    for first, second in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(first.keys, second.keys)
+        np.testing.assert_array_equal(first.target_log_probs, second.target_log_probs)
+
+
 @pytest.mark.usefixtures("small_steps")
 def test_log_probs_equal_the_plain_model_in_the_order_asked(tiny: Tiny) -> None:
     tokens, positions = sequences(), some_positions()
@@ -86,6 +103,16 @@ def test_keys_do_not_depend_on_batching(tiny: Tiny) -> None:
         ]
     np.testing.assert_allclose(together.keys, np.concatenate(alone), atol=ATOL, rtol=0)
     assert together.log_probs is together.target_log_probs is together.top_tokens is None
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_keys_are_the_same_with_and_without_probabilities(tiny: Tiny) -> None:
+    tokens, positions = sequences(), some_positions()
+    alone = ask(tiny.lm, tokens, positions, keys=True)
+    both = ask(tiny.lm, tokens, positions, keys=True, top_n=1)
+    np.testing.assert_array_equal(both.keys, alone.keys)
+    without = ask(tiny.lm, tokens, positions, top_n=1)
+    np.testing.assert_array_equal(both.top_log_probs, without.top_log_probs)
 
 
 def test_mean_of_targets_equals_the_plain_loss(tiny: Tiny) -> None:

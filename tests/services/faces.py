@@ -1,4 +1,4 @@
-"""A running service and a client per face: gRPC, HTTP with lists, HTTP with packed arrays."""
+"""A running service and a client per face: gRPC, HTTP with lists, with packed arrays, with protobuf."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,8 +20,9 @@ async def lm_faces(service: Service) -> AsyncIterator[tuple[Host, dict[str, Lang
             GrpcLanguageModel(f"127.0.0.1:{host.grpc_port}") as grpc,
             HttpLanguageModel("http://test", encoding="list", transport=transport) as lists,
             HttpLanguageModel("http://test", encoding="base64", transport=transport) as packed,
+            HttpLanguageModel("http://test", transport=transport) as protobuf,
         ):
-            yield host, {"grpc": grpc, "http list": lists, "http base64": packed}
+            yield host, {"grpc": grpc, "http list": lists, "http base64": packed, "http protobuf": protobuf}
 
 
 @asynccontextmanager
@@ -32,5 +33,6 @@ async def datastore_faces(service: Service) -> AsyncIterator[tuple[Host, dict[st
             GrpcDatastore(f"127.0.0.1:{host.grpc_port}") as grpc,
             HttpDatastore("http://test", encoding="list", transport=transport) as lists,
             HttpDatastore("http://test", encoding="base64", transport=transport) as packed,
+            HttpDatastore("http://test", transport=transport) as protobuf,
         ):
-            yield host, {"grpc": grpc, "http list": lists, "http base64": packed}
+            yield host, {"grpc": grpc, "http list": lists, "http base64": packed, "http protobuf": protobuf}

@@ -32,14 +32,14 @@ class Slow:
         self.opened: list[str] = []
         self.closed: list[str] = []
 
-    def __call__(self, path: Path) -> "SlowSearcher":
+    def __call__(self, path: Path, memory_limit: int | None) -> "SlowSearcher":
         self.opened.append(path.name)
-        return SlowSearcher(self, path)
+        return SlowSearcher(self, path, memory_limit)
 
 
 class SlowSearcher(Searcher):
-    def __init__(self, slow: Slow, path: Path) -> None:
-        real = Searcher.open(path)
+    def __init__(self, slow: Slow, path: Path, memory_limit: int | None) -> None:
+        real = Searcher.open(path, memory_limit=memory_limit)
         super().__init__(real._datastore, real._index)
         self._slow = slow
 

@@ -31,12 +31,18 @@ class Worker:
 
 
 def batcher(
-    work: Callable[[Sequence[Item]], list[int]], max_queue: int = 100, max_batch: int = 100
+    work: Callable[[Sequence[Item]], list[int]],
+    max_queue: int = 100,
+    max_batch: int = 100,
+    lane: Callable[[Item], str] | None = None,
+    turn: int | None = None,
 ) -> Batcher[Item, int]:
     return Batcher(
         work,
         size=lambda item: max(1, abs(item[1])),
         group=lambda item: item[0],
+        lane=lane,
+        turn=turn,
         max_queue=max_queue,
         max_batch=max_batch,
         metrics=Metrics("test"),
@@ -165,5 +171,140 @@ def test_a_call_that_is_out_of_time_is_not_begun() -> None:
             await queue.submit(("a", 1), call(-1.0))
         await queue.close()
         assert worker.batches == []
+
+    asyncio.run(check())
+
+
+def first_letter(item: Item) -> str:
+    """The lane of an item: the rest of its group is its options."""
+    return item[0][0]
+
+
+def test_lanes_are_served_in_turn_however_much_one_of_them_asks() -> None:
+    async def check() -> None:
+        worker = Worker()
+        queue = batcher(worker, max_batch=4, lane=first_letter, turn=2)
+        first = await submitted(queue, [("a", 1)])
+        await entered(worker)
+        rest = await submitted(queue, [("a", 1)] * 12 + [("b", 1)] * 4 + [("c", 1)])
+        worker.gate.set()
+        await asyncio.gather(*first, *rest)
+        lanes = [(batch[0][0], len(batch)) for batch in worker.batches[1:]]
+        # a lane that follows itself may fill a batch; after another's turn it may not, though nobody else waits
+        assert lanes == [("a", 2), ("b", 2), ("c", 1), ("a", 2), ("b", 2), ("a", 2), ("a", 4), ("a", 2)]
+        await queue.close()
+
+    asyncio.run(check())
+
+
+def test_items_without_lanes_fill_every_batch() -> None:
+    async def check() -> None:
+        worker = Worker()
+        queue = batcher(worker, max_batch=4, turn=2)
+        first = await submitted(queue, [("a", 1)])
+        await entered(worker)
+        rest = await submitted(queue, [("a", 1)] * 6)
+        worker.gate.set()
+        await asyncio.gather(*first, *rest)
+        assert [len(batch) for batch in worker.batches] == [1, 4, 2]
+        await queue.close()
+
+    asyncio.run(check())
+
+
+def test_a_lane_that_came_late_waits_for_one_batch_of_each_other() -> None:
+    async def check() -> None:
+        worker = Worker()
+        queue = batcher(worker, max_batch=2, lane=first_letter)
+        first = await submitted(queue, [("a", 1)])
+        await entered(worker)
+        rest = await submitted(queue, [("a", 2)] * 20 + [("b", 2)])
+        worker.gate.set()
+        await asyncio.gather(*first, *rest)
+        assert [batch[0][0] for batch in worker.batches].index("b") == 2
+        await queue.close()
+
+    asyncio.run(check())
+
+
+def test_within_a_lane_the_oldest_is_next_whatever_its_options() -> None:
+    async def check() -> None:
+        worker = Worker()
+        queue = batcher(worker, max_batch=3, lane=first_letter)
+        first = await submitted(queue, [("a", 1)])
+        await entered(worker)
+        rest = await submitted(queue, [("a1", 1), ("a1", 1), ("a2", 1), ("a1", 1), ("a1", 1), ("a1", 3), ("a2", 1)])
+        worker.gate.set()
+        await asyncio.gather(*first, *rest)
+        assert worker.batches[1:] == [
+            [("a1", 1), ("a1", 1), ("a1", 1)],
+            [("a2", 1), ("a2", 1)],
+            [("a1", 1)],
+            [("a1", 3)],
+        ]
+        await queue.close()
+
+    asyncio.run(check())
+
+
+def test_no_lane_fills_the_queue_alone_and_there_is_room_for_who_comes_next() -> None:
+    async def check() -> None:
+        worker = Worker()
+        queue = batcher(worker, max_queue=12, lane=first_letter)
+        tasks = await submitted(queue, [("a", 6)])
+        with pytest.raises(
+            Overloaded, match="a has its share of the queue: 6 items wait, this request has 1, at most 6"
+        ):
+            await queue.submit(("a", 1), call())
+        tasks += await submitted(queue, [("b", 3), ("b", 1)])  # a third of it, beside another
+        with pytest.raises(Overloaded, match="b has its share"):
+            await queue.submit(("b", 1), call())
+        tasks += await submitted(queue, [("c", 2)])
+        with pytest.raises(Overloaded, match="the queue is full"):
+            await queue.submit(("d", 1), call())
+        worker.gate.set()
+        await asyncio.gather(*tasks)
+        assert await queue.submit(("a", 12), call()) == 24  # more than its share, but it holds nothing
+        await queue.close()
+
+    asyncio.run(check())
+
+
+def test_a_lane_whose_callers_have_left_takes_no_turn() -> None:
+    async def check() -> None:
+        worker = Worker()
+        queue = batcher(worker, max_queue=4, lane=first_letter)
+        first = await submitted(queue, [("a", 1)])
+        await entered(worker)
+        (left,) = await submitted(queue, [("b", 1)])
+        (kept,) = await submitted(queue, [("c", 1)])
+        left.cancel()
+        await asyncio.sleep(0)
+        more = await submitted(queue, [("d", 1)])
+        worker.gate.set()
+        assert await kept == 2
+        await asyncio.gather(*first, *more)
+        assert worker.batches == [[("a", 1)], [("c", 1)], [("d", 1)]]
+        await queue.close()
+
+    asyncio.run(check())
+
+
+def test_who_leaves_during_the_work_costs_the_others_nothing() -> None:
+    async def check() -> None:
+        workers = [Worker(), Worker()]  # one for each batch
+        turns = iter(workers)
+        queue = batcher(lambda items: next(turns)(items))
+        first = await submitted(queue, [("a", 1)])
+        await entered(workers[0])
+        left, kept = await submitted(queue, [("b", 2), ("b", 3)])
+        workers[0].gate.set()
+        await entered(workers[1])
+        left.cancel()
+        await asyncio.sleep(0)
+        workers[1].gate.set()
+        async with asyncio.timeout(10):
+            assert await asyncio.gather(*first, kept) == [2, 6]
+        await queue.close()
 
     asyncio.run(check())

@@ -120,3 +120,12 @@ def test_a_port_in_use_is_told_in_one_sentence(name: str) -> None:
                 await host.listen()
 
     asyncio.run(check())
+
+
+def test_connections_send_what_they_have_at_once() -> None:
+    async def check() -> None:
+        async with running(echo_service(EchoCore())) as host:
+            (listener,) = host._http.servers[0].sockets
+            assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # what it accepts inherits it
+
+    asyncio.run(check())

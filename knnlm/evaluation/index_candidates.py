@@ -1,0 +1,100 @@
+"""What an index report compares: recipes, each with the options of its searches, and which are worth comparing."""
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+from knnlm.errors import InvalidRequest
+from knnlm.index.choose import choose
+from knnlm.index.ivf import lists_for
+from knnlm.index.table import family
+
+__all__ = ["Candidate", "candidates", "default_candidates"]
+
+PAPER_LISTS, PAPER_BYTES, PAPER_PROBES = 4096, 64, 32  # Khandelwal et al. 2020
+POINTS_PER_LIST = 39  # below which FAISS warns
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """name: as it is written, "ivf1024,sq8@nprobe=8". None: the default of the index."""
+
+    name: str
+    recipe: str
+    nprobe: int | None = None
+    ef_search: int | None = None
+    overfetch: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises InvalidRequest for an option that is not known or no number."""
+        recipe, at, options = text.partition("@")
+        given: dict[str, float] = {}
+        for option in options.split(",") if at else []:
+            name, _, number = option.partition("=")
+            try:
+                given[name] = float(number)
+            except ValueError as err:
+                raise InvalidRequest(f"{text}: {option!r} is no option=number", param="recipes") from err
+            whole = name in ("nprobe", "ef_search")
+            if not whole and name != "overfetch":
+                raise InvalidRequest(
+                    f"{text}: unknown option {name!r}; there are nprobe, ef_search and overfetch", param="recipes"
+                )
+            if not (math.isfinite(given[name]) and given[name] >= 1) or (whole and given[name] % 1):
+                kind = "a whole number >= 1" if whole else "a number >= 1"
+                raise InvalidRequest(f"{text}: {name} must be {kind}, got {number}", param="recipes")
+        return cls(
+            text,
+            recipe,
+            int(given["nprobe"]) if "nprobe" in given else None,
+            int(given["ef_search"]) if "ef_search" in given else None,
+            given.get("overfetch"),
+        )
+
+
+def candidates(names: list[str], entries: int, dim: int) -> list[Candidate]:
+    """Those that were asked for, each once. Raises InvalidRequest for one that does not suit, and for none."""
+    if not names:
+        raise InvalidRequest("expected at least one recipe", param="recipes")
+    found = []
+    for name in dict.fromkeys(names):
+        candidate = Candidate.parse(name)
+        why_not = family(candidate.recipe).refusal(entries, dim)
+        if why_not is not None:
+            raise InvalidRequest(f"index {candidate.recipe} does not suit: {why_not}", param="recipes")
+        found.append(candidate)
+    return found
+
+
+def default_candidates(entries: int, dim: int) -> list[Candidate]:
+    """One of every family, as large as suits so many keys; those that do not suit are left out.
+
+    Among them: exact search, the recipe of the paper and the one that `auto` takes.
+    """
+    n = lists_for(entries)
+    paper = max(1, min(PAPER_LISTS, entries // POINTS_PER_LIST))
+    half, coarse = _divisor(dim, dim // 2), _divisor(dim, dim // 4)
+    reduced = max(1, dim // 2)
+    names = [
+        "flat",
+        choose(entries, dim).recipe,
+        f"ivf{paper},pq{_divisor(dim, PAPER_BYTES)}@nprobe={min(PAPER_PROBES, paper)}",
+        f"ivf{n},pq{coarse}x4fs",
+        f"ivf{n},pq{half}x4fs",
+        f"ivf{n},fp16",
+        f"ivf{n},sq8",
+        f"ivf{n},rabitq",
+        f"ivf{n},rabitqfs",
+        f"pq{half}x4fs",
+        "hnsw32",
+        f"pca{reduced},ivf{n},sq8",
+        f"opq{coarse},ivf{n},pq{coarse}x4fs",
+    ]
+    found = [Candidate.parse(name) for name in dict.fromkeys(names)]
+    return [c for c in found if family(c.recipe).refusal(entries, dim) is None]
+
+
+def _divisor(dim: int, most: int) -> int:
+    """The largest divisor of dim that is at most `most`."""
+    return max(m for m in range(1, max(1, most) + 1) if dim % m == 0)

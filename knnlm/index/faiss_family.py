@@ -1,0 +1,185 @@
+"""What all families share that FAISS builds: training on a sample, adding chunk by chunk, one file, opening it."""
+
+import re
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+import faiss
+import numpy as np
+
+from knnlm.datastore.files import CHUNK
+from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest
+from knnlm.index.codecs import Codec
+from knnlm.index.contract import Family, Float32, Index, Int64, Keys, Parameters, SearchParameters, chunks, to_float32
+from knnlm.index.fronts import Front, Projection
+
+__all__ = ["LEAST_POINTS", "FaissFamily", "FaissIndex", "said", "sample_rows"]
+
+FLAT = "flat"
+PLENTY = 1 << 62  # entries
+# FAISS itself samples down to 256 points per centroid and warns below 39
+LEAST_POINTS = 1 << 16
+
+
+class FaissFamily(Family):
+    """recipe: as asked for. front: what keys and queries go through first. codec: how keys are written down."""
+
+    has_file = True
+    flags: ClassVar[int]  # of faiss.read_index, that leave in the file what this kind of index can use from there
+
+    def __init__(self, recipe: str, front: Front | None, codec: Codec) -> None:
+        self.recipe = recipe
+        self.front = front
+        self.codec = codec
+
+    @property
+    @abstractmethod
+    def base(self) -> str:
+        """FAISS's name of the index behind the front."""
+
+    @abstractmethod
+    def defaults(self, entries: int) -> Parameters:
+        """Of a search among so many entries."""
+
+    @abstractmethod
+    def opened(self, index: Any, file: Path, parameters: Parameters, mapped: bool) -> "FaissIndex":
+        """index: what FAISS read, of the right kind and size. Raises DatastoreCorrupt for another kind."""
+
+    def points(self) -> int:
+        """Keys to train on."""
+        return LEAST_POINTS
+
+    def seeded(self, index: Any, seed: int) -> None:
+        """Make the training of this index, without its front, depend on `seed` alone."""
+
+    def refusal(self, entries: int, dim: int) -> str | None:
+        if self.front is not None:
+            why_not = self.front.refusal(entries, dim)
+            if why_not is not None:
+                return why_not
+            dim = self.front.dim_out(dim)
+        return self.codec.refusal(entries, dim)
+
+    def least(self, dim: int) -> int:
+        """Entries that codes and front are learned from, at least."""
+        return max(self.codec.row.points, 0 if self.front is None else self.front.least(dim))
+
+    def smaller(self, entries: int, dim: int) -> str | None:
+        only_few = self.refusal(entries, dim) is not None and self.refusal(PLENTY, dim) is None
+        return FLAT if only_few else None
+
+    def always_resident(self, entries: int, dim: int) -> int:
+        """Bytes that are read into memory even when the rest is mapped."""
+        del entries
+        return 0 if self.front is None else 4 * dim * self.front.dim_out(dim)
+
+    def made_on_reading(self) -> int:
+        """Bytes of what FAISS computes when it reads the file."""
+        return 0
+
+    def build(self, keys: Keys, file: Path, seed: int, on_progress: Callable[[int, int], None]) -> Parameters:
+        n, dim = keys.shape
+        factory = self.base if self.front is None else f"{self.front.factory},{self.base}"
+        index: Any = faiss.index_factory(dim, factory, faiss.METRIC_L2)
+        base = _behind_front(index)
+        self.seeded(base, seed)
+        on_progress(0, n)
+        try:
+            index.train(_gather(keys, sample_rows(n, self.points(), seed)))
+            for lo, hi in chunks(n, dim):
+                index.add(to_float32(keys[lo:hi]))
+                on_progress(hi, n)
+        except RuntimeError as err:  # FAISS has one class for everything; here it is what was asked of it
+            raise InvalidRequest(f"FAISS cannot build {self.recipe} of {n} keys: {said(err)}", param="recipe") from err
+        try:
+            faiss.write_index(index, str(file))
+        except RuntimeError as err:  # and here it is the disk
+            raise DatastoreError(f"cannot write {file}: {said(err)}") from err
+        return {**self.defaults(n), "overfetch": self.codec.row.overfetch}
+
+    def resident_bytes(self, keys: Keys, file: Path | None, *, resident: bool) -> int:
+        if file is None:
+            return 0
+        mapped = self.codec.row.mapped and not resident
+        return self.made_on_reading() + (self.always_resident(*keys.shape) if mapped else file.stat().st_size)
+
+    def open(self, keys: Keys, file: Path | None, parameters: Parameters, *, resident: bool) -> Index:
+        if file is None:
+            raise DatastoreCorrupt(f"index {self.recipe} needs its file, the manifest names none")
+        mapped = self.codec.row.mapped and not resident
+        try:
+            # mapped: replicas on one machine share it, and opening is immediate
+            index = faiss.read_index(str(file), self.flags if mapped else 0)
+        except RuntimeError as err:
+            raise DatastoreCorrupt(f"{file} is not an index: {said(err)}") from err
+        if (index.ntotal, index.d) != keys.shape:
+            raise DatastoreCorrupt(f"{file} holds {(index.ntotal, index.d)} keys, expected {keys.shape}")
+        return self.opened(index, file, parameters, mapped)
+
+
+class FaissIndex(Index):
+    """Searches whatever FAISS read, without parameters of its own."""
+
+    def __init__(self, index: Any, file: Path, parameters: Parameters, mapped: bool) -> None:  # Any: faiss has no types
+        self._whole = index  # owns what is behind the front
+        self._project: Projection | None = None
+        self._index = index
+        if isinstance(index, faiss.IndexPreTransform) and Projection.possible(index.chain):
+            self._project = Projection(index.chain)
+            self._index = _behind_front(index)
+        self._file = file
+        self._bytes = file.stat().st_size
+        self.memory = "mapped" if mapped else "resident"
+        self.overfetch = float(parameters.get("overfetch", 1.0))
+
+    def search(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
+        return self.search_projected(queries if self._project is None else self._project(queries), parameters)
+
+    def search_projected(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
+        """`search` for queries that went through the front."""
+        distances, ids = self._index.search(queries, parameters.k)
+        return distances, ids
+
+    def is_a(self, kind: type) -> bool:
+        """Whether what searches, behind the front, is of this class of FAISS."""
+        return isinstance(self._index, kind)
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._bytes
+
+    def warm(self) -> None:
+        if self.memory == "mapped":
+            with suppress(FileNotFoundError), self._file.open("rb") as file:  # one replaced since lives on unnamed
+                while file.read(CHUNK):
+                    pass
+
+
+def sample_rows(entries: int, size: int, seed: int) -> Int64:
+    """(min(size, entries),) ascending and distinct: one row drawn from each of `size` equal stretches of the corpus.
+
+    Uniform over the corpus, as training must be: neighboring rows come from one text and are alike.
+    """
+    size = min(size, entries)
+    edges = np.arange(size + 1, dtype=np.int64) * entries // max(size, 1)
+    widths = np.diff(edges)
+    return edges[:-1] + np.floor(np.random.default_rng(seed).random(size) * widths).astype(np.int64)
+
+
+def said(err: RuntimeError) -> str:
+    """What FAISS complains about, without where in its code."""
+    return re.sub(r"^Error in .*? at \S+:\d+: (Error: )?", "", str(err)).strip()
+
+
+def _behind_front(index: Any) -> Any:
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def _gather(keys: Keys, rows: Int64) -> Float32:
+    result = np.empty((len(rows), keys.shape[1]), np.float32)
+    for lo, hi in chunks(len(rows), keys.shape[1]):
+        result[lo:hi] = keys[rows[lo:hi]]
+    return result

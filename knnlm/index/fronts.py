@@ -1,0 +1,97 @@
+"""Fewer or turned dimensions in front of an index: PCA and OPQ, learned from the keys.
+
+Recipes begin with "pca<d>," (the d directions of most variance) or "opq<M>[_<d>],", (a rotation that suits M codes per
+key, of d dimensions). He et al. 2021 (Efficient Nearest Neighbor Language Models, arXiv 2109.04212) found fewer
+dimensions faster and no worse. Rescoring takes the stored keys, with all dimensions.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Self
+
+import faiss
+import numpy as np
+
+from knnlm.errors import InvalidRequest
+from knnlm.index.contract import Float32
+from knnlm.index.kernels import project
+
+__all__ = ["Front", "Projection", "split"]
+
+PATTERN = r"(pca|opq)([1-9]\d{0,4})(?:_([1-9]\d{0,4}))?"
+
+
+@dataclass(frozen=True)
+class Front:
+    """kind: "pca" or "opq". dim: of what comes out; None = as many as go in. parts: of opq, codes per key."""
+
+    kind: str
+    dim: int | None
+    parts: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        match = re.fullmatch(PATTERN, text)
+        if match is None or (match[1] == "pca" and match[3]):
+            raise InvalidRequest(f"front {text!r} is not known: expected pca<d> or opq<M>[_<d>]", param="recipe")
+        if match[1] == "pca":
+            return cls("pca", int(match[2]))
+        return cls("opq", int(match[3]) if match[3] else None, int(match[2]))
+
+    @property
+    def factory(self) -> str:
+        if self.kind == "pca":
+            return f"PCA{self.dim}"
+        return f"OPQ{self.parts}" + ("" if self.dim is None else f"_{self.dim}")
+
+    def dim_out(self, dim: int) -> int:
+        return self.dim or dim
+
+    def refusal(self, entries: int, dim: int) -> str | None:
+        if self.dim_out(dim) > dim:
+            return f"{self.kind} cannot make {self.dim} dimensions of {dim}"
+        if self.dim_out(dim) % self.parts:
+            return f"opq{self.parts} cuts a key into {self.parts} equal parts, {self.dim_out(dim)} dimensions cannot be"
+        if entries < self.least(dim):
+            return (
+                f"{self.kind} of {dim} dimensions is learned from at least {self.least(dim)} entries, "
+                f"there are {entries}"
+            )
+        return None
+
+    def least(self, dim: int) -> int:
+        """Entries that it is learned from, at least."""
+        return max(dim, 256) if self.kind == "opq" else dim
+
+
+class Projection:
+    """A chain of FAISS's linear maps as one: a matrix (m, d) and an offset (m,)."""
+
+    def __init__(self, chain: Any) -> None:  # Any: faiss has no types
+        matrix, offset = np.eye(chain.at(0).d_in), np.zeros(chain.at(0).d_in)
+        for i in range(chain.size()):
+            step: Any = faiss.downcast_VectorTransform(chain.at(i))
+            a = faiss.vector_to_array(step.A).reshape(step.d_out, step.d_in).astype(np.float64)
+            b = faiss.vector_to_array(step.b).astype(np.float64) if step.have_bias else np.zeros(step.d_out)
+            matrix, offset = a @ matrix, a @ offset + b
+        self._matrix, self._offset = matrix.astype(np.float32), offset.astype(np.float32)
+
+    @staticmethod
+    def possible(chain: Any) -> bool:
+        """Whether all of it is linear."""
+        steps = [faiss.downcast_VectorTransform(chain.at(i)) for i in range(chain.size())]
+        return bool(steps) and all(isinstance(step, faiss.LinearTransform) for step in steps)
+
+    def __call__(self, queries: Float32) -> Float32:
+        """(n, m) of queries (n, d), each as if it were alone."""
+        return project(queries, self._matrix, self._offset)
+
+
+def split(recipe: str) -> tuple[Front | None, str]:
+    """A recipe without its front."""
+    first, _, rest = recipe.partition(",")
+    if not re.match("(pca|opq)", first):
+        return None, recipe
+    if not rest:
+        raise InvalidRequest(f"recipe {recipe!r} is a front without an index", param="recipe")
+    return Front.parse(first), rest

@@ -1,0 +1,148 @@
+"""The loops of a search that FAISS has no fast form of, compiled by numba when they are first used.
+
+They hold no lock of the interpreter, and each row's arithmetic is the same whatever the other rows are. Rows of stored
+keys are fetched from memory a few rows ahead of their use: a candidate lies anywhere in the keys, and waiting for
+memory, not arithmetic, is what rescoring costs.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from knnlm.index.contract import FAR, Float32, Int64, Keys
+
+__all__ = ["gather", "project", "squared_distances"]
+
+AHEAD = 4  # rows between the one that is fetched and the one that is worked on
+LINE = 64  # bytes the processor fetches at once
+VALUES_AHEAD = 16
+# sums may be taken in any order, which then is the same for every row; infinity and NaN keep their meaning
+RELAXED = {"reassoc", "contract", "nsz"}
+
+# Any: numba's and llvmlite's objects, which have no types
+
+
+def _half_of(context: Any, bits: Any) -> Any:
+    """float32 of a float16 that is given as its 16 bits."""
+    del context, bits
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+def _prefetch_place(context: Any, array: Any, place: Any) -> Any:
+    """Begin to bring array[place], of a flat array, nearer; says nothing and reads nothing."""
+    del context, place
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [address.type], ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
+        )
+        builder.call(function, [address, number(0), number(3), number(1)])  # to read, to be kept, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+_half: Any = intrinsic(_half_of)
+_prefetch: Any = intrinsic(_prefetch_place)
+
+
+@njit(nogil=True, fastmath=RELAXED)
+def _squared_distances_half(keys: Any, queries: Any, ids: Any, out: Any) -> None:
+    rows, columns = ids.shape
+    dim = queries.shape[1]
+    flat = keys.reshape(-1)
+    for row in range(rows):
+        for column in range(columns):
+            if column + AHEAD < columns and ids[row, column + AHEAD] >= 0:
+                begin = ids[row, column + AHEAD] * dim
+                for place in range(begin, begin + dim, LINE // 2):
+                    _prefetch(flat, place)
+            entry = ids[row, column]
+            total = np.float32(0)
+            if entry >= 0:
+                for i in range(dim):
+                    difference = _half(keys[entry, i]) - queries[row, i]
+                    total += difference * difference
+            out[row, column] = total if entry >= 0 and total <= FAR else FAR
+
+
+@njit(nogil=True, fastmath=RELAXED)
+def _squared_distances_single(keys: Any, queries: Any, ids: Any, out: Any) -> None:
+    rows, columns = ids.shape
+    dim = queries.shape[1]
+    flat = keys.reshape(-1)
+    for row in range(rows):
+        for column in range(columns):
+            if column + AHEAD < columns and ids[row, column + AHEAD] >= 0:
+                begin = ids[row, column + AHEAD] * dim
+                for place in range(begin, begin + dim, LINE // 4):
+                    _prefetch(flat, place)
+            entry = ids[row, column]
+            total = np.float32(0)
+            if entry >= 0:
+                for i in range(dim):
+                    difference = keys[entry, i] - queries[row, i]
+                    total += difference * difference
+            out[row, column] = total if entry >= 0 and total <= FAR else FAR
+
+
+@njit(nogil=True)
+def _gather(values: Any, ids: Any, out: Any) -> None:
+    rows, columns = ids.shape
+    for row in range(rows):
+        for column in range(columns):
+            if column + VALUES_AHEAD < columns and ids[row, column + VALUES_AHEAD] >= 0:
+                _prefetch(values, ids[row, column + VALUES_AHEAD])
+            entry = ids[row, column]
+            out[row, column] = values[entry] if entry >= 0 else -1
+
+
+@njit(nogil=True, fastmath=RELAXED)
+def _project(vectors: Any, matrix: Any, offset: Any, out: Any) -> None:
+    for row in range(len(vectors)):
+        for j in range(len(matrix)):
+            total = np.float32(0)
+            for i in range(matrix.shape[1]):
+                total += matrix[j, i] * vectors[row, i]
+            out[row, j] = total + offset[j]
+
+
+def squared_distances(keys: Keys, queries: Float32, ids: Int64) -> Float32:
+    """(n, c) squared L2 between queries (n, d) and keys[ids], ids being (n, c) with -1 for padding, which is FAR.
+
+    keys: (entries, d) float16 or float32, C-contiguous. What is too far for float32 is FAR. Nothing is checked: an id
+    that is no entry reads memory that is not the keys'.
+    """
+    out = np.empty(ids.shape, np.float32)
+    raw = np.asarray(keys)  # numba knows no maps
+    if raw.dtype == np.float16:
+        _squared_distances_half(raw.view(np.uint16), queries, ids, out)
+    else:
+        _squared_distances_single(raw, queries, ids, out)
+    return out
+
+
+def gather(values: npt.NDArray[np.int32], ids: Int64) -> npt.NDArray[np.int32]:
+    """(n, k) values[ids], -1 where the id is -1."""
+    out = np.empty(ids.shape, np.int32)
+    _gather(np.asarray(values), ids, out)
+    return out
+
+
+def project(vectors: Float32, matrix: Float32, offset: Float32) -> Float32:
+    """(n, m) of vectors (n, d): matrix (m, d) times each, plus offset (m,). In one order, unlike a matrix product."""
+    out = np.empty((len(vectors), len(matrix)), np.float32)
+    _project(vectors, matrix, offset, out)
+    return out
