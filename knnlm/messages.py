@@ -90,7 +90,8 @@ class SearchRequest:
 
     queries: (n, d) float32 or float16, finite. version: answer from this version or not at all; None = the current
     one. nprobe: lists to visit, for indexes that have them. ef_search: candidates a graph search keeps, for those that
-    are graphs. rescore: true distances from the stored keys; None = yes. overfetch: candidates per neighbor before
+    are graphs. rescore: by the squared L2 to the stored keys (True), or not at all (False); None = to the keys as the
+    index's front reduces them, where it keeps those, else to the stored keys. overfetch: candidates per neighbor before
     rescoring. ids: also return entry numbers. passages: for so many nearest neighbors per query also return the text
     around them, `passage_tokens` a side.
 

@@ -40,7 +40,7 @@ body {{ max-width: 56rem; }} .wide {{ overflow-x: auto; }} td:first-child {{ tex
 <p>Queries per second at batch {batch}, k = {k}, against perplexity at fitted temperature and lambda, on
 {report.queries:,} tokens of {report.documents:,} documents; both axes are logarithmic. Right and low is better.</p>
 {_chart(report, batch, k)}
-<p>Filled: distances rescored from the stored keys; hollow: not rescored. Dotted: exact search,
+<p>Filled: distances rescored; hollow: not rescored. Dotted: exact search,
 {report.exact.perplexity:.4f}. The language model alone: {report.lm_perplexity:.4f}.</p>
 <div class="wide"><table><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr>{rows}</table></div>
 </html>

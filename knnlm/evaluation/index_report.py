@@ -201,9 +201,13 @@ class _Run:
         for rescored in (True,) if alone else (True, False):
             judged = self._judged(candidate, rescored, exact, temperature)
             quality = Quality(**judged.model_dump(exclude={"bytes_per_key"}))
-            stored = self._shop.datastore.keys.itemsize * self._manifest.key_dim if rescored else 0
+            stored = self._rescored_bytes(candidate.recipe) if rescored else 0
             found.append(Line(candidate, rescored, judged.bytes_per_key, stored, built.build_seconds, quality))
         return found
+
+    def _rescored_bytes(self, recipe: str) -> int:
+        """Of one entry, in what rescoring reads."""
+        return self._shop.opened(recipe).memory.keys_bytes // max(1, self._manifest.entries)
 
     def _judged(self, candidate: Candidate, rescored: bool, exact: Neighbors, temperature: float) -> _Judged:
         def judged() -> _Judged:
@@ -264,7 +268,7 @@ class _Run:
             nprobe=candidate.nprobe,
             ef_search=candidate.ef_search,
             overfetch=candidate.overfetch,
-            rescore=rescore,
+            rescore=None if rescore else False,  # by reduced keys, where the recipe keeps them
             ids=ids,
         )
 

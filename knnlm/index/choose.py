@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
+from knnlm.index.fronts import KEPT
 from knnlm.index.ivf import lists_for, visited
 
 __all__ = ["Choice", "choose"]
 
 FLAT_ENTRIES = 20_000
 DIMENSIONS_PER_CODE = 2  # of four bits: d / 4 bytes per entry
+WIDE = 128  # dimensions from which on half of them are enough: docs/datastore.md
+ID_BYTES = 8
 COARSEST = 16  # dimensions that one code may stand for, at most
 
 
@@ -24,21 +27,30 @@ def choose(entries: int, dim: int, memory_bytes: int | None = None) -> Choice:
     if entries < FLAT_ENTRIES:
         return Choice("flat", (f"{entries} entries are few: exact search is fast, and nothing has to be trained",))
     lists = lists_for(entries)
-    why_lists = f"{entries} entries in {lists} lists: a search visits those with the nearest {visited(entries)} or so"
-    last = "distances are rescored from the stored keys, so what codes lose decides only which candidates there are"
+    reasons = [f"{entries} entries in {lists} lists: a search visits those with the nearest {visited(entries)} or so"]
+    front, end = "", ""
+    if dim >= WIDE and dim % 2 == 0:
+        dim //= 2
+        front, end = f"pca{dim},", KEPT
+        reasons.append(f"the {dim} dimensions of most variance: half the work, and distances that predict no worse")
     parts = _parts(dim)
+    held = entries * (ID_BYTES + (parts or 0) // 2)
     if parts is None:
-        why = f"{dim} dimensions cannot be cut into equal codes of 2 to {COARSEST}: a byte per dimension instead"
-        return Choice(f"ivf{lists},sq8", (why_lists, why, last))
-    held = entries * (parts // 2 + 8)  # codes and ids
-    why = f"codes of 4 bits for {dim // parts} dimensions each, scanned in registers"
-    if memory_bytes is not None and held > memory_bytes:
-        why = (
+        code = "sq8"
+        reasons.append(f"{dim} dimensions cannot be cut into equal codes of 2 to {COARSEST}: a byte for each instead")
+    elif memory_bytes is not None and held > memory_bytes:
+        code = "sq8"
+        reasons.append(
             f"4-bit codes would take {held / 1e9:.2g} of {memory_bytes / 1e9:.2g} GB of memory: "
             "a byte per dimension, which stays in the file, instead"
         )
-        return Choice(f"ivf{lists},sq8", (why_lists, why, last))
-    return Choice(f"ivf{lists},pq{parts}x4fs", (why_lists, f"{why}, {held / 1e9:.2g} GB in memory", last))
+    else:
+        code = f"pq{parts}x4fs"
+        reasons.append(
+            f"codes of 4 bits for {dim // parts} dimensions each, scanned in registers, {held / 1e9:.2g} GB in memory"
+        )
+    reasons.append("distances are rescored, so what codes lose decides only which candidates there are")
+    return Choice(f"{front}ivf{lists},{code}{end}", tuple(reasons))
 
 
 def _parts(dim: int) -> int | None:

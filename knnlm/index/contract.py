@@ -50,9 +50,11 @@ class Index(ABC):
     nprobe, ef_search: its defaults, None where it has no lists or is no graph. overfetch: candidates per neighbor that
     rescoring should start from. exact: its distances are the squared L2 to the stored keys, whatever else is in the
     batch, so that rescoring adds nothing. memory: "resident", "mapped", "device", or "none" when it has no part of its
-    own.
+    own. reduced: (n, m) float16, keys as the index's front makes them; where there are such, they are what a search
+    rescores by, unless it asks for the stored keys.
     """
 
+    reduced: Keys | None = None
     nprobe: int | None = None
     ef_search: int | None = None
     overfetch: float = 1.0
@@ -67,10 +69,18 @@ class Index(ABC):
         does not depend on the other queries.
         """
 
+    def project(self, queries: Float32) -> Float32:
+        """(n, m) of queries (n, d): what the index's front makes of them, each as if it were alone."""
+        return queries
+
+    def search_projected(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
+        """`search` for what `project` gave."""
+        return self.search(queries, parameters)
+
     @property
     @abstractmethod
     def memory_bytes(self) -> int:
-        """What it holds in memory once every part of it has been used, file maps included."""
+        """What it holds in memory once every part of it but `reduced` has been used, file maps included."""
 
     def warm(self) -> None:
         """Bring what is mapped into memory, so that the first searches do not wait for the disk."""
@@ -78,9 +88,10 @@ class Index(ABC):
 
 
 class Family(ABC):
-    """One way to search, with one recipe."""
+    """One way to search, with one recipe. reduced: whether its indexes have reduced keys, see Index."""
 
     has_file: bool
+    reduced: bool = False
 
     @classmethod
     @abstractmethod

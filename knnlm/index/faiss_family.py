@@ -25,15 +25,18 @@ LEAST_POINTS = 1 << 16
 
 
 class FaissFamily(Family):
-    """recipe: as asked for. front: what keys and queries go through first. codec: how keys are written down."""
+    """recipe: as asked for. front: what keys and queries go through first. codec: how keys are written down. reduced:
+    whether what the front makes of the keys is kept, too.
+    """
 
     has_file = True
     flags: ClassVar[int]  # of faiss.read_index, that leave in the file what this kind of index can use from there
 
-    def __init__(self, recipe: str, front: Front | None, codec: Codec) -> None:
+    def __init__(self, recipe: str, front: Front | None, codec: Codec, *, reduced: bool = False) -> None:
         self.recipe = recipe
         self.front = front
         self.codec = codec
+        self.reduced = reduced
 
     @property
     @abstractmethod
@@ -86,6 +89,8 @@ class FaissFamily(Family):
         index: Any = faiss.index_factory(dim, factory, faiss.METRIC_L2)
         base = _behind_front(index)
         self.seeded(base, seed)
+        if self.reduced:
+            _keep_reduced(index)
         on_progress(0, n)
         try:
             index.train(_gather(keys, sample_rows(n, self.points(), seed)))
@@ -104,7 +109,11 @@ class FaissFamily(Family):
         if file is None:
             return 0
         mapped = self.codec.row.mapped and not resident
-        return self.made_on_reading() + (self.always_resident(*keys.shape) if mapped else file.stat().st_size)
+        whole = file.stat().st_size - (0 if resident else self._reduced_bytes(*keys.shape))
+        return self.made_on_reading() + (self.always_resident(*keys.shape) if mapped else whole)
+
+    def _reduced_bytes(self, entries: int, dim: int) -> int:
+        return 2 * entries * self.front.dim_out(dim) if self.front is not None and self.reduced else 0
 
     def open(self, keys: Keys, file: Path | None, parameters: Parameters, *, resident: bool) -> Index:
         if file is None:
@@ -112,12 +121,19 @@ class FaissFamily(Family):
         mapped = self.codec.row.mapped and not resident
         try:
             # mapped: replicas on one machine share it, and opening is immediate
-            index = faiss.read_index(str(file), self.flags if mapped else 0)
+            index = faiss.read_index(str(file), self._flags(resident))
         except RuntimeError as err:
             raise DatastoreCorrupt(f"{file} is not an index: {said(err)}") from err
         if (index.ntotal, index.d) != keys.shape:
             raise DatastoreCorrupt(f"{file} holds {(index.ntotal, index.d)} keys, expected {keys.shape}")
         return self.opened(index, file, parameters, mapped)
+
+    def _flags(self, resident: bool) -> int:
+        if resident:
+            return 0
+        if self.reduced:  # plain rows, that can stay in the file whatever finds the candidates
+            return int(faiss.IO_FLAG_MMAP_IFC)
+        return self.flags if self.codec.row.mapped else 0
 
 
 class FaissIndex(Index):
@@ -130,16 +146,22 @@ class FaissIndex(Index):
         if isinstance(index, faiss.IndexPreTransform) and Projection.possible(index.chain):
             self._project = Projection(index.chain)
             self._index = _behind_front(index)
+        if isinstance(index, faiss.IndexPreTransform) and isinstance(
+            faiss.downcast_index(index.index), faiss.IndexRefine
+        ):
+            self.reduced = _reduced(faiss.downcast_index(index.index))
         self._file = file
-        self._bytes = file.stat().st_size
+        self._bytes = file.stat().st_size - (0 if self.reduced is None else self.reduced.nbytes)
         self.memory = "mapped" if mapped else "resident"
         self.overfetch = float(parameters.get("overfetch", 1.0))
 
     def search(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
-        return self.search_projected(queries if self._project is None else self._project(queries), parameters)
+        return self.search_projected(self.project(queries), parameters)
+
+    def project(self, queries: Float32) -> Float32:
+        return queries if self._project is None else self._project(queries)
 
     def search_projected(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
-        """`search` for queries that went through the front."""
         distances, ids = self._index.search(queries, parameters.k)
         return distances, ids
 
@@ -175,7 +197,31 @@ def said(err: RuntimeError) -> str:
 
 
 def _behind_front(index: Any) -> Any:
-    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    """What finds candidates: behind the front, and beside the reduced keys when they are kept."""
+    if isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+        if isinstance(index, faiss.IndexRefine):
+            index = faiss.downcast_index(index.base_index)
+    return index
+
+
+def _keep_reduced(index: Any) -> None:
+    """Put float16 rows beside what finds candidates, behind the front, in the form in which FAISS can write both."""
+    rows: Any = faiss.IndexScalarQuantizer(index.index.d, faiss.ScalarQuantizer.QT_fp16)
+    both: Any = faiss.IndexRefine(index.index, rows)
+    both.own_fields = both.own_refine_index = True
+    for owned in (rows, both):
+        owned.this.disown()  # by C++ from here on: the front owns both, and both own their parts
+    index.index = both
+
+
+def _reduced(both: Any) -> Keys:
+    """(n, m) float16, a view of FAISS's memory or of the file."""
+    rows: Any = faiss.downcast_index(both.refine_index)
+    codes = rows.codes
+    raw = faiss.rev_swig_ptr(codes.data(), codes.size())
+    reduced: Keys = raw.view(np.float16).reshape(both.ntotal, both.d)
+    return reduced
 
 
 def _gather(keys: Keys, rows: Int64) -> Float32:

@@ -2,7 +2,8 @@
 
 Recipes begin with "pca<d>," (the d directions of most variance) or "opq<M>[_<d>],", (a rotation that suits M codes per
 key, of d dimensions). He et al. 2021 (Efficient Nearest Neighbor Language Models, arXiv 2109.04212) found fewer
-dimensions faster and no worse. Rescoring takes the stored keys, with all dimensions.
+dimensions faster and better. With "+fp16" at their end the index keeps every key as the front makes it, in float16, and
+distances are those between such keys; without, rescoring takes the stored keys, with all dimensions.
 """
 
 import re
@@ -16,8 +17,9 @@ from knnlm.errors import InvalidRequest
 from knnlm.index.contract import Float32
 from knnlm.index.kernels import project
 
-__all__ = ["Front", "Projection", "split"]
+__all__ = ["KEPT", "Front", "Projection", "split"]
 
+KEPT = "+fp16"
 PATTERN = r"(pca|opq)([1-9]\d{0,4})(?:_([1-9]\d{0,4}))?"
 
 
@@ -87,11 +89,18 @@ class Projection:
         return project(queries, self._matrix, self._offset)
 
 
-def split(recipe: str) -> tuple[Front | None, str]:
-    """A recipe without its front."""
+def split(recipe: str) -> tuple[Front | None, str, bool]:
+    """The front of a recipe, the recipe without it, and whether it keeps what the front makes of the keys (+fp16)."""
+    kept = recipe.endswith(KEPT)
+    recipe = recipe.removesuffix(KEPT)
     first, _, rest = recipe.partition(",")
     if not re.match("(pca|opq)", first):
-        return None, recipe
+        if kept:
+            raise InvalidRequest(
+                f"recipe {recipe + KEPT!r} has no front: {KEPT} keeps the keys that pca<d> or opq<M>[_<d>] makes",
+                param="recipe",
+            )
+        return None, recipe, False
     if not rest:
         raise InvalidRequest(f"recipe {recipe!r} is a front without an index", param="recipe")
-    return Front.parse(first), rest
+    return Front.parse(first), rest, kept

@@ -25,13 +25,13 @@ PLACE_BYTES = 12  # per key: where its links begin, and its level
 class Hnsw(FaissFamily):
     flags = faiss.IO_FLAG_MMAP_IFC
 
-    def __init__(self, recipe: str, front: Front | None, links: int, codec: Codec) -> None:
-        super().__init__(recipe, front, codec)
+    def __init__(self, recipe: str, front: Front | None, links: int, codec: Codec, *, reduced: bool = False) -> None:
+        super().__init__(recipe, front, codec, reduced=reduced)
         self._links = links
 
     @classmethod
     def parse(cls, recipe: str) -> Self:
-        front, rest = split(recipe)
+        front, rest, reduced = split(recipe)
         match = re.fullmatch(r"hnsw([1-9]\d{0,2})(?:,(.*))?", rest)
         chosen = codec(match[2] if match and match[2] is not None else "flat")
         if match is None or chosen is None or not 2 <= int(match[1]) <= 256 or not chosen.row.mapped:
@@ -40,7 +40,7 @@ class Hnsw(FaissFamily):
                 f"hnsw32,sq8; codecs: {codec_names()}, without those that end with fs",
                 param="recipe",
             )
-        return cls(recipe, front, int(match[1]), chosen)
+        return cls(recipe, front, int(match[1]), chosen, reduced=reduced)
 
     @property
     def base(self) -> str:

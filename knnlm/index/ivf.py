@@ -27,10 +27,10 @@ PQ_CENTROIDS = 256
 ENTRIES_PER_LIST = 40  # FAISS warns below 39 training points per list
 POINTS_PER_LIST = 64
 
-# With 2 sqrt(n) lists of sqrt(n) / 2 entries, 32 of them hold 16 sqrt(n): finding lists and visiting them cost alike,
+# With 2 sqrt(n) lists of sqrt(n) / 2 entries, 24 of them hold 12 sqrt(n): finding lists and visiting them cost alike,
 # and of a million entries those visited hold most of the nearest thousand
 LISTS = 2  # times sqrt(n)
-VISITED = 16  # times sqrt(n), entries
+VISITED = 12  # times sqrt(n), entries
 LEAST_VISITED = 1 << 13
 EF_QUANTIZER = 64  # candidates among the centroids, where a graph finds the lists
 SPARE_LISTS = 8  # that a matrix product may rank otherwise than true distances do
@@ -40,13 +40,13 @@ ONE_QUERY_AT_A_TIME = 11  # of FAISS's FastScan, with a reservoir of candidates:
 class Ivf(FaissFamily):
     flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
 
-    def __init__(self, recipe: str, front: Front | None, nlist: int, codec: Codec) -> None:
-        super().__init__(recipe, front, codec)
+    def __init__(self, recipe: str, front: Front | None, nlist: int, codec: Codec, *, reduced: bool = False) -> None:
+        super().__init__(recipe, front, codec, reduced=reduced)
         self._nlist = nlist
 
     @classmethod
     def parse(cls, recipe: str) -> Self:
-        front, rest = split(recipe)
+        front, rest, reduced = split(recipe)
         match = re.fullmatch(r"ivf([1-9]\d{0,6})(?:,(.*))?", rest)
         chosen = codec(match[2] if match and match[2] is not None else "flat")
         if match is None or chosen is None or int(match[1]) > MAX_NLIST:
@@ -55,7 +55,7 @@ class Ivf(FaissFamily):
                 f"ivf256,sq8; codecs: {codec_names()}",
                 param="recipe",
             )
-        return cls(recipe, front, int(match[1]), chosen)
+        return cls(recipe, front, int(match[1]), chosen, reduced=reduced)
 
     @property
     def base(self) -> str:

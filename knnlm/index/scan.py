@@ -19,13 +19,13 @@ class Scan(FaissFamily):
 
     @classmethod
     def parse(cls, recipe: str) -> Self:
-        front, rest = split(recipe)
+        front, rest, reduced = split(recipe)
         chosen = codec(rest)
         if chosen is None:
             raise InvalidRequest(
                 f"recipe {recipe!r} is not known: expected a codec, one of {codec_names()}", param="recipe"
             )
-        return cls(recipe, front, chosen)
+        return cls(recipe, front, chosen, reduced=reduced)
 
     @property
     def base(self) -> str:

@@ -38,13 +38,13 @@ class Searcher:
     ) -> None:
         """index: opened for the keys of datastore, by the family of `recipe` (the default one's).
 
-        resident: hold the keys that rescoring reads in this process's memory.
+        resident: hold the keys that rescoring reads in this process's memory; reduced ones the index holds itself.
         """
         self._datastore = datastore
         self._index = index
         self._recipe = recipe or datastore.manifest.index.recipe
         self._resident = resident
-        self._keys = np.array(datastore.keys) if resident else datastore.keys
+        self._keys = np.array(datastore.keys) if resident and index.reduced is None else datastore.keys
 
     @classmethod
     def open(
@@ -79,7 +79,8 @@ class Searcher:
         except InvalidRequest as err:
             raise DatastoreError(f"{path} has an index that this program does not know: {err.message}") from err
         needed = chosen.resident_bytes(datastore.keys, file, resident=resident)
-        require(needed + (datastore.keys.nbytes if resident else 0), path, limit=memory_limit)
+        held = datastore.keys.nbytes if resident and not chosen.reduced else 0
+        require(needed + held, path, limit=memory_limit)
         opened = chosen.open(datastore.keys, file, record.parameters, resident=resident)
         return cls(datastore, opened, recipe=record.recipe, resident=resident)
 
@@ -90,11 +91,12 @@ class Searcher:
     @property
     def memory(self) -> Memory:
         """Where index and keys lie. What is mapped, the system may drop and read again."""
+        rescoring = self._keys if self._index.reduced is None else self._index.reduced
         return Memory(
             index=self._index.memory,
             index_bytes=self._index.memory_bytes,
             keys="resident" if self._resident else "mapped",
-            keys_bytes=int(self._keys.nbytes),
+            keys_bytes=int(rescoring.nbytes),
         )
 
     @property
@@ -184,10 +186,14 @@ class Searcher:
             return nearest_first(np.nan_to_num(found, copy=False, nan=float(FAR)), ids, k)  # NaN: beyond float32
         overfetch = self._index.overfetch if request.overfetch is None else request.overfetch
         wanted = min(math.ceil(k * overfetch) + SPARE, self.manifest.entries)
-        _, ids = self._index.search(queries, SearchParameters(wanted, request.nprobe, request.ef_search))
+        projected = self._index.project(queries)
+        _, ids = self._index.search_projected(projected, SearchParameters(wanted, request.nprobe, request.ef_search))
         self._refuse_unknown(ids)
         searched = time.perf_counter()
-        distances, ids = rescored(self._keys, queries, ids, k)
+        if self._index.reduced is not None and request.rescore is None:
+            distances, ids = rescored(self._index.reduced, projected, ids, k)
+        else:
+            distances, ids = rescored(self._keys, queries, ids, k)
         timings["search"] += searched - begun
         timings["rescore"] += time.perf_counter() - searched
         return distances, ids

@@ -38,7 +38,9 @@ class Knn(Strict):
     ef_search: Annotated[StrictInt, Field(ge=1)] | None = Field(
         None, description="Candidates a search of a graph index keeps."
     )
-    rescore: StrictBool | None = Field(None, description="True distances; by default yes.")
+    rescore: StrictBool | None = Field(
+        None, description="By the stored keys, or not; by default see the datastore service."
+    )
     overfetch: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = Field(
         None, description="Candidates per neighbor before rescoring."
     )

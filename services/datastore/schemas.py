@@ -12,7 +12,10 @@ class SearchBody(Strict):
     k: StrictInt = Field(description="Neighbors per query.")
     version: StrictStr | None = Field(None, description="Answer from this version or not at all.")
     nprobe: StrictInt | None = Field(None, description="Lists to visit, for indexes that have lists.")
-    rescore: StrictBool | None = Field(None, description="True distances from the stored keys; by default yes.")
+    rescore: StrictBool | None = Field(
+        None,
+        description="By distances to the stored keys, or not at all; by default to what the index keeps reduced.",
+    )
     overfetch: Annotated[float, Field(strict=True)] | None = Field(
         None, description="Candidates per neighbor before rescoring, at least 1."
     )

@@ -1,5 +1,6 @@
 """What the programs about the index compare is what they say: the paper's recipe, and a tenth of the entries."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_a_tenth_is_every_tenth_entry_with_its_value(
 
 def test_both_sizes_have_the_default_kind_of_index_with_lists_of_their_own() -> None:
     small, large = scaling.recipe_for(10_000, 256), scaling.recipe_for(100_000, 256)
-    assert small.split(",")[1:] == large.split(",")[1:]
+    assert re.sub(r"ivf\d+", "", small) == re.sub(r"ivf\d+", "", large)
     assert small != large
     assert family(small).refusal(10_000, 256) is None
 

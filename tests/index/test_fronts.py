@@ -19,7 +19,9 @@ from tests.index.helpers import clustered
     ],
 )
 def test_recipe_is_split(recipe: str, front: Front | None, rest: str) -> None:
-    assert split(recipe) == (front, rest)
+    assert split(recipe) == (front, rest, False)
+    if front is not None:
+        assert split(recipe + "+fp16") == (front, rest, True)
 
 
 @pytest.mark.parametrize("recipe", ["pca,sq8", "pca8_4,sq8", "pca0,sq8", "opq_4,sq8", "opq4_,sq8", "pcax,sq8", "pca8"])
