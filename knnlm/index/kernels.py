@@ -58,44 +58,38 @@ _half: Any = intrinsic(_half_of)
 _prefetch: Any = intrinsic(_prefetch_place)
 
 
-@njit(nogil=True, fastmath=RELAXED)
-def _squared_distances_half(keys: Any, queries: Any, ids: Any, out: Any) -> None:
-    rows, columns = ids.shape
-    dim = queries.shape[1]
-    flat = keys.reshape(-1)
-    for row in range(rows):
-        for column in range(columns):
-            if column + AHEAD < columns and ids[row, column + AHEAD] >= 0:
-                begin = ids[row, column + AHEAD] * dim
-                for place in range(begin, begin + dim, LINE // 2):
-                    _prefetch(flat, place)
-            entry = ids[row, column]
-            total = np.float32(0)
-            if entry >= 0:
-                for i in range(dim):
-                    difference = _half(keys[entry, i]) - queries[row, i]
-                    total += difference * difference
-            out[row, column] = total if entry >= 0 and total <= FAR else FAR
+@njit(nogil=True)
+def _single(number: Any) -> Any:
+    return number
 
 
-@njit(nogil=True, fastmath=RELAXED)
-def _squared_distances_single(keys: Any, queries: Any, ids: Any, out: Any) -> None:
-    rows, columns = ids.shape
-    dim = queries.shape[1]
-    flat = keys.reshape(-1)
-    for row in range(rows):
-        for column in range(columns):
-            if column + AHEAD < columns and ids[row, column + AHEAD] >= 0:
-                begin = ids[row, column + AHEAD] * dim
-                for place in range(begin, begin + dim, LINE // 4):
-                    _prefetch(flat, place)
-            entry = ids[row, column]
-            total = np.float32(0)
-            if entry >= 0:
-                for i in range(dim):
-                    difference = keys[entry, i] - queries[row, i]
-                    total += difference * difference
-            out[row, column] = total if entry >= 0 and total <= FAR else FAR
+def _squared_distances(widened: Any, per_line: int) -> Any:
+    """The loop for one dtype of keys. widened: float32 of a stored number; per_line: stored numbers in LINE bytes."""
+
+    @njit(nogil=True, fastmath=RELAXED)
+    def loop(keys: Any, queries: Any, ids: Any, out: Any) -> None:
+        rows, columns = ids.shape
+        dim = queries.shape[1]
+        flat = keys.reshape(-1)
+        for row in range(rows):
+            for column in range(columns):
+                if column + AHEAD < columns and ids[row, column + AHEAD] >= 0:
+                    begin = ids[row, column + AHEAD] * dim
+                    for place in range(begin, begin + dim, per_line):
+                        _prefetch(flat, place)
+                entry = ids[row, column]
+                total = np.float32(0)
+                if entry >= 0:
+                    for i in range(dim):
+                        difference = widened(keys[entry, i]) - queries[row, i]
+                        total += difference * difference
+                out[row, column] = total if entry >= 0 and total <= FAR else FAR
+
+    return loop
+
+
+_of_halves = _squared_distances(_half, LINE // 2)
+_of_singles = _squared_distances(_single, LINE // 4)
 
 
 @njit(nogil=True)
@@ -128,9 +122,9 @@ def squared_distances(keys: Keys, queries: Float32, ids: Int64) -> Float32:
     out = np.empty(ids.shape, np.float32)
     raw = np.asarray(keys)  # numba knows no maps
     if raw.dtype == np.float16:
-        _squared_distances_half(raw.view(np.uint16), queries, ids, out)
+        _of_halves(raw.view(np.uint16), queries, ids, out)
     else:
-        _squared_distances_single(raw, queries, ids, out)
+        _of_singles(raw, queries, ids, out)
     return out
 
 
