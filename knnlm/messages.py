@@ -155,7 +155,8 @@ class Tuning:
 class Memory:
     """Where a loaded version lies. index, keys: "resident" (held by the process), "mapped" (files, which the system
     may drop and read again) or, of an index alone, "device" (in the memory of a GPU) or "none" (it has no part of its
-    own). Bytes: of that part, once all is used.
+    own). keys: those that rescoring reads, the stored ones or an index's reduced ones. Bytes: of that part, once all
+    is used.
     """
 
     index: str
