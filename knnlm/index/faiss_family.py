@@ -22,6 +22,7 @@ FLAT = "flat"
 PLENTY = 1 << 62  # entries
 # FAISS itself samples down to 256 points per centroid and warns below 39
 LEAST_POINTS = 1 << 16
+PAGE = 4096  # bytes that a map brings in at once, at least
 
 
 class FaissFamily(Family):
@@ -178,6 +179,8 @@ class FaissIndex(Index):
             with suppress(FileNotFoundError), self._file.open("rb") as file:  # one replaced since lives on unnamed
                 while file.read(CHUNK):
                     pass
+        if self.reduced is not None:
+            self.reduced.reshape(-1).view(np.uint8)[::PAGE].max(initial=0)  # a byte of each brings all of it
 
 
 def sample_rows(entries: int, size: int, seed: int) -> Int64:

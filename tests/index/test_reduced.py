@@ -95,6 +95,7 @@ def test_mapped_rows_are_not_copied(path: Path) -> None:
     whole = index._whole  # type: ignore[attr-defined]  # what FAISS holds is the point
     both = faiss.downcast_index(whole.index)
     assert not faiss.downcast_index(both.refine_index).codes.is_owned  # type: ignore[attr-defined]
+    index.warm()
 
 
 def test_memory_that_is_needed_is_less_than_the_file(path: Path) -> None:
