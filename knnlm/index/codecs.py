@@ -8,8 +8,8 @@ __all__ = ["CODECS", "Codec", "Row", "codec", "codec_names"]
 
 @dataclass(frozen=True)
 class Row:
-    """factory: FAISS's name of it, {m} being the number in a recipe. overfetch: candidates per neighbor that bring the
-    nearest among them. points: keys it needs. mapped: whether FAISS can leave its codes in the file.
+    """factory: FAISS's name of it, {m} being the number in a recipe. overfetch: candidates per neighbor, unless a
+    search says otherwise. points: keys it needs. mapped: whether FAISS can leave its codes in the file.
     """
 
     factory: str
@@ -18,8 +18,8 @@ class Row:
     mapped: bool = True
 
 
-# overfetch: by the perplexity that comes of it, `knnlm index --report`. The nearest by a coarse code and by the true
-# distance predict as well as the nearest by the true distance alone: more candidates find more of those, for no gain
+# overfetch: for the perplexity that comes of it, not for recall. Of the default index, where reduced keys rescore what
+# pq<M>x4fs finds, more candidates found more of the nearest entries and predicted no better: benchmarks/README.md
 CODECS = {
     "flat": Row("Flat", 1.0),
     "fp16": Row("SQfp16", 1.0),

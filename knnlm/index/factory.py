@@ -14,14 +14,13 @@ from knnlm.errors import InvalidRequest
 from knnlm.index.codecs import Codec, Row
 from knnlm.index.contract import Parameters
 from knnlm.index.faiss_family import LEAST_POINTS, FaissFamily, FaissIndex, said
-from knnlm.index.hnsw import HnswIndex
+from knnlm.index.hnsw import EF_SEARCH, HnswIndex
 from knnlm.index.ivf import POINTS_PER_LIST, IvfIndex, default_nprobe
 
 __all__ = ["Factory"]
 
 PREFIX = "faiss:"
 OVERFETCH = 1.5  # nothing is known of its codes
-EF_SEARCH = 1024
 
 
 class Factory(FaissFamily):

@@ -11,6 +11,7 @@ import faiss
 import numpy as np
 
 from knnlm.datastore.files import CHUNK
+from knnlm.datastore.manifest import FLAT
 from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest
 from knnlm.index.codecs import Codec
 from knnlm.index.contract import Family, Float32, Index, Int64, Keys, Parameters, SearchParameters, chunks, to_float32
@@ -18,7 +19,6 @@ from knnlm.index.fronts import Front, Projection
 
 __all__ = ["LEAST_POINTS", "FaissFamily", "FaissIndex", "said", "sample_rows"]
 
-FLAT = "flat"
 PLENTY = 1 << 62  # entries
 # FAISS itself samples down to 256 points per centroid and warns below 39
 LEAST_POINTS = 1 << 16

@@ -1,4 +1,4 @@
-"""Candidates of an index to the nearest entries by their true distance: squared L2 to the stored keys.
+"""Candidates of an index to the nearest of them by squared L2: to stored keys, reduced ones, or centroids of lists.
 
 Each distance is summed over the dimensions in one fixed order, and equal ones are ordered by id: what a query is
 answered does not depend on the queries that happen to be searched with it.
@@ -19,7 +19,7 @@ HALF = np.uint64(32)
 def rescored(keys: Keys, queries: Float32, candidates: Int64, k: int) -> tuple[Float32, Int64]:
     """The k nearest of every query's candidates, as `nearest_first` gives them.
 
-    keys: (entries, d) float16 or float32. queries: (n, d). candidates: (n, c) distinct entries, -1 = none.
+    keys: (entries, d) float16 or float32. queries: (n, d). candidates: (n, c) distinct rows of keys, -1 = none.
     """
     k = min(k, candidates.shape[1])
     distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
