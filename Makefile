@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := $(wildcard proto/knnlm/v1/*.proto)
 .DEFAULT_GOAL := help
-.PHONY: help venv demo up down test test-all bench check format proto proto-check clean
+.PHONY: help venv demo up down test test-all test-faults test-compose bench check format proto proto-check clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,10 +29,16 @@ down: ## stop the services
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m demo.services down; else echo "nothing is installed, so nothing runs"; fi
 
 test: $(STAMP) ## the tests: offline, on CPU, under five minutes
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(BIN)/python -m pytest -q -m "not slow and not faults and not compose"
 
 test-all: $(STAMP) ## the tests that take longer, too
-	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q
+	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not faults and not compose"
+
+test-faults: $(STAMP) ## overload, kills, full disks, fuzzing, leaks: some ten minutes, figures printed
+	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -s -m faults tests/faults
+
+test-compose: $(STAMP) ## docker-compose.yml on the Docker engine of this machine: replicas killed, added, switched under load
+	@KNNLM_TEST_COMPOSE=1 $(BIN)/python -m pytest -q -s -m compose tests/compose
 
 bench: $(STAMP) ## every benchmark at the small size, one after another; ends with a JSON line per figure
 	@$(BIN)/python -m benchmarks

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from knnlm.neighbors import Neighbors
 
 __all__ = [
-    "DatastoreClient", "DomainInfo", "ForwardRequest", "ForwardResult", "LanguageModelClient", "Memory", "ModelInfo",
-    "Passage", "SearchRequest", "SearchResult", "Tuning",
+    "DatastoreClient", "Document", "DocumentsClient", "DomainChange", "DomainInfo", "ForwardRequest", "ForwardResult",
+    "LanguageModelClient", "Memory", "ModelInfo", "Passage", "SearchRequest", "SearchResult", "Tuning",
 ]  # fmt: skip
 
 
@@ -191,6 +191,29 @@ class DomainInfo:
     memory: Memory | None = None
 
 
+@dataclass(frozen=True)
+class Document:
+    """One text with the name it is known by. `id` need not be unique; `text` is never empty."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class DomainChange:
+    """What adding or removing documents made of a domain: a version of its own. parent: the one that answered before.
+    advice: a sentence, when compacting is worth while."""
+
+    domain: str
+    version: str
+    parent: str
+    added_documents: int = 0
+    added_entries: int = 0
+    removed_documents: int = 0
+    removed_entries: int = 0
+    advice: str | None = None
+
+
 class LanguageModelClient(Protocol):
     """A language model somewhere: in this process, or behind gRPC or HTTP."""
 
@@ -208,3 +231,12 @@ class DatastoreClient(Protocol):
     async def list_domains(self) -> Sequence[DomainInfo]: ...
     async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo: ...
     async def activate(self, domain: str, version: str) -> DomainInfo: ...
+
+
+class DocumentsClient(Protocol):
+    """A set of domains somewhere that documents can be added to and removed from, while they answer."""
+
+    async def add_documents(
+        self, domain: str, documents: Sequence[Document], *, replace: bool = False
+    ) -> DomainChange: ...
+    async def remove_documents(self, domain: str, ids: Sequence[str]) -> DomainChange: ...

@@ -1,20 +1,24 @@
 """One kNN-LM call from token ids to mixed distributions: forward, search, mix.
 
 The flow is written once over the Protocols of messages.py. The aggregator runs it over gRPC clients, knnlm.pipeline
-over objects in the same process, so that server and library cannot drift apart. All maths is in decoding.py.
+over objects in the same process, so that server and library cannot drift apart. All maths is in decoding.py, the work
+on a long text in scoring.py.
+
+A call asks once which version of each domain answers, and every search of it pins that version: one answer never mixes
+two. Replicas may let go of it meanwhile; then the call begins again with the version that answers now, once.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.decoding import Mixed, Retrieved, Window, mix_distributions, mix_targets, plan_windows
-from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
+from knnlm.decoding import Mixed, mix_distributions, plan_windows
+from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable, UnknownVersion
 from knnlm.messages import (
     DatastoreClient,
     ForwardRequest,
@@ -25,12 +29,11 @@ from knnlm.messages import (
     SearchResult,
 )
 from knnlm.options import KnnOptions, UsedDomain, used_domain
+from knnlm.scoring import BATCHES_UNDER_WAY, Score, Scoring, given, retrieved, timed
 
-__all__ = ["Mixer", "NextTokens", "Score"]
+__all__ = ["BATCHES_UNDER_WAY", "Mixer", "NextTokens", "Score"]
 
 T = TypeVar("T")
-
-BATCHES_UNDER_WAY = 4  # of one text that is scored
 
 
 @dataclass(frozen=True)
@@ -47,53 +50,11 @@ class NextTokens:
     timings: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Score:
-    """tokens: (t,) int32. The rest is (t - 1,), about tokens[1:]; natural logarithms.
-
-    knn_log_probs: None without retrieval. weight: what retrieval weighed at each token.
-    """
-
-    tokens: npt.NDArray[np.int32]
-    log_probs: npt.NDArray[np.float64]
-    lm_log_probs: npt.NDArray[np.floating]
-    knn_log_probs: npt.NDArray[np.float64] | None
-    weight: npt.NDArray[np.float64]
-    domains: Sequence[UsedDomain] = ()
-    degraded: str | None = None
-    timings: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def total(self) -> float:
-        return float(self.log_probs.sum())
-
-    @property
-    def perplexity(self) -> float:
-        """Per token of this tokenizer: exp of the mean negative log-probability. inf where a token has none."""
-        with np.errstate(over="ignore"):
-            return float(np.exp(-self.log_probs.mean()))
-
-
-@dataclass
-class _Scoring:
-    """What the batches of one text share. used: empty when the LM alone is to answer.
-
-    model, search: one batch at work there, and one behind it so that it need not wait for the way there and back.
-    room: batches under way, whose keys and neighbors are held.
-    """
-
-    tokens: npt.NDArray[np.int32]
-    used: Sequence[UsedDomain]
-    knn: KnnOptions | None
-    degraded: str | None
-    timings: dict[str, float] = field(default_factory=dict)
-    model: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
-    search: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
-    room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(BATCHES_UNDER_WAY))
-
-
 class Mixer:
-    """`info` is the model behind `lm`: domains made by another model, tokenizer or key function are refused."""
+    """`info` is the model behind `lm`: domains made by another model, tokenizer or key function are refused.
+
+    down: why retrieval is known not to answer now, None when it may. Who asked for `lm_only` then gets it at once.
+    """
 
     def __init__(
         self,
@@ -102,11 +63,13 @@ class Mixer:
         info: ModelInfo,
         *,
         batch_tokens: int = 4096,
+        down: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.info = info
         self._lm = lm
         self._datastore = datastore
         self._batch_tokens = batch_tokens
+        self._down = down
 
     async def next_token(
         self,
@@ -129,33 +92,44 @@ class Mixer:
                     f"the context has {len(context)} tokens, the model takes {self.info.context_length}", param="text"
                 )
         timings: dict[str, float] = {}
+        degraded = self._known_down(knn)
         request = ForwardRequest(
             tokens=contexts,
             positions=[np.array([len(c) - 1], np.int32) for c in contexts],
             full=True,
-            keys=knn is not None,
+            keys=knn is not None and degraded is None,
         )
-        if knn is None:
+        if knn is None or degraded is not None:
             forward = await self._forward(request, timings)
-            return NextTokens(mix_distributions(_given(forward.log_probs), []), timings=timings)
+            mixed = mix_distributions(given(forward.log_probs), [])
+            return NextTokens(mixed, degraded=degraded, timings=timings)
         outcome, used = await asyncio.gather(
             self._forward(request, timings), self._resolve(knn), return_exceptions=True
         )
         forward = _raised(outcome)
-        log_probs = _given(forward.log_probs)
+        log_probs = given(forward.log_probs)
+
+        async def search(domains: Sequence[UsedDomain]) -> list[SearchResult]:
+            keys = given(forward.keys)
+            return await timed(
+                self._search(domains, knn, keys, passages=passages, passage_tokens=passage_tokens), "search", timings
+            )
+
         try:
             domains = _raised(used)
-            found = await _timed(
-                self._search(domains, knn, _given(forward.keys), passages=passages, passage_tokens=passage_tokens),
-                "search",
-                timings,
-            )
+            try:
+                found = await search(domains)
+            except UnknownVersion:
+                if _all_pinned(knn):
+                    raise
+                domains = await self._resolve(knn)
+                found = await search(domains)
         except (Unavailable, DeadlineExceeded) as err:
             if knn.on_datastore_error != "lm_only":
                 raise
             return NextTokens(mix_distributions(log_probs, []), degraded=err.message, timings=timings)
         begin = time.perf_counter()
-        mixed = mix_distributions(log_probs, _retrieved(found, domains, knn.rule), combine=knn.combine)
+        mixed = mix_distributions(log_probs, retrieved(found, domains, knn.rule), combine=knn.combine)
         timings["mix"] = time.perf_counter() - begin
         return NextTokens(mixed, domains, found, timings=timings)
 
@@ -177,73 +151,22 @@ class Mixer:
         context = self.info.context_length
         windows = plan_windows(len(tokens), context, context // 2 if min_context is None else min_context)
         used, degraded = await self._resolve_or_degrade(knn)
-        scoring = _Scoring(tokens, used, knn, degraded=degraded)
-        tasks = [asyncio.ensure_future(self._score(scoring, batch)) for batch in self._batches(windows)]
         try:
-            parts = await asyncio.gather(*tasks)
-        finally:  # after an error no work is left behind
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        if scoring.degraded is not None:
-            used, parts = [], [_lm_part(part) for part in parts]
-        knn_parts = [p.knn_log_probs for p in parts if p.knn_log_probs is not None]
-        return Score(
-            tokens=tokens,
-            log_probs=np.concatenate([p.log_probs for p in parts]),
-            lm_log_probs=np.concatenate([p.lm_log_probs for p in parts]),
-            knn_log_probs=np.concatenate(knn_parts) if used else None,
-            weight=np.concatenate([p.weight for p in parts]),
-            domains=used,
-            degraded=scoring.degraded,
-            timings=scoring.timings,
-        )
+            return await self._scoring(tokens, used, knn, degraded).run(windows, self._batch_tokens)
+        except UnknownVersion:
+            if knn is None or _all_pinned(knn):
+                raise
+            used, degraded = await self._resolve_or_degrade(knn)
+            return await self._scoring(tokens, used, knn, degraded).run(windows, self._batch_tokens)
 
-    async def _score(self, scoring: "_Scoring", windows: Sequence[Window]) -> Mixed:
-        """One batch of windows; several are on their way at a time, each in another stage."""
-        targets = _targets(scoring.tokens, windows)
-        knn, used, timings = scoring.knn, scoring.used, scoring.timings
-        retrieved: list[Retrieved] = []
-        async with scoring.room:
-            async with scoring.model:
-                request = ForwardRequest(
-                    tokens=[scoring.tokens[w.start : w.end] for w in windows],
-                    positions=[w.positions for w in windows],
-                    targets=targets,
-                    keys=bool(used),
-                )
-                forward = await self._forward(request, timings)
-            async with scoring.search:
-                if knn is not None and used and scoring.degraded is None:
-                    try:
-                        found = await _timed(self._search(used, knn, _given(forward.keys)), "search", timings)
-                        retrieved = _retrieved(found, used, knn.rule)
-                    except (Unavailable, DeadlineExceeded) as err:
-                        if knn.on_datastore_error != "lm_only":
-                            raise
-                        scoring.degraded = err.message
-            begin = time.perf_counter()
-            combine = knn.combine if knn else "mixture"
-            lm_log_probs = _given(forward.target_log_probs)
-            mixed = await asyncio.to_thread(mix_targets, lm_log_probs, targets, retrieved, combine=combine)
-            timings["mix"] = timings.get("mix", 0.0) + time.perf_counter() - begin
-            return mixed
-
-    def _batches(self, windows: Sequence[Window]) -> list[list[Window]]:
-        """Consecutive windows of at most `batch_tokens` tokens together, never fewer than one."""
-        batches: list[list[Window]] = [[]]
-        size = 0
-        for window in windows:
-            size += window.end - window.start
-            if batches[-1] and size > self._batch_tokens:
-                batches.append([])
-                size = window.end - window.start
-            batches[-1].append(window)
-        return batches
+    def _scoring(
+        self, tokens: npt.NDArray[np.int32], used: Sequence[UsedDomain], knn: KnnOptions | None, degraded: str | None
+    ) -> Scoring:
+        return Scoring(tokens, used, knn, degraded, forward=self._forward, search=self._search)
 
     async def _forward(self, request: ForwardRequest, timings: dict[str, float]) -> ForwardResult:
         """Raises Unavailable when another model than `info` answers: its keys would find nonsense without a word."""
-        result = await _timed(self._lm.forward(request), "lm", timings)
+        result = await timed(self._lm.forward(request), "lm", timings)
         if result.fingerprint != self.info.fingerprint:
             raise Unavailable(
                 f"the lm service answers with another model (fingerprint {result.fingerprint}) than "
@@ -258,9 +181,14 @@ class Mixer:
         infos = await asyncio.gather(*(self._datastore.get_domain(d.domain, d.version) for d in knn.domains))
         return [used_domain(options, knn.k, info, self.info) for options, info in zip(knn.domains, infos, strict=True)]
 
+    def _known_down(self, knn: KnnOptions | None) -> str | None:
+        """Why the LM alone is to answer without retrieval being asked at all."""
+        return self._down() if knn is not None and knn.on_datastore_error == "lm_only" else None
+
     async def _resolve_or_degrade(self, knn: KnnOptions | None) -> tuple[list[UsedDomain], str | None]:
-        if knn is None:
-            return [], None
+        degraded = self._known_down(knn)
+        if knn is None or degraded is not None:
+            return [], degraded
         try:
             return await self._resolve(knn), None
         except (Unavailable, DeadlineExceeded) as err:
@@ -296,39 +224,12 @@ class Mixer:
         )
 
 
-def _targets(tokens: npt.NDArray[np.int32], windows: Sequence[Window]) -> npt.NDArray[np.int32]:
-    return np.concatenate([tokens[w.first : w.end] for w in windows])
-
-
-def _retrieved(found: Sequence[SearchResult], used: Sequence[UsedDomain], rule: str) -> list[Retrieved]:
-    return [
-        Retrieved(u.domain, result.neighbors, u.temperature, u.lmbda, rule)
-        for result, u in zip(found, used, strict=True)
-    ]
-
-
-def _lm_part(part: Mixed) -> Mixed:
-    """What was mixed before retrieval failed, as the LM alone: one answer never mixes two ways of making it."""
-    return mix_targets(part.lm_log_probs, np.zeros(len(part.lm_log_probs), np.int32), [])
-
-
-def _given(value: T | None) -> T:
-    """A field that the request asked for. A service that leaves it out broke the protocol."""
-    if value is None:
-        raise Unavailable("the language model service did not answer what it was asked for")
-    return value
+def _all_pinned(knn: KnnOptions) -> bool:
+    """Whether the caller chose every version, so that none can have been switched under the call."""
+    return all(domain.version is not None for domain in knn.domains)
 
 
 def _raised(value: T | BaseException) -> T:
     if isinstance(value, BaseException):
         raise value
     return value
-
-
-async def _timed(call: Awaitable[T], stage: str, timings: dict[str, float]) -> T:
-    """Await, and add the seconds it took to timings[stage]."""
-    begin = time.perf_counter()
-    try:
-        return await call
-    finally:
-        timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - begin

@@ -1,13 +1,12 @@
 """`knnlm build`: a datastore from documents, its index, and making it the version that answers."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from knnlm.cli.common import (
     DEFAULT_STORE,
+    ActivateOption,
     DeviceOption,
     DomainArgument,
     DtypeOption,
@@ -18,14 +17,11 @@ from knnlm.cli.common import (
     StoreOption,
     parse_part,
     print_json,
-    progress,
     remark,
+    showing,
 )
 from knnlm.cli.index import AUTO, make_index, print_index
 from knnlm.errors import KnnlmError
-
-if TYPE_CHECKING:
-    from knnlm.datastore.progress import Progress
 
 NO_INDEX = "none"
 
@@ -52,7 +48,7 @@ def build(
     ] = "ffn_input",
     batch_tokens: Annotated[int, typer.Option(help="Tokens in the model at once.")] = 8192,
     index: Annotated[str, typer.Option(help="auto, a recipe of `knnlm index`, or none for exact search.")] = "auto",
-    activate: Annotated[bool, typer.Option(help="Make it the current version of the domain.")] = True,
+    activate: ActivateOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -74,7 +70,7 @@ def build(
     documents = select(read_documents(sources), parse_part(part))
     lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=key_function)
     try:
-        with _showing() as on_progress:
+        with showing() as on_progress:
             path = run(
                 documents,
                 lm,
@@ -120,16 +116,3 @@ def build(
         )
     else:
         print(f"not activated: `knnlm domains activate {domain} {path.name}`")
-
-
-@contextmanager
-def _showing() -> Iterator[Callable[["Progress"], None]]:
-    """A bar for all phases of a build."""
-    with progress("entries", None, description="reading documents") as update:
-
-        def on_progress(p: "Progress") -> None:
-            names = {"tokenize": "reading documents", "encode": "making keys", "publish": "checksums"}
-            rate = f", {p.tokens_per_second:,.0f} tokens/s" if p.tokens else ""
-            update(p.entries_done, f"{names[p.phase]}{rate}", p.entries_total or None)
-
-        yield on_progress

@@ -19,6 +19,8 @@ from knnlm.errors import InvalidRequest, UnknownVersion
 
 if TYPE_CHECKING:
     from knnlm.datastore.catalog import Catalog
+    from knnlm.datastore.change import Change
+    from knnlm.datastore.progress import Progress, Report
     from knnlm.evaluation.splits import Part
     from knnlm.options import KnnOptions
 
@@ -64,6 +66,7 @@ ExcludeOption = Annotated[
 IndexOption = Annotated[
     str | None, typer.Option("--index", help="Search with this index of the version; by default its default one.")
 ]
+ActivateOption = Annotated[bool, typer.Option(help="Make it the current version of the domain.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 DEFAULT_STORE = Path("store")
@@ -135,6 +138,52 @@ def progress(unit: str, total: int | None, *, description: str) -> Iterator[Bar]
                 remark(f"{state.description}: {completed:,}{share} {unit}  {rate}")
 
         yield update
+
+
+PHASES = {
+    "tokenize": "reading documents", "encode": "making keys", "copy": "copying", "index": "index",
+    "publish": "checksums",
+}  # fmt: skip
+
+
+@contextmanager
+def showing() -> Iterator["Report"]:
+    """A bar for all phases of a build or a change."""
+    with progress("entries", None, description=PHASES["tokenize"]) as update:
+
+        def on_progress(p: "Progress") -> None:
+            rate = f", {p.tokens_per_second:,.0f} tokens/s" if p.tokens else ""
+            update(p.entries_done, f"{PHASES[p.phase]}{rate}", p.entries_total or None)
+
+        yield on_progress
+
+
+def print_change(change: "Change", *, active: bool, as_json: bool) -> None:
+    """What adding, removing or compacting made of a domain."""
+    from dataclasses import asdict
+
+    from knnlm.datastore.manifest import Manifest
+
+    manifest = Manifest.load(change.path)
+    if as_json:
+        counts = {"entries": manifest.live_entries, "documents": manifest.live_documents}
+        print_json(
+            asdict(change) | {"path": str(change.path), "active": active, "index": manifest.index.recipe} | counts
+        )
+        return
+    print(f"{change.path}: {manifest.live_entries:,} entries of {manifest.live_documents:,} documents")
+    for word, documents, entries in (
+        ("added", change.added_documents, change.added_entries),
+        ("removed", change.removed_documents, change.removed_entries),
+    ):
+        if documents:
+            print(f"  {word} since {change.parent}: {entries:,} entries of {documents:,} documents")
+    if change.advice is not None:
+        remark(change.advice)
+    if active:
+        print(f"{change.version} is now the current version of {change.domain} (was {change.parent})")
+    else:
+        print(f"not activated: `knnlm domains activate {change.domain} {change.version}`")
 
 
 def read_text(text: str) -> str:

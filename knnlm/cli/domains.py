@@ -1,11 +1,22 @@
 """`knnlm domains`: what is in the store, which version answers, and removing the others."""
 
-from dataclasses import dataclass
-from typing import Annotated
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from knnlm.cli.common import DEFAULT_STORE, DomainArgument, JsonOption, StoreOption, print_json, print_table
+from knnlm.cli.common import DEFAULT_STORE, DomainArgument, JsonOption, StoreOption, print_json, print_table, progress
+from knnlm.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from knnlm.clients.rollout import DomainReplica
+    from knnlm.clients.rpc import GrpcDatastore
+
+API_KEY = "KNNLM_API_KEY"
 
 domains = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="List, activate and remove versions of domains."
@@ -30,8 +41,6 @@ class Row:
 @domains.command("list")
 def list_domains(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """List every version of every domain."""
-    from dataclasses import asdict
-
     from knnlm.datastore.catalog import Catalog
     from knnlm.datastore.manifest import Manifest
 
@@ -64,9 +73,62 @@ def list_domains(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False
 
 @domains.command()
 def activate(
-    domain: DomainArgument, version: OneVersion, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False
+    context: typer.Context,
+    domain: DomainArgument,
+    version: OneVersion,
+    store: StoreOption = DEFAULT_STORE,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Tell a running datastore service: host:port, dns:///host:port, or a comma list (gRPC)."),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="With --target: until every replica that serves the domain does so.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(help="With --target: seconds it may take.")] = 300.0,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with an admin key of the datastore service; else KNNLM_API_KEY, if set.")
+    ] = None,
+    tls_ca_file: Annotated[
+        Path | None, typer.Option(help="PEM of who may vouch for the service, which is then asked over TLS.")
+    ] = None,
+    tls_cert_file: Annotated[
+        Path | None, typer.Option(help="PEM certificate to present to the service, with --tls-key-file.")
+    ] = None,
+    tls_key_file: Annotated[Path | None, typer.Option(help="PEM key of --tls-cert-file.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Make a version the current one. Running services switch to it; rolling back is the same command."""
+    if target is None:
+        for name in ("wait", "timeout", "api_key_file", "tls_ca_file", "tls_cert_file", "tls_key_file"):
+            if _is_given(context, name):
+                raise InvalidRequest(f"--{name.replace('_', '-')} means nothing without --target", param=name)
+        _in_store(domain, version, store, as_json=as_json)
+        return
+    if _is_given(context, "store"):
+        raise InvalidRequest("expected either --store or --target, got both", param="target")
+    if not 0 < timeout < float("inf"):
+        raise InvalidRequest(f"--timeout must be a number of seconds > 0, got {timeout}", param="timeout")
+    from knnlm.clients.rpc import GrpcDatastore
+    from knnlm.clients.secrets import SecretFile
+    from knnlm.clients.tls import Tls
+
+    files = (tls_ca_file, tls_cert_file, tls_key_file)
+    client = GrpcDatastore(
+        target,
+        api_key=os.environ.get(API_KEY) if api_key_file is None else SecretFile(api_key_file),
+        timeout=timeout,
+        tls=None if files == (None, None, None) else Tls(*files),
+    )
+    replicas = asyncio.run(_through_service(client, domain, version, wait=wait))
+    if as_json:
+        print_json({"domain": domain, "version": version, "replicas": [asdict(r) for r in replicas]})
+        return
+    there = sum(r.version == version for r in replicas)
+    print(f"{domain} is now {version} on {there} of {len(replicas)} replicas")
+
+
+def _in_store(domain: str, version: str, store: Path, *, as_json: bool) -> None:
+    """Name it in the store, which services watch."""
     from knnlm.datastore.catalog import Catalog
 
     catalog = Catalog(store)
@@ -76,6 +138,32 @@ def activate(
         print_json({"domain": domain, "version": version, "previous": before})
     else:
         print(f"{domain} is now {version}" + (f" (was {before})" if before else ""))
+
+
+async def _through_service(
+    client: "GrpcDatastore", domain: str, version: str, *, wait: bool
+) -> "Sequence[DomainReplica]":
+    """The replicas that have the domain, or do not answer, once it is done."""
+    from knnlm.clients.rollout import ABSENT
+
+    def having(replicas: "Sequence[DomainReplica]") -> "list[DomainReplica]":
+        return [replica for replica in replicas if replica.state != ABSENT]
+
+    with progress("replicas", None, description=f"{domain} {version}") as bar:
+
+        def show(replicas: "Sequence[DomainReplica]") -> None:
+            counted = having(replicas)
+            bar(sum(r.version == version for r in counted), total=len(counted))
+
+        async with client:
+            await client.activate(domain, version, wait=wait, progress=show)
+            return having(await client.replicas(domain))
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """On the command line: what the environment says is meant for other commands as well."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @domains.command()

@@ -67,7 +67,10 @@ def index(
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Build the index of a datastore anew from its keys, or compare indexes. Another recipe needs tuning again."""
+    """Build the index of a datastore anew from its keys, or compare indexes. Another recipe needs tuning again.
+
+    Documents that were added since it was built stay beside the index, until `knnlm compact`.
+    """
     from knnlm.datastore.catalog import Catalog
     from knnlm.datastore.manifest import Manifest
 
@@ -120,7 +123,8 @@ def _change(
     path: Path, recipe: str | None, *, beside: bool, use: str | None, remove: str | None, seed: int
 ) -> tuple["Manifest", str, list[str]]:
     """What was asked for. Returns (the version after it, the index it was about, why or what)."""
-    from knnlm.datastore.manifest import Manifest, with_default_index
+    from knnlm.datastore.manifest import Manifest
+    from knnlm.datastore.revise import with_default_index
     from knnlm.index.build import remove_index
 
     given = {

@@ -41,7 +41,7 @@ def report(
     if queries < 1:
         raise InvalidRequest(f"queries must be >= 1, got {queries}", param="queries")
     manifest = Manifest.load(path)
-    size = (manifest.entries, manifest.key_dim)
+    size = (manifest.base_entries, manifest.key_dim)
     chosen = default_candidates(*size) if recipes is None else candidates(recipes.split(), *size)
     documents = list(select(read_documents(sources), parse_part(part)))
     lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=manifest.key_function)

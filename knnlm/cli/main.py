@@ -11,9 +11,12 @@ from typing import Annotated
 import typer
 
 from knnlm import __version__
+from knnlm.cli.add import add
 from knnlm.cli.build import build
+from knnlm.cli.compact import compact
 from knnlm.cli.domains import domains
 from knnlm.cli.evaluate import evaluate
+from knnlm.cli.forget import forget
 from knnlm.cli.index import index
 from knnlm.cli.next_token import next_token
 from knnlm.cli.score import score
@@ -28,7 +31,8 @@ __all__ = ["app", "main", "run"]
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 EXTRAS = {
     "torch": "lm", "transformers": "lm", "safetensors": "lm", "faiss": "index",
-    "llvmlite": "index", "numba": "index", "pyarrow": "parquet", "rich": "cli",
+    "llvmlite": "index", "numba": "index", "pyarrow": "parquet", "rich": "cli", "grpc": "clients",
+    "google": "clients",
 }  # fmt: skip
 
 app = typer.Typer(
@@ -40,6 +44,9 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(build)
+app.command()(add)
+app.command()(forget)
+app.command()(compact)
 app.command()(index)
 app.command()(show)
 app.command()(verify)

@@ -45,12 +45,15 @@ def show(
         tokenizer = Tokenizer((path / TOKENIZER).read_text(encoding="utf-8"), bos_token_id=None, eos_token_id=None)
         entries = [_entry(datastore, tokenizer, number, around) for number in entry or ()]
         memory = {index.recipe: _memory(index, datastore) for index in datastore.manifest.indexes}
+        added = _added(datastore)
     finally:
         datastore.close()
     if as_json:
-        print_json({**datastore.manifest.model_dump(mode="json"), "memory": memory, "shown": entries})
+        print_json(
+            {**datastore.manifest.model_dump(mode="json"), "memory": memory, "added_memory": added, "shown": entries}
+        )
         return
-    print_table(["domain", domain], _summary(datastore.manifest, memory), left=(0, 1))
+    print_table(["domain", domain], _summary(datastore.manifest, memory, added), left=(0, 1))
     for e in entries:
         print(f"\nentry {e['entry']}: token {e['position']} of {e['document']}")
         print(f"{e['before']!r} → {e['after']!r}")
@@ -81,8 +84,33 @@ def _memory(index: "IndexRecord", datastore: "Datastore") -> int | None:
     return known.resident_bytes(datastore.keys, file, resident=False)
 
 
-def _summary(m: "Manifest", memory: Mapping[str, int | None]) -> list[tuple[str, str]]:
-    """(what, value) of everything that a person decides by."""
+def _added(datastore: "Datastore") -> int:
+    """Bytes that a process holds of what was added to the version, beside its default index."""
+    from knnlm.datastore.manifest import FLAT
+    from knnlm.index.added import added_bytes
+    from knnlm.index.table import family
+
+    try:
+        known = family(datastore.manifest.index.recipe)
+    except InvalidRequest:  # of a program after this one: as beside exact search
+        known = family(FLAT)
+    return added_bytes(datastore, known, resident=False)
+
+
+def _growth(m: "Manifest", added: int) -> list[tuple[str, str]]:
+    """Nothing of a version that has not grown."""
+    rows = []
+    if m.segments:
+        entries, documents = m.entries - m.base_entries, m.documents - m.base_documents
+        times = f"{len(m.segments)} time" + ("s" if len(m.segments) > 1 else "")
+        rows.append(("added", f"{entries:,} of {documents:,} documents, {times}; {added:,} bytes in memory"))
+    if m.removed is not None:
+        rows.append(("removed", f"{m.removed.entries:,} of {m.removed.documents:,} documents"))
+    return rows if m.parent is None else [*rows, ("grown from", m.parent)]
+
+
+def _summary(m: "Manifest", memory: Mapping[str, int | None], added: int) -> list[tuple[str, str]]:
+    """(what, value) of everything that a person decides by. added: bytes in memory of what was added."""
     tuned = "no: run `knnlm tune`"
     if m.tuning is not None:
         tuned = (
@@ -92,7 +120,8 @@ def _summary(m: "Manifest", memory: Mapping[str, int | None]) -> list[tuple[str,
     return [
         ("version", m.version),
         ("created", m.created.isoformat(timespec="seconds")),
-        ("entries", f"{m.entries:,} of {m.documents:,} documents"),
+        ("entries", f"{m.live_entries:,} of {m.live_documents:,} documents"),
+        *_growth(m, added),
         ("keys", f"{m.key_function}, {m.key_dim} x {m.key_dtype}"),
         ("windows", f"{m.windows.context_length} tokens, at least {m.windows.min_context} of context"),
         ("model", f"{m.model.model_id} ({m.model.architecture}), weights {m.model.weights_sha256[:12]}"),

@@ -53,7 +53,8 @@ def tune(
     Documents that are in the datastore are left out.
     """
     from knnlm.datastore.catalog import Catalog
-    from knnlm.datastore.manifest import Manifest, with_tuning
+    from knnlm.datastore.manifest import Manifest
+    from knnlm.datastore.revise import with_tuning
     from knnlm.datastore.text import read_documents
     from knnlm.evaluation.collect import collect
     from knnlm.evaluation.plots import write_tuning_page

@@ -5,28 +5,41 @@ What holds arrays, Forward and Search, is sent and answered as its encoding says
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import httpx
 from google.protobuf.message import DecodeError, Message
 
-from knnlm.clients.context import outgoing_id, time_limit
+from knnlm.clients.context import outgoing_id, outgoing_metadata, time_limit
 from knnlm.clients.errors import rebuild
+from knnlm.clients.tls import Tls
 from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, Unavailable
-from knnlm.messages import DomainInfo, ForwardRequest, ForwardResult, ModelInfo, SearchRequest, SearchResult
+from knnlm.messages import (
+    Document,
+    DomainChange,
+    DomainInfo,
+    ForwardRequest,
+    ForwardResult,
+    ModelInfo,
+    SearchRequest,
+    SearchResult,
+)
 from knnlm.v1 import datastore_pb2, lm_pb2
-from knnlm.wire import jsonable, protos
+from knnlm.wire import growth, jsonable, protos
 
 __all__ = ["HttpDatastore", "HttpLanguageModel"]
 
 PROTOBUF = "protobuf"
 
 Reply = TypeVar("Reply")
+ApiKey: TypeAlias = str | Callable[[], str | None] | None
 
 
 class HttpLanguageModel:
-    """An lm service. base_url: http://host:port. timeout: seconds per call; a request's deadline is kept too.
+    """An lm service. base_url: http://host:port or https://. timeout: seconds per call; a request's deadline is kept
+    too. api_key: itself, or what tells it for each call (a knnlm.clients.secrets.SecretFile). tls: for https; None: the
+    certificates that the system trusts, and none of one's own.
 
     encoding: "protobuf", or JSON with arrays as "base64" or "list". transport: for tests, an httpx.ASGITransport. Every
     method raises the KnnlmError the service raised, Unavailable when there is no service, DeadlineExceeded.
@@ -36,12 +49,13 @@ class HttpLanguageModel:
         self,
         base_url: str,
         *,
-        api_key: str | None = None,
+        api_key: ApiKey = None,
         timeout: float = 60.0,
         encoding: str = PROTOBUF,
         transport: httpx.AsyncBaseTransport | None = None,
+        tls: Tls | None = None,
     ) -> None:
-        self._link = _Link(base_url, api_key, timeout, transport)
+        self._link = _Link(base_url, api_key, timeout, transport, tls)
         self._encoding = encoding
 
     async def forward(self, request: ForwardRequest) -> ForwardResult:
@@ -69,18 +83,19 @@ class HttpLanguageModel:
 
 
 class HttpDatastore:
-    """A datastore service; see HttpLanguageModel. `activate` needs an admin key."""
+    """A datastore service; see HttpLanguageModel. `activate` and changing documents need an admin key."""
 
     def __init__(
         self,
         base_url: str,
         *,
-        api_key: str | None = None,
+        api_key: ApiKey = None,
         timeout: float = 60.0,
         encoding: str = PROTOBUF,
         transport: httpx.AsyncBaseTransport | None = None,
+        tls: Tls | None = None,
     ) -> None:
-        self._link = _Link(base_url, api_key, timeout, transport)
+        self._link = _Link(base_url, api_key, timeout, transport, tls)
         self._encoding = encoding
 
     async def search(self, request: SearchRequest) -> SearchResult:
@@ -103,6 +118,15 @@ class HttpDatastore:
         path = f"/v1/domains/{quote(domain, safe='')}:activate"
         return jsonable.domain_from_json(await self._link.json("POST", path, {"version": version}))
 
+    async def add_documents(self, domain: str, documents: Sequence[Document], *, replace: bool = False) -> DomainChange:
+        path = f"/v1/domains/{quote(domain, safe='')}/documents"
+        body = growth.documents_to_json(documents, replace=replace)
+        return growth.change_from_json(await self._link.json("POST", path, body))
+
+    async def remove_documents(self, domain: str, ids: Sequence[str]) -> DomainChange:
+        path = f"/v1/domains/{quote(domain, safe='')}/documents:remove"
+        return growth.change_from_json(await self._link.json("POST", path, {"ids": list(ids)}))
+
     async def aclose(self) -> None:
         await self._link.aclose()
 
@@ -117,14 +141,20 @@ class _Link:
     """One pool of connections to one service, and what every call over it has in common."""
 
     def __init__(
-        self, base_url: str, api_key: str | None, timeout: float, transport: httpx.AsyncBaseTransport | None
+        self,
+        base_url: str,
+        api_key: ApiKey,
+        timeout: float,
+        transport: httpx.AsyncBaseTransport | None,
+        tls: Tls | None,
     ) -> None:
         self._base_url = base_url
         self._timeout = timeout
+        self._api_key = api_key
         self._http = httpx.AsyncClient(
             base_url=base_url,
-            headers={} if api_key is None else {"authorization": f"Bearer {api_key}"},
             transport=transport,
+            verify=True if tls is None else tls.ssl_context(),
             # shorter than the services keep idle connections, so that none is used that has just been closed
             limits=httpx.Limits(keepalive_expiry=60.0),
         )
@@ -152,7 +182,10 @@ class _Link:
         self, method: str, path: str, content: bytes | None = None, content_type: str = "application/json"
     ) -> httpx.Response:
         limit = time_limit(self._timeout)
-        headers = {"x-request-timeout": f"{limit:.3f}"}
+        headers = {**dict(outgoing_metadata()), "x-request-timeout": f"{limit:.3f}"}
+        api_key = self._api_key() if callable(self._api_key) else self._api_key
+        if api_key is not None:
+            headers["authorization"] = f"Bearer {api_key}"
         request_id = outgoing_id()
         if request_id is not None:
             headers["x-request-id"] = request_id

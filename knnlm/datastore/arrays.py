@@ -8,6 +8,7 @@ import hashlib
 import io
 import math
 import os
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +23,11 @@ __all__ = ["ArrayStream", "ArrayWriter", "open_array"]
 
 Array = npt.NDArray[Any]  # Any: float16, float32 or int32
 Shape = tuple[int, ...]
+
+MAGIC = b"\x93NUMPY\x01\x00"
+HEADER = re.compile(
+    rb"\{'descr': '([<>][fi][248])', 'fortran_order': (False|True), 'shape': \(((?:\d{1,18}, )*\d{1,18},?)\), \} *\n"
+)
 
 
 class ArrayStream:
@@ -39,7 +45,8 @@ class ArrayStream:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
+        with disk_errors(self._path):  # what could not be written is tried once more
+            self._file.close()
 
     def append(self, part: Array) -> None:
         with disk_errors(self._path):
@@ -106,15 +113,41 @@ class ArrayWriter:
 
 
 def open_array(path: Path, shape: Shape, dtype: npt.DTypeLike) -> Array:
-    """A read-only map. Raises DatastoreCorrupt, with both, when the file is not an array of this shape and dtype."""
+    """A read-only map. Raises DatastoreCorrupt, with both, when the file is not an array of this shape and dtype.
+
+    The header must be one of those that numpy writes, and the file end where the array does. numpy itself evaluates
+    headers as Python, and takes some that are damaged for other arrays.
+    """
     expected = f"expected {np.dtype(dtype).name} of shape {shape}"
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
+        start, found, ordered, lengths = _read_header(path)
+        size = path.stat().st_size
     except (OSError, ValueError) as err:
         raise DatastoreCorrupt(f"{path} cannot be read as an array: {err}; {expected}") from err
-    if array.shape != shape or array.dtype != np.dtype(dtype):
-        raise DatastoreCorrupt(f"{path} holds {array.dtype.name} of shape {array.shape}, {expected}")
-    return array
+    if (lengths, found, ordered) != (shape, np.dtype(dtype), True):
+        order = "" if ordered else ", in the order of Fortran"
+        raise DatastoreCorrupt(f"{path} holds {found.name} of shape {lengths}{order}, {expected}")
+    if size != start + found.itemsize * math.prod(shape):
+        raise DatastoreCorrupt(f"{path} has {size} bytes, of which {start} are its header, {expected}")
+    try:
+        return np.memmap(path, found, "r", start, shape)
+    except (OSError, ValueError) as err:
+        raise DatastoreCorrupt(f"{path} cannot be mapped: {err}; {expected}") from err
+
+
+def _read_header(path: Path) -> tuple[int, np.dtype[Any], bool, Shape]:
+    """Where the array begins in the file, its dtype, whether it lies row by row, its shape. Raises ValueError."""
+    with path.open("rb") as file:
+        begin = file.read(len(MAGIC) + 2)
+        length = int.from_bytes(begin[len(MAGIC) :], "little")
+        text = file.read(length)
+    if not begin.startswith(MAGIC) or len(text) != length:
+        raise ValueError("it does not begin as a .npy file of version 1.0")
+    fields = HEADER.fullmatch(text)
+    if fields is None:
+        raise ValueError(f"its header is {text[:120]!r}")
+    lengths = tuple(int(number) for number in fields[3].replace(b",", b" ").split())
+    return len(begin) + length, np.dtype(fields[1].decode()), fields[2] == b"False", lengths
 
 
 def _header(shape: Shape, dtype: np.dtype[Any]) -> bytes:

@@ -76,6 +76,9 @@ class Catalog:
             )
         with locked(self.store / domain, wait=True, doing="changing the domain"):
             self.path(domain, version)  # it may have been removed while we waited
+            with disk_errors(self.store / domain):
+                for leftover in (self.store / domain).glob(f".{CURRENT}.*.tmp"):  # of an activation that was killed
+                    leftover.unlink()
             write_atomic(self.store / domain / CURRENT, f"{version}\n".encode())
 
     def remove(self, domain: str, version: str) -> None:
@@ -96,13 +99,26 @@ class Catalog:
                     shutil.rmtree(leftover)
 
     def next_version(self, domain: str) -> str:
-        """ "v1", or one more than the highest published v<number>. The domain need not exist."""
-        numbers = [int(v[1:]) for v in self._published(_checked(domain, "domain")) if re.fullmatch(r"v\d+", v)]
-        return f"v{max(numbers, default=0) + 1}"
+        """What a build without a name of its own makes: the v<number> whose building was interrupted, the highest of
+        several, else one more than the highest published, or "v1". The domain need not exist."""
+        published, begun = self._numbers(domain)
+        unfinished = [number for number in begun if number not in published]
+        return f"v{max(unfinished, default=max(published, default=0) + 1)}"
+
+    def free_version(self, domain: str) -> str:
+        """A name that is neither published nor being built: one more than the highest v<number>."""
+        published, begun = self._numbers(domain)
+        return f"v{max(published + begun, default=0) + 1}"
 
     def folder(self, domain: str, version: str) -> Path:
         """Where a version is or will be; only the names are checked (InvalidRequest)."""
         return self.store / _checked(domain, "domain") / _checked(version, "version")
+
+    def _numbers(self, domain: str) -> tuple[list[int], list[int]]:
+        """Of the versions v<number> that are published, and of those whose building has begun."""
+        published = [int(v[1:]) for v in self._published(_checked(domain, "domain")) if re.fullmatch(r"v\d+", v)]
+        begun = [re.fullmatch(r"\.v(\d+)\.building", f.name) for f in (self.store / domain).glob(".v*.building")]
+        return published, [int(found[1]) for found in begun if found]
 
     def _published(self, domain: str) -> list[str]:
         folder = self.store / domain

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from knnlm.datastore.arrays import ArrayStream
 from knnlm.datastore.documents import Row
-from knnlm.datastore.files import disk_errors, sync_file, sync_folder
+from knnlm.datastore.files import disk_errors, sync_folder, written
 from knnlm.datastore.layout import DOCUMENTS, TOKENS
 from knnlm.datastore.manifest import Record
-from knnlm.datastore.text import Document
-from knnlm.errors import DatastoreError
+from knnlm.errors import DatastoreError, InvalidRequest
+from knnlm.messages import Document
 from knnlm.tokenizer import Tokenizer
 
 __all__ = ["Sources", "sources_digest", "write_corpus"]
@@ -46,14 +46,13 @@ def write_corpus(
 ) -> Sources:
     """Tokenize `documents` into `folder`; `on_tokens` hears how many so far. Durable when it returns.
 
-    Raises DatastoreError, naming the document, for a token outside [0, vocab_size): it could not be predicted.
+    Raises DatastoreError, naming the document, for a token outside [0, vocab_size): it could not be predicted;
+    InvalidRequest for an id or a text that is not text.
     """
     digest = _Digest()
     count = entries = 0
     table = folder / DOCUMENTS
-    with disk_errors(table):
-        lines = table.open("wb")
-    with ArrayStream(folder / TOKENS, "<i4") as tokens, lines:
+    with ArrayStream(folder / TOKENS, "<i4") as tokens, written(table) as lines:
         for document in documents:
             digest.add(document)
             ids = tokenizer.encode(document.text)  # (t,) int32
@@ -70,9 +69,6 @@ def write_corpus(
             entries += row.entries
             on_tokens(tokens.length)
         tokens.finish()
-        with disk_errors(table):
-            lines.flush()
-            sync_file(lines.fileno())
     sync_folder(folder)
     return Sources(sha256=digest.hexdigest(), documents=count, tokens=tokens.length, entries=entries)
 
@@ -82,8 +78,13 @@ class _Digest:
         self._sha256 = hashlib.sha256()
 
     def add(self, document: Document) -> None:
-        for text in (document.id, document.text):
-            data = text.encode()
+        for name, text in (("id", document.id), ("text", document.text)):
+            try:
+                data = text.encode()
+            except UnicodeEncodeError as err:  # half a surrogate pair: JSON can carry it
+                raise InvalidRequest(
+                    f"the {name} of document {document.id!r} is not text: {err}", param="documents"
+                ) from err
             self._sha256.update(len(data).to_bytes(8, "little") + data)  # lengths: ("ab", "c") is not ("a", "bc")
 
     def hexdigest(self) -> str:

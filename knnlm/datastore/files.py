@@ -1,22 +1,28 @@
-"""Files that are either whole or absent: atomic writes, durable renames, checksums, locks. Knows no format.
+"""Files that are either whole or absent: atomic writes, links, durable renames, checksums, locks. Knows no format.
 
 A rename is atomic only inside one file system and durable only once the folder is synced; both are done here, so that
 nobody above has to remember.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from knnlm.errors import Conflict, DatastoreError
 
 CHUNK = 1 << 20
+# no hard links here: the file system has none, forbids them, has too many to this file, or is another one
+WITHOUT_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
-__all__ = ["disk_errors", "locked", "sha256_of", "sync_file", "sync_folder", "write_atomic"]
+__all__ = ["discard", "disk_errors", "locked", "sha256_of", "share", "sync_file", "sync_folder", "write_atomic",
+           "written"]  # fmt: skip
 
 
 @contextmanager
@@ -41,6 +47,45 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write into, durable when the block ends without an error. Errors of the block itself pass."""
+    with disk_errors(path):
+        file = path.open("wb")
+    try:
+        yield file
+        with disk_errors(path):
+            file.flush()
+            sync_file(file.fileno())
+    finally:
+        with disk_errors(path):  # what could not be written is tried once more
+            file.close()
+
+
+def share(source: Path, target: Path) -> None:
+    """Make `target` a second name of the file `source`, or a copy where the file system refuses hard links.
+
+    The content is durable as that of `source` is, the name once its folder is synced. Neither may be written into from
+    now on. Raises DatastoreError, also when there is no `source`, or a `target`.
+    """
+    with disk_errors(target):
+        try:
+            os.link(source, target)
+        except OSError as err:
+            if err.errno not in WITHOUT_LINKS:
+                raise
+            with source.open("rb") as old, target.open("xb") as new:
+                shutil.copyfileobj(old, new, CHUNK)
+                new.flush()
+                sync_file(new.fileno())
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder that is of no use any more. What cannot be removed now stays: whoever calls this comes by again,
+    and what was done before it is not undone because of it."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync_file(descriptor: int) -> None:

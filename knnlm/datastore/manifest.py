@@ -1,31 +1,34 @@
 """manifest.json: what a version of a datastore is, and the checksum of every byte in it.
 
-The manifest is written last and checks itself: a version without a valid one does not exist. Only tuning and index may
-change after publication. The file must be, byte for byte, what this module writes; so that no change goes unnoticed.
+The manifest is written last and checks itself: a version without a valid one does not exist. The file must be, byte for
+byte, what this module writes; so that no change goes unnoticed. What may change after publication: revise.py.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from knnlm.datastore.files import locked, write_atomic
-from knnlm.datastore.layout import MANIFEST
-from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreIncomplete, InvalidRequest
+from knnlm.datastore.files import write_atomic
+from knnlm.datastore.layout import MANIFEST, REMOVED, segment_files
+from knnlm.errors import DatastoreCorrupt, DatastoreIncomplete, InvalidRequest
 from knnlm.messages import ModelInfo, Tuning
 
-__all__ = ["FORMAT_VERSION", "FileRecord", "IndexRecord", "Manifest", "ModelRecord", "TuningRecord", "WindowsRecord",
-           "with_default_index", "with_index", "with_tuning", "without_index"]  # fmt: skip
+__all__ = ["FORMAT_VERSION", "GROWN_VERSION", "FileRecord", "IndexRecord", "Manifest", "ModelRecord", "RemovedRecord",
+           "SegmentRecord", "TuningRecord", "WindowsRecord"]  # fmt: skip
 
 FORMAT_VERSION: Final = 1
+GROWN_VERSION: Final = 2  # with segments added to it, or documents removed: what reads version 1 alone would be wrong
 FLAT: Final = "flat"
+SHOWN: Final = 100  # characters of what a damaged file says, in an error
 
 KeyDtype = Literal["float16", "float32"]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # exact in JSON wherever it is read
 
 
 class Record(BaseModel):
@@ -41,7 +44,7 @@ class ModelRecord(Record):
     architecture: str
     weights_sha256: str
     tokenizer_sha256: str
-    vocab_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1, lt=1 << 31)
 
     @classmethod
     def of(cls, info: ModelInfo) -> Self:
@@ -57,8 +60,8 @@ class ModelRecord(Record):
 class WindowsRecord(Record):
     """How documents were cut: at most context_length tokens are fed, every key sees at least min_context of them."""
 
-    context_length: int = Field(ge=2)
-    min_context: int = Field(ge=1)
+    context_length: int = Field(ge=2, lt=1 << 53)
+    min_context: int = Field(ge=1, lt=1 << 53)
 
 
 class IndexRecord(Record):
@@ -66,11 +69,11 @@ class IndexRecord(Record):
 
     recipe: str
     file: str | None = None
-    parameters: dict[str, int | float] = Field(default_factory=dict)
+    parameters: dict[str, Annotated[int | float, Field(ge=1, lt=1 << 31)]] = Field(default_factory=dict)
 
 
 class FileRecord(Record):
-    bytes: int = Field(ge=0)
+    bytes: Count
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
@@ -79,11 +82,11 @@ class TuningRecord(Record):
 
     temperature: float = Field(gt=0)
     lmbda: float = Field(ge=0, le=1)
-    k: int = Field(ge=1)
+    k: int = Field(ge=1, lt=1 << 31)
     lm_perplexity: float
     knn_perplexity: float
-    tokens: int = Field(ge=0)
-    documents: int = Field(ge=0)
+    tokens: Count
+    documents: Count
 
     @classmethod
     def of(cls, tuning: Tuning) -> Self:
@@ -97,28 +100,71 @@ class TuningRecord(Record):
         return Tuning(**self.model_dump())
 
 
+class SegmentRecord(Record):
+    """Documents added to a version that was built: files of their own (layout.segment_files), entries after all former
+    ones, no part of the index."""
+
+    number: int = Field(ge=1, lt=1 << 31)
+    entries: Count
+    documents: int = Field(ge=1, lt=1 << 53)
+    tokens: Count
+
+
+class RemovedRecord(Record):
+    """How many of the documents, and of the entries, do not count any more; layout.REMOVED says which."""
+
+    documents: int = Field(ge=1, lt=1 << 53)
+    entries: Count
+
+
 class Manifest(Record):
     """One version of one domain. `checksum` is the sha256 of the canonical JSON of everything else.
 
-    index: the one that answers unless another is asked for. other_indexes: those beside it, each of another recipe.
+    entries, documents, tokens: all that is stored, in the base and in every segment, removed ones included. index: the
+    one that answers unless another is asked for; it holds the base. other_indexes: those beside it, each of another
+    recipe. segments: ascending by number. parent: the version that this one shares its files with.
     """
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = FORMAT_VERSION
     domain: str
     version: str
     created: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
     model: ModelRecord
     key_function: str
     windows: WindowsRecord
-    key_dim: int = Field(ge=1)
+    key_dim: int = Field(ge=1, lt=1 << 31)
     key_dtype: KeyDtype
-    entries: int = Field(ge=0)
-    documents: int = Field(ge=0)
-    tokens: int = Field(ge=0)
+    entries: Count
+    documents: Count
+    tokens: Count
     index: IndexRecord = IndexRecord(recipe="flat")
     files: dict[FileName, FileRecord]
     tuning: TuningRecord | None = None
     other_indexes: tuple[IndexRecord, ...] = ()
+    segments: tuple[SegmentRecord, ...] = ()
+    removed: RemovedRecord | None = None
+    parent: str | None = None
+
+    @model_validator(mode="after")
+    def _growth_is_sound(self) -> Self:
+        if (self.format_version == GROWN_VERSION) != bool(self.segments or self.removed):
+            raise ValueError(f"format version {self.format_version} with {len(self.segments)} segments")
+        numbers = [segment.number for segment in self.segments]
+        if numbers != sorted(set(numbers)):
+            raise ValueError(f"segments are numbered {numbers}, expected ascending")
+        named = [name for number in numbers for name in segment_files(number)] + [REMOVED] * (self.removed is not None)
+        for name in named:
+            if name not in self.files:
+                raise ValueError(f"{name} is not among files")
+        gone = self.removed or RemovedRecord.model_construct(documents=0, entries=0)
+        for name, base, removed in (
+            ("entries", self.base_entries, gone.entries),
+            ("documents", self.base_documents, gone.documents),
+            ("tokens", self.base_tokens, 0),
+        ):
+            if base < 0 or removed > getattr(self, name):
+                raise ValueError(f"{name} are {getattr(self, name)}, fewer than in the segments or among the removed")
+        return self
 
     @model_validator(mode="after")
     def _indexes_are_listed(self) -> Self:
@@ -129,6 +175,27 @@ class Manifest(Record):
         if len(set(recipes)) != len(recipes):
             raise ValueError(f"two indexes of one recipe: {', '.join(recipes)}")
         return self
+
+    @property
+    def base_entries(self) -> int:
+        return self.entries - sum(segment.entries for segment in self.segments)
+
+    @property
+    def base_documents(self) -> int:
+        return self.documents - sum(segment.documents for segment in self.segments)
+
+    @property
+    def base_tokens(self) -> int:
+        return self.tokens - sum(segment.tokens for segment in self.segments)
+
+    @property
+    def live_entries(self) -> int:
+        """Those that can be found."""
+        return self.entries - (self.removed.entries if self.removed else 0)
+
+    @property
+    def live_documents(self) -> int:
+        return self.documents - (self.removed.documents if self.removed else 0)
 
     @property
     def indexes(self) -> tuple[IndexRecord, ...]:
@@ -168,17 +235,18 @@ class Manifest(Record):
             raise DatastoreCorrupt(f"{file} cannot be read: {err.strerror}") from err
         try:
             fields = json.loads(data)
-        except ValueError as err:  # of JSON or of UTF-8
+        except (ValueError, RecursionError) as err:  # of JSON, of UTF-8, or of lists in lists in lists
             raise DatastoreCorrupt(f"{file} is not JSON: {err}") from err
         if not isinstance(fields, dict):
             raise DatastoreCorrupt(f"{file} holds {type(fields).__name__}, expected an object")
-        if fields.get("format_version") != FORMAT_VERSION:
+        if fields.get("format_version") not in (FORMAT_VERSION, GROWN_VERSION):
             raise DatastoreCorrupt(
-                f"{file} has format version {fields.get('format_version')!r}, this program reads {FORMAT_VERSION}"
+                f"{file} has format version {_short(fields.get('format_version'))}, "
+                f"this program reads {FORMAT_VERSION} and {GROWN_VERSION}"
             )
         stored, expected = fields.pop("checksum", None), _checksum(fields)
         if stored != expected:
-            raise DatastoreCorrupt(f"{file} was changed: its content has checksum {expected}, it says {stored!r}")
+            raise DatastoreCorrupt(f"{file} was changed: its content has checksum {expected}, it says {_short(stored)}")
         try:
             manifest = cls.model_validate_json(json.dumps(fields))
         except ValidationError as err:
@@ -193,74 +261,10 @@ class Manifest(Record):
 
     def serialized(self) -> bytes:
         fields = self.model_dump(mode="json")
-        if not self.other_indexes:  # as it was written before there could be several
-            del fields["other_indexes"]
+        for name in ("other_indexes", "segments", "removed", "parent"):  # without them as before there were any
+            if not fields[name]:
+                del fields[name]
         return (json.dumps({**fields, "checksum": _checksum(fields)}, indent=2) + "\n").encode()
-
-
-def with_tuning(path: Path, tuning: Tuning) -> Manifest:
-    """Store what was fitted for the version in folder `path`. Raises InvalidRequest for numbers out of range."""
-    record = TuningRecord.of(tuning)
-    return _rewrite(path, lambda old: old.model_copy(update={"tuning": record}))
-
-
-def with_index(path: Path, index: IndexRecord, files: Mapping[str, FileRecord], *, beside: bool = False) -> Manifest:
-    """Make `index`, whose `files` lie in folder `path` already, the default index of the version.
-
-    It takes the place of one of the same recipe, and of the former default; with `beside` the former default stays and
-    the new one is added to the others.
-    """
-
-    def change(old: Manifest) -> Manifest:
-        others = [other for other in old.other_indexes if other.recipe != index.recipe]
-        if not beside or old.index.recipe == index.recipe:
-            return _indexed(old, [index, *others], files)
-        return _indexed(old, [old.index, *others, index], files)
-
-    return _rewrite(path, change)
-
-
-def with_default_index(path: Path, recipe: str) -> Manifest:
-    """Make an index that the version has its default. Raises InvalidRequest for another recipe."""
-
-    def change(old: Manifest) -> Manifest:
-        chosen = old.index_of(recipe)
-        return _indexed(old, [chosen, *(index for index in old.indexes if index.recipe != recipe)], {})
-
-    return _rewrite(path, change)
-
-
-def without_index(path: Path, recipe: str) -> Manifest:
-    """Take an index from the version. Raises InvalidRequest for one it does not have, Conflict for its default."""
-
-    def change(old: Manifest) -> Manifest:
-        if recipe == old.index.recipe:
-            raise Conflict(f"{recipe} is the default index of {path}: make another one the default first")
-        if recipe not in {index.recipe for index in old.indexes}:
-            raise InvalidRequest(f"{path} has no index {recipe!r} to remove: it has {_names(old)}", param="index")
-        return _indexed(old, [index for index in old.indexes if index.recipe != recipe], {})
-
-    return _rewrite(path, change)
-
-
-def _indexed(old: Manifest, indexes: Sequence[IndexRecord], files: Mapping[str, FileRecord]) -> Manifest:
-    """With these indexes, the default first, and of the files those that are still named."""
-    gone = {index.file for index in old.indexes} - {index.file for index in indexes}
-    kept = {name: record for name, record in old.files.items() if name not in gone}
-    update = {"index": indexes[0], "other_indexes": tuple(indexes[1:]), "files": {**kept, **files}}
-    return old.model_copy(update=update)
-
-
-def _names(manifest: Manifest) -> str:
-    return ", ".join(index.recipe for index in manifest.indexes)
-
-
-def _rewrite(path: Path, change: Callable[[Manifest], Manifest]) -> Manifest:
-    Manifest.load(path)  # for the better error: the folder may not exist
-    with locked(path, wait=True, doing="changing the manifest"):
-        new = change(Manifest.load(path))
-        new.save(path)
-    return new
 
 
 def _checksum(fields: Mapping[str, Any]) -> str:
@@ -271,4 +275,8 @@ def _checksum(fields: Mapping[str, Any]) -> str:
 def _first(err: ValidationError) -> str:
     problem = err.errors(include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"]) or "the whole"
-    return f"{where}: {problem['msg']}, got {problem['input']!r}"
+    return f"{where[:SHOWN]}: {problem['msg'][: 2 * SHOWN]}, got {_short(problem['input'])}"
+
+
+def _short(value: object) -> str:
+    return repr(value)[:SHOWN]

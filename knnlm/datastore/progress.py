@@ -1,13 +1,18 @@
-"""How far a build is: enough for a display of tokens per second and the time that is left."""
+"""How far a build or a change is: enough for a display of the rate and the time that is left."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Progress"]
+__all__ = ["Clock", "Progress", "Report", "silent"]
+
+KNOWN = ("encode", "copy", "index")  # phases whose end is known
 
 
 @dataclass(frozen=True)
 class Progress:
-    """phase: "tokenize" (entries_total is not known yet and 0), "encode" (keys are made) or "publish" (checksums).
+    """phase: "tokenize" (entries_total is not known yet and 0), "encode" (keys are made), "publish" (checksums), and of
+    compacting "copy" and "index" (entries_done: keys that are in it).
 
     tokens and seconds count this phase of this run: tokens of documents read, then tokens fed to the model.
     entries_resumed: of entries_done, those that an earlier run had finished.
@@ -28,6 +33,25 @@ class Progress:
     def seconds_left(self) -> float | None:
         """None while nothing can be said."""
         done = self.entries_done - self.entries_resumed
-        if self.phase != "encode" or done <= 0:
+        if self.phase not in KNOWN or done <= 0:
             return None
         return self.seconds / done * (self.entries_total - self.entries_done)
+
+
+Report = Callable[[Progress], None]
+
+
+def silent(progress: Progress) -> None:
+    """A Report for who does not want one."""
+    del progress
+
+
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start

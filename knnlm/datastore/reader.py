@@ -1,9 +1,15 @@
 """A published version, opened: its arrays as read-only maps, and the text around an entry.
 
+A version that has grown holds more than it was built from: segments that were added, and documents that do not count
+any more (docs/datastore.md). Documents, entries and tokens are numbered through all of it.
+
 Opening is cheap, whatever the size: sizes and headers are compared with the manifest, contents are not (that is
-verify.py). Immutable and safe for any number of threads.
+verify.py, or `check`); only where documents were removed is the table of all documents read. Immutable and safe for any
+number of threads.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Self
@@ -11,10 +17,12 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.datastore.arrays import open_array
-from knnlm.datastore.documents import DocumentTable, Int64
-from knnlm.datastore.layout import DOCUMENTS, KEYS, TOKENS, VALUES
+from knnlm.datastore.checksums import Checksums, require_unchanged
+from knnlm.datastore.documents import DocumentTable, Int64, Row, Sizes, read_rows
+from knnlm.datastore.layout import segment_files
 from knnlm.datastore.manifest import Manifest
+from knnlm.datastore.removed import entry_ranges, read_removed
+from knnlm.datastore.segments import Int32, Keys, Segment, open_segments, segment_numbers
 from knnlm.errors import DatastoreCorrupt, DatastoreMismatch, InvalidRequest
 from knnlm.messages import ModelInfo, Passage
 
@@ -22,30 +30,44 @@ __all__ = ["Datastore"]
 
 
 class Datastore:
-    """keys: (n, d) float16 or float32. values: (n,) int32. tokens: (t,) int32, all documents one after another."""
+    """keys: (n, d) float16 or float32. values: (n,) int32. tokens: (t,) int32, all documents one after another. These
+    are the base's, which every index is built from. segments: what was added to it. removed: the entries of documents
+    that do not count any more, as starts and ends: [starts[i], ends[i]) ascending, disjoint, none empty.
+    """
 
     def __init__(
         self,
         path: Path,
         manifest: Manifest,
-        keys: npt.NDArray[np.floating],
-        values: npt.NDArray[np.int32],
-        tokens: npt.NDArray[np.int32],
+        keys: Keys,
+        values: Int32,
+        tokens: Int32,
+        segments: Sequence[Segment] = (),
+        removed_documents: Int64 | None = None,
     ) -> None:
+        """removed_documents: (m,) int64 ascending. Raises DatastoreCorrupt when the manifest counts others."""
         self.path = path
         self.manifest = manifest
         self.keys = keys
         self.values = values
         self.tokens = tokens
+        self.segments = tuple(segments)
+        self.removed_documents = np.empty(0, np.int64) if removed_documents is None else removed_documents
         self._documents: DocumentTable | None = None
         self._lock = Lock()
+        parts = [(len(values), len(tokens)), *((len(s.values), len(s.tokens)) for s in self.segments)]
+        self._first_entries, self._first_tokens = np.cumsum([(0, 0), *parts], axis=0).T  # of each part, and the ends
+        self.removed = (np.empty(0, np.int64), np.empty(0, np.int64))
+        if len(self.removed_documents):
+            self.removed = entry_ranges(path, manifest, self.documents, self.removed_documents)
 
     @classmethod
-    def open(cls, path: Path, *, expect: ModelInfo | None = None) -> Self:
+    def open(cls, path: Path, *, expect: ModelInfo | None = None, check: Checksums = "none") -> Self:
         """The version in folder `path`.
 
-        Raises DatastoreIncomplete for one that is being built, DatastoreCorrupt where a file is missing, has another
-        size or is no such array, and DatastoreMismatch, with both values, when the model `expect` did not make it.
+        check: whose sha256 to compare before anything is read, see `checksums.require_unchanged`. Raises
+        DatastoreIncomplete for one that is being built, DatastoreCorrupt where a file is missing, has another size or
+        is no such array, and DatastoreMismatch, with both values, when the model `expect` did not make it.
         """
         manifest = Manifest.load(path)
         if expect is not None:
@@ -56,62 +78,123 @@ class Datastore:
             if size != record.bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise DatastoreCorrupt(f"{file} {found}, expected {record.bytes} bytes")
-        n = manifest.entries
-        return cls(
-            path,
-            manifest,
-            open_array(path / KEYS, (n, manifest.key_dim), np.dtype(manifest.key_dtype).newbyteorder("<")),
-            open_array(path / VALUES, (n,), "<i4"),
-            open_array(path / TOKENS, (manifest.tokens,), "<i4"),
-        )
+        require_unchanged(path, manifest, check)
+        base, *added = open_segments(path, manifest)
+        return cls(path, manifest, base.keys, base.values, base.tokens, added, read_removed(path, manifest))
+
+    @property
+    def entries(self) -> int:
+        """All that are stored: of the base and of every segment, removed ones included."""
+        return self.manifest.entries
 
     @property
     def documents(self) -> DocumentTable:
-        """Read on first use: a search that shows no text never needs it. Raises DatastoreCorrupt."""
+        """Of all segments, read on first use: a search that shows no text never needs it. Raises DatastoreCorrupt."""
         with self._lock:
             if self._documents is None:
-                table = DocumentTable(self.path / DOCUMENTS)
-                if len(table) != self.manifest.documents:
-                    raise DatastoreCorrupt(
-                        f"{self.path / DOCUMENTS} has {len(table)} documents, expected {self.manifest.documents}"
-                    )
+                files = [self.path / segment_files(number).documents for number in segment_numbers(self.manifest)]
+                table = DocumentTable(*files, removed=self.removed_documents)
+                for file, found, expected in zip(files, table.sizes, _sizes(self.manifest), strict=True):
+                    if found != expected:
+                        raise DatastoreCorrupt(f"{file} has {found}, expected {expected}")
                 self._documents = table
             return self._documents
+
+    def added_keys(self) -> Keys:
+        """(m, d) of all segments together, in the base's dtype; m = 0 without any. A copy when there are several."""
+        if len(self.segments) == 1:
+            return self.segments[0].keys
+        return np.concatenate([np.asarray(keys) for keys in (self.keys[:0], *(s.keys for s in self.segments))])
+
+    def added_values(self) -> Int32:
+        """(m,) of the entries of `added_keys`."""
+        if len(self.segments) == 1:
+            return self.segments[0].values
+        return np.concatenate([np.asarray(values) for values in (self.values[:0], *(s.values for s in self.segments))])
+
+    def values_of(self, ids: Int64) -> Int32:
+        """Values of entries of any segment, -1 where the id is -1; of the shape of ids.
+
+        Raises InvalidRequest for an entry that does not exist.
+        """
+        self._refuse_unknown(ids[ids != -1])
+        found = np.full(ids.shape, -1, np.int32)
+        for values, first in zip((self.values, *(s.values for s in self.segments)), self._first_entries, strict=False):
+            here = (ids >= first) & (ids < first + len(values))
+            found[here] = values[ids[here] - first]
+        return found
 
     def document_of(self, entries: npt.NDArray[np.integer]) -> tuple[Int64, Int64]:
         """(n,) document numbers and (n,) places of the values in their documents, in tokens.
 
         Raises InvalidRequest for an entry that does not exist.
         """
-        wrong = entries[(entries < 0) | (entries >= self.manifest.entries)]
-        if len(wrong):
-            raise InvalidRequest(f"no entry {wrong[0]}: expected [0, {self.manifest.entries})", param="entries")
+        self._refuse_unknown(entries)
         return self.documents.locate(entries)
+
+    def tokens_of(self, document: int, start: int = 0, end: int | None = None) -> Int32:
+        """A document's tokens [start, end), all by default; a view of the file."""
+        table = self.documents
+        part = table.part(document)
+        stored = self.segments[part - 1].tokens if part else self.tokens
+        at, length = int(table.starts[document] - self._first_tokens[part]), int(table.lengths[document])
+        return stored[at + start : at + (length if end is None else min(end, length))]
+
+    def live_rows(self) -> Iterator[tuple[int, Row]]:
+        """(number, row) of the documents that count, in order. A row's `start` counts through all segments.
+
+        Raises DatastoreCorrupt.
+        """
+        gone = np.zeros(len(self.documents), np.bool_)
+        gone[self.removed_documents] = True
+        document = 0
+        for number, first in zip(segment_numbers(self.manifest), self._first_tokens.tolist(), strict=False):
+            for row in read_rows(self.path / segment_files(number).documents):
+                if not gone[document]:
+                    yield document, replace(row, start=first + row.start)
+                document += 1
 
     def passage(self, entry: int, before: int, after: int) -> Passage:
         """The text around an entry: the last `before` tokens of its context, then `after` tokens from its value on.
 
         Less where the document begins or ends: another document's tokens are never shown. Raises InvalidRequest for
-        an entry that does not exist or negative numbers.
+        an entry that does not exist or negative numbers, DatastoreCorrupt for a token that the model does not have.
         """
         if before < 0 or after < 0:
             raise InvalidRequest(f"before and after must be >= 0, got {before} and {after}", param="passage_tokens")
         documents, positions = self.document_of(np.array([entry], np.int64))
         document, position = int(documents[0]), int(positions[0])
-        start, length = int(self.documents.starts[document]), int(self.documents.lengths[document])
-        at = start + position
+        shown = np.array(self.tokens_of(document, max(0, position - before), position + after))
+        if len(shown) and not (shown.min() >= 0 and shown.max() < self.manifest.model.vocab_size):
+            raise DatastoreCorrupt(
+                f"{self.path}: the text of entry {entry} has tokens in [{shown.min()}, {shown.max()}], "
+                f"expected [0, {self.manifest.model.vocab_size})"
+            )
+        context = min(before, position)
         return Passage(
             document=self.documents.id(document),
             entry=int(entry),
             position=position,
-            before=np.array(self.tokens[max(start, at - before) : at]),
-            after=np.array(self.tokens[at : min(start + length, at + after)]),
+            before=shown[:context],
+            after=shown[context:],
         )
 
     def close(self) -> None:
         """Let go of the maps; they are unmapped when nobody holds an array of them any more."""
         self.keys = np.empty((0, self.manifest.key_dim), self.manifest.key_dtype)
         self.values = self.tokens = np.empty(0, np.int32)
+        self.segments = ()
+
+    def _refuse_unknown(self, entries: npt.NDArray[np.integer]) -> None:
+        wrong = entries[(entries < 0) | (entries >= self.entries)]
+        if len(wrong):
+            raise InvalidRequest(f"no entry {wrong[0]}: expected [0, {self.entries})", param="entries")
+
+
+def _sizes(manifest: Manifest) -> list[Sizes]:
+    """What the file of documents of each part has to tell of."""
+    base = Sizes(manifest.base_documents, manifest.base_tokens, manifest.base_entries)
+    return [base, *(Sizes(s.documents, s.tokens, s.entries) for s in manifest.segments)]
 
 
 def _refuse_other_model(path: Path, manifest: Manifest, info: ModelInfo) -> None:

@@ -7,25 +7,17 @@ entry's source is named by it. Nothing here knows about tokens.
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
 from knnlm.errors import InvalidRequest
+from knnlm.messages import Document
 
 __all__ = ["SUFFIXES", "Document", "read_documents"]
 
 SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".parquet")
 ENCODING = "utf-8-sig"  # UTF-8, and a byte order mark is not text
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text with the name it is known by. `id` need not be unique; `text` is never empty."""
-
-    id: str
-    text: str
 
 
 def read_documents(sources: Sequence[str | Path], *, stdin: TextIO | None = None) -> Iterator[Document]:

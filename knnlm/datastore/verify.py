@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from knnlm.datastore.checksums import file_problem
 from knnlm.datastore.documents import read_rows
 from knnlm.datastore.files import sha256_of
-from knnlm.datastore.layout import DOCUMENTS, KEYS, MANIFEST, TOKENIZER, VALUES
-from knnlm.datastore.manifest import FileRecord, Manifest
+from knnlm.datastore.layout import MANIFEST, REMOVED, TOKENIZER, segment_files
+from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
+from knnlm.datastore.segments import Segment
 from knnlm.errors import DatastoreError
 
 __all__ = ["Check", "verify"]
@@ -30,8 +33,9 @@ def verify(path: Path) -> Iterator[Check]:
     """Check the version in folder `path`, one result as soon as it is known; no exception for what is found damaged.
 
     First the manifest, then the checksum of every file, files that are not listed, and, when all of them are sound,
-    what they say about one another: the values are the tokens they stand for, the documents cover the tokens, keys are
-    finite, the counts agree. Without a valid manifest nothing else can be checked.
+    what they say about one another, segment by segment: the values are the tokens they stand for, the documents cover
+    the tokens, keys are finite, the counts agree; and that removed documents exist. Without a valid manifest nothing
+    else can be checked.
     """
     try:
         manifest = Manifest.load(path)
@@ -41,7 +45,7 @@ def verify(path: Path) -> Iterator[Check]:
     yield Check(MANIFEST, None)
     sound = True
     for name, record in sorted(manifest.files.items()):
-        problem = _file_problem(path / name, record)
+        problem = file_problem(path / name, record)
         sound = sound and problem is None
         yield Check(name, problem)
     listed = {MANIFEST, *manifest.files}
@@ -52,72 +56,75 @@ def verify(path: Path) -> Iterator[Check]:
         yield from _relations(path)
 
 
-def _file_problem(file: Path, record: FileRecord) -> str | None:
-    try:
-        size = file.stat().st_size
-        if size != record.bytes:
-            return f"has {size} bytes, expected {record.bytes}"
-        sha256 = sha256_of(file)
-    except OSError as err:
-        return f"cannot be read: {err.strerror}"
-    return None if sha256 == record.sha256 else f"has sha256 {sha256}, expected {record.sha256}"
-
-
 def _relations(path: Path) -> Iterator[Check]:
-    checks: tuple[tuple[str, Callable[[Datastore], str | None]], ...] = (
-        (f"{DOCUMENTS}: covers the tokens", _documents_problem),
-        (f"{VALUES}: are the tokens they stand for", _values_problem),
-        (f"{KEYS}: are finite", _keys_problem),
-        (f"{TOKENIZER}: is the model's", _tokenizer_problem),
-    )
     try:
         datastore = Datastore.open(path)
     except DatastoreError as err:
         yield Check("opening", err.message)
         return
-    for name, check in checks:
-        try:
-            yield Check(name, check(datastore))
-        except DatastoreError as err:
-            yield Check(name, err.message)
+    if datastore.manifest.removed is not None:
+        yield Check(f"{REMOVED}: names documents", None)  # or it would not have been opened
+    first = 0
+    for part in _parts(datastore):
+        names = segment_files(part.number)
+        yield _checked(f"{names.documents}: covers the tokens", partial(_documents_problem, datastore, part))
+        yield _checked(
+            f"{names.values}: are the tokens they stand for", partial(_values_problem, datastore, part, first)
+        )
+        yield _checked(f"{names.keys}: are finite", partial(_keys_problem, part, first))
+        first += len(part.values)
+    yield _checked(f"{TOKENIZER}: is the model's", partial(_tokenizer_problem, datastore))
 
 
-def _documents_problem(datastore: Datastore) -> str | None:
+def _parts(datastore: Datastore) -> list[Segment]:
+    """The base and what was added to it."""
+    return [Segment(0, datastore.keys, datastore.values, datastore.tokens), *datastore.segments]
+
+
+def _checked(name: str, check: Callable[[], str | None]) -> Check:
+    try:
+        return Check(name, check())
+    except DatastoreError as err:
+        return Check(name, err.message)
+
+
+def _documents_problem(datastore: Datastore, part: Segment) -> str | None:
     documents = tokens = entries = 0
-    for row in read_rows(datastore.path / DOCUMENTS):
+    for row in read_rows(datastore.path / segment_files(part.number).documents):
         documents += 1
         tokens += row.tokens
         entries += row.entries
     manifest = datastore.manifest
-    found, expected = (documents, tokens, entries), (manifest.documents, manifest.tokens, manifest.entries)
-    if found == expected:
-        return None
-    return f"(documents, tokens, entries) are {found}, expected {expected}"
+    counted = {segment.number: segment.documents for segment in manifest.segments}
+    found = (documents, tokens, entries)
+    expected = (counted.get(part.number, manifest.base_documents), len(part.tokens), len(part.values))
+    return None if found == expected else f"(documents, tokens, entries) are {found}, expected {expected}"
 
 
-def _values_problem(datastore: Datastore) -> str | None:
-    for lo in range(0, datastore.manifest.entries, CHUNK):
-        entries = np.arange(lo, min(lo + CHUNK, datastore.manifest.entries))
-        documents, positions = datastore.document_of(entries)
-        values = datastore.values[entries]
-        expected = datastore.tokens[datastore.documents.starts[documents] + positions]
+def _values_problem(datastore: Datastore, part: Segment, first: int) -> str | None:
+    """first: the number of its first entry."""
+    table, vocab_size = datastore.documents, datastore.manifest.model.vocab_size
+    tokens = sum(len(former.tokens) for former in _parts(datastore) if former.number < part.number)
+    for lo in range(0, len(part.values), CHUNK):
+        values = part.values[lo : lo + CHUNK]
+        documents, positions = table.locate(np.arange(first + lo, first + lo + len(values)))
+        expected = part.tokens[table.starts[documents] - tokens + positions]
         wrong = np.flatnonzero(values != expected)
         if len(wrong):
             at = int(wrong[0])
-            return f"entry {lo + at} has value {values[at]}, its token is {expected[at]}"
-        if len(values) and not (values.min() >= 0 and values.max() < datastore.manifest.model.vocab_size):
-            return (
-                f"values lie in [{values.min()}, {values.max()}], expected [0, {datastore.manifest.model.vocab_size})"
-            )
+            return f"entry {first + lo + at} has value {values[at]}, its token is {expected[at]}"
+        if not (values.min() >= 0 and values.max() < vocab_size):
+            return f"values lie in [{values.min()}, {values.max()}], expected [0, {vocab_size})"
     return None
 
 
-def _keys_problem(datastore: Datastore) -> str | None:
-    step = max(1, CHUNK // datastore.manifest.key_dim)
-    for lo in range(0, datastore.manifest.entries, step):
-        finite = np.isfinite(datastore.keys[lo : lo + step]).all(axis=1)
+def _keys_problem(part: Segment, first: int) -> str | None:
+    """first: the number of its first entry."""
+    step = max(1, CHUNK // part.keys.shape[1])
+    for lo in range(0, len(part.keys), step):
+        finite = np.isfinite(part.keys[lo : lo + step]).all(axis=1)
         if not finite.all():
-            return f"the key of entry {lo + int(np.argmin(finite))} is not finite"
+            return f"the key of entry {first + lo + int(np.argmin(finite))} is not finite"
     return None
 
 

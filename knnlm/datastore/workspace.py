@@ -1,11 +1,12 @@
-"""store/<domain>/.<version>.building/: a build in progress, owned by one process at a time, until it is published.
+"""A folder that keys are made in, owned by one process at a time: what was finished stays when the process dies.
 
-Besides the files that will be the version it holds `.build/`: the lock, build.json (what is being built, so that nobody
-continues it as something else) and the records of finished parts.
+store/<domain>/.<version>.building/ is a build, and becomes the version; .add-<digest>.building/ is documents that are
+being added (growth.py). Besides the files that will be published it holds `.build/`: the lock, build.json (what is
+being made, so that nobody continues it as something else) and the records of finished parts.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from knnlm.datastore.corpus import Sources
-from knnlm.datastore.files import disk_errors, locked, sync_folder, write_atomic
-from knnlm.datastore.manifest import KeyDtype, ModelRecord, Record, WindowsRecord
+from knnlm.datastore.files import disk_errors, locked, sha256_of, sync_folder, write_atomic
+from knnlm.datastore.manifest import FileName, FileRecord, KeyDtype, ModelRecord, Record, WindowsRecord
 from knnlm.errors import Conflict, DatastoreCorrupt
 
-__all__ = ["Identity", "Workspace", "workspace"]
+__all__ = ["BUILDING", "Identity", "Workspace", "recorded", "working_in", "workspace"]
+
+BUILDING = ".building"  # how the names of all of them end
 
 
 class Identity(Record):
@@ -31,10 +34,11 @@ class Identity(Record):
 
 
 class State(Record):
-    """build.json. sources: None until the first phase is complete."""
+    """build.json. sources: None until the first phase is complete. files: all of them, once keys need no more work."""
 
     identity: Identity
     sources: Sources | None = None
+    files: dict[FileName, FileRecord] | None = None
 
 
 class Workspace:
@@ -53,6 +57,32 @@ class Workspace:
         """The first phase is done."""
         self.state = State(identity=self.state.identity, sources=sources)
         self._save()
+
+    def complete_files(self, names: Sequence[str]) -> dict[str, FileRecord]:
+        """All is done: from now on these files may be linked to, and are not written into any more."""
+        files = {name: recorded(self.folder / name) for name in names}
+        self.state = self.state.model_copy(update={"files": files})
+        self._save()
+        return files
+
+    def completed_files(self) -> dict[str, FileRecord] | None:
+        """What an earlier run completed, None when none did, or when the files are not those any more.
+
+        Costs one reading of them. Those that are not what they were are removed: a version may have them by a link, so
+        that work on them must not go on in place.
+        """
+        files = self.state.files
+        if files is None:
+            return None
+        wrong = [name for name, record in files.items() if not _is(self.folder / name, record)]
+        if not wrong:
+            return dict(files)
+        self.state = self.state.model_copy(update={"files": None})
+        self._save()
+        with disk_errors(self.folder):
+            for name in files:
+                (self.folder / name).unlink(missing_ok=True)
+        return None
 
     def check_sources(self, sha256: str) -> None:
         """Raises Conflict when the documents are not those of the first phase."""
@@ -96,15 +126,48 @@ def workspace(target: Path, identity: Identity) -> Iterator[Workspace]:
 
     Raises Conflict when the version is published, another process is building it, or it was begun as something else.
     """
-    folder = target.with_name(f".{target.name}.building")
-    lock = folder / ".build" / "lock"
+    folder = target.with_name(f".{target.name}{BUILDING}")
     _refuse_published(target)
+    with disk_errors(folder):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.parent, wait=True, doing="changing the domain"):  # a change takes no name that is being built
+        _refuse_published(target)
+        _prepare(folder)
+    with working_in(folder, identity, doing=f"building {target.name}") as space:
+        _refuse_published(target)  # again: who had the lock may have published since
+        yield space
+
+
+@contextmanager
+def working_in(folder: Path, identity: Identity, *, doing: str) -> Iterator[Workspace]:
+    """The workspace in `folder`, made or continued, locked. Raises Conflict when another process is `doing` it, or when
+    it was begun as something else."""
+    _prepare(folder)
+    with locked(_lock(folder), wait=False, doing=doing):
+        yield Workspace(folder, identity)
+
+
+def recorded(file: Path) -> FileRecord:
+    """What a manifest says of a file. Reads all of it."""
+    return FileRecord(bytes=file.stat().st_size, sha256=sha256_of(file))
+
+
+def _is(file: Path, record: FileRecord) -> bool:
+    try:
+        return recorded(file) == record
+    except FileNotFoundError:
+        return False
+
+
+def _prepare(folder: Path) -> None:
+    lock = _lock(folder)
     with disk_errors(folder):
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
-    with locked(lock, wait=False, doing=f"building {target.name}"):
-        _refuse_published(target)  # again: who had the lock may have published since
-        yield Workspace(folder, identity)
+
+
+def _lock(folder: Path) -> Path:
+    return folder / ".build" / "lock"
 
 
 def _refuse_published(target: Path) -> None:

@@ -173,7 +173,7 @@ class _Run:
         return IndexReport(
             domain=manifest.domain,
             version=manifest.version,
-            entries=manifest.entries,
+            entries=manifest.live_entries,
             key_dim=manifest.key_dim,
             queries=len(self._held_out.queries),
             documents=self._held_out.documents,
@@ -215,7 +215,8 @@ class _Run:
             is_exact = candidate.recipe == EXACT.recipe
             found = exact if is_exact else self._search_all(searcher, candidate, rescore=rescored)
             quality = judge(found, exact, self._held_out, self._ks, temperature)
-            return _Judged(bytes_per_key=searcher.memory_bytes / max(1, self._manifest.entries), **quality.as_json())
+            indexed = max(1, self._manifest.base_entries)
+            return _Judged(bytes_per_key=searcher.memory_bytes / indexed, **quality.as_json())
 
         return self._shop.kept(_Judged, judged, "line", candidate, rescored, self._asked)
 

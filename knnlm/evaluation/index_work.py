@@ -15,10 +15,11 @@ from pydantic import ValidationError
 
 import knnlm
 from knnlm.datastore.files import disk_errors, write_atomic
-from knnlm.datastore.layout import KEYS
+from knnlm.datastore.layout import REMOVED, is_keys
 from knnlm.datastore.manifest import Record
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
+from knnlm.index.added import added_bytes
 from knnlm.index.memory import require
 from knnlm.index.searcher import Searcher
 from knnlm.index.table import family
@@ -43,7 +44,9 @@ class Workshop:
         self.datastore = datastore
         self._folder = folder
         self._seed = seed
-        self._made_from = (knnlm.__version__, datastore.manifest.files[KEYS].sha256, seed)
+        files = datastore.manifest.files
+        searched = [(name, files[name].sha256) for name in sorted(files) if is_keys(name) or name == REMOVED]
+        self._made_from = (knnlm.__version__, searched, seed)
 
     def built(self, recipe: str) -> Built:
         """Build the index, if that has not been done."""
@@ -65,7 +68,8 @@ class Workshop:
         """The datastore with this index, warm. Raises InsufficientMemory when there is no room for it beside others."""
         built, chosen = self.built(recipe), family(recipe)
         file = self._index_file(recipe) if chosen.has_file else None
-        require(chosen.resident_bytes(self.datastore.keys, file, resident=False), self.datastore.path)
+        needed = chosen.resident_bytes(self.datastore.keys, file, resident=False)
+        require(needed + added_bytes(self.datastore, chosen, resident=False), self.datastore.path)
         index = chosen.open(self.datastore.keys, file, built.parameters, resident=False)
         index.warm()
         return Searcher(self.datastore, index, recipe=recipe)

@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.datastore.documents import read_rows
-from knnlm.datastore.layout import DOCUMENTS
 from knnlm.datastore.reader import Datastore
 from knnlm.datastore.text import Document
 from knnlm.errors import InvalidRequest
@@ -70,13 +68,17 @@ def encode(documents: Iterable[Document], tokenizer: Tokenizer) -> list[Encoded]
 def unseen(documents: Sequence[Encoded], datastore: Path) -> list[Encoded]:
     """Those that the datastore version in folder `datastore` does not hold, neither by id nor by text.
 
-    What was fitted on documents that can be looked up word for word would be of no use for any other.
+    What was added to it counts, what was removed from it does not. What was fitted on documents that can be looked up
+    word for word would be of no use for any other.
     """
     lengths = {len(d.tokens) for d in documents}
-    rows = list(read_rows(datastore / DOCUMENTS))
-    tokens = Datastore.open(datastore).tokens
-    ids = {row.id for row in rows}
-    texts = {tokens[row.start : row.start + row.tokens].tobytes() for row in rows if row.tokens in lengths}
+    store = Datastore.open(datastore)
+    ids, texts = set(), set()
+    for number, row in store.live_rows():
+        ids.add(row.id)
+        if row.tokens in lengths:
+            texts.add(store.tokens_of(number).tobytes())
+    store.close()
     return [d for d in documents if d.id not in ids and d.tokens.tobytes() not in texts]
 
 

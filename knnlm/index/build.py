@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from knnlm.datastore.files import disk_errors, locked, sha256_of, sync_file, sync_folder
-from knnlm.datastore.manifest import FileRecord, IndexRecord, Manifest, with_index, without_index
+from knnlm.datastore.manifest import FileRecord, IndexRecord, Manifest
 from knnlm.datastore.reader import Datastore
+from knnlm.datastore.revise import with_index, without_index
 from knnlm.errors import InvalidRequest
 from knnlm.index.choose import Choice, choose
 from knnlm.index.table import family
@@ -27,7 +28,7 @@ def suited(path: Path, recipe: str = "auto", *, memory_bytes: int | None = None)
     known, or that does not suit for another reason.
     """
     manifest = Manifest.load(path)
-    entries, dim = manifest.entries, manifest.key_dim
+    entries, dim = manifest.base_entries, manifest.key_dim
     if recipe == "auto":
         return choose(entries, dim, memory_bytes)
     chosen = family(recipe)
@@ -45,9 +46,10 @@ def build_index(
 ) -> str:
     """Index the version in folder `path` and return the recipe, which is what `suited` says.
 
-    The index becomes the default of the version, in place of the former; with beside=True both are kept, the former
-    the default. on_progress hears (keys added, keys in all). Raises InvalidRequest as `suited` does, Conflict when
-    another process is indexing it, DatastoreError when it cannot be read or written.
+    Indexed is what the version was built from; entries that were added to it since are searched exactly beside any
+    index, until it is compacted. The index becomes the default of the version, in place of the former; with beside=True
+    both are kept, the former the default. on_progress hears (keys added, keys in all). Raises InvalidRequest as
+    `suited` does, Conflict when another process is indexing it, DatastoreError when it cannot be read or written.
     """
     datastore = Datastore.open(path)
     recipe = suited(path, recipe).recipe

@@ -45,7 +45,7 @@ class SearchParameters:
 
 
 class Index(ABC):
-    """An opened index: immutable, and safe for searches from any number of threads.
+    """An opened index: immutable until it is closed, and safe for searches from any number of threads.
 
     nprobe, ef_search: its defaults, None where it has no lists or is no graph. overfetch: candidates per neighbor that
     rescoring should start from. exact: its distances are the squared L2 to the stored keys, whatever else is in the
@@ -70,7 +70,8 @@ class Index(ABC):
         """
 
     def project(self, queries: Float32) -> Float32:
-        """(n, m) of queries (n, d): what the index's front makes of them, each as if it were alone."""
+        """(n, m) of queries (n, d): what the index's front makes of them, each as if it were alone; the array itself
+        where it has no front."""
         return queries
 
     def search_projected(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
@@ -85,6 +86,10 @@ class Index(ABC):
     def warm(self) -> None:
         """Bring what is mapped into memory, so that the first searches do not wait for the disk."""
         return
+
+    def close(self) -> None:
+        """Give back its memory, while no search runs. Afterwards it can only be closed again: all else raises."""
+        vars(self).clear()
 
 
 class Family(ABC):
@@ -114,6 +119,10 @@ class Family(ABC):
         Deterministic for one seed. on_progress hears (keys added, n). Memory: the index and one chunk of keys.
         A family with has_file=False writes nothing.
         """
+
+    def dim_inside(self, dim: int) -> int:
+        """Of what the index's front makes of keys of this dimension."""
+        return dim
 
     @abstractmethod
     def resident_bytes(self, keys: Keys, file: Path | None, *, resident: bool) -> int:

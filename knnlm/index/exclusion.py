@@ -1,8 +1,9 @@
-"""Neighbors that do not count: an entry of its own for each query, its whole document, documents for all queries.
+"""Neighbors that do not count: an entry of its own for each query, its whole document, documents for all queries, and
+the documents that were removed from the version.
 
-For text that is in the datastore itself. An index cannot leave entries out, so more candidates are asked for, what is
-excluded among them is dropped, and a query with too few left asks again. The distribution over the neighbors that are
-returned is that of the datastore without the excluded entries: nothing has to be renormalised afterwards.
+An index cannot leave entries out, so more candidates are asked for, what is excluded among them is dropped, and a query
+with too few left asks again. The distribution over the neighbors that are returned is that of the datastore without the
+excluded entries: nothing has to be renormalised afterwards.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +16,18 @@ import numpy.typing as npt
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
 from knnlm.index.contract import FAR, Float32, Int64
+from knnlm.index.removed import NOTHING, Removed
 from knnlm.messages import SearchRequest
 from knnlm.options import check_excluded
 
 __all__ = ["Exclusion", "check_exclusion", "without"]
 
 Search = Callable[[Float32, int], tuple[Float32, Int64]]
+
+# Beyond the removed entries that are to be expected among the nearest: so many, and so many standard deviations. A
+# query that meets more is searched again
+MARGIN = 4
+DEVIATIONS = 3
 
 
 def check_exclusion(request: SearchRequest) -> None:
@@ -47,49 +54,53 @@ def check_exclusion(request: SearchRequest) -> None:
 
 @dataclass(frozen=True)
 class Exclusion:
-    """Ranges of entries, each within one document.
+    """Ranges of entries. A document lies in them as a whole or, but for an entry of its own, not at all.
 
-    lows, highs: (n,) int64, query i excludes [lows[i], highs[i]), empty when they are equal. starts, ends: (m,) int64,
-    what every query excludes: ascending, disjoint, none empty.
+    lows, highs: (n,) int64, query i excludes [lows[i], highs[i]), within one document, empty when they are equal.
+    starts, ends: (m,) int64, what every query excludes: ascending, disjoint, none empty. removed: what every search of
+    the version excludes, which is none of those.
     """
 
     lows: Int64
     highs: Int64
     starts: Int64
     ends: Int64
+    removed: Removed = NOTHING
 
     @classmethod
-    def of(cls, request: SearchRequest, datastore: Datastore) -> Self | None:
-        """What the request excludes; None when that is no entry at all.
+    def of(cls, request: SearchRequest, datastore: Datastore, removed: Removed = NOTHING) -> Self | None:
+        """What the request excludes, and what was removed from the version; None when that is no entry at all.
 
-        Raises InvalidRequest, naming the field, for an entry or document that does not exist.
+        Raises InvalidRequest, naming the field, for an entry or document that does not exist; a document that was
+        removed does not.
         """
         check_exclusion(request)
         lows, highs = _own(request, datastore)
         starts, ends = _documents(request.exclude_documents, datastore)
-        if not len(starts) and not (highs > lows).any():
+        if not len(starts) and not removed.count and not (highs > lows).any():
             return None
-        return cls(lows, highs, starts, ends)
+        return cls(lows, highs, starts, ends, removed)
 
     def counts(self) -> Int64:
         """(n,) how many entries each query excludes."""
         own = np.where(self._shared(self.lows), 0, self.highs - self.lows)
-        counts: Int64 = own + (self.ends - self.starts).sum()
+        counts: Int64 = own + (self.ends - self.starts).sum() + self.removed.count
         return counts
 
     def holds(self, ids: Int64, rows: Int64) -> npt.NDArray[np.bool_]:
         """Which of ids (r, c), candidates of the queries numbered rows (r,), are excluded. -1 never is."""
         found: npt.NDArray[np.bool_] = (ids >= self.lows[rows, None]) & (ids < self.highs[rows, None])
-        if len(self.starts):
+        if len(self.starts) or self.removed.count:
             found |= self._shared(ids)
         return found
 
     def _shared(self, ids: Int64) -> npt.NDArray[np.bool_]:
         """Which of ids, of any shape, every query excludes."""
-        if not len(self.starts):
-            return np.zeros(ids.shape, np.bool_)
-        place = np.searchsorted(self.starts, ids, side="right") - 1  # of the last range that begins at or before
-        return (place >= 0) & (ids < self.ends[place])
+        found = self.removed.holds(ids)
+        if len(self.starts):
+            place = np.searchsorted(self.starts, ids, side="right") - 1  # of the last range that begins at or before
+            found |= (place >= 0) & (ids < self.ends[place])
+        return found
 
 
 def without(search: Search, queries: Float32, k: int, exclusion: Exclusion, entries: int) -> tuple[Float32, Int64]:
@@ -99,12 +110,15 @@ def without(search: Search, queries: Float32, k: int, exclusion: Exclusion, entr
     for a query whatever else is searched with it; so this is true of what is returned, too. queries: (n, d).
     entries: of the datastore; c is never more. A query that excludes e entries is searched with k + e candidates, or k
     + k if that is less, and with twice as many, up to k + e, as long as fewer than k are left of a full row; e is
-    rounded up to a power of two, so that queries of one batch are searched together.
+    rounded up to a power of two, so that queries of one batch are searched together. Of removed entries only so many
+    are reckoned with at first as are to be expected among the nearest.
     """
     distances, ids = np.full((len(queries), k), FAR, np.float32), np.full((len(queries), k), -1, np.int64)
-    excluded = _power_of_two(exclusion.counts())
-    most = np.minimum(k + excluded, entries)  # (n,) candidates that are always enough
-    wanted = np.minimum(k + np.minimum(excluded, k), most)
+    removed = exclusion.removed.count
+    excluded = _power_of_two(exclusion.counts() - removed)
+    most = np.minimum(k + excluded + removed, entries)  # (n,) candidates that are always enough
+    wanted = k + np.minimum(excluded, k)
+    wanted = np.minimum(wanted + _expected(wanted, removed, entries), most)
     waiting = np.arange(len(queries))
     while len(waiting):
         c = int(wanted[waiting[0]])
@@ -133,7 +147,7 @@ def _own(request: SearchRequest, datastore: Datastore) -> tuple[Int64, Int64]:
     given, n = request.exclude_entries, len(request.queries)
     if given is None:
         return np.zeros(n, np.int64), np.zeros(n, np.int64)
-    entries = datastore.manifest.entries
+    entries = datastore.entries
     wrong = given[(given < -1) | (given >= entries)]
     if len(wrong):
         raise InvalidRequest(f"exclude_entries must lie in [-1, {entries}), got {wrong[0]}", param="exclude_entries")
@@ -142,7 +156,7 @@ def _own(request: SearchRequest, datastore: Datastore) -> tuple[Int64, Int64]:
     lows[~named] = highs[~named] = 0
     if request.exclude_own_documents and named.any():
         numbers, _ = datastore.document_of(given[named])
-        lows[named], highs[named] = _entries(numbers, datastore)
+        lows[named], highs[named] = datastore.documents.spans(numbers)
     return lows, highs
 
 
@@ -156,15 +170,19 @@ def _documents(ids: Sequence[str], datastore: Datastore) -> tuple[Int64, Int64]:
                 f"{datastore.manifest.version}",
                 param="exclude_documents",
             )
-    starts, ends = _entries(np.unique(np.concatenate([np.empty(0, np.int64), *numbers])), datastore)
+    if not numbers:  # without reading the table of documents
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    starts, ends = datastore.documents.spans(np.unique(np.concatenate(numbers)))
     some = ends > starts
     return starts[some], ends[some]
 
 
-def _entries(numbers: Int64, datastore: Datastore) -> tuple[Int64, Int64]:
-    """The entries of documents: [first, last + 1) of each."""
-    first = datastore.documents.first_entries[numbers]
-    return first, first + np.maximum(datastore.documents.lengths[numbers] - 1, 0)
+def _expected(wanted: Int64, removed: int, entries: int) -> Int64:
+    """How many removed entries lie before the `wanted` (n,) nearest others if they are spread evenly, and some more."""
+    others = max(entries - removed, 1)
+    met: Int64 = np.ceil(wanted * (removed / others)).astype(np.int64)
+    spread = np.ceil(DEVIATIONS * np.sqrt(met * (entries / others))).astype(np.int64)
+    return np.where(removed, met + spread + MARGIN, 0)
 
 
 def _power_of_two(counts: Int64) -> Int64:

@@ -15,7 +15,8 @@ from knnlm.datastore.manifest import FLAT
 from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest
 from knnlm.index.codecs import Codec
 from knnlm.index.contract import Family, Float32, Index, Int64, Keys, Parameters, SearchParameters, chunks, to_float32
-from knnlm.index.fronts import Front, Projection
+from knnlm.index.freeing import free
+from knnlm.index.fronts import Front, Projection, reduce_all
 
 __all__ = ["LEAST_POINTS", "FaissFamily", "FaissIndex", "said", "sample_rows"]
 
@@ -60,12 +61,11 @@ class FaissFamily(Family):
         """Make the training of this index, without its front, depend on `seed` alone."""
 
     def refusal(self, entries: int, dim: int) -> str | None:
-        if self.front is not None:
-            why_not = self.front.refusal(entries, dim)
-            if why_not is not None:
-                return why_not
-            dim = self.front.dim_out(dim)
-        return self.codec.refusal(entries, dim)
+        why_not = None if self.front is None else self.front.refusal(entries, dim)
+        return self.codec.refusal(entries, self.dim_inside(dim)) if why_not is None else why_not
+
+    def dim_inside(self, dim: int) -> int:
+        return dim if self.front is None else self.front.dim_out(dim)
 
     def least(self, dim: int) -> int:
         """Entries that codes and front are learned from, at least."""
@@ -78,7 +78,7 @@ class FaissFamily(Family):
     def always_resident(self, entries: int, dim: int) -> int:
         """Bytes that are read into memory even when the rest is mapped."""
         del entries
-        return 0 if self.front is None else 4 * dim * self.front.dim_out(dim)
+        return 0 if self.front is None else 4 * dim * self.dim_inside(dim)
 
     def made_on_reading(self) -> int:
         """Bytes of what FAISS computes when it reads the file."""
@@ -95,8 +95,9 @@ class FaissFamily(Family):
         on_progress(0, n)
         try:
             index.train(_gather(keys, sample_rows(n, self.points(), seed)))
+            add = _adding(index) if self.reduced else index.add
             for lo, hi in chunks(n, dim):
-                index.add(to_float32(keys[lo:hi]))
+                add(to_float32(keys[lo:hi]))
                 on_progress(hi, n)
         except RuntimeError as err:  # FAISS has one class for everything; here it is what was asked of it
             raise InvalidRequest(f"FAISS cannot build {self.recipe} of {n} keys: {said(err)}", param="recipe") from err
@@ -114,7 +115,7 @@ class FaissFamily(Family):
         return self.made_on_reading() + (self.always_resident(*keys.shape) if mapped else whole)
 
     def _reduced_bytes(self, entries: int, dim: int) -> int:
-        return 2 * entries * self.front.dim_out(dim) if self.front is not None and self.reduced else 0
+        return 2 * entries * self.dim_inside(dim) if self.reduced else 0
 
     def open(self, keys: Keys, file: Path | None, parameters: Parameters, *, resident: bool) -> Index:
         if file is None:
@@ -182,6 +183,12 @@ class FaissIndex(Index):
         if self.reduced is not None:
             self.reduced.reshape(-1).view(np.uint8)[::PAGE].max(initial=0)  # a byte of each brings all of it
 
+    def close(self) -> None:
+        whole = vars(self).get("_whole")
+        vars(self).clear()  # views of FAISS's memory go first
+        if whole is not None:
+            free(whole)
+
 
 def sample_rows(entries: int, size: int, seed: int) -> Int64:
     """(min(size, entries),) ascending and distinct: one row drawn from each of `size` equal stretches of the corpus.
@@ -216,6 +223,18 @@ def _keep_reduced(index: Any) -> None:
     for owned in (rows, both):
         owned.this.disown()  # by C++ from here on: the front owns both, and both own their parts
     index.index = both
+
+
+def _adding(index: Any) -> Callable[[Float32], None]:
+    """Adds keys as `index.add` does, but for the front, which is applied as it is to queries: what is kept of a key
+    does not depend on the keys beside it, and is the same when it is added to the version later."""
+    projection = Projection(index.chain)
+
+    def add(keys: Float32) -> None:
+        index.index.add(to_float32(reduce_all(projection, keys)))  # rounded already, so that FAISS does not
+        index.ntotal = index.index.ntotal
+
+    return add
 
 
 def _reduced(both: Any) -> Keys:

@@ -12,6 +12,7 @@ import faiss
 
 from knnlm.errors import InvalidRequest
 from knnlm.index.contract import Family, Float32, Index, Int64, Keys, Parameters, SearchParameters, chunks
+from knnlm.index.freeing import free
 
 __all__ = ["Flat"]
 
@@ -42,6 +43,10 @@ class Flat(Family):
 
     def open(self, keys: Keys, file: Path | None, parameters: Parameters, *, resident: bool) -> Index:
         del file, parameters, resident
+        return self.opened(keys)
+
+    def opened(self, keys: Keys) -> "FlatIndex":
+        """Of keys (n, d), which are copied as float32."""
         index = faiss.IndexFlatL2(keys.shape[1])
         # not by add: it grows by doubling, and would hold twice the keys meanwhile
         index.codes.resize(4 * keys.size)
@@ -61,6 +66,12 @@ class FlatIndex(Index):
     def __init__(self, index: faiss.IndexFlatL2) -> None:
         self._index = index
 
+    @property
+    def keys(self) -> Float32:
+        """(n, d), a view of FAISS's memory, for as long as this is open."""
+        held: Float32 = faiss.rev_swig_ptr(self._index.get_xb(), self._index.ntotal * self._index.d)
+        return held.reshape(self._index.ntotal, self._index.d)
+
     def search(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
         distances, ids = self._index.search(queries, parameters.k)
         return distances, ids
@@ -68,3 +79,8 @@ class FlatIndex(Index):
     @property
     def memory_bytes(self) -> int:
         return 4 * int(self._index.ntotal) * int(self._index.d)
+
+    def close(self) -> None:
+        index = vars(self).pop("_index", None)
+        if index is not None:
+            free(index)

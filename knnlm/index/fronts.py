@@ -7,6 +7,7 @@ distances are those between such keys; without, rescoring takes the stored keys,
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,10 +15,11 @@ import faiss
 import numpy as np
 
 from knnlm.errors import InvalidRequest
-from knnlm.index.contract import Float32
+from knnlm.index.contract import Float32, Keys
 from knnlm.index.kernels import project
+from knnlm.index.parallel import in_slices
 
-__all__ = ["KEPT", "Front", "Projection", "split"]
+__all__ = ["KEPT", "Front", "Projection", "project_all", "reduce_all", "split"]
 
 KEPT = "+fp16"
 PATTERN = r"(pca|opq)([1-9]\d{0,4})(?:_([1-9]\d{0,4}))?"
@@ -87,6 +89,26 @@ class Projection:
     def __call__(self, queries: Float32) -> Float32:
         """(n, m) of queries (n, d), each as if it were alone."""
         return project(queries, self._matrix, self._offset)
+
+
+def project_all(projection: Callable[[Float32], Float32], keys: Float32) -> Float32:
+    """(n, m) of keys (n, d), by all processors: what `projection` makes of each as if it were alone."""
+    made = np.empty((len(keys), projection(keys[:0]).shape[1]), np.float32)
+
+    def work(lo: int, hi: int) -> None:
+        made[lo:hi] = projection(keys[lo:hi])
+
+    in_slices(work, len(keys))
+    return made
+
+
+def reduce_all(projection: Callable[[Float32], Float32], keys: Float32) -> Keys:
+    """(n, m) float16: what an index with +fp16 keeps of keys (n, d), the same when it is built and when more are added.
+
+    Rounded by numpy, to the nearest and of two to the even one: FAISS rounds otherwise on some machines.
+    """
+    with np.errstate(over="ignore"):  # what is too large for it is infinite
+        return project_all(projection, keys).astype(np.float16)
 
 
 def split(recipe: str) -> tuple[Front | None, str, bool]:

@@ -69,6 +69,7 @@ class HnswIndex(FaissIndex):
     def search_projected(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
         settings: Any = faiss.SearchParametersHNSW()  # type: ignore[attr-defined]
         asked = self.ef_search if parameters.ef_search is None else parameters.ef_search
-        settings.efSearch = max(asked, parameters.k)
+        # FAISS makes room for as many, whatever there are
+        settings.efSearch = min(max(asked, parameters.k), max(1, int(self._index.ntotal)))
         distances, ids = self._index.search(queries, parameters.k, params=settings)
         return distances, ids

@@ -83,8 +83,7 @@ class Ivf(FaissFamily):
         return f"{prefix}ivf{lists_for(entries)}{rest}"
 
     def always_resident(self, entries: int, dim: int) -> int:
-        inner = dim if self.front is None else self.front.dim_out(dim)
-        return super().always_resident(entries, dim) + 4 * self._nlist * inner
+        return super().always_resident(entries, dim) + 4 * self._nlist * self.dim_inside(dim)
 
     def made_on_reading(self) -> int:
         tables = 4 * self._nlist * self.codec.parts * PQ_CENTROIDS if self.codec.row.mapped else 0

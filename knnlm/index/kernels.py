@@ -17,6 +17,9 @@ from knnlm.index.contract import FAR, Float32, Int64, Keys
 
 __all__ = ["gather", "project", "squared_distances"]
 
+Int32 = npt.NDArray[np.int32]
+
+NONE = np.empty(0, np.int32)
 AHEAD = 4  # rows between the one that is fetched and the one that is worked on
 LINE = 64  # bytes the processor fetches at once
 VALUES_AHEAD = 16
@@ -93,14 +96,20 @@ _of_singles = _squared_distances(_single, LINE // 4)
 
 
 @njit(nogil=True)
-def _gather(values: Any, ids: Any, out: Any) -> None:
+def _gather(values: Any, added: Any, ids: Any, out: Any) -> None:
     rows, columns = ids.shape
+    most = len(values)
     for row in range(rows):
         for column in range(columns):
-            if column + VALUES_AHEAD < columns and ids[row, column + VALUES_AHEAD] >= 0:
+            if column + VALUES_AHEAD < columns and 0 <= ids[row, column + VALUES_AHEAD] < most:
                 _prefetch(values, ids[row, column + VALUES_AHEAD])
             entry = ids[row, column]
-            out[row, column] = values[entry] if entry >= 0 else -1
+            if entry < 0:
+                out[row, column] = -1
+            elif entry < most:
+                out[row, column] = values[entry]
+            else:
+                out[row, column] = added[entry - most]
 
 
 @njit(nogil=True, fastmath=RELAXED)
@@ -128,11 +137,19 @@ def squared_distances(keys: Keys, queries: Float32, ids: Int64) -> Float32:
     return out
 
 
-def gather(values: npt.NDArray[np.int32], ids: Int64) -> npt.NDArray[np.int32]:
-    """(n, k) values[ids], -1 where the id is -1."""
+def gather(values: Int32, ids: Int64, added: Int32 = NONE) -> Int32:
+    """(n, k) values[ids], -1 where the id is -1. added: values of the entries after those of `values`. As in
+    `squared_distances`, nothing is checked."""
     out = np.empty(ids.shape, np.int32)
-    _gather(np.asarray(values), ids, out)
+    _gather(_read_only(values), _read_only(added), ids, out)
     return out
+
+
+def _read_only(array: Int32) -> Int32:
+    """A view: maps are read-only already, and every other kind is compiled for anew."""
+    view = np.asarray(array).view()
+    view.flags.writeable = False
+    return view
 
 
 def project(vectors: Float32, matrix: Float32, offset: Float32) -> Float32:

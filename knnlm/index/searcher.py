@@ -1,6 +1,7 @@
 """The whole of a search: what is asked is checked, the index searched, candidates rescored, values and text looked up.
 
 One Searcher is one version of one domain, opened. It never changes; switching versions is opening another Searcher.
+What was added to a version is searched beside its index and merged; what was removed from it is never returned.
 """
 
 import math
@@ -12,13 +13,19 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.datastore.manifest import Manifest
+from knnlm.datastore.checksums import Checksums
+from knnlm.datastore.manifest import FLAT, Manifest
 from knnlm.datastore.reader import Datastore
-from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest, UnknownDomain, UnknownVersion
+from knnlm.datastore.segments import Int32
+from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest
+from knnlm.index.added import Added, added_bytes
 from knnlm.index.contract import FAR, Float32, Index, Int64, SearchParameters
 from knnlm.index.exclusion import Exclusion, without
+from knnlm.index.freeing import drop_maps, drop_pages
 from knnlm.index.kernels import gather
 from knnlm.index.memory import require
+from knnlm.index.removed import NOTHING, Removed
+from knnlm.index.requests import check_request, rescoring
 from knnlm.index.rescore import nearest_first, rescored
 from knnlm.index.table import family
 from knnlm.messages import DomainInfo, Memory, ModelInfo, Passage, SearchRequest, SearchResult
@@ -36,15 +43,22 @@ class Searcher:
     def __init__(
         self, datastore: Datastore, index: Index, *, recipe: str | None = None, resident: bool = False
     ) -> None:
-        """index: opened for the keys of datastore, by the family of `recipe` (the default one's).
+        """index: opened for the keys of datastore, which are its base's, by the family of `recipe` (the default one's).
 
         resident: hold the keys that rescoring reads in this process's memory; reduced ones the index holds itself.
         """
+        self._closed = False
         self._datastore = datastore
         self._index = index
         self._recipe = recipe or datastore.manifest.index.recipe
         self._resident = resident
         self._keys = np.array(datastore.keys) if resident and index.reduced is None else datastore.keys
+        self._base = len(datastore.keys)  # entries that the index holds
+        self._added: Added | None = None
+        if datastore.entries > self._base:
+            self._added = Added(datastore.added_keys(), self._base, index, resident=resident)
+        self._added_values = datastore.added_values()
+        self._removed = Removed.of(datastore.removed, datastore.entries) if len(datastore.removed[0]) else NOTHING
 
     @classmethod
     def open(
@@ -56,22 +70,25 @@ class Searcher:
         device: str = "cpu",
         memory_limit: int | None = None,
         expect: ModelInfo | None = None,
+        check: Checksums = "none",
     ) -> Self:
         """The version in folder `path`.
 
         index: the recipe of one of its indexes; by default its default one. resident: read into memory what could be
         mapped, of the index and of the keys. device: where to search; cuda or cuda:N need torch or FAISS's GPU part.
-        memory_limit: bytes that it may hold; by default what the system has. Raises as `Datastore.open` does,
-        InvalidRequest for an index it does not have, DatastoreError for one that this program does not know, and
-        InsufficientMemory, before anything is loaded, when it would not fit.
+        memory_limit: bytes that it may hold; by default what the system has. check: files to compare with their
+        checksums before FAISS or anything else reads them: "small" = all but the keys, "all", or "none". Raises as
+        `Datastore.open` does, InvalidRequest for an index it does not have, DatastoreError for one that this program
+        does not know, and InsufficientMemory, before anything is loaded, when it would not fit.
         """
-        datastore = Datastore.open(path, expect=expect)
+        datastore = Datastore.open(path, expect=expect, check=check)
         record = datastore.manifest.index_of(index)
         file = None if record.file is None else path / record.file
         if device != "cpu":
             from knnlm.index.device import open_on_device  # where it is asked for: it may need torch
 
-            require(datastore.keys.nbytes if resident else 0, path, limit=memory_limit)
+            held = datastore.keys.nbytes if resident else 0
+            require(held + added_bytes(datastore, family(FLAT), resident=resident), path, limit=memory_limit)
             found = open_on_device(datastore.keys, device, record.recipe, file, record.parameters)
             return cls(datastore, found, recipe=record.recipe, resident=resident)
         try:
@@ -79,6 +96,7 @@ class Searcher:
         except InvalidRequest as err:
             raise DatastoreError(f"{path} has an index that this program does not know: {err.message}") from err
         needed = chosen.resident_bytes(datastore.keys, file, resident=resident)
+        needed += added_bytes(datastore, chosen, resident=resident)
         held = datastore.keys.nbytes if resident and not chosen.reduced else 0
         require(needed + held, path, limit=memory_limit)
         opened = chosen.open(datastore.keys, file, record.parameters, resident=resident)
@@ -90,13 +108,14 @@ class Searcher:
 
     @property
     def memory(self) -> Memory:
-        """Where index and keys lie. What is mapped, the system may drop and read again."""
-        rescoring = self._keys if self._index.reduced is None else self._index.reduced
+        """Where index and keys lie, those of added entries included. What is mapped, the system may drop and read
+        again; of added entries, most never is."""
+        read = self._keys if self._index.reduced is None else self._index.reduced
         return Memory(
             index=self._index.memory,
-            index_bytes=self._index.memory_bytes,
+            index_bytes=self._index.memory_bytes + (self._added.index_bytes if self._added else 0),
             keys="resident" if self._resident else "mapped",
-            keys_bytes=int(rescoring.nbytes),
+            keys_bytes=int(read.nbytes) + (self._added.keys_bytes if self._added else 0),
         )
 
     @property
@@ -104,17 +123,27 @@ class Searcher:
         """Of the index, file maps included."""
         return self._index.memory_bytes
 
+    @property
+    def held_bytes(self) -> int:
+        """What lies in this process's own memory, whatever the system drops of maps: index, keys, added entries."""
+        index = self._index.memory_bytes if self._index.memory == "resident" else 0
+        read = self._keys if self._index.reduced is None else self._index.reduced
+        keys = int(read.nbytes) if self._resident else 0
+        return index + keys + added_bytes(self._datastore, family(self._recipe), resident=self._resident)
+
     def search(self, request: SearchRequest) -> SearchResult:
         """The nearest entries of every query, distances ascending, padded with value -1 where too few were found.
 
         Unless rescoring is switched off, the answer to a query does not depend on the others. Raises InvalidRequest,
         naming the parameter, for what is out of range; UnknownDomain or UnknownVersion when the request means another
-        version than this one.
+        version than this one; DatastoreCorrupt for what is found damaged; DatastoreError when this was closed.
         """
-        self._check(request)
+        if self._closed:
+            raise DatastoreError(f"{self._datastore.path} was closed")
+        check_request(request, self.manifest, self._index, self._recipe)
         queries = np.ascontiguousarray(request.queries, np.float32)  # (n, d)
-        k = min(request.k, self.manifest.entries)
-        exclusion = Exclusion.of(request, self._datastore)
+        k = min(request.k, self.manifest.live_entries)
+        exclusion = Exclusion.of(request, self._datastore, self._removed)
         timings = {"search": 0.0, "rescore": 0.0}
 
         def nearest(queries: Float32, k: int) -> tuple[Float32, Int64]:
@@ -125,9 +154,10 @@ class Searcher:
         elif exclusion is None:
             distances, ids = nearest(queries, k)
         else:
-            distances, ids = without(nearest, queries, k, exclusion, self.manifest.entries)
+            distances, ids = without(nearest, queries, k, exclusion, self._datastore.entries)
         begun = time.perf_counter()
-        values = gather(self._datastore.values, ids)
+        values = gather(self._datastore.values, ids, self._added_values)
+        self._refuse_strange(values, ids)
         passages: Sequence[Sequence[Passage]] = ()
         if request.passages:
             passages = [self._passages(row, request) for row in ids]
@@ -148,8 +178,8 @@ class Searcher:
             version=manifest.version,
             versions=tuple(versions),
             state=state,
-            entries=manifest.entries,
-            documents=manifest.documents,
+            entries=manifest.live_entries,
+            documents=manifest.live_documents,
             key_dim=manifest.key_dim,
             key_dtype=manifest.key_dtype,
             key_function=manifest.key_function,
@@ -165,92 +195,83 @@ class Searcher:
     def warm(self) -> None:
         """Bring index and documents into memory and run a search, before the first request has to wait for them."""
         self._index.warm()
-        stored = self._datastore.keys[: min(WARM_QUERIES, self.manifest.entries)]
-        if len(stored):
-            self.search(SearchRequest(self.manifest.domain, stored, k=min(1024, self.manifest.entries), passages=1))
+        keys = self._datastore.keys if self._base or self._added is None else self._datastore.added_keys()
+        if len(keys):
+            stored = np.nan_to_num(keys[:WARM_QUERIES])  # of damaged ones is only to be spoken when they are asked for
+            k = max(1, min(1024, self.manifest.live_entries))
+            self.search(SearchRequest(self.manifest.domain, stored, k=k, passages=1))
 
     def close(self) -> None:
-        """Let go of the datastore's maps and of the index. Afterwards this object must not be used."""
-        self._datastore.close()
-        del self._index, self._keys
+        """Let go of the index and of the datastore's maps, while no search runs; other threads are not held up.
+
+        Afterwards it can only be closed again: searching raises DatastoreError.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._index.close()
+        if self._added is not None:
+            self._added.close()
+        store = self._datastore
+        if self._keys is not store.keys:
+            drop_pages(self._keys)
+        drop_maps(store.keys, store.values, store.tokens)
+        for segment in store.segments:
+            drop_maps(segment.keys, segment.values, segment.tokens)
+        del self._keys, self._added_values
+        store.close()
 
     def _nearest(
         self, queries: Float32, k: int, request: SearchRequest, timings: dict[str, float]
     ) -> tuple[Float32, Int64]:
         """Distances and ids (n, k), nearest first. Adds its seconds to timings."""
         begun = time.perf_counter()
-        if not self._rescoring(request):
-            found, ids = self._index.search(queries, SearchParameters(k, request.nprobe, request.ef_search))
-            self._refuse_unknown(ids)
-            timings["search"] += time.perf_counter() - begun
-            return nearest_first(np.nan_to_num(found, copy=False, nan=float(FAR)), ids, k)  # NaN: beyond float32
+        rescores = rescoring(request, self._index)
         overfetch = self._index.overfetch if request.overfetch is None else request.overfetch
-        wanted = min(math.ceil(k * overfetch) + SPARE, self.manifest.entries)
+        candidates = math.ceil(min(k * overfetch, self._datastore.entries)) + SPARE if rescores else k
+        asked = SearchParameters(min(candidates, self._base), request.nprobe, request.ef_search)
         projected = self._index.project(queries)
-        _, ids = self._index.search_projected(projected, SearchParameters(wanted, request.nprobe, request.ef_search))
-        self._refuse_unknown(ids)
+        found, ids = _nothing(len(queries), 0)
+        if self._base:
+            found, ids = self._index.search_projected(projected, asked)
+            self._refuse_unknown(ids)
         searched = time.perf_counter()
-        if self._index.reduced is not None and request.rescore is None:
-            distances, ids = rescored(self._index.reduced, projected, ids, k)
-        else:
-            distances, ids = rescored(self._keys, queries, ids, k)
         timings["search"] += searched - begun
-        timings["rescore"] += time.perf_counter() - searched
-        return distances, ids
+        in_space = not rescores or (self._index.reduced is not None and request.rescore is None)
+        if not rescores:
+            found = np.nan_to_num(found, copy=False, nan=float(FAR))  # NaN: beyond float32
+        elif in_space and self._index.reduced is not None:
+            found, ids = rescored(self._index.reduced, projected, ids, k)
+        else:
+            found, ids = rescored(self._keys, queries, ids, k)
+        if self._added is not None:
+            beside = self._added.search(queries, projected, k, max(candidates, k + SPARE), in_space=in_space)
+            found, ids = np.concatenate([found, beside[0]], axis=1), np.concatenate([ids, beside[1]], axis=1)
+        if self._added is not None or not rescores:
+            found, ids = nearest_first(found, ids, k)
+        timings["rescore" if rescores else "search"] += time.perf_counter() - searched
+        return found, ids
 
     def _refuse_unknown(self, ids: Int64) -> None:
         """Sizes are compared on opening, contents are not: an id that is no entry would be read beside the keys."""
         most = int(ids.max(initial=-1))
-        if most >= self.manifest.entries:
-            raise DatastoreCorrupt(
-                f"index {self._recipe} of {self._datastore.path} found entry {most} of {self.manifest.entries}"
-            )
+        if most >= self._base:
+            raise DatastoreCorrupt(f"index {self._recipe} of {self._datastore.path} found entry {most} of {self._base}")
 
-    def _rescoring(self, request: SearchRequest) -> bool:
-        return not self._index.exact if request.rescore is None else request.rescore
+    def _refuse_strange(self, values: Int32, ids: Int64) -> None:
+        """Values that are no tokens, of entries that are."""
+        most = self.manifest.model.vocab_size
+        if values.max(initial=-1) >= most or np.count_nonzero(values < 0) > np.count_nonzero(ids < 0):
+            strange = ids[(ids >= 0) & ((values < 0) | (values >= most))]
+            raise DatastoreCorrupt(
+                f"{self._datastore.path} has value {self._datastore.values_of(strange[:1])[0]} at entry {strange[0]}, "
+                f"expected [0, {most})"
+            )
 
     def _passages(self, ids: npt.NDArray[np.int64], request: SearchRequest) -> list[Passage]:
         nearest = ids[: request.passages]
         tokens = request.passage_tokens
         return [self._datastore.passage(int(entry), tokens, tokens) for entry in nearest[nearest >= 0]]
-
-    def _check(self, request: SearchRequest) -> None:
-        if request.domain != self.manifest.domain:
-            raise UnknownDomain(f"asked for domain {request.domain!r}, this is {self.manifest.domain}", param="domain")
-        if request.version not in (None, self.manifest.version):
-            raise UnknownVersion(
-                f"domain {self.manifest.domain} answers from version {self.manifest.version}, "
-                f"version {request.version!r} was asked for",
-                param="version",
-            )
-        _check_queries(request.queries, self.manifest.key_dim)
-        if request.k < 1:
-            raise InvalidRequest(f"k must be >= 1, got {request.k}", param="k")
-        for name, asked, default, what in (
-            ("nprobe", request.nprobe, self._index.nprobe, "has no lists"),
-            ("ef_search", request.ef_search, self._index.ef_search, "is no graph"),
-        ):
-            if asked is not None and default is None:
-                raise InvalidRequest(f"index {self._recipe} {what}, so {name} means nothing to it", param=name)
-            if asked is not None and asked < 1:
-                raise InvalidRequest(f"{name} must be >= 1, got {asked}", param=name)
-        if request.overfetch is not None and not (math.isfinite(request.overfetch) and request.overfetch >= 1):
-            raise InvalidRequest(f"overfetch must be >= 1, got {request.overfetch}", param="overfetch")
-        if request.overfetch is not None and not self._rescoring(request):
-            raise InvalidRequest("overfetch means candidates for rescoring, which is off here", param="overfetch")
-        for name, number in (("passages", request.passages), ("passage_tokens", request.passage_tokens)):
-            if number < 0:
-                raise InvalidRequest(f"{name} must be >= 0, got {number}", param=name)
-
-
-def _check_queries(queries: npt.NDArray[np.floating], dim: int) -> None:
-    if queries.dtype not in (np.float32, np.float16):
-        raise InvalidRequest(f"queries must be float32 or float16, got {queries.dtype.name}", param="queries")
-    if queries.ndim != 2 or queries.shape[1] != dim:
-        raise InvalidRequest(f"queries must have shape (n, {dim}), got {queries.shape}", param="queries")
-    finite = np.isfinite(queries).all(axis=1)
-    if not finite.all():
-        raise InvalidRequest(f"query {int(np.argmin(finite))} is not finite", param="queries")
 
 
 def _nothing(n: int, k: int) -> tuple[Float32, Int64]:

@@ -179,3 +179,61 @@ class ActivateVersionResponse(_message.Message):
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
     domain: Domain
     def __init__(self, domain: _Optional[_Union[Domain, _Mapping]] = ...) -> None: ...
+
+class Document(_message.Message):
+    __slots__ = ("id", "text")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    text: str
+    def __init__(self, id: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+
+class AddDocumentsRequest(_message.Message):
+    __slots__ = ("domain", "documents", "replace")
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
+    domain: str
+    documents: _containers.RepeatedCompositeFieldContainer[Document]
+    replace: bool
+    def __init__(self, domain: _Optional[str] = ..., documents: _Optional[_Iterable[_Union[Document, _Mapping]]] = ..., replace: _Optional[bool] = ...) -> None: ...
+
+class DomainChange(_message.Message):
+    __slots__ = ("domain", "version", "parent", "added_documents", "added_entries", "removed_documents", "removed_entries", "advice")
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    ADDED_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    ADDED_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    ADVICE_FIELD_NUMBER: _ClassVar[int]
+    domain: str
+    version: str
+    parent: str
+    added_documents: int
+    added_entries: int
+    removed_documents: int
+    removed_entries: int
+    advice: str
+    def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ..., parent: _Optional[str] = ..., added_documents: _Optional[int] = ..., added_entries: _Optional[int] = ..., removed_documents: _Optional[int] = ..., removed_entries: _Optional[int] = ..., advice: _Optional[str] = ...) -> None: ...
+
+class AddDocumentsResponse(_message.Message):
+    __slots__ = ("change",)
+    CHANGE_FIELD_NUMBER: _ClassVar[int]
+    change: DomainChange
+    def __init__(self, change: _Optional[_Union[DomainChange, _Mapping]] = ...) -> None: ...
+
+class RemoveDocumentsRequest(_message.Message):
+    __slots__ = ("domain", "ids")
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    domain: str
+    ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, domain: _Optional[str] = ..., ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RemoveDocumentsResponse(_message.Message):
+    __slots__ = ("change",)
+    CHANGE_FIELD_NUMBER: _ClassVar[int]
+    change: DomainChange
+    def __init__(self, change: _Optional[_Union[DomainChange, _Mapping]] = ...) -> None: ...

@@ -55,6 +55,16 @@ class DatastoreStub:
                 request_serializer=knnlm_dot_v1_dot_datastore__pb2.ActivateVersionRequest.SerializeToString,
                 response_deserializer=knnlm_dot_v1_dot_datastore__pb2.ActivateVersionResponse.FromString,
                 _registered_method=True)
+        self.AddDocuments = channel.unary_unary(
+                '/knnlm.v1.Datastore/AddDocuments',
+                request_serializer=knnlm_dot_v1_dot_datastore__pb2.AddDocumentsRequest.SerializeToString,
+                response_deserializer=knnlm_dot_v1_dot_datastore__pb2.AddDocumentsResponse.FromString,
+                _registered_method=True)
+        self.RemoveDocuments = channel.unary_unary(
+                '/knnlm.v1.Datastore/RemoveDocuments',
+                request_serializer=knnlm_dot_v1_dot_datastore__pb2.RemoveDocumentsRequest.SerializeToString,
+                response_deserializer=knnlm_dot_v1_dot_datastore__pb2.RemoveDocumentsResponse.FromString,
+                _registered_method=True)
 
 
 class DatastoreServicer:
@@ -90,6 +100,24 @@ class DatastoreServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddDocuments(self, request, context):
+        """Adds documents to the current version of a domain: they are encoded by the lm service, written as a new version that
+        shares the other's files, and answered from when this returns. Needs an admin key. Errors: FAILED_PRECONDITION (an
+        id that exists, and no `replace`; another model than that of the domain; a store that cannot be written),
+        UNAVAILABLE (no lm service). After DEADLINE_EXCEEDED the work goes on: GetDomain tells when it is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveDocuments(self, request, context):
+        """Removes documents by id: from the moment this returns, none of their entries is found. Needs an admin key.
+        Errors: NOT_FOUND (an id that is no document; then nothing is removed).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DatastoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +140,16 @@ def add_DatastoreServicer_to_server(servicer, server):
                     servicer.ActivateVersion,
                     request_deserializer=knnlm_dot_v1_dot_datastore__pb2.ActivateVersionRequest.FromString,
                     response_serializer=knnlm_dot_v1_dot_datastore__pb2.ActivateVersionResponse.SerializeToString,
+            ),
+            'AddDocuments': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddDocuments,
+                    request_deserializer=knnlm_dot_v1_dot_datastore__pb2.AddDocumentsRequest.FromString,
+                    response_serializer=knnlm_dot_v1_dot_datastore__pb2.AddDocumentsResponse.SerializeToString,
+            ),
+            'RemoveDocuments': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveDocuments,
+                    request_deserializer=knnlm_dot_v1_dot_datastore__pb2.RemoveDocumentsRequest.FromString,
+                    response_serializer=knnlm_dot_v1_dot_datastore__pb2.RemoveDocumentsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +261,60 @@ class Datastore:
             '/knnlm.v1.Datastore/ActivateVersion',
             knnlm_dot_v1_dot_datastore__pb2.ActivateVersionRequest.SerializeToString,
             knnlm_dot_v1_dot_datastore__pb2.ActivateVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddDocuments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/knnlm.v1.Datastore/AddDocuments',
+            knnlm_dot_v1_dot_datastore__pb2.AddDocumentsRequest.SerializeToString,
+            knnlm_dot_v1_dot_datastore__pb2.AddDocumentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveDocuments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/knnlm.v1.Datastore/RemoveDocuments',
+            knnlm_dot_v1_dot_datastore__pb2.RemoveDocumentsRequest.SerializeToString,
+            knnlm_dot_v1_dot_datastore__pb2.RemoveDocumentsResponse.FromString,
             options,
             channel_credentials,
             insecure,

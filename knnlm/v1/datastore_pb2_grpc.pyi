@@ -44,6 +44,16 @@ class DatastoreStub:
     """Loads the version, warms it, makes it current on disk and answers from it. Returns when this replica serves it.
     Errors besides: FAILED_PRECONDITION (the version cannot be used, or does not fit in memory).
     """
+    AddDocuments: _grpc.UnaryUnaryMultiCallable[_datastore_pb2.AddDocumentsRequest, _datastore_pb2.AddDocumentsResponse]
+    """Adds documents to the current version of a domain: they are encoded by the lm service, written as a new version that
+    shares the other's files, and answered from when this returns. Needs an admin key. Errors: FAILED_PRECONDITION (an
+    id that exists, and no `replace`; another model than that of the domain; a store that cannot be written),
+    UNAVAILABLE (no lm service). After DEADLINE_EXCEEDED the work goes on: GetDomain tells when it is done.
+    """
+    RemoveDocuments: _grpc.UnaryUnaryMultiCallable[_datastore_pb2.RemoveDocumentsRequest, _datastore_pb2.RemoveDocumentsResponse]
+    """Removes documents by id: from the moment this returns, none of their entries is found. Needs an admin key.
+    Errors: NOT_FOUND (an id that is no document; then nothing is removed).
+    """
 
 @_typing.type_check_only
 class DatastoreAsyncStub(DatastoreStub):
@@ -60,6 +70,16 @@ class DatastoreAsyncStub(DatastoreStub):
     ActivateVersion: _aio.UnaryUnaryMultiCallable[_datastore_pb2.ActivateVersionRequest, _datastore_pb2.ActivateVersionResponse]  # type: ignore[assignment]
     """Loads the version, warms it, makes it current on disk and answers from it. Returns when this replica serves it.
     Errors besides: FAILED_PRECONDITION (the version cannot be used, or does not fit in memory).
+    """
+    AddDocuments: _aio.UnaryUnaryMultiCallable[_datastore_pb2.AddDocumentsRequest, _datastore_pb2.AddDocumentsResponse]  # type: ignore[assignment]
+    """Adds documents to the current version of a domain: they are encoded by the lm service, written as a new version that
+    shares the other's files, and answered from when this returns. Needs an admin key. Errors: FAILED_PRECONDITION (an
+    id that exists, and no `replace`; another model than that of the domain; a store that cannot be written),
+    UNAVAILABLE (no lm service). After DEADLINE_EXCEEDED the work goes on: GetDomain tells when it is done.
+    """
+    RemoveDocuments: _aio.UnaryUnaryMultiCallable[_datastore_pb2.RemoveDocumentsRequest, _datastore_pb2.RemoveDocumentsResponse]  # type: ignore[assignment]
+    """Removes documents by id: from the moment this returns, none of their entries is found. Needs an admin key.
+    Errors: NOT_FOUND (an id that is no document; then nothing is removed).
     """
 
 class DatastoreServicer(metaclass=_abc_1.ABCMeta):
@@ -98,6 +118,28 @@ class DatastoreServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_datastore_pb2.ActivateVersionResponse, _abc.Awaitable[_datastore_pb2.ActivateVersionResponse]]:
         """Loads the version, warms it, makes it current on disk and answers from it. Returns when this replica serves it.
         Errors besides: FAILED_PRECONDITION (the version cannot be used, or does not fit in memory).
+        """
+
+    @_abc_1.abstractmethod
+    def AddDocuments(
+        self,
+        request: _datastore_pb2.AddDocumentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datastore_pb2.AddDocumentsResponse, _abc.Awaitable[_datastore_pb2.AddDocumentsResponse]]:
+        """Adds documents to the current version of a domain: they are encoded by the lm service, written as a new version that
+        shares the other's files, and answered from when this returns. Needs an admin key. Errors: FAILED_PRECONDITION (an
+        id that exists, and no `replace`; another model than that of the domain; a store that cannot be written),
+        UNAVAILABLE (no lm service). After DEADLINE_EXCEEDED the work goes on: GetDomain tells when it is done.
+        """
+
+    @_abc_1.abstractmethod
+    def RemoveDocuments(
+        self,
+        request: _datastore_pb2.RemoveDocumentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datastore_pb2.RemoveDocumentsResponse, _abc.Awaitable[_datastore_pb2.RemoveDocumentsResponse]]:
+        """Removes documents by id: from the moment this returns, none of their entries is found. Needs an admin key.
+        Errors: NOT_FOUND (an id that is no document; then nothing is removed).
         """
 
 def add_DatastoreServicer_to_server(servicer: DatastoreServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

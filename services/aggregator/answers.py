@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from knnlm.clients.rollout import ABSENT, DomainReplica
 from knnlm.decoding import top_tokens
 from knnlm.messages import DomainInfo
 from knnlm.mixer import NextTokens, Score
@@ -14,7 +16,7 @@ from knnlm.tokenizer import Tokenizer
 from knnlm.wire import array_to_json
 from services.aggregator import schemas
 
-__all__ = ["domain_shape", "finite", "next_tokens", "scored_tokens", "used_domains"]
+__all__ = ["domain_shape", "domain_status_shape", "finite", "next_tokens", "scored_tokens", "used_domains"]
 
 
 def next_tokens(
@@ -76,15 +78,29 @@ def used_domains(answer: NextTokens | Score) -> list[schemas.UsedDomain]:
 
 
 def domain_shape(info: DomainInfo) -> schemas.Domain:
-    tuning = None if info.tuning is None else schemas.Tuning(**asdict(info.tuning))
-    memory = None if info.memory is None else schemas.Memory(**asdict(info.memory))
-    lists = {"versions": list(info.versions), "indexes": list(info.indexes)}
-    return schemas.Domain(**{**asdict(info), **lists, "tuning": tuning, "memory": memory})
+    return schemas.Domain(**_domain_fields(info))
+
+
+def domain_status_shape(info: DomainInfo, replicas: Sequence[DomainReplica]) -> schemas.DomainStatus:
+    """replicas: as the client found them, those that do not have the domain left out."""
+    shown = [
+        schemas.DomainReplica(address=r.address, version=r.version, state=r.state, problem=r.problem)
+        for r in replicas
+        if r.state != ABSENT
+    ]
+    return schemas.DomainStatus(**_domain_fields(info), replicas=shown)
 
 
 def finite(value: float) -> float | None:
     """JSON has no infinity: null stands for it."""
     return value if math.isfinite(value) else None
+
+
+def _domain_fields(info: DomainInfo) -> dict[str, Any]:  # of any type: they are checked by the shape
+    tuning = None if info.tuning is None else schemas.Tuning(**asdict(info.tuning))
+    memory = None if info.memory is None else schemas.Memory(**asdict(info.memory))
+    lists = {"versions": list(info.versions), "indexes": list(info.indexes)}
+    return {**asdict(info), **lists, "tuning": tuning, "memory": memory}
 
 
 def _neighbors(answer: NextTokens, row: int, count: int, tokenizer: Tokenizer) -> list[schemas.Neighbor]:

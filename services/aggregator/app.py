@@ -3,17 +3,19 @@
 from services.aggregator.core import AggregatorCore
 from services.aggregator.rest import routes
 from services.aggregator.settings import AggregatorSettings
+from services.aggregator.upstream import UpstreamMetrics
 from services.runtime.metrics import Metrics
 from services.runtime.service import Service
 
 
 def service(settings: AggregatorSettings) -> Service:
-    core = AggregatorCore(settings)
+    metrics = Metrics("aggregator")
+    core = AggregatorCore(settings, UpstreamMetrics(metrics))
     return Service(
         name="aggregator",
         title="knnlm aggregator",
         settings=settings,
         core=core,
-        metrics=Metrics("aggregator"),
+        metrics=metrics,
         routers=[routes(core)],
     )

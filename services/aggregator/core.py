@@ -2,27 +2,30 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 
-from knnlm.clients.rpc import GrpcDatastore, GrpcLanguageModel
+from knnlm.clients.context import outgoing
 from knnlm.errors import DeadlineExceeded, KnnlmError, Unavailable
-from knnlm.messages import DatastoreClient, LanguageModelClient
-from services.aggregator.engine import Aggregator
+from knnlm.messages import LanguageModelClient
+from services.aggregator.engine import Aggregator, Datastore
 from services.aggregator.settings import AggregatorSettings
+from services.aggregator.upstream import Upstream, UpstreamMetrics
 from services.runtime.logs import event
 
 LOG = logging.getLogger(__name__)
 RETRY_SECONDS = 0.5
+ASK_SECONDS = 5.0  # the lm service gets to say what it is: a restart is waited for here, not in the client
 LOOK_SECONDS = 5.0  # between two questions whether the lm service still runs the model it announced
 
 
 class AggregatorCore:
     """Keeps the runtime's Core protocol. Ready once the lm service has told its model and tokenizer."""
 
-    def __init__(self, settings: AggregatorSettings) -> None:
+    def __init__(self, settings: AggregatorSettings, metrics: UpstreamMetrics) -> None:
         self._settings = settings
-        self._connections = AsyncExitStack()
+        self._metrics = metrics
+        self._upstream: Upstream | None = None
         self._aggregator: Aggregator | None = None
         self._following: asyncio.Task[None] | None = None
 
@@ -34,41 +37,41 @@ class AggregatorCore:
         return self._aggregator
 
     def load(self) -> None:
-        """Nothing to read: models and indexes live in the other services."""
+        """Read keys and certificates; models and indexes live in the other services."""
+        self._upstream = Upstream(self._settings, self._metrics)
 
     async def start(self) -> None:
-        settings = self._settings
-        lm_key = settings.lm_api_key.get_secret_value() if settings.lm_api_key else None
-        lm = await self._connections.enter_async_context(GrpcLanguageModel(settings.lm_target, api_key=lm_key))
-        datastore: DatastoreClient | None = None
-        if settings.datastore_target:
-            key = settings.datastore_api_key.get_secret_value() if settings.datastore_api_key else None
-            datastore = await self._connections.enter_async_context(
-                GrpcDatastore(settings.datastore_target, api_key=key)
-            )
+        if self._upstream is None:
+            raise RuntimeError("load comes first")
+        lm, datastore = self._upstream.lm, self._upstream.datastore
         waiting = False
         while self._aggregator is None:
             try:
-                self._aggregator = await Aggregator.connect(lm, datastore, settings)
+                self._aggregator = await self._connect(lm, datastore)
             except (Unavailable, DeadlineExceeded) as err:
                 if not waiting:
-                    event(LOG, "waiting_for_lm", target=settings.lm_target, reason=err.message)
+                    event(LOG, "waiting_for_lm", target=self._settings.lm_target, reason=err.message)
                 waiting = True
                 await asyncio.sleep(RETRY_SECONDS)
         self._following = asyncio.create_task(self._follow(lm, datastore))
 
-    async def look(self, lm: LanguageModelClient, datastore: DatastoreClient | None) -> None:
+    async def look(self, lm: LanguageModelClient, datastore: Datastore | None) -> None:
         """Take over the model of an lm service that was restarted with another one; requests fail until then."""
         try:
-            if (await lm.get_model()).fingerprint == self.aggregator.info.fingerprint:
-                return
-            self._aggregator = await Aggregator.connect(lm, datastore, self._settings)
+            with outgoing(deadline=time.monotonic() + ASK_SECONDS):
+                if (await lm.get_model()).fingerprint == self.aggregator.info.fingerprint:
+                    return
+            self._aggregator = await self._connect(lm, datastore)
         except KnnlmError as err:
             event(LOG, "cannot_ask_lm", logging.WARNING, reason=err.message)
             return
         event(LOG, "model_changed", model=self.aggregator.info.model_id)
 
-    async def _follow(self, lm: LanguageModelClient, datastore: DatastoreClient | None) -> None:
+    async def _connect(self, lm: LanguageModelClient, datastore: Datastore | None) -> Aggregator:
+        with outgoing(deadline=time.monotonic() + ASK_SECONDS):
+            return await Aggregator.connect(lm, datastore, self._settings, degraded=self._metrics.degraded)
+
+    async def _follow(self, lm: LanguageModelClient, datastore: Datastore | None) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             try:
@@ -83,4 +86,5 @@ class AggregatorCore:
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
-        await self._connections.aclose()
+        if self._upstream is not None:
+            await self._upstream.aclose()

@@ -5,43 +5,76 @@ differ from the model's own.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from knnlm.clients.rollout import DomainReplica
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, Unavailable
-from knnlm.messages import DatastoreClient, LanguageModelClient, ModelInfo
+from knnlm.messages import DatastoreClient, Document, DocumentsClient, DomainInfo, LanguageModelClient, ModelInfo
 from knnlm.mixer import Mixer
 from knnlm.tokenizer import Tokenizer
 from services.aggregator import schemas
-from services.aggregator.answers import domain_shape, finite, next_tokens, scored_tokens, used_domains
+from services.aggregator.answers import (
+    domain_shape,
+    domain_status_shape,
+    finite,
+    next_tokens,
+    scored_tokens,
+    used_domains,
+)
 from services.aggregator.choices import choose, domain_of, short_name
 from services.aggregator.settings import AggregatorSettings
 
 Ids = npt.NDArray[np.int32]
 
 
+class Datastore(DatastoreClient, DocumentsClient, Protocol):
+    """A datastore service of several replicas. problem: why none of them answers, as far as is known."""
+
+    @property
+    def problem(self) -> str | None: ...
+    async def activate(self, domain: str, version: str, *, wait: bool = False) -> DomainInfo: ...
+    async def replicas(self, domain: str) -> Sequence[DomainReplica]: ...
+
+
 class Aggregator:
-    """One model and a set of domains, mixed. Make it with `connect`."""
+    """One model and a set of domains, mixed. Make it with `connect`. degraded: told of each answer by the LM alone that
+    was to have been mixed."""
 
     def __init__(
         self,
         lm: LanguageModelClient,
-        datastore: DatastoreClient | None,
+        datastore: Datastore | None,
         info: ModelInfo,
         tokenizer: Tokenizer,
         settings: AggregatorSettings,
+        degraded: Callable[[], None] = lambda: None,
     ) -> None:
         self.info = info
         self.tokenizer = tokenizer
         self._datastore = datastore
         self._settings = settings
-        self._mixer = Mixer(lm, datastore, info, batch_tokens=settings.score_batch_tokens)
+        self._degraded = degraded
+        self._mixer = Mixer(
+            lm,
+            datastore,
+            info,
+            batch_tokens=settings.score_batch_tokens,
+            down=lambda: None if datastore is None else datastore.problem,
+        )
 
     @classmethod
     async def connect(
-        cls, lm: LanguageModelClient, datastore: DatastoreClient | None, settings: AggregatorSettings
+        cls,
+        lm: LanguageModelClient,
+        datastore: Datastore | None,
+        settings: AggregatorSettings,
+        *,
+        degraded: Callable[[], None] = lambda: None,
     ) -> "Aggregator":
         """Ask the lm service who it is. Raises what the client raises while that service is not ready."""
         info, json = await asyncio.gather(lm.get_model(), lm.get_tokenizer())
@@ -50,7 +83,7 @@ class Aggregator:
             raise Unavailable(
                 f"the lm service gave a tokenizer with sha256 {tokenizer.sha256}, announced {info.tokenizer_sha256}"
             )
-        return cls(lm, datastore, info, tokenizer, settings)
+        return cls(lm, datastore, info, tokenizer, settings, degraded)
 
     async def next_token(self, request: schemas.NextTokenRequest) -> tuple[schemas.NextTokenResponse, dict[str, float]]:
         """The answer, and seconds per stage. Raises KnnlmError for everything that cannot be answered."""
@@ -69,6 +102,7 @@ class Aggregator:
         answer = await self._mixer.next_token(
             contexts, knn, passages=request.neighbors, passage_tokens=request.neighbor_tokens
         )
+        self._note(answer.degraded)
         results = await asyncio.to_thread(next_tokens, request, contexts, answer, self.tokenizer)
         response = schemas.NextTokenResponse(
             model=model, domains=used_domains(answer), degraded=answer.degraded, results=results
@@ -81,6 +115,7 @@ class Aggregator:
         tokens = await self._one_text(request)
         least = self.info.context_length // 2 if request.min_context is None else request.min_context
         score = await self._mixer.score(tokens, knn, min_context=least)
+        self._note(score.degraded)
         rows = await asyncio.to_thread(scored_tokens, score, self.tokenizer)
         lm_total = float(score.lm_log_probs.sum(dtype=np.float64))
         return schemas.ScoreResponse(
@@ -102,11 +137,41 @@ class Aggregator:
             return []
         return [domain_shape(d) for d in await self._datastore.list_domains()]
 
-    async def activate(self, domain: str, version: str) -> schemas.Domain:
-        """Switch a domain to another version; the replicas that were not asked follow by watching the store."""
+    async def activate(self, domain: str, version: str, *, wait: bool) -> schemas.Domain:
+        """Switch a domain to another version; the replicas that were not asked follow by watching the store.
+
+        wait: until all that serve the domain have done so. Raises DeadlineExceeded with the names of those that have
+        not, and what they say.
+        """
         if self._datastore is None:
             raise Unavailable("no datastore service is configured, so no domain can be switched")
-        return domain_shape(await self._datastore.activate(domain, version))
+        return domain_shape(await self._datastore.activate(domain, version, wait=wait))
+
+    async def add_documents(self, domain: str, request: schemas.AddDocumentsRequest) -> schemas.DomainChange:
+        """Add documents to a domain: one replica of the datastore service encodes them and serves them when this
+        returns, the others follow. Raises what that service raises."""
+        if self._datastore is None:
+            raise Unavailable("no datastore service is configured, so there is no domain to add documents to")
+        documents = [Document(given.id, given.text) for given in request.documents]
+        change = await self._datastore.add_documents(domain, documents, replace=request.replace)
+        return schemas.DomainChange(**asdict(change))
+
+    async def remove_documents(self, domain: str, request: schemas.RemoveDocumentsRequest) -> schemas.DomainChange:
+        """Remove documents from a domain by their ids; see add_documents."""
+        if self._datastore is None:
+            raise Unavailable("no datastore service is configured, so there is no domain to remove documents from")
+        return schemas.DomainChange(**asdict(await self._datastore.remove_documents(domain, request.ids)))
+
+    async def domain_status(self, name: str) -> schemas.DomainStatus:
+        """One domain, and what each replica of the datastore service says of it. Raises UnknownDomain, Unavailable."""
+        if self._datastore is None:
+            raise Unavailable("no datastore service is configured, so there is no domain")
+        info, replicas = await asyncio.gather(self._datastore.get_domain(name), self._datastore.replicas(name))
+        return domain_status_shape(info, replicas)
+
+    def _note(self, degraded: str | None) -> None:
+        if degraded is not None:
+            self._degraded()
 
     async def model_ids(self) -> list[str]:
         """The LM's own id, and one id per domain that was made with this LM. Without retrieval, the LM's alone."""

@@ -44,6 +44,10 @@ def routes(core: AggregatorCore) -> APIRouter:
     async def domains() -> schemas.DomainList:
         return schemas.DomainList(domains=await core.aggregator.domains())
 
+    @router.get("/v1/domains/{domain}", tags=["domains"], summary="One of them, and each replica's version of it")
+    async def domain(domain: str) -> schemas.DomainStatus:
+        return await core.aggregator.domain_status(domain)
+
     @router.post(
         "/v1/domains/{domain}:activate",
         tags=["domains"],
@@ -51,7 +55,28 @@ def routes(core: AggregatorCore) -> APIRouter:
         dependencies=[Depends(admin_only)],
     )
     async def activate(domain: str, request: schemas.ActivateRequest) -> schemas.Domain:
-        return await core.aggregator.activate(domain, request.version)
+        """With `wait`, 504 names the replicas that were not there in time; they go on."""
+        return await core.aggregator.activate(domain, request.version, wait=request.wait)
+
+    @router.post(
+        "/v1/domains/{domain}/documents",
+        tags=["domains"],
+        summary="Add documents to a domain while it answers (admin key)",
+        dependencies=[Depends(admin_only)],
+    )
+    async def add_documents(domain: str, request: schemas.AddDocumentsRequest) -> schemas.DomainChange:
+        """A new version of the domain; one replica answers from it when this returns, the others in a moment."""
+        return await core.aggregator.add_documents(domain, request)
+
+    @router.post(
+        "/v1/domains/{domain}/documents:remove",
+        tags=["domains"],
+        summary="Remove documents from a domain by their ids (admin key)",
+        dependencies=[Depends(admin_only)],
+    )
+    async def remove_documents(domain: str, request: schemas.RemoveDocumentsRequest) -> schemas.DomainChange:
+        """A new version of the domain, as above. An id that is no document: 404, and nothing is removed."""
+        return await core.aggregator.remove_documents(domain, request)
 
     for prefix in ("", "/v1"):
         _add_tokenizer_routes(router, core, prefix)

@@ -1,11 +1,11 @@
 """The aggregator's settings."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from services.runtime.settings import HttpSettings
+from services.runtime.settings import HttpSettings, OptionalPath, named
 
 
 class AggregatorSettings(HttpSettings):
@@ -14,13 +14,45 @@ class AggregatorSettings(HttpSettings):
     model_config = SettingsConfigDict(env_prefix="KNNLM_AGGREGATOR_")
 
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 picks a free one, which is logged")
-    lm_target: str = Field("127.0.0.1:9001", description="gRPC address of the lm service, host:port")
+    lm_target: str = Field(
+        "127.0.0.1:9001", description="gRPC addresses of the lm service: host:port, dns:///host:port, or a comma list"
+    )
     lm_api_key: SecretStr | None = Field(None, description="key to send to the lm service")
+    lm_api_key_file: OptionalPath = Field(
+        None, description="file with the key to send to the lm service; read again when it changes"
+    )
+    lm_tls_ca_file: OptionalPath = Field(
+        None, description="PEM of who may vouch for the lm service, which is then asked over TLS"
+    )
+    lm_tls_cert_file: OptionalPath = Field(
+        None, description="PEM certificate to present to the lm service, which is then asked over TLS"
+    )
+    lm_tls_key_file: OptionalPath = Field(None, description="PEM key of lm_tls_cert_file")
+    lm_wait_s: float = Field(
+        30.0, ge=0, description="seconds to try again while no replica of the lm service answers; a restart fits in"
+    )
     datastore_target: str = Field(
-        "127.0.0.1:9002", description="gRPC address of the datastore service, host:port; empty: no retrieval"
+        "127.0.0.1:9002",
+        description="gRPC addresses of the datastore service, as of the lm service; empty: no retrieval",
     )
     datastore_api_key: SecretStr | None = Field(
         None, description="key to send to the datastore service; an admin key where domains are switched from here"
+    )
+    datastore_api_key_file: OptionalPath = Field(
+        None, description="file with the key to send to the datastore service; read again when it changes"
+    )
+    datastore_tls_ca_file: OptionalPath = Field(
+        None, description="PEM of who may vouch for the datastore service, which is then asked over TLS"
+    )
+    datastore_tls_cert_file: OptionalPath = Field(
+        None, description="PEM certificate to present to the datastore service, which is then asked over TLS"
+    )
+    datastore_tls_key_file: OptionalPath = Field(None, description="PEM key of datastore_tls_cert_file")
+    datastore_wait_s: float = Field(
+        5.0, ge=0, description="seconds to try again while no replica of the datastore service answers"
+    )
+    hedge: bool = Field(
+        True, description="ask a second replica where the first takes unusually long, for one call in twenty at most"
     )
     on_datastore_error: Literal["fail", "lm_only"] = Field(
         "fail", description="when retrieval is down: fail with 503, or answer from the LM alone and say so"
@@ -32,3 +64,20 @@ class AggregatorSettings(HttpSettings):
     max_k: int = Field(4096, ge=1, description="neighbors retrieved per query and domain")
     max_score_tokens: int = Field(131_072, ge=2, description="tokens of the longest text that is scored")
     score_batch_tokens: int = Field(4096, ge=1, description="tokens of windows sent to the lm service at once")
+
+    @model_validator(mode="after")
+    def _keys_are_said_once(self) -> Self:
+        for name in ("lm_api_key", "datastore_api_key"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
+                raise ValueError(f"give {named(self, name)} or {named(self, f'{name}_file')}, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _certificates_have_keys(self) -> Self:
+        for service in ("lm", "datastore"):
+            pair = [f"{service}_tls_cert_file", f"{service}_tls_key_file"]
+            missing = [name for name in pair if getattr(self, name) is None]
+            if len(missing) == 1:
+                given = pair[1 - pair.index(missing[0])]
+                raise ValueError(f"{named(self, given)} needs {named(self, missing[0])} beside it")
+        return self

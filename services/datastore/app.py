@@ -1,6 +1,7 @@
 """What the datastore service is to the runtime."""
 
 from services.datastore.engine import Engine
+from services.datastore.growth import EncoderOpener
 from services.datastore.loaded import Opener
 from services.datastore.rest import packed, routes
 from services.datastore.rpc import rpc_service
@@ -11,10 +12,13 @@ from services.runtime.service import Service
 __all__ = ["service"]
 
 
-def service(settings: DatastoreSettings, open_searcher: Opener | None = None) -> Service:
-    """open_searcher: how a version's folder is opened; by default knnlm.index.searcher.Searcher.open."""
+def service(
+    settings: DatastoreSettings, open_searcher: Opener | None = None, open_encoder: EncoderOpener | None = None
+) -> Service:
+    """open_searcher: how a version's folder is opened; by default knnlm.index.searcher.Searcher.open. open_encoder:
+    what makes the keys of documents that are added; by default the lm service of the settings."""
     metrics = Metrics("datastore")
-    engine = Engine(settings, metrics, open_searcher)
+    engine = Engine(settings, metrics, open_searcher, open_encoder)
     return Service(
         name="datastore",
         title="knnlm datastore service",

@@ -12,12 +12,14 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-from prometheus_client import Histogram
+from prometheus_client import Counter, Histogram
 
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
 from knnlm.index.exclusion import check_exclusion
 from knnlm.messages import DomainInfo, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
+from services.datastore.encoding import encoder
+from services.datastore.growth import EncoderOpener, Growth
 from services.datastore.loaded import Loaded, Opener, opener
 from services.datastore.pool import Pool
 from services.datastore.settings import DatastoreSettings
@@ -43,10 +45,17 @@ class _Search:
 class Engine:
     """Keeps the runtime's Core protocol, and that of knnlm.messages.DatastoreClient but for the calls it is given."""
 
-    def __init__(self, settings: DatastoreSettings, metrics: Metrics, open_searcher: Opener | None = None) -> None:
+    def __init__(
+        self,
+        settings: DatastoreSettings,
+        metrics: Metrics,
+        open_searcher: Opener | None = None,
+        open_encoder: EncoderOpener | None = None,
+    ) -> None:
         self._settings = settings
         self._metrics = metrics
         self._pool = Pool(settings, metrics, open_searcher or opener(settings))
+        self.growth = Growth(settings, metrics, self._pool, open_encoder)
         self._batcher: Batcher[_Search, SearchResult] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._switches: set[asyncio.Task[DomainInfo]] = set()
@@ -54,8 +63,13 @@ class Engine:
             "knnlm_search_seconds", "Time in the index per batch.", ["domain"], buckets=SECONDS,
             registry=metrics.registry,
         )  # fmt: skip
+        self._queries = Counter(
+            "knnlm_search_queries_total", "Queries searched.", ["domain"], registry=metrics.registry
+        )
 
     def load(self) -> None:
+        if self.growth.open_encoder is None:
+            self.growth.open_encoder = encoder(self._settings)
         self._pool.load()
 
     async def start(self) -> None:
@@ -79,6 +93,7 @@ class Engine:
             self._watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watching
+        await self.growth.close()
         await asyncio.gather(*self._switches, return_exceptions=True)
         if self._batcher is not None:
             await self._batcher.close()
@@ -160,6 +175,7 @@ class Engine:
         if len(searches) > 1:
             queries = np.concatenate([search.request.queries for search in searches])
             request = replace(request, queries=queries, exclude_entries=_excluded(searches))
+        self._queries.labels(request.domain).inc(sum(sizes))
         with self._seconds.labels(request.domain).time():
             result = loaded.search(request)
         return [result] if len(searches) == 1 else _parts(result, sizes)

@@ -25,6 +25,8 @@ class SearcherLike(Protocol):
     def manifest(self) -> Manifest: ...
     @property
     def memory(self) -> Memory: ...
+    @property
+    def held_bytes(self) -> int: ...
     def search(self, request: SearchRequest) -> SearchResult: ...
     def info(self, versions: Sequence[str], state: str = "ready") -> DomainInfo: ...
     def warm(self) -> None: ...
@@ -47,6 +49,7 @@ def opener(settings: DatastoreSettings) -> Opener:
                 resident=settings.memory == "resident",
                 device=settings.device,
                 memory_limit=memory_limit,
+                check=settings.check,
             )
         except InvalidRequest as err:  # of ours, not of who asks for this version
             raise DatastoreError(f"{err.message} (this service is set to index {settings.index!r})") from err
@@ -76,6 +79,7 @@ class Loaded:
             self.searcher.close()
             raise
         self.memory = self.searcher.memory
+        self.held_bytes = self.searcher.held_bytes  # in this process's own memory
         self.leases = 0
         self.retired_at: float | None = None  # of time.monotonic
         self._searching = threading.Lock()
@@ -83,13 +87,6 @@ class Loaded:
     @property
     def version(self) -> str:
         return self.stamp[0]
-
-    @property
-    def held_bytes(self) -> int:
-        """In this process's own memory."""
-        memory = self.memory
-        parts = ((memory.index, memory.index_bytes), (memory.keys, memory.keys_bytes))
-        return sum(size for place, size in parts if place == "resident")
 
     @contextmanager
     def lease(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
 from knnlm.datastore.catalog import Catalog
 from knnlm.errors import DatastoreError, KnnlmError, NotFound, Unavailable, UnknownDomain, UnknownVersion
@@ -26,6 +26,7 @@ from services.runtime.metrics import Metrics
 __all__ = ["Pool"]
 
 LOG = logging.getLogger(__name__)
+LOAD_SECONDS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 RETRY_AFTER_S = 30.0  # a version that could not be opened is tried again
 
 
@@ -46,7 +47,14 @@ class Pool:
             "knnlm_domain_loads_total", "Versions opened, by domain and result.", ["domain", "result"],
             registry=metrics.registry,
         )  # fmt: skip
-        self._entries = Gauge("knnlm_domain_entries", "Entries served.", ["domain"], registry=metrics.registry)
+        self._load_seconds = Histogram(
+            "knnlm_domain_load_seconds", "From opening a version to having it warm.", ["domain"],
+            buckets=LOAD_SECONDS, registry=metrics.registry,
+        )  # fmt: skip
+        self._entries = Gauge(
+            "knnlm_domain_entries", "Entries served, and of which version.", ["domain", "version"],
+            registry=metrics.registry,
+        )  # fmt: skip
         self._memory = Gauge(
             "knnlm_domain_memory_bytes", "Size of index and keys, and where they lie: resident, mapped or device.",
             ["domain", "part", "place"], registry=metrics.registry,
@@ -59,7 +67,9 @@ class Pool:
                 version = self._catalog.current(domain)
                 if version is None:
                     raise UnknownVersion(f"domain {domain} has no current version: activate one", param="version")
-                self._rebind(domain, Loaded(self._catalog.path(domain, version), self._open, self._room()))
+                with self._load_seconds.labels(domain).time():
+                    loaded = Loaded(self._catalog.path(domain, version), self._open, self._room())
+                self._rebind(domain, loaded)
             except KnnlmError as err:
                 if self._settings.domains:
                     raise
@@ -130,8 +140,9 @@ class Pool:
                 await self._switch(domain)
         for domain in [name for name in self._current if name not in wanted]:
             event(LOG, "domain_removed", domain=domain)
-            self._retire(domain, self._current.pop(domain))
-            self._entries.remove(domain)
+            gone = self._current.pop(domain)
+            self._retire(domain, gone)
+            self._entries.remove(domain, gone.version)
             self._show_memory(domain, None)
         self._failed = {domain: failure for domain, failure in self._failed.items() if domain in wanted}
         await self._let_go(grace=self._settings.grace_s)
@@ -188,7 +199,8 @@ class Pool:
                 return loaded
         self._loading[domain] = path.name
         try:
-            return await asyncio.to_thread(Loaded, path, self._open, self._room())
+            with self._load_seconds.labels(domain).time():
+                return await asyncio.to_thread(Loaded, path, self._open, self._room())
         finally:
             del self._loading[domain]
 
@@ -202,8 +214,9 @@ class Pool:
         self._retired = [(name, other) for name, other in self._retired if other is not loaded]
         if old is not None:
             self._retire(domain, old)
+            self._entries.remove(domain, old.version)  # as many series as domains, whatever the number of versions
         self._loads.labels(domain, "ok").inc()
-        self._entries.labels(domain).set(loaded.searcher.manifest.entries)
+        self._entries.labels(domain, loaded.version).set(loaded.searcher.manifest.live_entries)
         self._show_memory(domain, loaded.memory)
         event(LOG, "serving", domain=domain, version=loaded.version, replaced=None if old is None else old.version)
 

@@ -6,10 +6,20 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse
 
 from knnlm.errors import InvalidRequest
+from knnlm.messages import Document
 from knnlm.v1 import datastore_pb2
-from knnlm.wire import jsonable, protos
+from knnlm.wire import growth, jsonable, protos
 from services.datastore.engine import Engine
-from services.datastore.schemas import ActivateBody, DomainAnswer, DomainsAnswer, SearchAnswer, SearchBody
+from services.datastore.schemas import (
+    ActivateBody,
+    AddBody,
+    ChangeAnswer,
+    DomainAnswer,
+    DomainsAnswer,
+    RemoveBody,
+    SearchAnswer,
+    SearchBody,
+)
 from services.runtime.auth import admin_only
 from services.runtime.calls import current
 from services.runtime.fields import PROTOBUF_TOO
@@ -48,6 +58,30 @@ def routes(engine: Engine) -> APIRouter:
     async def activate(domain: str, body: ActivateBody) -> JSONResponse:
         """Loads and warms the version, makes it current on disk, and returns when this replica answers from it."""
         return JSONResponse(jsonable.domain_to_json(await engine.activate(domain, body.version, current())))
+
+    @router.post(
+        "/v1/domains/{domain}/documents",
+        summary="Add documents to a domain that is served (admin key)",
+        response_model=ChangeAnswer,
+        dependencies=[Depends(admin_only)],
+    )
+    async def add_documents(domain: str, body: AddBody) -> JSONResponse:
+        """Encodes them, writes a version that shares the other's files, and returns when this replica answers from it;
+        other replicas follow within a second or two."""
+        documents = [Document(given.id, given.text) for given in body.documents]
+        return JSONResponse(
+            growth.change_to_json(await engine.growth.add(domain, documents, replace=body.replace, call=current()))
+        )
+
+    @router.post(
+        "/v1/domains/{domain}/documents:remove",
+        summary="Remove documents from a domain that is served (admin key)",
+        response_model=ChangeAnswer,
+        dependencies=[Depends(admin_only)],
+    )
+    async def remove_documents(domain: str, body: RemoveBody) -> JSONResponse:
+        """From the moment this returns, none of their entries is found here."""
+        return JSONResponse(growth.change_to_json(await engine.growth.remove(domain, body.ids, current())))
 
     return router
 

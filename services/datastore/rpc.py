@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from knnlm.v1 import datastore_pb2, datastore_pb2_grpc
-from knnlm.wire import protos
+from knnlm.wire import growth, protos
 from services.datastore.engine import Engine
 from services.runtime.auth import admin_only
 from services.runtime.calls import current
@@ -61,3 +61,22 @@ class _Servicer(datastore_pb2_grpc.DatastoreServicer):
         await admin_only()
         info = await self._engine.activate(request.domain, request.version, current())
         return datastore_pb2.ActivateVersionResponse(domain=protos.domain_to_proto(info))
+
+    async def AddDocuments(  # noqa: N802
+        self,
+        request: datastore_pb2.AddDocumentsRequest,
+        context: Context,  # noqa: ARG002
+    ) -> datastore_pb2.AddDocumentsResponse:
+        await admin_only()
+        documents = growth.documents_from_proto(request)
+        change = await self._engine.growth.add(request.domain, documents, replace=request.replace, call=current())
+        return datastore_pb2.AddDocumentsResponse(change=growth.change_to_proto(change))
+
+    async def RemoveDocuments(  # noqa: N802
+        self,
+        request: datastore_pb2.RemoveDocumentsRequest,
+        context: Context,  # noqa: ARG002
+    ) -> datastore_pb2.RemoveDocumentsResponse:
+        await admin_only()
+        change = await self._engine.growth.remove(request.domain, list(request.ids), current())
+        return datastore_pb2.RemoveDocumentsResponse(change=growth.change_to_proto(change))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.runtime.settings import GrpcSettings, Names
@@ -32,8 +32,18 @@ class DatastoreSettings(GrpcSettings):
     max_queries: int = Field(4096, ge=1, description="queries in one request")
     max_passages: int = Field(64, ge=0, description="neighbors per query shown with their text")
     max_passage_tokens: int = Field(512, ge=0, description="tokens of text on each side of a shown neighbor")
+    max_documents: int = Field(1024, ge=1, description="documents added or removed in one request")
     max_queue_queries: int = Field(65_536, ge=1, description="queries waiting or in work; more are refused with 429")
     max_batch_queries: int = Field(1024, ge=1, description="queries of several requests searched together")
+    check: Literal["none", "small", "all"] = Field(
+        "small", description="what is compared with its checksum before a version is served: small = all but its keys"
+    )
+    lm_target: str = Field("", description="gRPC address of the lm service, for adding documents; empty: none is added")
+    lm_api_key: SecretStr | None = Field(None, description="key to send to the lm service")
+    lm_api_key_file: Path | None = Field(None, description="file with that key, read again when it changes")
+    lm_tls_ca_file: Path | None = Field(None, description="certificates that the lm service's is checked by: TLS")
+    lm_tls_cert_file: Path | None = Field(None, description="certificate to show to the lm service: mutual TLS")
+    lm_tls_key_file: Path | None = Field(None, description="private key of that certificate")
     watch_interval_s: float = Field(1.0, gt=0, description="how often the store is looked at for changes")
     grace_s: float = Field(60.0, ge=0, description="how long a version that was replaced still answers who pins it")
 

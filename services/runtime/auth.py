@@ -7,40 +7,107 @@
 | admin_api_keys       | anyone                | an admin key                                  |
 | both                 | an API or admin key   | an admin key                                  |
 
+Keys come from the settings themselves and from files, which are read again while the service runs: a key that is new
+there is good, and one that is gone from there is not, within some seconds. Which row of the table holds is decided at
+start and never changes: a file that can no longer be read leaves the keys as they were.
+
 Where ordinary calls are open, an Authorization header that is no admin key is ignored: clients send empty ones.
 """
 
 import hashlib
 import hmac
+import logging
 from collections.abc import Sequence
 from ipaddress import ip_address
+from pathlib import Path
 
-from knnlm.errors import PermissionDenied, Unauthenticated
+from pydantic import SecretStr
+
+from knnlm.clients.secrets import SecretLines
+from knnlm.errors import InvalidRequest, PermissionDenied, Unauthenticated
 from services.runtime import calls
-from services.runtime.settings import HttpSettings
+from services.runtime.logs import event
+from services.runtime.settings import HttpSettings, named
 
-__all__ = ["Keys", "admin_only"]
+__all__ = ["Keys", "admin_only", "is_loopback"]
+
+LOG = logging.getLogger(__name__)
 
 
 class Keys:
-    """The keys of one service, as digests."""
+    """The keys of one service, as digests. Keeps runtime.renewal.Renewable.
+
+    Raises InvalidRequest that names the setting whose file cannot be read or holds no key.
+    """
+
+    name = "keys"
 
     def __init__(self, settings: HttpSettings) -> None:
-        self._ordinary = _digests([key.get_secret_value() for key in settings.api_keys])
-        self._admin = _digests([key.get_secret_value() for key in settings.admin_api_keys])
-        self._open_admin = not self._ordinary and not self._admin and is_loopback(settings.host)
+        self._ordinary = _Group(settings, "api_keys", settings.api_keys, settings.api_keys_file)
+        self._admin = _Group(settings, "admin_api_keys", settings.admin_api_keys, settings.admin_api_keys_file)
+        self._open_admin = not self._ordinary.digests and not self._admin.digests and is_loopback(settings.host)
+
+    @property
+    def watched(self) -> bool:
+        """Whether any keys come from files."""
+        return self._ordinary.file is not None or self._admin.file is not None
+
+    def refresh(self) -> None:
+        """Take over what the files say now. Raises InvalidRequest when one cannot be read: its keys stay."""
+        changed, problems = False, []
+        for group in (self._ordinary, self._admin):
+            try:
+                changed |= group.refresh()
+            except InvalidRequest as err:
+                problems.append(err.message)
+        if changed:
+            counts = {"api_keys": len(self._ordinary.digests), "admin_api_keys": len(self._admin.digests)}
+            event(LOG, "keys_changed", **counts)
+        if problems:
+            raise InvalidRequest("; ".join(problems))
 
     def admits(self, authorization: str | None) -> bool:
         """Whether the caller is an admin. Raises Unauthenticated when it may not call at all."""
         if self._open_admin:
             return True
         digest = _digest(_bearer(authorization))
-        admin = _holds(self._admin, digest)
-        ordinary = _holds(self._ordinary, digest)
-        if self._ordinary and not (ordinary or admin):
+        admin = _holds(self._admin.digests, digest)
+        ordinary = _holds(self._ordinary.digests, digest)
+        if self._ordinary.digests and not (ordinary or admin):
             given = "a wrong one was given" if authorization else "none was given"
             raise Unauthenticated(f"an API key is needed as 'Authorization: Bearer KEY', {given}")
         return admin
+
+
+class _Group:
+    """The keys of one kind. `digests` is replaced as a whole, from another thread than the one that reads it."""
+
+    def __init__(self, settings: HttpSettings, setting: str, given: Sequence[SecretStr], path: Path | None) -> None:
+        self._setting = named(settings, f"{setting}_file")
+        self._given = [key.get_secret_value() for key in given]
+        self.file: SecretLines | None = None
+        if path is not None:
+            try:
+                self.file = SecretLines(path)
+            except InvalidRequest as err:
+                raise InvalidRequest(f"{self._setting}: {err.message}") from err
+        self.digests = self._all()
+
+    def refresh(self) -> bool:
+        """Whether the keys changed. Raises InvalidRequest that names the setting."""
+        if self.file is None:
+            return False
+        try:
+            changed = self.file.refresh()
+        except InvalidRequest as err:
+            raise InvalidRequest(f"{self._setting}: {err.message}") from err
+        if changed:
+            self.digests = self._all()
+        return changed
+
+    def _all(self) -> tuple[bytes, ...]:
+        keys = (*self._given, *(() if self.file is None else self.file.lines))
+        return tuple(_digest(key) for key in dict.fromkeys(keys))
 
 
 async def admin_only() -> None:
@@ -63,10 +130,6 @@ def _bearer(authorization: str | None) -> str:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
-
-
-def _digests(keys: Sequence[str]) -> list[bytes]:
-    return [_digest(key) for key in keys]
 
 
 def _holds(digests: Sequence[bytes], digest: bytes) -> bool:

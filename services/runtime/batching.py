@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from knnlm.errors import DeadlineExceeded, Overloaded, Unavailable
-from services.runtime.calls import Call
+from services.runtime.calls import Call, Stage
 from services.runtime.metrics import Metrics
 
 __all__ = ["Batcher"]
+
+RATE_WEIGHT = 0.1  # of the last batch, in the rate that says when a refused request should come again
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,6 +38,7 @@ class _Waiting(Generic[Item, Result]):
     future: "asyncio.Future[Result]"
     since: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
+    worked: float = 0.0  # seconds, with those it was put together with; 0: not begun, or not finished
 
 
 class Batcher(Generic[Item, Result]):
@@ -78,6 +81,7 @@ class Batcher(Generic[Item, Result]):
         self._total = 0
         self._queues: dict[Hashable, deque[_Waiting[Item, Result]]] = {}  # whose turn is next stands first
         self._served: Hashable = None  # the lane of the last batch; for the worker alone
+        self._rate = 0.0  # size per second of work, of late; 0: nothing known yet. For the loop alone
         self._closing = False
         self._filled = threading.Condition()  # guards the queues and that it is closing
         self._loop = asyncio.get_running_loop()
@@ -112,6 +116,9 @@ class Batcher(Generic[Item, Result]):
         finally:
             self._hold(lane, -size)
             call.timings["queue"] = call.timings.get("queue", 0.0) + waiting.waited
+            call.stages.append(Stage("queue", waiting.since, waiting.waited))
+            if waiting.worked:
+                call.stages.append(Stage("work", waiting.since + waiting.waited, waiting.worked))
 
     async def close(self) -> None:
         """Refuse new items, finish those accepted, end the thread. What it gave last is then with its callers."""
@@ -124,15 +131,21 @@ class Batcher(Generic[Item, Result]):
         held = self._held[lane]
         if self._total + size > self._max_queue:
             problem = f"the queue is full: {self._total} of {self._max_queue} items wait, this request has {size}"
+            before = self._total + size - self._max_queue
         elif self._lane is not None and held and held + size > (share := self._share(lane)):
             problem = (
                 f"{lane} has its share of the queue: {held} items wait, this request has {size}, "
                 f"at most {share} of {self._max_queue} may wait beside those of others"
             )
+            before = (held + size - share) * len(self._held)  # the others have their turns meanwhile
         else:
             return
         self._metrics.rejected.labels("queue_full").inc()
-        raise Overloaded(problem)
+        raise Overloaded(problem, retry_after=self._seconds_for(before))
+
+    def _seconds_for(self, size: int) -> float:
+        """Until so much will have been worked on, at the rate of late: from 1 to 30."""
+        return min(max(size / self._rate, 1.0), 30.0) if self._rate else 1.0
 
     def _share(self, lane: Hashable) -> int:
         return self._max_queue // (len(self._held.keys() | {lane}) + 1)
@@ -146,7 +159,11 @@ class Batcher(Generic[Item, Result]):
 
     def _run(self) -> None:
         while batch := self._next():
+            started = time.perf_counter()
             outcomes = self._work([waiting.item for waiting in batch])
+            seconds = time.perf_counter() - started
+            for waiting in batch:
+                waiting.worked = seconds
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
                 self._loop.call_soon_threadsafe(self._settle, batch, outcomes)
             del batch, outcomes  # not to be kept in memory until the next ones are there
@@ -200,7 +217,11 @@ class Batcher(Generic[Item, Result]):
 
     def _settle(self, batch: Sequence[_Waiting[Item, Result]], outcomes: Sequence[Result | Exception]) -> None:
         """In the loop: hand every outcome to its caller, all at once."""
-        self._metrics.batch_rows.observe(sum(waiting.size for waiting in batch))
+        size = sum(waiting.size for waiting in batch)
+        self._metrics.batch_rows.observe(size)
+        if batch[0].worked:
+            rate = size / batch[0].worked
+            self._rate += (rate - self._rate) * (RATE_WEIGHT if self._rate else 1.0)
         for waiting, outcome in zip(batch, outcomes, strict=True):
             self._metrics.queue_wait.observe(waiting.waited)
             if waiting.future.done():  # cancelled while the thread worked

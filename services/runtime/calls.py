@@ -15,21 +15,41 @@ from dataclasses import dataclass, field
 from knnlm.clients.context import outgoing
 from knnlm.errors import DeadlineExceeded, InvalidRequest
 
-__all__ = ["Call", "current", "entered", "new_id", "seconds_allowed"]
+__all__ = ["Call", "Stage", "current", "entered", "new_id", "seconds_allowed"]
 
 _CURRENT: ContextVar["Call | None"] = ContextVar("call", default=None)
 _ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the work whose beginning is known. started: on the clock of time.perf_counter."""
+
+    name: str
+    started: float
+    seconds: float
+
+
 @dataclass
 class Call:
-    """deadline: on the clock of time.monotonic. admin: came with an admin key. timings: seconds per stage."""
+    """deadline: on the clock of time.monotonic. admin: came with an admin key. probe: another service looks how this
+    one is, every second. timings: seconds per stage; those whose beginning is known are stages, too. error: the code of
+    the error it was answered with. carried: pairs that its own calls to other services carry. started, began_ns: one
+    moment, on time.perf_counter and on the calendar.
+    """
 
     id: str
     face: str
     deadline: float
     admin: bool = False
+    probe: bool = False
     timings: dict[str, float] = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list)
+    error: str | None = None
+    trace_id: str | None = None
+    carried: tuple[tuple[str, str], ...] = ()
+    started: float = field(default_factory=time.perf_counter)
+    began_ns: int = field(default_factory=time.time_ns)
 
     def remaining(self) -> float:
         """Seconds left. Raises DeadlineExceeded when there are none."""
@@ -49,7 +69,9 @@ class Call:
         try:
             yield
         finally:
-            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.timings[name] = self.timings.get(name, 0.0) + seconds
+            self.stages.append(Stage(name, started, seconds))
 
 
 def current() -> Call:
@@ -60,17 +82,20 @@ def current() -> Call:
     return call
 
 
-def current_id() -> str | None:
+def ids() -> dict[str, str]:
+    """What names the call being answered in a log line: its id, and its trace where it has one. Empty outside."""
     call = _CURRENT.get()
-    return None if call is None else call.id
+    if call is None:
+        return {}
+    return {"request_id": call.id} if call.trace_id is None else {"request_id": call.id, "trace_id": call.trace_id}
 
 
 @contextmanager
 def entered(call: Call) -> Iterator[Call]:
-    """Inside, `current()` is the call, and clients of other services pass its id and deadline on."""
+    """Inside, `current()` is the call, and clients of other services pass on its id, deadline and what it carries."""
     token = _CURRENT.set(call)
     try:
-        with outgoing(request_id=call.id, deadline=call.deadline):
+        with outgoing(request_id=call.id, deadline=call.deadline, metadata=call.carried):
             yield call
     finally:
         _CURRENT.reset(token)

@@ -1,7 +1,7 @@
 """What happens to every HTTP request before and after its handler. Plain ASGI: streaming and cancelling pass through.
 
-Before: request id, deadline, API key, readiness, room, body size. After: X-Request-Id and Server-Timing headers,
-metrics, one log line. A request whose caller hangs up is cancelled, so that queued work is dropped.
+Before: request id, trace, deadline, API key, readiness, room, body size. After: X-Request-Id and Server-Timing headers,
+metrics, one log line, the trace's span. A request whose caller hangs up is cancelled, so that queued work is dropped.
 """
 
 import asyncio
@@ -17,13 +17,15 @@ from services.runtime import errors
 from services.runtime.calls import Call, entered, new_id, seconds_allowed
 from services.runtime.logs import event
 from services.runtime.packed import PROTOBUF, is_protobuf
-from services.runtime.service import Door, Service
+from services.runtime.service import Door, Place, Service
+from services.runtime.traces import Outcome
 
 __all__ = ["PROBES", "Edge"]
 
 LOG = logging.getLogger(__name__)
 PROBES = frozenset({"/livez", "/readyz", "/metrics"})  # no key, no log line
 DESCRIPTIONS = frozenset({"/version", "/docs", "/openapi.json"})  # answered while loading
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 HUNG_UP = 499  # nginx's number for a caller that did not wait
 
 
@@ -52,6 +54,8 @@ class Edge:
         headers = Headers(scope=scope)
         started = time.monotonic()
         call, problem = self._call(headers, started)
+        if scope["path"] not in PROBES:
+            self._door.tracing.begin(call, headers.get("traceparent"), ",".join(headers.getlist("tracestate")) or None)
         answer = _Answer(send, call, started)
         with entered(call):
             try:
@@ -85,12 +89,12 @@ class Edge:
         if path in self._always:
             await self._run(scope, b"", receive, answer)
             return
-        with self._door.inside():
-            body = await self._body(headers, receive, call)
+        with self._door.inside() as place:
+            body = await self._body(headers, receive, call, place)
             await self._run(scope, body, receive, answer, packed=is_protobuf(headers.get("content-type")))
 
-    async def _body(self, headers: Headers, receive: Receive, call: Call) -> bytes:
-        """All of it, refused as soon as it is known to be too large, whatever the headers promise."""
+    async def _body(self, headers: Headers, receive: Receive, call: Call, place: Place) -> bytes:
+        """All of it, refused as soon as it is known to be too large, whatever the headers promise, or has no room."""
         most = self._settings.max_body_bytes
         announced = headers.get("content-length", "0")
         too_large = TooLarge(f"the body has more than {most} bytes, the most this service takes (--max-body-bytes)")
@@ -104,7 +108,9 @@ class Edge:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise _CallerLeft
-                    body += message.get("body", b"")
+                    part = message.get("body", b"")
+                    place.hold(len(part))
+                    body += part
                     if len(body) > most:
                         self._metrics.rejected.labels("too_large").inc()
                         raise too_large
@@ -158,6 +164,13 @@ class Edge:
         if scope["path"] not in PROBES:
             fields = {"face": "http", "method": scope["method"], "route": route, "status": status}
             event(LOG, "request", **fields, seconds=seconds, **call.logged())
+            self._door.tracing.end(call, _outcome(scope["method"], route, status))
+
+
+def _outcome(method: str, route: str, status: int) -> Outcome:
+    attributes: dict[str, str | int] = {"http.route": route, "http.response.status_code": status}
+    known = method if method in METHODS else "_OTHER"  # OpenTelemetry's word for it, and a bounded set of names
+    return Outcome(f"{known} {route}", {"http.request.method": known, **attributes}, failed=status >= 500)
 
 
 class _Answer:
@@ -188,6 +201,7 @@ class _Answer:
 
     async def error(self, err: KnnlmError) -> None:
         """Answer with an error, unless an answer has begun: then all that is left is to end it short."""
+        self._call.error = err.code
         if self.status:
             return
         # the connection stays open: uvicorn discards a body nobody read, closing would reset the sending caller

@@ -8,13 +8,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 import knnlm
 from knnlm.errors import InvalidRequest, KnnlmError, NotFound
 from services.runtime import errors
+from services.runtime.calls import current
 from services.runtime.docs import page
 from services.runtime.edge import Edge
 from services.runtime.service import Door, Readiness, Service
@@ -72,7 +73,7 @@ def _add_standard_routes(app: FastAPI, service: Service, readiness: Readiness) -
         status = "ready" if not reasons else readiness.phase if readiness.phase != "ready" else "unavailable"
         return JSONResponse({"status": status, "reasons": reasons}, 503 if reasons else 200)
 
-    @app.get("/metrics", tags=["service"], summary="Counters for Prometheus")
+    @app.get("/metrics", tags=["service"], summary="Counters for Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.expose(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -86,6 +87,7 @@ def _add_standard_routes(app: FastAPI, service: Service, readiness: Readiness) -
 
 
 def _response(err: KnnlmError) -> JSONResponse:
+    current().error = err.code
     return JSONResponse(errors.body(err), errors.row(err).status, errors.headers(err))
 
 

@@ -23,16 +23,20 @@ import knnlm
 from knnlm.errors import KnnlmError
 from services.runtime.allocation import keep_buffers
 from services.runtime.auth import is_loopback
+from services.runtime.heads import head_bounded
 from services.runtime.http import build_app
 from services.runtime.logs import configure, event
+from services.runtime.renewal import Renewable, Renewal
 from services.runtime.rpc import RpcServer, address
 from services.runtime.service import Door, Service
 from services.runtime.settings import GrpcSettings, described, unknown_variables
 from services.runtime.threads import wait_passively
+from services.runtime.tls import server_tls
 
 __all__ = ["Host", "StartupFailed", "main", "running", "until_signal"]
 
 LOG = logging.getLogger(__name__)
+FLUSH_SECONDS = 5.0  # for the last traces, at the end
 
 
 class StartupFailed(Exception):
@@ -51,7 +55,7 @@ def main(service: Service) -> NoReturn:
     for name in unknown_variables(type(settings), os.environ):
         event(LOG, "unknown_setting", logging.WARNING, variable=name)
     event(LOG, "starting", service=service.name, version=knnlm.__version__, **described(settings))
-    if not settings.api_keys and not is_loopback(settings.host):
+    if not (settings.api_keys or settings.api_keys_file) and not is_loopback(settings.host):
         event(LOG, "open_to_all", logging.WARNING, advice=f"{settings.host} is no loopback address: set --api-keys")
     try:
         asyncio.run(until_signal(service))
@@ -74,11 +78,17 @@ async def running(service: Service) -> AsyncIterator["Host"]:
 
 
 class Host:
-    """The two faces over one core. `port` and `grpc_port` are the ones really listened on."""
+    """The two faces over one core. `port` and `grpc_port` are the ones really listened on.
+
+    Raises InvalidRequest that names the setting when a file of keys or certificates cannot be used.
+    """
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self._tls = server_tls(service.settings)
         self.door = Door(service)
+        renewable: list[Renewable] = [self.door.keys] if self.door.keys.watched else []
+        self._renewal = Renewal([*renewable, *([] if self._tls is None else [self._tls])])
         self.app = build_app(service, self.door)
         self.port = 0
         self.grpc_port: int | None = None
@@ -92,8 +102,10 @@ class Host:
                 server_header=False,
                 lifespan="off",
                 ws="none",
+                http=head_bounded(settings.request_timeout_s),
                 timeout_keep_alive=settings.keep_alive_timeout_s,
                 timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+                ssl_context_factory=None if (tls := self._tls) is None else lambda _config, _default: tls.context,
             )
         )
         self._serving: asyncio.Task[None] | None = None
@@ -108,20 +120,23 @@ class Host:
                 self.grpc_port = await self._listen_grpc(self._rpc, settings)
             undo.pop_all()
         self._serving = asyncio.create_task(self._http.serve(sockets=[listener]))
+        self._renewal.start()
         faces = {"http": self.port, "grpc": self.grpc_port}
         addresses = {face: address(settings.host, port) for face, port in faces.items() if port is not None}
-        event(LOG, "listening", **addresses)
+        secured = {} if self._tls is None else {"tls": "mutual" if self._tls.mutual else "server"}
+        event(LOG, "listening", **addresses, **secured)
 
     async def _listen_grpc(self, rpc: RpcServer, settings: GrpcSettings) -> int:
         _bind(settings.host, settings.grpc_port, "--grpc-port").close()  # gRPC's own message hides the reason
         try:
-            return await rpc.start(settings.host, settings.grpc_port)
+            credentials = None if self._tls is None else self._tls.credentials
+            return await rpc.start(settings.host, settings.grpc_port, credentials)
         except RuntimeError as err:
             raise StartupFailed(f"cannot listen on {settings.host}:{settings.grpc_port} (--grpc-port): {err}") from err
 
     async def load(self) -> None:
         """Load and start the core, then take requests."""
-        await _in_daemon_thread(self.service.core.load)
+        await _in_daemon_thread(self.service.core.load, "load")
         await self.service.core.start()
         self.door.readiness.enter("ready")
         if self._rpc is not None:
@@ -141,6 +156,12 @@ class Host:
             stopping.append(asyncio.ensure_future(self._rpc.stop(settings.drain_timeout_s)))
         await asyncio.gather(*stopping)
         await self.service.core.close()
+        await self._renewal.close()
+        try:
+            async with asyncio.timeout(FLUSH_SECONDS):
+                await _in_daemon_thread(self.door.tracing.close, "flush")
+        except TimeoutError:
+            event(LOG, "traces_lost", logging.WARNING, reason="the collector did not take them in time")
         event(LOG, "stopped", service=self.service.name)
 
 
@@ -157,7 +178,11 @@ async def until_signal(service: Service) -> None:
     asked = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
-    host = Host(service)
+    try:
+        host = Host(service)
+    except KnnlmError as err:
+        await service.core.close()
+        raise StartupFailed(err.message) from err
     await host.listen()
     loading = asyncio.create_task(host.load())
     waiting = asyncio.create_task(asked.wait())
@@ -198,7 +223,7 @@ def _bind(host: str, port: int, flag: str) -> socket.socket:
     return listener
 
 
-async def _in_daemon_thread(work: Callable[[], None]) -> None:
+async def _in_daemon_thread(work: Callable[[], None], name: str) -> None:
     """Like asyncio.to_thread, but a process that is told to end need not wait for it."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
@@ -220,12 +245,12 @@ async def _in_daemon_thread(work: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
             loop.call_soon_threadsafe(settle, failure)
 
-    threading.Thread(target=run, name="load", daemon=True).start()
+    threading.Thread(target=run, name=name, daemon=True).start()
     await done
 
 
 def _end(status: int) -> NoReturn:
-    if any(thread.name == "load" for thread in threading.enumerate()):
+    if any(thread.name in ("load", "flush") for thread in threading.enumerate()):
         # native code still runs in it: taking the interpreter down under it can crash, so leave without
         logging.shutdown()
         sys.stdout.flush()

@@ -1,14 +1,15 @@
-"""Events, one line each: key=value or JSON, with the request id. Never prompt text, never a secret."""
+"""Events, one line each: key=value or JSON, with the ids of request and trace. Never prompt text, never a secret."""
 
 import json
 import logging
+import math
 import re
 import sys
 import time
 from collections.abc import Mapping
 from functools import lru_cache
 
-from services.runtime.calls import current_id
+from services.runtime.calls import ids
 
 __all__ = ["configure", "event"]
 
@@ -35,7 +36,7 @@ def configure(log_format: str, log_level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(log_level.upper())
-    for chatty in ("uvicorn", "grpc", "httpx", "httpcore", "asyncio", "faiss"):
+    for chatty in ("uvicorn", "grpc", "httpx", "httpcore", "asyncio", "faiss", "opentelemetry", "urllib3"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
 
 
@@ -43,10 +44,7 @@ def _record(record: logging.LogRecord) -> dict[str, object]:
     stamp = f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
     fields: Mapping[str, object] = getattr(record, _FIELDS, {})
     line: dict[str, object] = {"time": stamp, "level": record.levelname.lower(), "event": record.getMessage()}
-    request_id = current_id()
-    if request_id is not None:
-        line["request_id"] = request_id
-    return {**line, **fields}
+    return {**line, **ids(), **fields}
 
 
 @lru_cache(maxsize=8)  # many lines share a second
@@ -65,7 +63,12 @@ class _Json(logging.Formatter):
         line = _record(record)
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return json.dumps({key: _finite(value) for key, value in line.items()}, default=str)
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN and no infinity: they are text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: object) -> str:

@@ -32,9 +32,10 @@ class Metrics:
             registry=self.registry,
         )
         self.inflight = Gauge("knnlm_inflight_requests", "Requests in work.", registry=self.registry)
+        self.inflight_bytes = Gauge("knnlm_inflight_bytes", "Bytes of the requests in work.", registry=self.registry)
         self.rejected = Counter(
             "knnlm_rejected_total",
-            "Requests refused or dropped: queue_full, deadline, disconnected, too_large.",
+            "Requests refused or dropped: queue_full, bytes_full, deadline, disconnected, too_large.",
             ["reason"],
             registry=self.registry,
         )

@@ -6,26 +6,39 @@ Everything grpc.aio must be made and used in one event loop.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias, cast
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from knnlm.clients.context import PROBE
 from knnlm.clients.rpc import HTTP2
-from knnlm.errors import KnnlmError
+from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError
 from services.runtime import errors
 from services.runtime.calls import Call, entered, new_id
 from services.runtime.logs import event
 from services.runtime.packed import decoded
 from services.runtime.service import Door, Service
 from services.runtime.settings import GrpcSettings
+from services.runtime.traces import Outcome
 
 __all__ = ["RpcServer", "address"]
 
 LOG = logging.getLogger(__name__)
 HEALTH = "/grpc.health.v1.Health/"  # public, as the probes of HTTP are
+SPARE_RPCS = 1024
+FAILURES = frozenset(  # by fault of the service, as OpenTelemetry has it
+    {
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DATA_LOSS,
+    }
+)
 
 # grpc.aio is generic over message classes that are known to generated code only
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -47,12 +60,18 @@ class RpcServer:
                 ("grpc.max_receive_message_length", settings.grpc_max_message_bytes),
                 *HTTP2,
                 ("grpc.so_reuseport", 0),  # a second process on the port must fail, not share it
+                # a caller whose machine is gone is noticed, and what it asked for is dropped
+                ("grpc.keepalive_time_ms", 15_000),
+                ("grpc.keepalive_timeout_ms", 5_000),
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # our clients ping every 30 s
+                ("grpc.http2.max_pings_without_data", 0),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # our clients ping every 10 s
                 # clients with round_robin find new replicas only when a connection ends
-                ("grpc.max_connection_age_ms", 300_000),
-                ("grpc.max_connection_age_grace_ms", int(1000 * settings.request_timeout_s)),
+                ("grpc.max_connection_age_ms", round(1000 * settings.grpc_max_connection_age_s)),
+                ("grpc.max_connection_age_grace_ms", round(1000 * settings.request_timeout_s)),
             ],
+            # the last fence, before any code of ours: health watches count as well, one per client
+            maximum_concurrent_rpcs=2 * settings.max_concurrent_requests + SPARE_RPCS,
         )
         self._names = [rpc.name for rpc in service.rpc]
         self._health = health.aio.HealthServicer()
@@ -61,10 +80,14 @@ class RpcServer:
             rpc.register(self._server)
         reflection.enable_server_reflection((*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen; the port it got. Raises RuntimeError when it cannot."""
+    async def start(self, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
+        """Listen, over TLS when there are credentials; the port it got. Raises RuntimeError when it cannot."""
         await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
-        bound = self._server.add_insecure_port(address(host, port))
+        where = address(host, port)
+        if credentials is None:
+            bound = self._server.add_insecure_port(where)
+        else:
+            bound = self._server.add_secure_port(where, credentials)
         await self._server.start()
         return bound
 
@@ -89,6 +112,10 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         self._door = door
         self._metrics = service.metrics
         self._limit = service.settings.request_timeout_s
+        settings = service.settings
+        largest = settings.grpc_max_message_bytes if isinstance(settings, GrpcSettings) else settings.max_body_bytes
+        # a message has no size before it is there: so many are received at once as would fit if all were the largest
+        self._receiving = asyncio.Semaphore(max(1, settings.max_inflight_bytes // largest))
         self._known: dict[str, Handler] = {}
 
     async def intercept_service(
@@ -109,41 +136,58 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         return guarded
 
     def _guarded(self, answer: Answer, handler: Handler, method: str) -> Handler:
-        """Decode, check, call, and turn every failure into a status."""
+        """Check, receive, decode, call, and turn every failure into a status.
+
+        To gRPC it is a handler of a stream, which on the wire is the same: the message is received when it is asked
+        for, and not before the caller has shown a key and got a place.
+        """
         decode = handler.request_deserializer
 
-        async def guarded(raw: bytes, context: Context) -> Any:
+        async def guarded(messages: AsyncIterator[bytes], context: Context) -> Any:
             started = time.monotonic()
             given = _metadata(context)
             left = cast("float | None", context.time_remaining())  # the stubs forget calls without a deadline
             seconds = self._limit if left is None else min(left, self._limit)
-            call = Call(new_id(given.get("x-request-id")), "grpc", started + seconds)
+            call = Call(new_id(given.get("x-request-id")), "grpc", started + seconds, probe=PROBE in given)
+            self._door.tracing.begin(call, given.get("traceparent"), given.get("tracestate"))
             context.set_trailing_metadata((("x-request-id", call.id),))
             code = grpc.StatusCode.CANCELLED
             with entered(call):
                 try:
                     self._door.authenticate(call, given.get("authorization"))
-                    with self._door.inside():
+                    with self._door.inside() as place:
+                        raw = await self._receive(messages, call)
+                        place.hold(len(raw))
                         result = await answer(raw if decode is None else decoded(raw, decode), context)
                     code = grpc.StatusCode.OK
                     return result
                 except asyncio.CancelledError:
                     raise
                 except KnnlmError as err:
-                    code = errors.row(err).grpc
+                    code, call.error = errors.row(err).grpc, err.code
                     return await _abort(context, call, err)
                 except Exception:  # noqa: BLE001  the process edge
                     event(LOG, "unhandled", logging.ERROR, route=method)
-                    code = grpc.StatusCode.INTERNAL
+                    code, call.error = grpc.StatusCode.INTERNAL, errors.Internal.code
                     return await _abort(context, call, errors.Internal("internal error; see the log of the service"))
                 finally:
                     self._note(method, code, call, time.monotonic() - started)
 
-        return grpc.unary_unary_rpc_method_handler(
+        return grpc.stream_unary_rpc_method_handler(
             guarded,
             request_deserializer=None,
             response_serializer=handler.response_serializer,
         )
+
+    async def _receive(self, messages: AsyncIterator[bytes], call: Call) -> bytes:
+        try:
+            async with asyncio.timeout(call.remaining()), self._receiving:
+                raw = await anext(messages, None)
+        except TimeoutError as err:
+            raise DeadlineExceeded("the request's time was over before its message had arrived") from err
+        if raw is None:
+            raise InvalidRequest("the call ended without a message, expected one")
+        return raw
 
     def _guarded_stream(self, handler: Handler) -> Handler:
         """Reflection, the only stream: for those who have a key."""
@@ -167,7 +211,16 @@ class _Interceptor(grpc.aio.ServerInterceptor):
     def _note(self, method: str, code: grpc.StatusCode, call: Call, seconds: float) -> None:
         self._metrics.requests.labels("grpc", method, code.name).inc()
         self._metrics.duration.labels("grpc", method).observe(seconds)
-        event(LOG, "request", face="grpc", route=method, status=code.name, seconds=seconds, **call.logged())
+        level = logging.DEBUG if call.probe else logging.INFO
+        event(LOG, "request", level, face="grpc", route=method, status=code.name, seconds=seconds, **call.logged())
+        self._door.tracing.end(call, _outcome(method, code))
+
+
+def _outcome(method: str, code: grpc.StatusCode) -> Outcome:
+    service, _, name = method.strip("/").partition("/")
+    number: int = code.value[0]
+    attributes: dict[str, str | int] = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
+    return Outcome(method.strip("/"), {**attributes, "rpc.grpc.status_code": number}, failed=code in FAILURES)
 
 
 def address(host: str, port: int) -> str:

@@ -15,8 +15,9 @@ from services.runtime.calls import Call
 from services.runtime.metrics import Metrics
 from services.runtime.packed import PackedRoute
 from services.runtime.settings import HttpSettings
+from services.runtime.traces import tracing
 
-__all__ = ["Core", "Door", "Readiness", "RpcService", "Service"]
+__all__ = ["Core", "Door", "Place", "Readiness", "RpcService", "Service"]
 
 
 class Core(Protocol):
@@ -90,21 +91,27 @@ class Readiness:
 
 
 class Door:
-    """What every request passes, whichever face it knocks at: its key, the service's state, room for one more."""
+    """What every request passes, whichever face it knocks at: its key, the service's state, room for one more.
+
+    Raises InvalidRequest that names the setting when the files of keys, or what traces need, cannot be used.
+    """
 
     def __init__(self, service: Service) -> None:
         self.readiness = Readiness(service.core)
-        self._keys = Keys(service.settings)
+        self.keys = Keys(service.settings)
+        self.tracing = tracing(service.name, service.settings)
         self._most = service.settings.max_concurrent_requests
+        self._most_bytes = service.settings.max_inflight_bytes
         self._metrics = service.metrics
         self._inside = 0
+        self._bytes = 0
 
     def authenticate(self, call: Call, authorization: str | None) -> None:
         """Note on the call whether it is an admin's. Raises Unauthenticated."""
-        call.admin = self._keys.admits(authorization)
+        call.admin = self.keys.admits(authorization)
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
+    def inside(self) -> Iterator["Place"]:
         """Hold a place during the work. Raises Unavailable while loading or draining, Overloaded when full."""
         if self.readiness.phase != "ready":
             raise Unavailable(f"the service is {self.readiness.phase}")
@@ -113,8 +120,34 @@ class Door:
             raise Overloaded(f"{self._inside} requests are in work, the most this service takes at once")
         self._inside += 1
         self._metrics.inflight.set(self._inside)
+        place = Place(self)
         try:
-            yield
+            yield place
         finally:
             self._inside -= 1
             self._metrics.inflight.set(self._inside)
+            self._hold(-place.size)
+
+    def _hold(self, size: int) -> None:
+        """Count bytes of requests in work. Raises Overloaded when they are too many together."""
+        if size > 0 and self._bytes + size > self._most_bytes:
+            self._metrics.rejected.labels("bytes_full").inc()
+            raise Overloaded(
+                f"the requests in work hold {self._bytes} of {self._most_bytes} bytes (--max-inflight-bytes), "
+                f"there is no room for {size} more"
+            )
+        self._bytes += size
+        self._metrics.inflight_bytes.set(self._bytes)
+
+
+class Place:
+    """One request's, until it is answered. size: the bytes it was sent, counted as they come."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self.size = 0
+
+    def hold(self, size: int) -> None:
+        """Count so many bytes more. Raises Overloaded when the requests in work have too many together."""
+        self._door._hold(size)
+        self.size += size

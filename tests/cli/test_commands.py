@@ -9,7 +9,8 @@ import pytest
 
 from knnlm.cli.index import print_index
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.manifest import IndexRecord, Manifest, with_index
+from knnlm.datastore.manifest import IndexRecord, Manifest
+from knnlm.datastore.revise import with_index
 from knnlm.lm.model import LanguageModel
 from knnlm.messages import ForwardRequest, ForwardResult
 from tests.cli.conftest import Knnlm

@@ -1,86 +1,21 @@
-"""The aggregator over real gRPC services equals the pipeline in one process, and refuses what it must by name."""
+"""The aggregator over real gRPC services equals the pipeline in one process."""
 
-import asyncio
 import base64
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.manifest import with_tuning
 from knnlm.index.searcher import Searcher
-from knnlm.messages import Tuning
 from knnlm.options import DomainOptions, KnnOptions
 from knnlm.pipeline import Pipeline
-from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
-from services.aggregator.app import service as aggregator_service
-from services.aggregator.settings import AggregatorSettings
-from services.datastore.app import service as datastore_service
-from services.datastore.settings import DatastoreSettings
-from services.lm.app import service as lm_service
-from services.lm.settings import LmSettings
-from services.runtime.lifecycle import Host, running
+from knnlm.testing import TEXTS, ToyLanguageModel
+from tests.contract.system import TEXT, System, store, with_system
 
-TUNING = Tuning(temperature=2.0, lmbda=0.3, k=6, lm_perplexity=9.0, knn_perplexity=8.0, tokens=10, documents=1)
-TEXT = "the cat sat on the mat and the dog looked at the cat; the dog sat on the log."
-
-
-@dataclass
-class System:
-    client: httpx.AsyncClient
-    store: Path
-    hosts: dict[str, Host]
-
-    async def post(self, path: str, body: object, status: int = 200) -> Any:  # JSON
-        response = await self.client.post(path, json=body)
-        assert response.status_code == status, response.text
-        return response.json()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    """Domains cat (two versions, tuned), dog (tuned) and raw (not tuned)."""
-    with_tuning(toy_datastore(tmp_path, domain="cat"), TUNING)
-    with_tuning(toy_datastore(tmp_path, domain="cat", version="v2", texts=TEXTS[1:2], activate=False), TUNING)
-    with_tuning(toy_datastore(tmp_path, domain="dog", texts=TEXTS[3:]), replace(TUNING, lmbda=0.2))
-    toy_datastore(tmp_path, domain="raw", texts=TEXTS[:1])
-    return tmp_path
-
-
-@asynccontextmanager
-async def system(store: Path, **settings: Any) -> AsyncIterator[System]:
-    async with AsyncExitStack() as stack:
-        lm = service = lm_service(LmSettings(model="toy", port=0, grpc_port=0), lambda _: ToyLanguageModel())
-        hosts = {"lm": await stack.enter_async_context(running(lm))}
-        service = datastore_service(DatastoreSettings(store=store, port=0, grpc_port=0))
-        hosts["datastore"] = await stack.enter_async_context(running(service))
-        service = aggregator_service(
-            AggregatorSettings(
-                port=0,
-                lm_target=f"127.0.0.1:{hosts['lm'].grpc_port}",
-                datastore_target=f"127.0.0.1:{hosts['datastore'].grpc_port}",
-                **settings,
-            )
-        )
-        hosts["aggregator"] = await stack.enter_async_context(running(service))
-        transport = httpx.ASGITransport(hosts["aggregator"].app)
-        client = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://test"))
-        yield System(client, store, hosts)
-
-
-def with_system(store: Path, check: Callable[[System], Awaitable[None]], **settings: Any) -> None:
-    async def run() -> None:
-        async with system(store, **settings) as running_system:
-            await check(running_system)
-
-    asyncio.run(run())
+__all__ = ["store"]
 
 
 def pipeline(store: Path) -> Pipeline:
@@ -265,142 +200,3 @@ def test_switching_changes_the_answer_and_its_version(store: Path) -> None:
         await s.post("/v1/domains/cow:activate", {"version": "v1"}, status=404)
 
     with_system(store, check)
-
-
-REFUSED: list[tuple[str, dict[str, Any], int, str, str | None]] = [
-    ("/v1/next_token", {}, 400, "invalid_request", "text"),
-    ("/v1/next_token", {"text": ""}, 400, "invalid_request", "text"),
-    ("/v1/next_token", {"text": []}, 400, "invalid_request", "text"),
-    ("/v1/next_token", {"text": "a", "tokens": [1]}, 400, "invalid_request", "text"),
-    ("/v1/next_token", {"text": "a" * 40}, 413, "too_large", "text"),
-    ("/v1/next_token", {"tokens": []}, 400, "invalid_request", "tokens"),
-    ("/v1/next_token", {"tokens": [[]]}, 400, "invalid_request", None),
-    ("/v1/next_token", {"tokens": [258]}, 400, "invalid_request", "tokens"),
-    ("/v1/next_token", {"tokens": [-1]}, 400, "invalid_request", None),
-    ("/v1/next_token", {"tokens": [2**40]}, 400, "invalid_request", "tokens"),
-    ("/v1/next_token", {"tokens": [1.5]}, 400, "invalid_request", None),
-    ("/v1/next_token", {"text": "a", "max_tokens": 3}, 400, "invalid_request", "max_tokens"),
-    ("/v1/next_token", {"text": "a", "top_n": -1}, 400, "invalid_request", "top_n"),
-    ("/v1/next_token", {"text": "a", "top_n": 1001}, 413, "too_large", "top_n"),
-    ("/v1/next_token", {"text": "a", "neighbors": 3}, 400, "invalid_request", "neighbors"),
-    ("/v1/next_token", {"text": "a", "model": "toy+cat", "neighbors": 257}, 413, "too_large", "neighbors"),
-    ("/v1/next_token", {"text": ["a"] * 65}, 413, "too_large", "text"),
-    ("/v1/next_token", {"text": "a", "model": "gpt2"}, 404, "unknown_model", "model"),
-    ("/v1/next_token", {"text": "a", "model": "toy+law"}, 404, "unknown_domain", None),
-    ("/v1/next_token", {"text": "a", "model": "toy+cat", "knn": {"domain": "dog"}}, 400, "invalid_request", None),
-    ("/v1/next_token", {"text": "a", "knn": {}}, 400, "invalid_request", "knn.domain"),
-    ("/v1/next_token", {"text": "a", "knn": {"domain": "raw"}}, 400, "invalid_request", "knn.temperature"),
-    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "k": 0}}, 400, "invalid_request", "knn.k"),
-    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "k": 4097}}, 413, "too_large", "knn.k"),
-    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "lambda": 2}}, 400, "invalid_request", "knn.lambda"),
-    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "temperature": 0}}, 400, "invalid_request", None),
-    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "rule": "magic"}}, 400, "invalid_request", "rule"),
-    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "nprobe": 4}}, 400, "invalid_request", None),
-    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "ef_search": 64}}, 400, "invalid_request", "ef_search"),
-    (
-        "/v1/next_token",
-        {"text": "a", "knn": {"domain": "cat", "ef_search": 0}},
-        400,
-        "invalid_request",
-        "knn.ef_search",
-    ),
-    (
-        "/v1/next_token",
-        {"text": "a", "knn": {"domain": "cat", "exclude_documents": ["9"]}},
-        400,
-        "invalid_request",
-        "exclude_documents",
-    ),
-    (
-        "/v1/next_token",
-        {"text": "a", "knn": {"domain": "cat", "exclude_documents": [9]}},
-        400,
-        "invalid_request",
-        "knn.exclude_documents.0",
-    ),
-    (
-        "/v1/next_token",
-        {"text": "a", "knn": {"domain": "cat", "exclude_documents": ["0"] * 1025}},
-        400,
-        "invalid_request",
-        "knn.exclude_documents",
-    ),
-    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "version": "v7"}}, 404, "unknown_version", None),
-    ("/v1/next_token", {"text": "a", "knn": {"domains": ["cat", "cat"]}}, 400, "invalid_request", "knn.domains"),
-    ("/v1/next_token", {"text": "a", "knn": {"domains": ["cat"] * 9}}, 413, "too_large", "knn.domains"),
-    ("/v1/score", {"text": ""}, 400, "invalid_request", "text"),
-    ("/v1/score", {"tokens": [5]}, 400, "invalid_request", "text"),
-    ("/v1/score", {"text": "abc", "min_context": 32}, 400, "invalid_request", "min_context"),
-    (
-        "/v1/score",
-        {"text": "abc", "knn": {"domains": ["cat", "dog"], "lambda": 0.6}},
-        400,
-        "invalid_request",
-        "lambda",
-    ),
-    ("/detokenize", {"tokens": [999]}, 400, "invalid_request", "tokens"),
-]
-
-
-def test_bad_input_is_refused_by_name(store: Path) -> None:
-    async def check(s: System) -> None:
-        for path, body, status, code, param in REFUSED:
-            error = (await s.post(path, body, status=status))["error"]
-            assert error["code"] == code, (body, error)
-            assert param is None or error["param"] == param, (body, error)
-            assert error["message"], body
-        for content in (
-            b'{"text": "a\\ud800"}',
-            b'{"text": "a", "knn": {"domain": "cat", "exclude_documents": ["\\ud800"]}}',
-        ):
-            lonely = await s.client.post("/v1/next_token", content=content)
-            assert lonely.status_code == 400
-            assert lonely.json()["error"]["code"] == "invalid_request"
-
-    with_system(store, check)
-
-
-def test_a_text_that_is_too_long_is_refused(store: Path) -> None:
-    async def check(s: System) -> None:
-        assert (await s.post("/v1/score", {"text": "a" * 60}, status=413))["error"]["param"] == "text"
-        await s.post("/v1/score", {"text": "a" * 40})
-
-    with_system(store, check, max_score_tokens=50)
-
-
-def test_retrieval_down_is_503_unless_asked_otherwise(store: Path) -> None:
-    async def check(s: System) -> None:
-        body = {"text": "the cat", "model": "toy+cat"}
-        await s.post("/v1/next_token", body)
-        await s.hosts["datastore"].shut()
-        assert (await s.post("/v1/next_token", body, status=503))["error"]["code"] == "unavailable"
-        for path in ("/v1/next_token", "/v1/score"):
-            answer = await s.post(path, {**body, "on_datastore_error": "lm_only"})
-            assert answer["degraded"]
-            assert answer["domains"] == []
-        assert (await s.post("/v1/next_token", {"text": "the cat"}))["degraded"] is None
-        assert [m["id"] for m in (await s.client.get("/v1/models")).json()["data"]] == ["toy"]
-
-    with_system(store, check)
-
-
-def test_every_route_is_denied_without_a_key(store: Path) -> None:
-    async def check(s: System) -> None:
-        for path, methods in (await openapi(s)).items():
-            for method in methods:
-                url = path.replace("{domain}", "cat").replace("{model}", "toy")
-                response = await s.client.request(method, url, json={})
-                public = path in ("/livez", "/readyz", "/metrics")
-                assert (response.status_code != 401) == public, (method, path, response.status_code)
-                if "activate" in path:
-                    headers = {"authorization": "Bearer user"}
-                    denied = await s.client.request(method, url, json={"version": "v2"}, headers=headers)
-                    assert denied.status_code == 403
-                    headers = {"authorization": "Bearer admin"}
-                    allowed = await s.client.request(method, url, json={"version": "v2"}, headers=headers)
-                    assert allowed.status_code == 200
-
-    async def openapi(s: System) -> Any:  # JSON
-        return (await s.client.get("/openapi.json", headers={"authorization": "Bearer user"})).json()["paths"]
-
-    with_system(store, check, api_keys="user", admin_api_keys="admin")

@@ -40,6 +40,26 @@ def test_versions_are_in_natural_order(tmp_path: Path) -> None:
     assert catalog.next_version("med") == "v2"
 
 
+def test_versions_that_are_being_built_keep_their_names(tmp_path: Path) -> None:
+    catalog = store_with(tmp_path, "law/v2", "law/v4")
+    for name in (".v3.building", ".v7.building", ".v8.buildings", ".vx.building", ".add-v9.building"):
+        (tmp_path / "law" / name).mkdir()
+    assert catalog.next_version("law") == "v7"  # an interrupted build is continued
+    assert catalog.free_version("law") == "v8"
+    (tmp_path / "law" / ".v7.building").rmdir()
+    assert (catalog.next_version("law"), catalog.free_version("law")) == ("v3", "v5")
+    (tmp_path / "law" / ".v3.building").rename(tmp_path / "law" / ".v4.building")  # left over, and published since
+    assert (catalog.next_version("law"), catalog.free_version("law")) == ("v5", "v5")
+    assert Catalog(tmp_path / "none").free_version("law") == "v1"
+
+
+def test_what_a_killed_activation_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    catalog = store_with(tmp_path, "law/v1")
+    (tmp_path / "law" / ".CURRENT.17.0123abcd.tmp").touch()
+    catalog.activate("law", "v1")
+    assert sorted(f.name for f in (tmp_path / "law").iterdir()) == ["CURRENT", "v1"]
+
+
 def test_a_build_does_not_activate(tmp_path: Path) -> None:
     catalog = store_with(tmp_path, "law/v1")
     assert catalog.current("law") is None

@@ -1,22 +1,15 @@
 import json
-import threading
 from datetime import UTC
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from knnlm.datastore.manifest import (
-    FileRecord,
-    IndexRecord,
-    Manifest,
-    with_default_index,
-    with_index,
-    with_tuning,
-    without_index,
-)
-from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreIncomplete, InvalidRequest
-from knnlm.messages import Tuning
+from knnlm.datastore.manifest import IndexRecord, Manifest
+from knnlm.datastore.text import Document
+from knnlm.errors import DatastoreCorrupt, DatastoreIncomplete
 from knnlm.testing import ToyLanguageModel, toy_datastore
+from tests.grown import grow
 
 # As the first program of this format version wrote it, when a version had one index
 GOLDEN = """\
@@ -67,7 +60,17 @@ GOLDEN = """\
   "checksum": "37eda43e0d3acafaf84b91cb7d1ef33e078c80a4b0c3414a4cd205ee4d66456d"
 }
 """
-TUNING = Tuning(temperature=2.5, lmbda=0.25, k=64, lm_perplexity=20.0, knn_perplexity=15.5, tokens=1000, documents=3)
+
+
+def changed(path: Path, changes: dict[str, Any]) -> None:  # Any: of the fields' types
+    """Write other fields into a manifest, with the checksum that fits them."""
+    from knnlm.datastore.manifest import _checksum
+
+    file = path / "manifest.json"
+    fields = json.loads(file.read_text())
+    del fields["checksum"]
+    fields |= changes
+    file.write_text(json.dumps({**fields, "checksum": _checksum(fields)}, indent=2) + "\n")
 
 
 @pytest.fixture
@@ -109,8 +112,9 @@ def test_building_folder_is_incomplete(tmp_path: Path) -> None:
         ("", "is not JSON"),
         ("{", "is not JSON"),
         ("[]", "holds list, expected an object"),
-        ("{}", "has format version None, this program reads 1"),
-        ('{"format_version": 2}', "has format version 2, this program reads 1"),
+        ("{}", "has format version None, this program reads 1 and 2"),
+        ('{"format_version": 3}', "has format version 3, this program reads 1 and 2"),
+        ('{"format_version": 2}', "was changed"),
         ('{"format_version": 1}', "was changed"),
     ],
 )
@@ -146,144 +150,75 @@ def test_changed_layout_is_noticed(path: Path) -> None:
      ("other_indexes", [{"recipe": "flat", "file": None, "parameters": {}}])],
 )  # fmt: skip
 def test_fields_are_validated_even_with_a_good_checksum(path: Path, name: str, value: object) -> None:
-    from knnlm.datastore.manifest import _checksum
-
-    file = path / "manifest.json"
-    fields = json.loads(file.read_text())
-    del fields["checksum"]
-    fields[name] = value
-    file.write_text(json.dumps({**fields, "checksum": _checksum(fields)}, indent=2) + "\n")
+    changed(path, {name: value})
     with pytest.raises(DatastoreCorrupt, match="is not a manifest"):
         Manifest.load(path)
 
 
-def test_tuning_is_stored_and_replaced(path: Path) -> None:
-    before = Manifest.load(path)
-    with_tuning(path, TUNING)
-    after = Manifest.load(path)
-    assert after.tuning is not None
-    assert after.tuning.message() == TUNING
-    assert after.model_copy(update={"tuning": None}) == before
+def test_file_of_before_versions_could_grow_is_written_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(GOLDEN)
+    manifest = Manifest.load(tmp_path)
+    assert manifest.serialized().decode() == GOLDEN
+    assert (manifest.base_entries, manifest.live_entries, manifest.live_documents) == (1000, 1000, 3)
+
+
+@pytest.fixture
+def grown(path: Path) -> Path:
+    """(290, 4, 294) entries, documents and tokens; then (5, 1, 6) and (3, 2, 5); documents 1 and 5, the latter with
+    one entry, are removed."""
+    added = [[Document("a", "a cat")], [Document("b", "ab"), Document("c", "c")]]
+    return grow(path, ToyLanguageModel(), added, [1, 6], numbers=[2, 7])
+
+
+def test_version_that_has_grown_counts_base_all_and_what_is_live(grown: Path) -> None:
+    manifest = Manifest.load(grown)
+    assert (manifest.format_version, manifest.parent) == (2, "v1")
+    assert (manifest.base_entries, manifest.base_documents, manifest.base_tokens) == (290, 4, 294)
+    assert (manifest.entries, manifest.documents, manifest.tokens) == (298, 7, 305)
+    assert (manifest.live_entries, manifest.live_documents) == (298 - 105 - 1, 5)
+    assert manifest.serialized() == (grown / "manifest.json").read_bytes()
+    names = {"keys.7.npy", "values.7.npy", "tokens.7.npy", "documents.7.jsonl", "removed.npy"}
+    assert names <= manifest.files.keys()
+
+
+def segment(number: int = 2, **fields: int) -> dict[str, int]:
+    return {"number": number, "entries": 5, "documents": 1, "tokens": 6, **fields}
+
+
+OTHER = segment(7, entries=3, documents=2, tokens=5)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("temperature", 0.0), ("temperature", float("nan")), ("lmbda", 1.5), ("k", 0), ("lm_perplexity", float("inf"))],
+    ("changes", "message"),
+    [
+        ({"format_version": 1}, "format version 1 with 2 segments"),
+        ({"segments": [], "removed": None}, "format version 2 with 0 segments"),
+        ({"segments": [OTHER, segment()]}, r"numbered \[7, 2\], expected ascending"),
+        ({"segments": [segment(), segment()]}, r"numbered \[2, 2\], expected ascending"),
+        ({"segments": [segment(0), OTHER]}, "segments.0.number: .*greater than or equal to 1"),
+        ({"segments": [segment(3), OTHER]}, r"keys\.3\.npy is not among files"),
+        ({"segments": [segment(entries=-1), OTHER]}, "segments.0.entries"),
+        ({"segments": [segment(documents=0), OTHER]}, "segments.0.documents"),
+        ({"segments": [segment(surprise=1), OTHER]}, "segments.0.surprise"),
+        ({"segments": [segment(entries=296), OTHER]}, "entries are 298, fewer than in the segments"),
+        ({"segments": [segment(documents=6), OTHER]}, "documents are 7, fewer than in the segments"),
+        ({"segments": [segment(tokens=301), OTHER]}, "tokens are 305, fewer than in the segments"),
+        ({"removed": {"documents": 0, "entries": 0}}, "removed.documents"),
+        ({"removed": {"documents": 1, "entries": -1}}, "removed.entries"),
+        ({"removed": {"documents": 8, "entries": 1}}, "documents are 7, fewer than .* among the removed"),
+        ({"removed": {"documents": 2, "entries": 299}}, "entries are 298, fewer than .* among the removed"),
+    ],
 )
-def test_unusable_tuning_is_refused(path: Path, name: str, value: float) -> None:
-    before = (path / "manifest.json").read_bytes()
-    with pytest.raises(InvalidRequest, match=name):
-        with_tuning(path, Tuning(**{**TUNING.__dict__, name: value}))
-    assert (path / "manifest.json").read_bytes() == before
+def test_growth_that_cannot_be_is_refused(grown: Path, changes: dict[str, Any], message: str) -> None:
+    changed(grown, changes)
+    with pytest.raises(DatastoreCorrupt, match=f"is not a manifest: .*{message}"):
+        Manifest.load(grown)
 
 
-def test_index_replaces_the_former_and_keeps_tuning(path: Path) -> None:
-    with_tuning(path, TUNING)
-    first, second = (FileRecord(bytes=1, sha256=digit * 64) for digit in "12")
-    with_index(path, IndexRecord(recipe="ivf4", file="a.faiss", parameters={"nprobe": 2}), {"a.faiss": first})
-    with_index(path, IndexRecord(recipe="ivf8", file="b.faiss"), {"b.faiss": second})
-    manifest = Manifest.load(path)
-    assert manifest.index == IndexRecord(recipe="ivf8", file="b.faiss")
-    assert "a.faiss" not in manifest.files
-    assert manifest.files["b.faiss"] == second
-    assert manifest.tuning is not None
-
-
-def recipes(path: Path) -> list[str]:
-    return [index.recipe for index in Manifest.load(path).indexes]
-
-
-def add(path: Path, recipe: str, file: str, *, beside: bool = True) -> None:
-    record = FileRecord(bytes=1, sha256=file[0] * 64)
-    with_index(path, IndexRecord(recipe=recipe, file=file), {file: record}, beside=beside)
-
-
-def test_file_of_before_there_were_several_indexes_is_read_and_written_as_it_is(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(GOLDEN)
-    manifest = Manifest.load(tmp_path)
-    assert manifest.indexes == (manifest.index,)
-    assert manifest.serialized().decode() == GOLDEN
-    add(tmp_path, "ivf8", "b.faiss")
-    assert "other_indexes" in (tmp_path / "manifest.json").read_text()
-    without_index(tmp_path, "ivf8")
-    assert (tmp_path / "manifest.json").read_text() == GOLDEN
-
-
-def test_indexes_beside_each_other(path: Path) -> None:
-    add(path, "ivf4", "a.faiss", beside=False)
-    add(path, "ivf8", "b.faiss")
-    add(path, "ivf16", "c.faiss")
-    assert recipes(path) == ["ivf4", "ivf8", "ivf16"]
-    assert {"a.faiss", "b.faiss", "c.faiss"} <= Manifest.load(path).files.keys()
-    add(path, "ivf8", "d.faiss")
-    assert sorted(recipes(path)) == ["ivf16", "ivf4", "ivf8"]
-    assert Manifest.load(path).index.recipe == "ivf4"
-    assert "b.faiss" not in Manifest.load(path).files
-    add(path, "ivf16", "e.faiss", beside=False)  # in place of the default, and of its own former file
-    assert recipes(path) == ["ivf16", "ivf8"]
-    assert {name for name in Manifest.load(path).files if name.endswith("faiss")} == {"d.faiss", "e.faiss"}
-
-
-def test_default_is_built_beside_itself(path: Path) -> None:
-    add(path, "ivf4", "a.faiss", beside=False)
-    add(path, "ivf4", "b.faiss")
-    assert recipes(path) == ["ivf4"]
-    assert Manifest.load(path).index.file == "b.faiss"
-
-
-def test_index_is_found_by_its_recipe(path: Path) -> None:
-    add(path, "ivf4", "a.faiss", beside=False)
-    add(path, "ivf8", "b.faiss")
-    manifest = Manifest.load(path)
-    assert manifest.index_of(None) == manifest.index_of("ivf4") == manifest.index
-    assert manifest.index_of("ivf8").file == "b.faiss"
-    assert manifest.index_of("flat") == IndexRecord(recipe="flat")
-    with pytest.raises(InvalidRequest, match="has no index 'ivf9': it has flat, ivf4, ivf8"):
-        manifest.index_of("ivf9")
-
-
-def test_another_default_keeps_all(path: Path) -> None:
-    add(path, "ivf4", "a.faiss", beside=False)
-    add(path, "ivf8", "b.faiss")
-    with_default_index(path, "ivf8")
-    assert recipes(path) == ["ivf8", "ivf4"]
-    with_default_index(path, "flat")
-    assert recipes(path) == ["flat", "ivf8", "ivf4"]
-    assert {"a.faiss", "b.faiss"} <= Manifest.load(path).files.keys()
-    with pytest.raises(InvalidRequest, match="has no index 'ivf9'"):
-        with_default_index(path, "ivf9")
-
-
-def test_index_is_taken_away_unless_it_is_the_default(path: Path) -> None:
-    add(path, "ivf4", "a.faiss", beside=False)
-    add(path, "ivf8", "b.faiss")
-    with pytest.raises(Conflict, match="ivf4 is the default index"):
-        without_index(path, "ivf4")
-    for unknown in ("flat", "ivf9"):
-        with pytest.raises(InvalidRequest, match=f"has no index '{unknown}' to remove: it has ivf4, ivf8"):
-            without_index(path, unknown)
-    without_index(path, "ivf8")
-    assert recipes(path) == ["ivf4"]
-    assert "b.faiss" not in Manifest.load(path).files
-
-
-def test_concurrent_changes_are_both_kept(path: Path) -> None:
-    record = FileRecord(bytes=1, sha256="1" * 64)
-
-    def index() -> None:
-        for i in range(10):
-            with_index(path, IndexRecord(recipe=f"ivf{i + 1}", file="a.faiss"), {"a.faiss": record})
-
-    def tune() -> None:
-        for i in range(10):
-            with_tuning(path, Tuning(**{**TUNING.__dict__, "k": i + 1}))
-
-    threads = [threading.Thread(target=index), threading.Thread(target=tune)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    manifest = Manifest.load(path)
-    assert manifest.index.recipe == "ivf10"
-    assert manifest.tuning is not None
-    assert manifest.tuning.k == 10
+@pytest.mark.parametrize("name", ["keys.2.npy", "values.2.npy", "tokens.7.npy", "documents.7.jsonl", "removed.npy"])
+def test_files_of_what_was_added_or_removed_must_be_listed(grown: Path, name: str) -> None:
+    files = json.loads((grown / "manifest.json").read_text())["files"]
+    del files[name]
+    changed(grown, {"files": files})
+    with pytest.raises(DatastoreCorrupt, match=f"{name} is not among files"):
+        Manifest.load(grown)

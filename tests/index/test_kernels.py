@@ -49,6 +49,14 @@ def test_a_row_is_the_same_alone_and_at_any_place(dtype: type[np.floating]) -> N
         )
 
 
+def test_values_of_added_entries_follow_those_of_the_others() -> None:
+    values, added = np.arange(50, dtype=np.int32), np.arange(100, 140, dtype=np.int32)
+    ids = np.random.default_rng(0).integers(-1, 90, (7, 40))
+    whole = np.concatenate([values, added])
+    np.testing.assert_array_equal(gather(values, ids, added), np.where(ids >= 0, whole[ids], -1))
+    np.testing.assert_array_equal(gather(values[:0], ids % 40, added), added[ids % 40])
+
+
 def test_slices_of_larger_arrays_are_read_right() -> None:
     """As threads are given them, columns cut off included."""
     keys, queries = some(0, 100, 20), some(1, 9, 20)

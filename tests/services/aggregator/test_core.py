@@ -11,6 +11,8 @@ from services.aggregator.core import AggregatorCore
 from services.aggregator.engine import Aggregator
 from services.aggregator.schemas import NextTokenRequest
 from services.aggregator.settings import AggregatorSettings
+from services.aggregator.upstream import UpstreamMetrics
+from services.runtime.metrics import Metrics
 
 
 class Lm:
@@ -35,7 +37,7 @@ class Lm:
 def test_another_model_is_taken_over() -> None:
     async def check() -> None:
         lm, settings = Lm(), AggregatorSettings()
-        core = AggregatorCore(settings)
+        core = AggregatorCore(settings, UpstreamMetrics(Metrics("aggregator")))
         core._aggregator = first = await Aggregator.connect(lm, None, settings)
         request = NextTokenRequest(text="the cat")
         before, _ = await core.aggregator.next_token(request)

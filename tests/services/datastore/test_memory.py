@@ -285,7 +285,8 @@ def open_searcher(path, memory_limit):
         blocks.append(malloc(64 << 10))
         ctypes.memset(blocks[-1], 1, 64 << 10)
         malloc(64)  # the last one keeps the heap from shrinking by itself
-    return SimpleNamespace(warm=lambda: None, memory=None, close=lambda: [free(block) for block in blocks])
+    close = lambda: [free(block) for block in blocks]
+    return SimpleNamespace(warm=lambda: None, memory=None, held_bytes=0, close=close)
 
 loaded = Loaded(Path(sys.argv[1]), open_searcher)
 full = resident()

@@ -238,3 +238,18 @@ def test_a_full_queue_and_a_late_answer_are_told_apart(store: Path) -> None:
             await asyncio.gather(first, second)
 
     asyncio.run(check())
+
+
+def test_metrics_name_the_version_that_answers_and_no_former_one(store: Path) -> None:
+    async def check() -> None:
+        made = datastore(store)
+        async with running(made) as host, client(host) as rpc:
+            for version in ("v2", "v1", "v2"):
+                await rpc.activate("toy", version)
+                shown = [
+                    line for line in made.metrics.expose().decode().splitlines() if "knnlm_domain_entries{" in line
+                ]
+                assert len(shown) == 1
+                assert f'version="{version}"' in shown[0]
+
+    asyncio.run(check())

@@ -1,4 +1,5 @@
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pydantic import SecretStr
 
+from knnlm.clients.context import PROBE
 from knnlm.errors import Overloaded, UnknownVersion
 from knnlm.v1 import lm_pb2, lm_pb2_grpc
 from services.runtime.lifecycle import Host, running
@@ -67,6 +69,18 @@ def test_ids_errors_and_deadlines_cross_grpc() -> None:
             assert counts.get_sample_value("knnlm_requests_total", labels) == 1
 
     asyncio.run(check())
+
+
+def test_how_services_look_at_one_another_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def check() -> None:
+        async with echo_grpc(EchoCore()) as (_, channel):
+            stub = lm_pb2_grpc.LanguageModelStub(channel)
+            for metadata in ((), ((PROBE, "1"),)):
+                await stub.GetModel(lm_pb2.GetModelRequest(), metadata=metadata)
+
+    with caplog.at_level(logging.DEBUG, "services.runtime.rpc"):
+        asyncio.run(check())
+    assert [record.levelno for record in caplog.records if record.message == "request"] == [logging.INFO, logging.DEBUG]
 
 
 def raw(channel: grpc.aio.Channel, method: str, message: bytes) -> Awaitable[object]:

@@ -1,0 +1,119 @@
+"""`knnlm add`: documents added to the current version of a domain, while it answers."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from knnlm.cli.common import (
+    DEFAULT_STORE,
+    ActivateOption,
+    DeviceOption,
+    DomainArgument,
+    DtypeOption,
+    JsonOption,
+    PartOption,
+    SourcesArgument,
+    StoreOption,
+    parse_part,
+    print_change,
+    remark,
+    showing,
+    version_folder,
+)
+from knnlm.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from knnlm.datastore.encode import KeyEncoder
+
+API_KEY = "KNNLM_API_KEY"
+CALL_SECONDS = 600.0  # a batch of a large model on a slow machine
+PATIENCE_SECONDS = 60.0  # an lm service that restarts stops nothing
+
+
+def add(
+    context: typer.Context,
+    domain: DomainArgument,
+    sources: SourcesArgument,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", envvar="KNNLM_MODEL", help="Folder or hub id of the model that made the domain."),
+    ] = None,
+    lm_target: Annotated[
+        str | None, typer.Option(help="Ask this lm service instead (gRPC, host:port): no model is loaded here.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the key for the lm service; else KNNLM_API_KEY, if set.")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    part: PartOption = "all",
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Put documents in the place of those that have their ids.")
+    ] = False,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in the model at once.")] = 8192,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for another change of the domain to end.")] = False,
+    activate: ActivateOption = True,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Add documents to a domain, as a new version. Stopped additions continue with the same command."""
+    from knnlm.datastore.catalog import Catalog
+    from knnlm.datastore.growth import add as run
+    from knnlm.datastore.manifest import Manifest
+    from knnlm.datastore.text import read_documents
+    from knnlm.evaluation.splits import select
+
+    catalog = Catalog(store)
+    manifest = Manifest.load(version_folder(catalog, domain, None))
+    documents = select(read_documents(sources), parse_part(part))
+    if lm_target is None:
+        if model is None:
+            raise InvalidRequest("expected --model or --lm-target: what makes the keys of the documents", param="model")
+        if api_key_file is not None:
+            raise InvalidRequest("--api-key-file means nothing without --lm-target", param="api_key_file")
+    elif (source := context.get_parameter_source("model")) is not None and source.name == "COMMANDLINE":
+        raise InvalidRequest("expected either --model or --lm-target, got both", param="lm_target")
+    try:
+        with (
+            _encoder(model, lm_target, api_key_file, manifest.key_function, device=device, dtype=dtype) as lm,
+            showing() as on_progress,
+        ):
+            change = run(
+                documents,
+                lm,
+                catalog,
+                domain,
+                replace=replace,
+                activate=catalog.activate if activate else None,
+                wait=wait,
+                batch_tokens=batch_tokens,
+                on_progress=on_progress,
+            )
+    except KeyboardInterrupt:
+        remark("stopped: the same command continues where it was")
+        raise
+    print_change(change, active=activate, as_json=as_json)
+
+
+@contextmanager
+def _encoder(
+    model: str | None, lm_target: str | None, api_key_file: Path | None, key_function: str, *, device: str, dtype: str
+) -> Iterator["KeyEncoder"]:
+    """The model, loaded here, or behind a service: then it says itself what its key function is."""
+    if lm_target is None:
+        from knnlm.lm.model import LanguageModel
+
+        yield LanguageModel.load(model or "", device=device, dtype=dtype, key_function=key_function)
+        return
+    from knnlm.clients.encoder import RemoteEncoder
+    from knnlm.clients.rpc import GrpcLanguageModel
+    from knnlm.clients.secrets import SecretFile
+
+    key = SecretFile(api_key_file) if api_key_file is not None else os.environ.get(API_KEY)
+    client = GrpcLanguageModel(lm_target, api_key=key, timeout=CALL_SECONDS, wait=PATIENCE_SECONDS)
+    with RemoteEncoder(client) as lm:
+        yield lm

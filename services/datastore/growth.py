@@ -1,0 +1,150 @@
+"""Documents added to and removed from a domain while it answers.
+
+Each change is a version of its own, made in a thread beside the searches, opened and warmed like any other, and made
+current last: a search sees all of it or nothing. One change at a time; who asks meanwhile waits as long as its deadline
+allows. A change whose caller no longer waits goes on. At shutdown it stops at the next batch: what was encoded stays on
+disk, and the same documents sent again continue there.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from prometheus_client import Counter
+
+from knnlm.clients.context import outgoing
+from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.change import Activate
+from knnlm.datastore.encode import KeyEncoder
+from knnlm.datastore.growth import Change, add, remove
+from knnlm.datastore.progress import Progress
+from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
+from knnlm.messages import Document, DomainChange
+from services.datastore.pool import Pool
+from services.datastore.settings import DatastoreSettings
+from services.runtime.calls import Call
+from services.runtime.logs import event
+from services.runtime.metrics import Metrics
+
+__all__ = ["EncoderOpener", "Growth"]
+
+LOG = logging.getLogger(__name__)
+ID_CHARACTERS = 4096  # of a document's id: as many as a search may name
+
+EncoderOpener = Callable[[], AbstractContextManager[KeyEncoder]]
+
+
+class Growth:
+    """open_encoder: what turns documents into keys, opened for each change; None while there is no lm service."""
+
+    def __init__(
+        self, settings: DatastoreSettings, metrics: Metrics, pool: Pool, open_encoder: EncoderOpener | None
+    ) -> None:
+        self._settings = settings
+        self._catalog = Catalog(settings.store)
+        self._pool = pool
+        self.open_encoder = open_encoder
+        self._turn = asyncio.Lock()
+        self._changes: set[asyncio.Task[DomainChange]] = set()
+        self._closing = False
+        self._documents = Counter(
+            "knnlm_documents_changed_total", "Documents added to or removed from a domain while it was served.",
+            ["domain", "change"], registry=metrics.registry,
+        )  # fmt: skip
+
+    async def add(self, domain: str, documents: Sequence[Document], *, replace: bool, call: Call) -> DomainChange:
+        """What became of the domain; it answers from that version now.
+
+        Raises InvalidRequest or TooLarge for documents that cannot be taken, Unavailable without an lm service,
+        DeadlineExceeded when it takes longer (it goes on then), what `knnlm.datastore.growth.add` raises.
+        """
+        self._check(domain, [document.id for document in documents], "documents")
+        for number, document in enumerate(documents):
+            if not document.text.strip():
+                raise InvalidRequest(f"the text of document {number} is empty", param=f"documents.{number}.text")
+        opener = self.open_encoder
+        if opener is None:
+            raise Unavailable("no lm service is configured (--lm-target), so documents cannot be encoded here")
+
+        def work(activate: Activate) -> Change:
+            with opener() as lm:
+                return add(
+                    documents, lm, self._catalog, domain,
+                    replace=replace, activate=activate, on_progress=self._stop_when_closing,
+                )  # fmt: skip
+
+        return await self._finished(work, call)
+
+    async def remove(self, domain: str, ids: Sequence[str], call: Call) -> DomainChange:
+        """What became of the domain. Raises NotFound for an id that is no document, and as `add` does."""
+        self._check(domain, ids, "ids")
+        return await self._finished(lambda activate: remove(ids, self._catalog, domain, activate=activate), call)
+
+    async def close(self) -> None:
+        """Refuse new changes and wait for the running one to stop."""
+        self._closing = True
+        await asyncio.gather(*self._changes, return_exceptions=True)
+
+    def _check(self, domain: str, ids: Sequence[str], param: str) -> None:
+        self._pool.get(domain, None)  # a domain that is not served here is not grown here
+        if not ids:
+            raise InvalidRequest(f"{param} is empty: expected at least one", param=param)
+        most = self._settings.max_documents
+        if len(ids) > most:
+            raise TooLarge(f"{param} may hold {most} at once, got {len(ids)} (--max-documents)", param=param)
+        for number, name in enumerate(ids):
+            if not 0 < len(name) <= ID_CHARACTERS:
+                raise InvalidRequest(
+                    f"an id must have 1 to {ID_CHARACTERS} characters, number {number} has {len(name)}", param=param
+                )
+
+    async def _finished(self, work: Callable[[Activate], Change], call: Call) -> DomainChange:
+        change = asyncio.create_task(self._change(work, call))
+        self._changes.add(change)
+        change.add_done_callback(self._ended)
+        try:
+            async with asyncio.timeout(call.remaining()):
+                return await asyncio.shield(change)
+        except TimeoutError as err:
+            raise DeadlineExceeded("the change is still being made: ask for the domain to see when it is done") from err
+
+    async def _change(self, work: Callable[[Activate], Change], call: Call) -> DomainChange:
+        loop = asyncio.get_running_loop()
+
+        def activate(domain: str, version: str) -> None:
+            """In the worker thread: the pool's own activation, which opens and warms the version first."""
+            asyncio.run_coroutine_threadsafe(self._pool.activate(domain, version), loop).result()
+
+        async with self._turn:
+            if self._closing:
+                raise Unavailable("the service is shutting down")
+            with outgoing(request_id=call.id):  # without its deadline: the work goes on when nobody waits any more
+                made = await asyncio.to_thread(work, activate)
+        self._documents.labels(made.domain, "added").inc(made.added_documents)
+        self._documents.labels(made.domain, "removed").inc(made.removed_documents)
+        change = DomainChange(
+            domain=made.domain,
+            version=made.version,
+            parent=made.parent,
+            added_documents=made.added_documents,
+            added_entries=made.added_entries,
+            removed_documents=made.removed_documents,
+            removed_entries=made.removed_entries,
+            advice=made.advice,
+        )
+        event(
+            LOG, "domain_changed", domain=change.domain, version=change.version, parent=change.parent,
+            added=change.added_documents, removed=change.removed_documents,
+        )  # fmt: skip
+        return change
+
+    def _stop_when_closing(self, progress: Progress) -> None:
+        del progress
+        if self._closing:
+            raise Unavailable("the service is shutting down; what was encoded is kept, send the documents again")
+
+    def _ended(self, change: "asyncio.Task[DomainChange]") -> None:
+        self._changes.discard(change)
+        if not change.cancelled() and (err := change.exception()) is not None:
+            event(LOG, "change_failed", logging.WARNING, reason=str(err))
