@@ -1,6 +1,5 @@
 """`knnlm add`: documents added to the current version of a domain, while it answers."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +23,13 @@ from knnlm.cli.common import (
     showing,
     version_folder,
 )
+from knnlm.cli.remote import TlsCaOption, TlsCertOption, TlsKeyOption, api_key, is_given, refuse_without, tls
 from knnlm.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from knnlm.datastore.encode import KeyEncoder
+    from knnlm.messages import LanguageModelClient
 
-API_KEY = "KNNLM_API_KEY"
 CALL_SECONDS = 600.0  # a batch of a large model on a slow machine
 PATIENCE_SECONDS = 60.0  # an lm service that restarts stops nothing
 
@@ -48,6 +48,9 @@ def add(
     api_key_file: Annotated[
         Path | None, typer.Option(help="File with the key for the lm service; else KNNLM_API_KEY, if set.")
     ] = None,
+    tls_ca_file: TlsCaOption = None,
+    tls_cert_file: TlsCertOption = None,
+    tls_key_file: TlsKeyOption = None,
     store: StoreOption = DEFAULT_STORE,
     part: PartOption = "all",
     replace: Annotated[
@@ -70,16 +73,26 @@ def add(
     catalog = Catalog(store)
     manifest = Manifest.load(version_folder(catalog, domain, None))
     documents = select(read_documents(sources), parse_part(part))
+    service = None
     if lm_target is None:
         if model is None:
             raise InvalidRequest("expected --model or --lm-target: what makes the keys of the documents", param="model")
-        if api_key_file is not None:
-            raise InvalidRequest("--api-key-file means nothing without --lm-target", param="api_key_file")
-    elif (source := context.get_parameter_source("model")) is not None and source.name == "COMMANDLINE":
-        raise InvalidRequest("expected either --model or --lm-target, got both", param="lm_target")
+        refuse_without("--lm-target", context, "api_key_file", "tls_ca_file", "tls_cert_file", "tls_key_file")
+    else:
+        if is_given(context, "model"):
+            raise InvalidRequest("expected either --model or --lm-target, got both", param="lm_target")
+        from knnlm.clients.rpc import GrpcLanguageModel
+
+        service = GrpcLanguageModel(
+            lm_target,
+            api_key=api_key(api_key_file),
+            timeout=CALL_SECONDS,
+            tls=tls(tls_ca_file, tls_cert_file, tls_key_file),
+            wait=PATIENCE_SECONDS,
+        )
     try:
         with (
-            _encoder(model, lm_target, api_key_file, manifest.key_function, device=device, dtype=dtype) as lm,
+            _encoder(model, service, manifest.key_function, device=device, dtype=dtype) as lm,
             showing() as on_progress,
         ):
             change = run(
@@ -101,19 +114,15 @@ def add(
 
 @contextmanager
 def _encoder(
-    model: str | None, lm_target: str | None, api_key_file: Path | None, key_function: str, *, device: str, dtype: str
+    model: str | None, service: "LanguageModelClient | None", key_function: str, *, device: str, dtype: str
 ) -> Iterator["KeyEncoder"]:
     """The model, loaded here, or behind a service: then it says itself what its key function is."""
-    if lm_target is None:
+    if service is None:
         from knnlm.lm.model import LanguageModel
 
         yield LanguageModel.load(model or "", device=device, dtype=dtype, key_function=key_function)
         return
     from knnlm.clients.encoder import RemoteEncoder
-    from knnlm.clients.rpc import GrpcLanguageModel
-    from knnlm.clients.secrets import SecretFile
 
-    key = SecretFile(api_key_file) if api_key_file is not None else os.environ.get(API_KEY)
-    client = GrpcLanguageModel(lm_target, api_key=key, timeout=CALL_SECONDS, wait=PATIENCE_SECONDS)
-    with RemoteEncoder(client) as lm:
+    with RemoteEncoder(service) as lm:
         yield lm

@@ -1,7 +1,6 @@
 """`knnlm domains`: what is in the store, which version answers, and removing the others."""
 
 import asyncio
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.cli.common import DEFAULT_STORE, DomainArgument, JsonOption, StoreOption, print_json, print_table, progress
+from knnlm.cli.remote import TlsCaOption, TlsCertOption, TlsKeyOption, api_key, is_given, refuse_without, tls
 from knnlm.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from knnlm.clients.rollout import DomainReplica
     from knnlm.clients.rpc import GrpcDatastore
-
-API_KEY = "KNNLM_API_KEY"
 
 domains = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="List, activate and remove versions of domains."
@@ -88,36 +86,25 @@ def activate(
     api_key_file: Annotated[
         Path | None, typer.Option(help="File with an admin key of the datastore service; else KNNLM_API_KEY, if set.")
     ] = None,
-    tls_ca_file: Annotated[
-        Path | None, typer.Option(help="PEM of who may vouch for the service, which is then asked over TLS.")
-    ] = None,
-    tls_cert_file: Annotated[
-        Path | None, typer.Option(help="PEM certificate to present to the service, with --tls-key-file.")
-    ] = None,
-    tls_key_file: Annotated[Path | None, typer.Option(help="PEM key of --tls-cert-file.")] = None,
+    tls_ca_file: TlsCaOption = None,
+    tls_cert_file: TlsCertOption = None,
+    tls_key_file: TlsKeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a version the current one. Running services switch to it; rolling back is the same command."""
     if target is None:
-        for name in ("wait", "timeout", "api_key_file", "tls_ca_file", "tls_cert_file", "tls_key_file"):
-            if _is_given(context, name):
-                raise InvalidRequest(f"--{name.replace('_', '-')} means nothing without --target", param=name)
+        tls_files = ("tls_ca_file", "tls_cert_file", "tls_key_file")
+        refuse_without("--target", context, "wait", "timeout", "api_key_file", *tls_files)
         _in_store(domain, version, store, as_json=as_json)
         return
-    if _is_given(context, "store"):
+    if is_given(context, "store"):
         raise InvalidRequest("expected either --store or --target, got both", param="target")
     if not 0 < timeout < float("inf"):
         raise InvalidRequest(f"--timeout must be a number of seconds > 0, got {timeout}", param="timeout")
     from knnlm.clients.rpc import GrpcDatastore
-    from knnlm.clients.secrets import SecretFile
-    from knnlm.clients.tls import Tls
 
-    files = (tls_ca_file, tls_cert_file, tls_key_file)
     client = GrpcDatastore(
-        target,
-        api_key=os.environ.get(API_KEY) if api_key_file is None else SecretFile(api_key_file),
-        timeout=timeout,
-        tls=None if files == (None, None, None) else Tls(*files),
+        target, api_key=api_key(api_key_file), timeout=timeout, tls=tls(tls_ca_file, tls_cert_file, tls_key_file)
     )
     replicas = asyncio.run(_through_service(client, domain, version, wait=wait))
     if as_json:
@@ -160,12 +147,6 @@ async def _through_service(
             return having(await client.replicas(domain))
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
-    """On the command line: what the environment says is meant for other commands as well."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
 @domains.command()
 def remove(
     domain: DomainArgument, version: OneVersion, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False
@@ -178,3 +159,25 @@ def remove(
         print_json({"domain": domain, "version": version, "removed": True})
     else:
         print(f"removed {domain} {version}")
+
+
+@domains.command()
+def prune(
+    domain: DomainArgument,
+    keep: Annotated[int, typer.Option(min=0, help="Versions kept beside the current one: the latest.")] = 2,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete the older versions of a domain for good, as many additions leave them. The current one always stays."""
+    from knnlm.datastore.catalog import Catalog
+
+    catalog = Catalog(store)
+    current = catalog.current(domain)
+    others = [version for version in catalog.versions(domain) if version != current]
+    removed = others[: max(0, len(others) - keep)]
+    for version in removed:
+        catalog.remove(domain, version)
+    if as_json:
+        print_json({"domain": domain, "removed": removed, "kept": catalog.versions(domain)})
+    else:
+        print(f"removed {', '.join(removed) or 'nothing'} of {domain}, kept {', '.join(catalog.versions(domain))}")

@@ -141,3 +141,12 @@ def test_what_makes_no_sense_is_refused(knnlm: Knnlm, options: list[str], messag
 
 def test_nobody_there_is_said(knnlm: Knnlm) -> None:
     assert run(["domains", "activate", "cat", "v2", "--target", "127.0.0.1:1", "--wait"]) == 1
+
+
+def test_prune_keeps_the_current_version_and_the_latest_others(tmp_path: Path, knnlm: Knnlm) -> None:
+    for number in range(1, 7):
+        toy_datastore(tmp_path, domain="cat", version=f"v{number}", texts=TEXTS[:1], activate=number == 2)
+    answer = knnlm("domains", "prune", "cat", "--keep", "2", "--store", str(tmp_path), "--json").json
+    assert (answer["removed"], answer["kept"]) == (["v1", "v3", "v4"], ["v2", "v5", "v6"])
+    assert knnlm("domains", "prune", "cat", "--store", str(tmp_path), "--json").json["removed"] == []
+    assert Catalog(tmp_path).current("cat") == "v2"

@@ -1,0 +1,53 @@
+"""How a command reaches a running service: its key and TLS, as options that several commands have."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from knnlm.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from knnlm.clients.rpc import ApiKey
+    from knnlm.clients.tls import Tls
+
+__all__ = ["TlsCaOption", "TlsCertOption", "TlsKeyOption", "api_key", "is_given", "refuse_without", "tls"]
+
+API_KEY = "KNNLM_API_KEY"
+
+TlsCaOption = Annotated[
+    Path | None, typer.Option(help="PEM of who may vouch for the service, which is then asked over TLS.")
+]
+TlsCertOption = Annotated[
+    Path | None, typer.Option(help="PEM certificate to present to the service, with --tls-key-file.")
+]
+TlsKeyOption = Annotated[Path | None, typer.Option(help="PEM key of --tls-cert-file.")]
+
+
+def api_key(file: Path | None) -> "ApiKey":
+    """The key in the file, read again when it changes; else that of the environment, if any."""
+    from knnlm.clients.secrets import SecretFile
+
+    return os.environ.get(API_KEY) if file is None else SecretFile(file)
+
+
+def tls(ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> "Tls | None":
+    """None when no file is given. Raises InvalidRequest when they are not what they must be."""
+    from knnlm.clients.tls import Tls
+
+    files = (ca_file, cert_file, key_file)
+    return None if files == (None, None, None) else Tls(*files)
+
+
+def refuse_without(option: str, context: typer.Context, *names: str) -> None:
+    """Raise InvalidRequest for the first of the options that was given, though it means nothing without `option`."""
+    for name in names:
+        if is_given(context, name):
+            raise InvalidRequest(f"--{name.replace('_', '-')} means nothing without {option}", param=name)
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """On the command line: what the environment says is meant for other commands as well."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
