@@ -29,7 +29,7 @@ down: ## stop the services
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m demo.services down; else echo "nothing is installed, so nothing runs"; fi
 
 test: $(STAMP) ## the tests: offline, on CPU, under five minutes
-	@$(BIN)/python -m pytest -q -m "not slow and not faults and not compose"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not faults and not compose"
 
 test-all: $(STAMP) ## the tests that take longer, too
 	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not faults and not compose"

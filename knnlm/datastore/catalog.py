@@ -41,26 +41,30 @@ class Catalog:
 
     def current(self, domain: str) -> str | None:
         """The version that is to answer, None when none was ever activated. Raises UnknownDomain."""
-        self.versions(domain)
-        file = self.store / domain / CURRENT
+        file = self.store / _checked(domain, "domain") / CURRENT
         try:
             version = file.read_text(encoding="utf-8").removesuffix("\n")
         except FileNotFoundError:
+            self.versions(domain)
             return None
         except (OSError, UnicodeDecodeError) as err:
+            self.versions(domain)
             raise DatastoreCorrupt(f"{file} cannot be read: {err}") from err
+        if not self._is_published(domain, version):
+            self.versions(domain)  # looks at all of them: only where something is wrong
         if not NAME.fullmatch(version):
             raise DatastoreCorrupt(f"{file} holds {version[:80]!r}, expected the name of a version in one line")
         return version
 
     def path(self, domain: str, version: str) -> Path:
         """The folder of a published version. Raises UnknownDomain or UnknownVersion, which list what exists."""
+        if self._is_published(_checked(domain, "domain"), version):
+            return self.store / domain / version
         versions = self.versions(domain)
-        if _checked(version, "version") not in versions:
-            raise UnknownVersion(
-                f"domain {domain} has no version {version!r}; it has {', '.join(versions)}", param="version"
-            )
-        return self.store / domain / version
+        _checked(version, "version")
+        raise UnknownVersion(
+            f"domain {domain} has no version {version!r}; it has {', '.join(versions)}", param="version"
+        )
 
     def activate(self, domain: str, version: str) -> None:
         """Make a published version the current one; rolling back is the same. Replicas that watch the store follow.
@@ -124,8 +128,10 @@ class Catalog:
         folder = self.store / domain
         if not folder.is_dir():
             return []
-        names = [v.name for v in folder.iterdir() if NAME.fullmatch(v.name) and (v / MANIFEST).is_file()]
-        return sorted(names, key=_natural)
+        return sorted((v.name for v in folder.iterdir() if self._is_published(domain, v.name)), key=_natural)
+
+    def _is_published(self, domain: str, version: str) -> bool:
+        return NAME.fullmatch(version) is not None and (self.store / domain / version / MANIFEST).is_file()
 
 
 def _checked(name: str, param: str) -> str:

@@ -24,6 +24,7 @@ __all__ = ["FORMAT_VERSION", "GROWN_VERSION", "FileRecord", "IndexRecord", "Mani
 FORMAT_VERSION: Final = 1
 GROWN_VERSION: Final = 2  # with segments added to it, or documents removed: what reads version 1 alone would be wrong
 FLAT: Final = "flat"
+MOST_BYTES: Final = 8 << 20  # of a manifest: thousands of segments; reading it takes many times as much memory
 SHOWN: Final = 100  # characters of what a damaged file says, in an error
 
 KeyDtype = Literal["float16", "float32"]
@@ -228,6 +229,9 @@ class Manifest(Record):
             raise DatastoreIncomplete(f"{path} is not published: a build that has not finished, or a version removed")
         file = path / MANIFEST
         try:
+            size = file.stat().st_size
+            if size > MOST_BYTES:
+                raise DatastoreCorrupt(f"{file} has {size} bytes, expected at most {MOST_BYTES}")
             data = file.read_bytes()
         except (FileNotFoundError, NotADirectoryError) as err:
             raise DatastoreCorrupt(f"{file} is missing: expected the manifest of a datastore version") from err
