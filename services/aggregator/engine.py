@@ -28,6 +28,7 @@ from services.aggregator.answers import (
 )
 from services.aggregator.choices import choose, domain_of, short_name
 from services.aggregator.settings import AggregatorSettings
+from services.runtime.documents import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
 
 Ids = npt.NDArray[np.int32]
 
@@ -147,20 +148,20 @@ class Aggregator:
             raise Unavailable("no datastore service is configured, so no domain can be switched")
         return domain_shape(await self._datastore.activate(domain, version, wait=wait))
 
-    async def add_documents(self, domain: str, request: schemas.AddDocumentsRequest) -> schemas.DomainChange:
+    async def add_documents(self, domain: str, request: AddDocumentsBody) -> ChangeAnswer:
         """Add documents to a domain: one replica of the datastore service encodes them and serves them when this
         returns, the others follow. Raises what that service raises."""
         if self._datastore is None:
             raise Unavailable("no datastore service is configured, so there is no domain to add documents to")
         documents = [Document(given.id, given.text) for given in request.documents]
         change = await self._datastore.add_documents(domain, documents, replace=request.replace)
-        return schemas.DomainChange(**asdict(change))
+        return ChangeAnswer(**asdict(change))
 
-    async def remove_documents(self, domain: str, request: schemas.RemoveDocumentsRequest) -> schemas.DomainChange:
+    async def remove_documents(self, domain: str, request: RemoveDocumentsBody) -> ChangeAnswer:
         """Remove documents from a domain by their ids; see add_documents."""
         if self._datastore is None:
             raise Unavailable("no datastore service is configured, so there is no domain to remove documents from")
-        return schemas.DomainChange(**asdict(await self._datastore.remove_documents(domain, request.ids)))
+        return ChangeAnswer(**asdict(await self._datastore.remove_documents(domain, request.ids)))
 
     async def domain_status(self, name: str) -> schemas.DomainStatus:
         """One domain, and what each replica of the datastore service says of it. Raises UnknownDomain, Unavailable."""

@@ -8,6 +8,7 @@ from services.aggregator import schemas
 from services.aggregator.core import AggregatorCore
 from services.runtime import calls
 from services.runtime.auth import admin_only
+from services.runtime.documents import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
 
 
 def routes(core: AggregatorCore) -> APIRouter:
@@ -64,7 +65,7 @@ def routes(core: AggregatorCore) -> APIRouter:
         summary="Add documents to a domain while it answers (admin key)",
         dependencies=[Depends(admin_only)],
     )
-    async def add_documents(domain: str, request: schemas.AddDocumentsRequest) -> schemas.DomainChange:
+    async def add_documents(domain: str, request: AddDocumentsBody) -> ChangeAnswer:
         """A new version of the domain; one replica answers from it when this returns, the others in a moment."""
         return await core.aggregator.add_documents(domain, request)
 
@@ -74,7 +75,7 @@ def routes(core: AggregatorCore) -> APIRouter:
         summary="Remove documents from a domain by their ids (admin key)",
         dependencies=[Depends(admin_only)],
     )
-    async def remove_documents(domain: str, request: schemas.RemoveDocumentsRequest) -> schemas.DomainChange:
+    async def remove_documents(domain: str, request: RemoveDocumentsBody) -> ChangeAnswer:
         """A new version of the domain, as above. An id that is no document: 404, and nothing is removed."""
         return await core.aggregator.remove_documents(domain, request)
 

@@ -202,33 +202,6 @@ class Domain(BaseModel):
     memory: Memory | None
 
 
-class Document(Strict):
-    id: StrictStr = Field(description="1 to 4096 characters: the name it is removed by.")
-    text: StrictStr
-
-
-class AddDocumentsRequest(Strict):
-    documents: list[Document]
-    replace: StrictBool = Field(
-        False, description="Documents of these ids that exist are removed in the same step; otherwise they are refused."
-    )
-
-
-class RemoveDocumentsRequest(Strict):
-    ids: list[StrictStr] = Field(description="Of documents; one that does not exist: nothing is removed.")
-
-
-class DomainChange(BaseModel):
-    domain: str
-    version: str = Field(description="The one that answers now.")
-    parent: str = Field(description="The one that answered before.")
-    added_documents: int
-    added_entries: int
-    removed_documents: int
-    removed_entries: int
-    advice: str | None = Field(description="When compacting is worth while.")
-
-
 class DomainReplica(BaseModel):
     """One replica of the datastore service, as it answers now."""
 

@@ -10,18 +10,10 @@ from knnlm.messages import Document
 from knnlm.v1 import datastore_pb2
 from knnlm.wire import growth, jsonable, protos
 from services.datastore.engine import Engine
-from services.datastore.schemas import (
-    ActivateBody,
-    AddBody,
-    ChangeAnswer,
-    DomainAnswer,
-    DomainsAnswer,
-    RemoveBody,
-    SearchAnswer,
-    SearchBody,
-)
+from services.datastore.schemas import ActivateBody, DomainAnswer, DomainsAnswer, SearchAnswer, SearchBody
 from services.runtime.auth import admin_only
 from services.runtime.calls import current
+from services.runtime.documents import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
 from services.runtime.fields import PROTOBUF_TOO
 from services.runtime.packed import PackedRoute, decoded
 
@@ -65,7 +57,7 @@ def routes(engine: Engine) -> APIRouter:
         response_model=ChangeAnswer,
         dependencies=[Depends(admin_only)],
     )
-    async def add_documents(domain: str, body: AddBody) -> JSONResponse:
+    async def add_documents(domain: str, body: AddDocumentsBody) -> JSONResponse:
         """Encodes them, writes a version that shares the other's files, and returns when this replica answers from it;
         other replicas follow within a second or two."""
         documents = [Document(given.id, given.text) for given in body.documents]
@@ -79,7 +71,7 @@ def routes(engine: Engine) -> APIRouter:
         response_model=ChangeAnswer,
         dependencies=[Depends(admin_only)],
     )
-    async def remove_documents(domain: str, body: RemoveBody) -> JSONResponse:
+    async def remove_documents(domain: str, body: RemoveDocumentsBody) -> JSONResponse:
         """From the moment this returns, none of their entries is found here."""
         return JSONResponse(growth.change_to_json(await engine.growth.remove(domain, body.ids, current())))
 

@@ -103,30 +103,3 @@ class DomainsAnswer(BaseModel):
 
 class ActivateBody(Strict):
     version: StrictStr
-
-
-class DocumentBody(Strict):
-    id: StrictStr = Field(description="1 to 4096 characters, the name it is removed by.")
-    text: StrictStr = Field(description="Not empty.")
-
-
-class AddBody(Strict):
-    documents: list[DocumentBody]
-    replace: StrictBool = Field(
-        False, description="Documents of these ids that exist are removed in the same step; otherwise they are refused."
-    )
-
-
-class RemoveBody(Strict):
-    ids: list[StrictStr] = Field(description="Of documents; one that does not exist: nothing is removed.")
-
-
-class ChangeAnswer(BaseModel):
-    domain: str
-    version: str = Field(description="The one that answers now.")
-    parent: str = Field(description="The one that answered before.")
-    added_documents: int
-    added_entries: int
-    removed_documents: int
-    removed_entries: int
-    advice: str | None = Field(description="When compacting is worth while.")
