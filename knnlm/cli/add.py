@@ -24,12 +24,13 @@ from knnlm.cli.common import (
     version_folder,
 )
 from knnlm.cli.remote import TlsCaOption, TlsCertOption, TlsKeyOption, api_key, is_given, refuse_without, tls
-from knnlm.errors import InvalidRequest
+from knnlm.errors import InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
     from knnlm.datastore.encode import KeyEncoder
     from knnlm.messages import LanguageModelClient
 
+LOCAL = "127.0.0.1:9001"  # where an lm service listens unless it is told otherwise
 CALL_SECONDS = 600.0  # a batch of a large model on a slow machine
 PATIENCE_SECONDS = 60.0  # an lm service that restarts stops nothing
 
@@ -43,7 +44,8 @@ def add(
         typer.Option("--model", envvar="KNNLM_MODEL", help="Folder or hub id of the model that made the domain."),
     ] = None,
     lm_target: Annotated[
-        str | None, typer.Option(help="Ask this lm service instead (gRPC, host:port): no model is loaded here.")
+        str | None,
+        typer.Option(help=f"Ask this lm service (gRPC, host:port); without --model, by default {LOCAL}."),
     ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File with the key for the lm service; else KNNLM_API_KEY, if set.")
@@ -73,23 +75,12 @@ def add(
     catalog = Catalog(store)
     manifest = Manifest.load(version_folder(catalog, domain, None))
     documents = select(read_documents(sources), parse_part(part))
-    service = None
-    if lm_target is None:
-        if model is None:
-            raise InvalidRequest("expected --model or --lm-target: what makes the keys of the documents", param="model")
+    here = model is not None and lm_target is None
+    if here:
         refuse_without("--lm-target", context, "api_key_file", "tls_ca_file", "tls_cert_file", "tls_key_file")
-    else:
-        if is_given(context, "model"):
-            raise InvalidRequest("expected either --model or --lm-target, got both", param="lm_target")
-        from knnlm.clients.rpc import GrpcLanguageModel
-
-        service = GrpcLanguageModel(
-            lm_target,
-            api_key=api_key(api_key_file),
-            timeout=CALL_SECONDS,
-            tls=tls(tls_ca_file, tls_cert_file, tls_key_file),
-            wait=PATIENCE_SECONDS,
-        )
+    elif is_given(context, "model"):
+        raise InvalidRequest("expected either --model or --lm-target, got both", param="lm_target")
+    service = None if here else _service(lm_target, api_key_file, (tls_ca_file, tls_cert_file, tls_key_file))
     try:
         with (
             _encoder(model, service, manifest.key_function, device=device, dtype=dtype) as lm,
@@ -106,10 +97,29 @@ def add(
                 batch_tokens=batch_tokens,
                 on_progress=on_progress,
             )
+    except Unavailable as err:
+        if here or lm_target is not None:
+            raise
+        raise Unavailable(f"{err.message}; give --lm-target, or --model to load the model here") from err
     except KeyboardInterrupt:
         remark("stopped: the same command continues where it was")
         raise
     print_change(change, active=activate, as_json=as_json)
+
+
+def _service(
+    target: str | None, key_file: Path | None, tls_files: "tuple[Path | None, Path | None, Path | None]"
+) -> "LanguageModelClient":
+    """target: None for a service on this machine, which need not be waited for: it was not asked for by name."""
+    from knnlm.clients.rpc import GrpcLanguageModel
+
+    return GrpcLanguageModel(
+        target or LOCAL,
+        api_key=api_key(key_file),
+        timeout=CALL_SECONDS,
+        tls=tls(*tls_files),
+        wait=0.0 if target is None else PATIENCE_SECONDS,
+    )
 
 
 @contextmanager

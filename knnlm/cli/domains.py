@@ -20,6 +20,9 @@ domains = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="List, activate and remove versions of domains."
 )
 
+LOCAL = "127.0.0.1:9002"  # where a datastore service listens unless it is told otherwise
+TARGET = "KNNLM_TARGET"
+
 OneVersion = Annotated[str, typer.Argument(help="The version, such as v3.")]
 
 
@@ -77,10 +80,17 @@ def activate(
     store: StoreOption = DEFAULT_STORE,
     target: Annotated[
         str | None,
-        typer.Option(help="Tell a running datastore service: host:port, dns:///host:port, or a comma list (gRPC)."),
+        typer.Option(
+            envvar=TARGET,
+            help="Tell a running datastore service: host:port, dns:///host:port, or a comma list (gRPC).",
+        ),
     ] = None,
     wait: Annotated[
-        bool, typer.Option("--wait", help="With --target: until every replica that serves the domain does so.")
+        bool,
+        typer.Option(
+            "--wait",
+            help=f"Until every replica that serves the domain does so; without --target, those at {LOCAL}.",
+        ),
     ] = False,
     timeout: Annotated[float, typer.Option(help="With --target: seconds it may take.")] = 300.0,
     api_key_file: Annotated[
@@ -92,9 +102,11 @@ def activate(
     as_json: JsonOption = False,
 ) -> None:
     """Make a version the current one. Running services switch to it; rolling back is the same command."""
+    if wait and target is None:
+        target = LOCAL
     if target is None:
         tls_files = ("tls_ca_file", "tls_cert_file", "tls_key_file")
-        refuse_without("--target", context, "wait", "timeout", "api_key_file", *tls_files)
+        refuse_without("--target", context, "timeout", "api_key_file", *tls_files)
         _in_store(domain, version, store, as_json=as_json)
         return
     if is_given(context, "store"):

@@ -121,7 +121,7 @@ def test_the_key_may_come_from_the_environment_and_is_needed(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--wait"], "--wait means nothing without --target"),
+        (["--wait", "--store", "store"], "expected either --store or --target"),
         (["--timeout", "3"], "--timeout means nothing without --target"),
         (["--api-key-file", "x"], "--api-key-file means nothing without --target"),
         (["--tls-ca-file", "x"], "--tls-ca-file means nothing without --target"),
@@ -137,6 +137,15 @@ def test_what_makes_no_sense_is_refused(knnlm: Knnlm, options: list[str], messag
     answer = knnlm("domains", "activate", "cat", "v2", *options)
     assert answer.code == 2
     assert message in answer.err
+
+
+def test_without_a_target_the_environments_is_waited_for(
+    knnlm: Knnlm, toys: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(toys, 2) as (addresses, _):
+        monkeypatch.setenv("KNNLM_TARGET", ",".join(addresses))
+        answer = knnlm("domains", "activate", "cat", "v2", "--wait", "--api-key-file", key_file, "--json")
+        assert [replica["version"] for replica in answer.json["replicas"]] == ["v2", "v2"]
 
 
 def test_nobody_there_is_said(knnlm: Knnlm) -> None:

@@ -204,8 +204,12 @@ def test_errors_are_one_sentence_and_an_exit_code(knnlm: Knnlm, arguments: list[
 
 
 @pytest.mark.usefixtures("store")
-def test_add_needs_something_that_makes_keys(knnlm: Knnlm, new: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_add_without_a_model_asks_the_lm_service_of_this_machine(
+    knnlm: Knnlm, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("KNNLM_MODEL")
+    monkeypatch.setattr("knnlm.cli.add.LOCAL", "127.0.0.1:1")  # where none is
     answer = knnlm("add", "toy", new)
-    assert (answer.code, answer.out) == (2, "")
-    assert "expected --model or --lm-target" in answer.err
+    assert (answer.code, answer.out) == (1, "")
+    assert "127.0.0.1:1 does not answer" in answer.err
+    assert "give --lm-target, or --model to load the model here" in answer.err
