@@ -9,6 +9,8 @@ from knnlm.errors import DeadlineExceeded, KnnlmError, Overloaded, TooLarge, Una
 
 __all__ = ["Failed", "Kind", "away", "over", "understood"]
 
+BROKEN_OFF = ("RST_STREAM", "Stream removed", "GOAWAY")  # how gRPC says that the connection went, not the service
+
 
 class Kind(Enum):
     AWAY = "nobody answers there, or it is starting or draining: another replica may, and this one later"
@@ -55,6 +57,10 @@ def understood(err: grpc.aio.AioRpcError, where: str) -> Failed:
     match code:  # gRPC itself failed, not the service
         case grpc.StatusCode.UNAVAILABLE:
             return Failed(Kind.AWAY, Unavailable(f"{where} does not answer: {details}"), code)
+        case grpc.StatusCode.CANCELLED:  # by its end: a server that stops gives up what it had not yet begun
+            return Failed(Kind.AWAY, Unavailable(f"{where} broke the call off: {details}"), code)
+        case grpc.StatusCode.INTERNAL | grpc.StatusCode.UNKNOWN if any(sign in details for sign in BROKEN_OFF):
+            return Failed(Kind.AWAY, Unavailable(f"{where} broke the call off: {details}"), code)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return over(where)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:  # what it says about messages over a size limit

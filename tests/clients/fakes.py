@@ -29,7 +29,8 @@ LOOK_SECONDS = 0.05
 class Replica(datastore_pb2_grpc.DatastoreServicer):
     """Serves `domains` (each with its versions, the current one first), says who it is in the values it finds.
 
-    hang: answer nothing at all. refuse: answer every call with this. slow: hold searches until they are let go.
+    hang: answer nothing at all. refuse: answer every call with this. broken: end every search with this status of gRPC's
+    own. slow: hold searches until they are let go.
     """
 
     def __init__(self, number: int, **domains: tuple[str, ...]) -> None:
@@ -37,6 +38,7 @@ class Replica(datastore_pb2_grpc.DatastoreServicer):
         self.domains = dict(domains) or {"law": ("v1",)}
         self.hang = False
         self.refuse: KnnlmError | None = None
+        self.broken: tuple[grpc.StatusCode, str] | None = None
         self.slow = False
         self.let_go = asyncio.Event()
         self.asked: Counter[str] = Counter()
@@ -69,6 +71,8 @@ class Replica(datastore_pb2_grpc.DatastoreServicer):
     # methods are named as in datastore.proto
     async def Search(self, request: datastore_pb2.SearchRequest, context: Context) -> datastore_pb2.SearchResponse:  # noqa: N802
         await self._enter("Search", context)
+        if self.broken is not None:
+            await context.abort(*self.broken)
         version = await self._version(request.domain, request.version, context)
         if self.slow:
             try:

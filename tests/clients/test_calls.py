@@ -68,6 +68,31 @@ def test_a_pinned_version_is_asked_for_where_it_is(quick_looks: None) -> None:
     asyncio.run(check())
 
 
+@pytest.mark.parametrize(
+    "status",
+    [
+        (grpc.StatusCode.CANCELLED, "CANCELLED"),  # what a server that stops says of calls it had not begun
+        (grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2"),
+        (grpc.StatusCode.UNKNOWN, "Stream removed"),
+        (grpc.StatusCode.UNAVAILABLE, "Socket closed"),
+    ],
+)
+def test_a_call_that_is_broken_off_is_made_again_elsewhere(
+    quick_looks: None, status: tuple[grpc.StatusCode, str]
+) -> None:
+    async def check() -> None:
+        replicas = [Replica(i) for i in range(2)]
+        async with listening(*replicas) as target, GrpcDatastore(target) as client:
+            replicas[0].broken = status
+            assert [number(await client.search(search())) for _ in range(6)] == [1] * 6
+            assert replicas[0].asked["Search"]
+            replicas[1].broken = status
+            with pytest.raises(Unavailable):  # a 503 and never a 500
+                await client.search(search())
+
+    asyncio.run(check())
+
+
 def test_what_no_replica_has_is_unknown_after_each_was_asked_once(quick_looks: None) -> None:
     async def check() -> None:
         replicas = [Replica(i) for i in range(3)]
