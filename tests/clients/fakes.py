@@ -29,8 +29,8 @@ LOOK_SECONDS = 0.05
 class Replica(datastore_pb2_grpc.DatastoreServicer):
     """Serves `domains` (each with its versions, the current one first), says who it is in the values it finds.
 
-    hang: answer nothing at all. refuse: answer every call with this. broken: end every search with this status, which is
-    gRPC's own. slow: hold searches until they are let go.
+    hang: answer nothing at all. refuse: answer every call with this. slow: hold searches until they are let go. broken:
+    end every search with this status, which is gRPC's own.
     """
 
     def __init__(self, number: int, **domains: tuple[str, ...]) -> None:
