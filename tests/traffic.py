@@ -103,9 +103,3 @@ class Traffic:
             return Seen(begun, seconds, response.status_code, f"{response.status_code}: {response.text[:300]}")
         answer = response.json()
         return Seen(begun, seconds, 200, ask.problem(answer), answer)
-
-
-def percentile(seen: Sequence[Seen], share: float) -> float:
-    """Seconds that `share` of the answers took at most."""
-    ordered = sorted(one.seconds for one in seen)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

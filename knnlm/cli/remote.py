@@ -9,7 +9,7 @@ import typer
 from knnlm.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from knnlm.clients.rpc import ApiKey
+    from knnlm.clients.secrets import ApiKey
     from knnlm.clients.tls import Tls
 
 __all__ = ["TlsCaOption", "TlsCertOption", "TlsKeyOption", "api_key", "is_given", "refuse_without", "tls"]

@@ -5,7 +5,7 @@ What holds arrays, Forward and Search, is sent and answered as its encoding says
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 
 from knnlm.clients.context import outgoing_id, outgoing_metadata, time_limit
 from knnlm.clients.errors import rebuild
+from knnlm.clients.secrets import ApiKey
 from knnlm.clients.tls import Tls
 from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, Unavailable
 from knnlm.messages import (
@@ -33,7 +34,6 @@ __all__ = ["HttpDatastore", "HttpLanguageModel"]
 PROTOBUF = "protobuf"
 
 Reply = TypeVar("Reply")
-ApiKey: TypeAlias = str | Callable[[], str | None] | None
 
 
 class HttpLanguageModel:

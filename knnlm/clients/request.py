@@ -2,20 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, TypeVar
 
 import grpc
 
 from knnlm.clients.observer import Observer
 from knnlm.clients.replica import Metadata, Method
+from knnlm.clients.secrets import ApiKey
 from knnlm.clients.tls import Tls
 
-__all__ = ["ApiKey", "Options", "Request", "Service"]
+__all__ = ["Options", "Request", "Service"]
 
 Stub = TypeVar("Stub")
 Message = TypeVar("Message")
 Reply = TypeVar("Reply")
-ApiKey: TypeAlias = str | Callable[[], str | None] | None
 
 
 @dataclass(frozen=True)

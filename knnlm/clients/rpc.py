@@ -17,8 +17,9 @@ from knnlm.clients.context import time_limit
 from knnlm.clients.failure import Failed, Kind
 from knnlm.clients.observer import Observer
 from knnlm.clients.replica import HTTP2, MAX_MESSAGE_BYTES, Metadata, Method, Replica
-from knnlm.clients.request import ApiKey, Options, Service
+from knnlm.clients.request import Options, Service
 from knnlm.clients.rollout import DomainReplica, Progress, replica_says, until_all_serve
+from knnlm.clients.secrets import ApiKey
 from knnlm.clients.tls import Tls
 from knnlm.errors import DeadlineExceeded, KnnlmError, Unavailable, UnknownDomain
 from knnlm.messages import (
@@ -34,7 +35,7 @@ from knnlm.messages import (
 from knnlm.v1 import datastore_pb2, datastore_pb2_grpc, lm_pb2, lm_pb2_grpc
 from knnlm.wire import growth, protos
 
-__all__ = ["HTTP2", "MAX_MESSAGE_BYTES", "ApiKey", "GrpcDatastore", "GrpcLanguageModel"]
+__all__ = ["HTTP2", "MAX_MESSAGE_BYTES", "GrpcDatastore", "GrpcLanguageModel"]
 
 ASK_SECONDS = 5.0  # what one of several replicas gets to say how it is
 MARGIN_SECONDS = 0.1  # between knowing who is late and the deadline, to say it in

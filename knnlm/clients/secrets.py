@@ -9,12 +9,14 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from knnlm.errors import InvalidRequest
 
-__all__ = ["SecretFile", "SecretLines"]
+__all__ = ["ApiKey", "SecretFile", "SecretLines"]
 
 LOG = logging.getLogger(__name__)
+ApiKey: TypeAlias = str | Callable[[], str | None] | None  # itself, or what tells it for each call
 LOOK_SECONDS = 1.0
 LARGEST = 1 << 20  # bytes; whoever names a larger file has named the wrong one
 

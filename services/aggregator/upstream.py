@@ -7,8 +7,8 @@ from pathlib import Path
 from prometheus_client import Counter, Gauge, Histogram
 from pydantic import SecretStr
 
-from knnlm.clients.rpc import ApiKey, GrpcDatastore, GrpcLanguageModel
-from knnlm.clients.secrets import SecretFile
+from knnlm.clients.rpc import GrpcDatastore, GrpcLanguageModel
+from knnlm.clients.secrets import ApiKey, SecretFile
 from knnlm.clients.tls import Tls
 from services.aggregator.settings import AggregatorSettings
 from services.runtime.logs import event

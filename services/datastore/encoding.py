@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from knnlm.clients.encoder import RemoteEncoder
-from knnlm.clients.rpc import ApiKey, GrpcLanguageModel
-from knnlm.clients.secrets import SecretFile
+from knnlm.clients.rpc import GrpcLanguageModel
+from knnlm.clients.secrets import ApiKey, SecretFile
 from knnlm.clients.tls import Tls
 from knnlm.datastore.encode import KeyEncoder
 from services.datastore.growth import EncoderOpener

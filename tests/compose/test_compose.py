@@ -15,8 +15,9 @@ import httpx
 import pytest
 
 from tests.compose.stack import Stack, engine_problem, started
+from tests.faults.figures import percentile
 from tests.reference import licence_store, questions
-from tests.traffic import Ask, Seen, Traffic, percentile
+from tests.traffic import Ask, Seen, Traffic
 
 pytestmark = pytest.mark.compose
 
@@ -68,8 +69,9 @@ def nobody_failed(traffic: Traffic, request: pytest.FixtureRequest) -> Iterator[
     traffic.more(ENOUGH)
     assert not (failed := traffic.failures(begun)), f"{len(failed)} failed, first {failed[0].problem}"
     seen = traffic.since(begun)
-    figures = {"p50_ms": 1000 * percentile(seen, 0.5), "p99_ms": 1000 * percentile(seen, 0.99)}
-    slowest = max(one.seconds for one in seen)
+    seconds = [one.seconds for one in seen]
+    figures = {"p50_ms": 1000 * percentile(seconds, 0.5), "p99_ms": 1000 * percentile(seconds, 0.99)}
+    slowest = max(seconds)
     print(json.dumps({"event": request.node.name, "requests": len(seen), **figures, "slowest_s": slowest}))
 
 
