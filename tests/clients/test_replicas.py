@@ -297,7 +297,7 @@ def test_every_attempt_gets_what_is_left_of_the_time(quick_looks: None) -> None:
             calls = [client.search(search()) for _ in range(2)]
             assert {number(result) for result in await asyncio.gather(*calls)} == {1}
             first, moved = sorted(other.time_left[-2:], reverse=True)
-            assert 0 < moved < first <= 30.0
+            assert 0 < moved < first <= 31.0  # a deadline crosses the wire rounded, and clocks in it differ a little
         async with listening(hanging) as target, GrpcDatastore(target, timeout=0.2) as client:
             with pytest.raises(DeadlineExceeded, match=hanging.address):
                 await client.search(search())
