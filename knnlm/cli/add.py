@@ -23,7 +23,7 @@ from knnlm.cli.common import (
     showing,
     version_folder,
 )
-from knnlm.cli.remote import TlsCaOption, TlsCertOption, TlsKeyOption, api_key, is_given, refuse_without, tls
+from knnlm.cli.remote import TlsCaOption, TlsCertOption, TlsKeyOption, api_key, is_given, refuse_without
 from knnlm.errors import InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
@@ -112,12 +112,13 @@ def _service(
 ) -> "LanguageModelClient":
     """target: None for a service on this machine, which need not be waited for: it was not asked for by name."""
     from knnlm.clients.rpc import GrpcLanguageModel
+    from knnlm.clients.tls import Tls
 
     return GrpcLanguageModel(
         target or LOCAL,
         api_key=api_key(key_file),
         timeout=CALL_SECONDS,
-        tls=tls(*tls_files),
+        tls=Tls.of(*tls_files),
         wait=0.0 if target is None else PATIENCE_SECONDS,
     )
 

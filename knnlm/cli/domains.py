@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.cli.common import DEFAULT_STORE, DomainArgument, JsonOption, StoreOption, print_json, print_table, progress
-from knnlm.cli.remote import TlsCaOption, TlsCertOption, TlsKeyOption, api_key, is_given, refuse_without, tls
+from knnlm.cli.remote import TlsCaOption, TlsCertOption, TlsKeyOption, api_key, is_given, refuse_without
 from knnlm.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -114,9 +114,10 @@ def activate(
     if not 0 < timeout < float("inf"):
         raise InvalidRequest(f"--timeout must be a number of seconds > 0, got {timeout}", param="timeout")
     from knnlm.clients.rpc import GrpcDatastore
+    from knnlm.clients.tls import Tls
 
     client = GrpcDatastore(
-        target, api_key=api_key(api_key_file), timeout=timeout, tls=tls(tls_ca_file, tls_cert_file, tls_key_file)
+        target, api_key=api_key(api_key_file), timeout=timeout, tls=Tls.of(tls_ca_file, tls_cert_file, tls_key_file)
     )
     replicas = asyncio.run(_through_service(client, domain, version, wait=wait))
     if as_json:

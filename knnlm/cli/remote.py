@@ -10,9 +10,8 @@ from knnlm.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from knnlm.clients.secrets import ApiKey
-    from knnlm.clients.tls import Tls
 
-__all__ = ["TlsCaOption", "TlsCertOption", "TlsKeyOption", "api_key", "is_given", "refuse_without", "tls"]
+__all__ = ["TlsCaOption", "TlsCertOption", "TlsKeyOption", "api_key", "is_given", "refuse_without"]
 
 API_KEY = "KNNLM_API_KEY"
 
@@ -30,14 +29,6 @@ def api_key(file: Path | None) -> "ApiKey":
     from knnlm.clients.secrets import SecretFile
 
     return os.environ.get(API_KEY) if file is None else SecretFile(file)
-
-
-def tls(ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> "Tls | None":
-    """None when no file is given. Raises InvalidRequest when they are not what they must be."""
-    from knnlm.clients.tls import Tls
-
-    files = (ca_file, cert_file, key_file)
-    return None if files == (None, None, None) else Tls(*files)
 
 
 def refuse_without(option: str, context: typer.Context, *names: str) -> None:

@@ -31,6 +31,12 @@ class Tls:
             given, missing = ("cert_file", "key_file") if self.key_file is None else ("key_file", "cert_file")
             raise InvalidRequest(f"{given} needs {missing} beside it, got none", param=missing)
 
+    @classmethod
+    def of(cls, ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> "Tls | None":
+        """As settings and options say it: None, which is no TLS, when no file is given. Raises as making it does."""
+        files = (ca_file, cert_file, key_file)
+        return None if files == (None, None, None) else cls(*files)
+
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """For grpc.aio.secure_channel. Raises InvalidRequest that names the file: gRPC itself would fail in silence."""
         self.ssl_context()

@@ -73,7 +73,7 @@ class Upstream:
         self.lm = GrpcLanguageModel(
             settings.lm_target,
             api_key=_key(settings.lm_api_key, settings.lm_api_key_file),
-            tls=_tls(settings.lm_tls_ca_file, settings.lm_tls_cert_file, settings.lm_tls_key_file),
+            tls=Tls.of(settings.lm_tls_ca_file, settings.lm_tls_cert_file, settings.lm_tls_key_file),
             wait=settings.lm_wait_s,
             hedge=settings.hedge,
             observer=metrics,
@@ -83,7 +83,7 @@ class Upstream:
             self.datastore = GrpcDatastore(
                 settings.datastore_target,
                 api_key=_key(settings.datastore_api_key, settings.datastore_api_key_file),
-                tls=_tls(
+                tls=Tls.of(
                     settings.datastore_tls_ca_file, settings.datastore_tls_cert_file, settings.datastore_tls_key_file
                 ),
                 wait=settings.datastore_wait_s,
@@ -102,10 +102,3 @@ def _key(secret: SecretStr | None, path: Path | None) -> ApiKey:
     if path is not None:
         return SecretFile(path)
     return None if secret is None else secret.get_secret_value()
-
-
-def _tls(ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> Tls | None:
-    """None, which is no TLS, when nothing is given."""
-    if ca_file is None and cert_file is None and key_file is None:
-        return None
-    return Tls(ca_file, cert_file, key_file)

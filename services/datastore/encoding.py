@@ -25,8 +25,7 @@ def encoder(settings: DatastoreSettings) -> EncoderOpener | None:
     key: ApiKey = settings.lm_api_key.get_secret_value() if settings.lm_api_key else None
     if settings.lm_api_key_file is not None:
         key = SecretFile(settings.lm_api_key_file)
-    files = (settings.lm_tls_ca_file, settings.lm_tls_cert_file, settings.lm_tls_key_file)
-    tls = Tls(*files) if any(files) else None
+    tls = Tls.of(settings.lm_tls_ca_file, settings.lm_tls_cert_file, settings.lm_tls_key_file)
 
     @contextmanager
     def opened() -> Iterator[KeyEncoder]:

@@ -2,8 +2,8 @@
 
 Each change is a version of its own, made in a thread beside the searches, opened and warmed like any other, and made
 current last: a search sees all of it or nothing. One change at a time; who asks meanwhile waits as long as its deadline
-allows. A change whose caller no longer waits goes on. At shutdown it stops at the next batch: what was encoded stays on
-disk, and the same documents sent again continue there.
+allows. A change that has begun goes on when its caller no longer waits. At shutdown it stops at the next batch: what
+was encoded stays on disk, and the same documents sent again continue there.
 """
 
 import asyncio
@@ -100,6 +100,11 @@ class Growth:
                 )
 
     async def _finished(self, work: Callable[[Activate], Change], call: Call) -> DomainChange:
+        try:
+            async with asyncio.timeout(call.remaining()):
+                await self._turn.acquire()
+        except TimeoutError as err:  # what is not begun is not kept either: else there would be no end to what waits
+            raise DeadlineExceeded("other changes took all of the request's time: nothing was changed") from err
         change = asyncio.create_task(self._change(work, call))
         self._changes.add(change)
         change.add_done_callback(self._ended)
@@ -110,17 +115,20 @@ class Growth:
             raise DeadlineExceeded("the change is still being made: ask for the domain to see when it is done") from err
 
     async def _change(self, work: Callable[[Activate], Change], call: Call) -> DomainChange:
+        """Make the change whose turn it is, and give the turn on."""
         loop = asyncio.get_running_loop()
 
         def activate(domain: str, version: str) -> None:
             """In the worker thread: the pool's own activation, which opens and warms the version first."""
             asyncio.run_coroutine_threadsafe(self._pool.activate(domain, version), loop).result()
 
-        async with self._turn:
+        try:
             if self._closing:
                 raise Unavailable("the service is shutting down")
             with outgoing(request_id=call.id):  # without its deadline: the work goes on when nobody waits any more
                 made = await asyncio.to_thread(work, activate)
+        finally:
+            self._turn.release()
         self._documents.labels(made.domain, "added").inc(made.added_documents)
         self._documents.labels(made.domain, "removed").inc(made.removed_documents)
         change = DomainChange(

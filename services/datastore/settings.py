@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from services.runtime.settings import GrpcSettings, Names
+from services.runtime.settings import GrpcSettings, Names, OptionalPath
 
 
 class DatastoreSettings(GrpcSettings):
@@ -40,10 +40,10 @@ class DatastoreSettings(GrpcSettings):
     )
     lm_target: str = Field("", description="gRPC address of the lm service, for adding documents; empty: none is added")
     lm_api_key: SecretStr | None = Field(None, description="key to send to the lm service")
-    lm_api_key_file: Path | None = Field(None, description="file with that key, read again when it changes")
-    lm_tls_ca_file: Path | None = Field(None, description="certificates that the lm service's is checked by: TLS")
-    lm_tls_cert_file: Path | None = Field(None, description="certificate to show to the lm service: mutual TLS")
-    lm_tls_key_file: Path | None = Field(None, description="private key of that certificate")
+    lm_api_key_file: OptionalPath = Field(None, description="file with that key, read again when it changes")
+    lm_tls_ca_file: OptionalPath = Field(None, description="certificates that the lm service's is checked by: TLS")
+    lm_tls_cert_file: OptionalPath = Field(None, description="certificate to show to the lm service: mutual TLS")
+    lm_tls_key_file: OptionalPath = Field(None, description="private key of that certificate")
     watch_interval_s: float = Field(1.0, gt=0, description="how often the store is looked at for changes")
     grace_s: float = Field(60.0, ge=0, description="how long a version that was replaced still answers who pins it")
 

@@ -240,6 +240,29 @@ def test_a_change_goes_on_when_its_caller_no_longer_waits(store: Path) -> None:
     served(store, check, encoder=slow)
 
 
+def test_a_change_whose_turn_does_not_come_in_time_is_not_made(store: Path) -> None:
+    held = Held()
+
+    @contextmanager
+    def slow() -> Iterator[KeyEncoder]:
+        yield held
+
+    async def check(host: Host, client: GrpcDatastore) -> None:
+        first = asyncio.create_task(client.add_documents("toy", [Document("heron", TEXT)]))
+        try:
+            assert await asyncio.to_thread(held.asked.wait, 60)
+            deadline = asyncio.get_running_loop().time() + 0.5
+            with outgoing(deadline=deadline), pytest.raises(DeadlineExceeded):
+                await client.remove_documents("toy", ["0"])
+        finally:
+            held.go.set()
+        assert (await first).version == "v2"
+        assert (await client.add_documents("toy", [Document("egret", TEXT)])).parent == "v2"  # the turn was given on
+        assert (await client.remove_documents("toy", ["0"])).removed_documents == 1
+
+    served(store, check, encoder=slow)
+
+
 def test_changes_of_one_moment_are_made_one_after_another(store: Path) -> None:
     async def check(host: Host, client: GrpcDatastore) -> None:
         ids = [f"new {i}" for i in range(6)]
