@@ -171,6 +171,7 @@ class DomainInfo:
     indexes: all that the version has.
 
     state: "ready", "loading v2", or "stale: REASON" when the version that is current on disk cannot be loaded.
+    context_length, min_context: the windows its keys were made with, in tokens; None from a service that does not say.
     """
 
     domain: str
@@ -189,6 +190,8 @@ class DomainInfo:
     tuning: Tuning | None
     indexes: Sequence[str] = ()
     memory: Memory | None = None
+    context_length: int | None = None
+    min_context: int | None = None
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,7 @@ DOMAINS = st.builds(
     maybe(st.builds(Tuning, FINITE, FINITE, INT, FINITE, FINITE, INT, INT)),
     st.lists(TEXT, max_size=3),
     maybe(st.builds(Memory, TEXT, st.integers(0, 2**40), TEXT, st.integers(0, 2**40))),
+    maybe(INT), maybe(INT),
 )  # fmt: skip
 
 

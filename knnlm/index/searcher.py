@@ -190,6 +190,8 @@ class Searcher:
             tuning=None if manifest.tuning is None else manifest.tuning.message(),
             indexes=tuple(index.recipe for index in manifest.indexes),
             memory=self.memory,
+            context_length=manifest.windows.context_length,
+            min_context=manifest.windows.min_context,
         )
 
     def warm(self) -> None:

@@ -95,7 +95,7 @@ class Tuning(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., k: _Optional[int] = ..., lm_perplexity: _Optional[float] = ..., knn_perplexity: _Optional[float] = ..., tokens: _Optional[int] = ..., documents: _Optional[int] = ..., **kwargs) -> None: ...
 
 class Domain(_message.Message):
-    __slots__ = ("domain", "version", "versions", "state", "entries", "documents", "key_dim", "key_dtype", "key_function", "index", "model_id", "weights_sha256", "tokenizer_sha256", "tuning", "indexes", "memory")
+    __slots__ = ("domain", "version", "versions", "state", "entries", "documents", "key_dim", "key_dtype", "key_function", "index", "model_id", "weights_sha256", "tokenizer_sha256", "tuning", "indexes", "memory", "context_length", "min_context")
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +112,8 @@ class Domain(_message.Message):
     TUNING_FIELD_NUMBER: _ClassVar[int]
     INDEXES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    MIN_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     domain: str
     version: str
     versions: _containers.RepeatedScalarFieldContainer[str]
@@ -128,7 +130,9 @@ class Domain(_message.Message):
     tuning: Tuning
     indexes: _containers.RepeatedScalarFieldContainer[str]
     memory: Memory
-    def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ..., versions: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ..., entries: _Optional[int] = ..., documents: _Optional[int] = ..., key_dim: _Optional[int] = ..., key_dtype: _Optional[str] = ..., key_function: _Optional[str] = ..., index: _Optional[str] = ..., model_id: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., tuning: _Optional[_Union[Tuning, _Mapping]] = ..., indexes: _Optional[_Iterable[str]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ...) -> None: ...
+    context_length: int
+    min_context: int
+    def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ..., versions: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ..., entries: _Optional[int] = ..., documents: _Optional[int] = ..., key_dim: _Optional[int] = ..., key_dtype: _Optional[str] = ..., key_function: _Optional[str] = ..., index: _Optional[str] = ..., model_id: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., tuning: _Optional[_Union[Tuning, _Mapping]] = ..., indexes: _Optional[_Iterable[str]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., context_length: _Optional[int] = ..., min_context: _Optional[int] = ...) -> None: ...
 
 class Memory(_message.Message):
     __slots__ = ("index", "index_bytes", "keys", "keys_bytes")

@@ -162,13 +162,15 @@ def domain_to_json(info: DomainInfo) -> dict[str, object]:
 def domain_from_json(given: Json) -> DomainInfo:
     tuning, memory = _get(given, "tuning", dict, None), _get(given, "memory", dict, None)
     kinds: dict[str, type] = {"entries": int, "documents": int, "key_dim": int, "versions": list}
-    apart = ("indexes", "tuning", "memory")
+    apart = ("indexes", "tuning", "memory", "context_length", "min_context")
     fields: Any = {name: _get(given, name, kinds.get(name, str)) for name in _names(DomainInfo) if name not in apart}
     return DomainInfo(
         **fields,
         indexes=_strings(given, "indexes"),
         tuning=None if tuning is None else _tuning(tuning),
         memory=None if memory is None else _memory(memory),
+        context_length=_get(given, "context_length", int, None),
+        min_context=_get(given, "min_context", int, None),
     )
 
 

@@ -222,6 +222,8 @@ def domain_from_proto(message: datastore_pb2.Domain) -> DomainInfo:
         tuning=tuning,
         indexes=list(message.indexes),
         memory=memory,
+        context_length=message.context_length if message.HasField("context_length") else None,
+        min_context=message.min_context if message.HasField("min_context") else None,
     )
 
 

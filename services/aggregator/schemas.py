@@ -200,6 +200,8 @@ class Domain(BaseModel):
     tuning: Tuning | None
     indexes: list[str]
     memory: Memory | None
+    context_length: int | None = Field(None, description="Tokens of a window that its keys were made with.")
+    min_context: int | None = Field(None, description="Tokens that each of its keys has seen at least.")
 
 
 class DomainReplica(BaseModel):

@@ -95,6 +95,8 @@ class DomainAnswer(BaseModel):
     tuning: TuningAnswer | None
     indexes: list[str] = Field(description="All that the version has.")
     memory: MemoryAnswer | None
+    context_length: int | None = Field(None, description="Tokens of a window that its keys were made with.")
+    min_context: int | None = Field(None, description="Tokens that each of its keys has seen at least.")
 
 
 class DomainsAnswer(BaseModel):

@@ -97,6 +97,7 @@ def test_every_face_tells_the_same_of_the_domains(store: Path) -> None:
                 ]
                 assert listed == expected
                 assert all(info.indexes == ("flat",) and info.memory is not None for info in listed)
+                assert all((info.context_length, info.min_context) == (64, 32) for info in listed)
                 assert (await client.get_domain("toy")).entries == expected[1].entries
                 assert (await client.get_domain("toy", "v1")).version == "v1"
                 with pytest.raises(UnknownVersion):
