@@ -1,9 +1,23 @@
-"""Property tests draw the same examples every time, so that what passed passes again; `make test-all` explores."""
+"""Async tests run in an event loop of their own. Property tests draw the same examples every time, so that what passed
+passes again; `make test-all` explores."""
 
+import asyncio
+import inspect
 import os
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run `async def test_...` with asyncio.run; True tells pytest that the test was run."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    wanted = inspect.signature(pyfuncitem.obj).parameters
+    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in wanted}))
+    return True

@@ -35,36 +35,30 @@ def answered(host: Host, face: str) -> float | None:
     return host.service.metrics.registry.get_sample_value("knnlm_requests_total", labels)
 
 
-def test_every_call_that_is_counted_was_answered(tmp_path: Path) -> None:
-    async def check() -> None:
-        async with (
-            datastore(tmp_path) as host,
-            HttpCallers(f"http://127.0.0.1:{host.port}", REQUESTS, 3) as http,
-            GrpcCallers(f"127.0.0.1:{host.grpc_port}", REQUESTS, 3) as over_grpc,
-        ):
-            for face, callers in (("http", http), ("grpc", over_grpc)):
-                found = await keep(callers, 0.05)
-                assert len(found) >= 3
-                assert min(found) > 0
-                assert answered(host, face) == len(found)
-
-    asyncio.run(check())
+async def test_every_call_that_is_counted_was_answered(tmp_path: Path) -> None:
+    async with (
+        datastore(tmp_path) as host,
+        HttpCallers(f"http://127.0.0.1:{host.port}", REQUESTS, 3) as http,
+        GrpcCallers(f"127.0.0.1:{host.grpc_port}", REQUESTS, 3) as over_grpc,
+    ):
+        for face, callers in (("http", http), ("grpc", over_grpc)):
+            found = await keep(callers, 0.05)
+            assert len(found) >= 3
+            assert min(found) > 0
+            assert answered(host, face) == len(found)
 
 
-def test_a_call_that_is_refused_ends_the_measurement(tmp_path: Path) -> None:
-    async def check() -> None:
-        wrong = [SearchRequest("nowhere", QUERIES, k=3)]
-        async with (
-            datastore(tmp_path) as host,
-            HttpCallers(f"http://127.0.0.1:{host.port}", wrong, 1) as http,
-            GrpcCallers(f"127.0.0.1:{host.grpc_port}", wrong, 1) as over_grpc,
-        ):
-            with pytest.raises(RuntimeError, match=r"404 .*unknown_domain"):
-                await keep(http, 0.05)
-            with pytest.raises(grpc.aio.AioRpcError, match="unknown domain"):
-                await keep(over_grpc, 0.05)
-
-    asyncio.run(check())
+async def test_a_call_that_is_refused_ends_the_measurement(tmp_path: Path) -> None:
+    wrong = [SearchRequest("nowhere", QUERIES, k=3)]
+    async with (
+        datastore(tmp_path) as host,
+        HttpCallers(f"http://127.0.0.1:{host.port}", wrong, 1) as http,
+        GrpcCallers(f"127.0.0.1:{host.grpc_port}", wrong, 1) as over_grpc,
+    ):
+        with pytest.raises(RuntimeError, match=r"404 .*unknown_domain"):
+            await keep(http, 0.05)
+        with pytest.raises(grpc.aio.AioRpcError, match="unknown domain"):
+            await keep(over_grpc, 0.05)
 
 
 class Counted:

@@ -29,15 +29,12 @@ def unused_port() -> int:
         return port
 
 
-def test_no_service_is_unavailable_over_both() -> None:
-    async def check() -> None:
-        port = unused_port()
-        async with GrpcDatastore(f"127.0.0.1:{port}") as over_grpc, HttpDatastore(f"http://127.0.0.1:{port}") as http:
-            for client in (over_grpc, http):
-                with pytest.raises(Unavailable, match=str(port)):
-                    await client.list_domains()
-
-    asyncio.run(check())
+async def test_no_service_is_unavailable_over_both() -> None:
+    port = unused_port()
+    async with GrpcDatastore(f"127.0.0.1:{port}") as over_grpc, HttpDatastore(f"http://127.0.0.1:{port}") as http:
+        for client in (over_grpc, http):
+            with pytest.raises(Unavailable, match=str(port)):
+                await client.list_domains()
 
 
 def over_http(answer: Answer) -> HttpDatastore:
@@ -77,56 +74,47 @@ def test_an_http_answer_becomes_the_error_that_was_meant(response: httpx.Respons
         assert (err.retry_after, err.param, err.message) == (7.0, "domain", "a sentence")
 
 
-def test_http_timeouts_and_broken_connections_are_errors_of_ours() -> None:
+async def test_http_timeouts_and_broken_connections_are_errors_of_ours() -> None:
     def fail(kind: type[httpx.TransportError]) -> Answer:
         def answer(request: httpx.Request) -> httpx.Response:
             raise kind("broken", request=request)
 
         return answer
 
-    async def check() -> None:
-        for kind, expected in ((httpx.ReadTimeout, DeadlineExceeded), (httpx.ReadError, Unavailable)):
-            async with over_http(fail(kind)) as client:
-                with pytest.raises(expected):
-                    await client.list_domains()
-
-    asyncio.run(check())
+    for kind, expected in ((httpx.ReadTimeout, DeadlineExceeded), (httpx.ReadError, Unavailable)):
+        async with over_http(fail(kind)) as client:
+            with pytest.raises(expected):
+                await client.list_domains()
 
 
-def test_domains_are_quoted_in_paths() -> None:
+async def test_domains_are_quoted_in_paths() -> None:
     seen: list[str] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         seen.append(request.url.raw_path.decode())
         return error(404, "unknown_domain")
 
-    async def check() -> None:
-        async with over_http(answer) as client:
-            with pytest.raises(UnknownDomain):
-                await client.search(SearchRequest("a/b?c", np.zeros((1, 2), np.float32), k=1))
-
-    asyncio.run(check())
+    async with over_http(answer) as client:
+        with pytest.raises(UnknownDomain):
+            await client.search(SearchRequest("a/b?c", np.zeros((1, 2), np.float32), k=1))
     assert seen == ["/v1/domains/a%2Fb%3Fc/search"]
 
 
-def test_the_request_id_and_what_is_left_of_its_time_go_with_every_call() -> None:
+async def test_the_request_id_and_what_is_left_of_its_time_go_with_every_call() -> None:
     seen: list[httpx.Headers] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         seen.append(request.headers)
         return httpx.Response(200, json={"domains": []})
 
-    async def check() -> None:
-        async with (
-            over_http(answer) as http,
-            running(echo_service(EchoCore())) as host,
-            GrpcLanguageModel(f"127.0.0.1:{host.grpc_port}") as over_grpc,
-        ):
-            with outgoing(request_id="abc", deadline=time.monotonic() + 5):
-                await http.list_domains()
-                assert (await over_grpc.get_model()).model_id == "abc"  # the echo service tells the id it got
-
-    asyncio.run(check())
+    async with (
+        over_http(answer) as http,
+        running(echo_service(EchoCore())) as host,
+        GrpcLanguageModel(f"127.0.0.1:{host.grpc_port}") as over_grpc,
+    ):
+        with outgoing(request_id="abc", deadline=time.monotonic() + 5):
+            await http.list_domains()
+            assert (await over_grpc.get_model()).model_id == "abc"  # the echo service tells the id it got
     assert seen[0]["x-request-id"] == "abc"
     assert 0 < float(seen[0]["x-request-timeout"]) <= 5
 
@@ -137,17 +125,14 @@ def test_no_call_is_made_when_the_time_is_over() -> None:
         time_limit(7.0)
 
 
-def test_grpc_waits_no_longer_than_it_was_told() -> None:
-    async def check() -> None:
-        request = ForwardRequest([np.zeros(1, np.int32)], [np.zeros(1, np.int32)], keys=True)
-        async with (
-            running(echo_service(EchoCore())) as host,
-            GrpcLanguageModel(f"127.0.0.1:{host.grpc_port}", timeout=0.1) as client,
-        ):
-            with pytest.raises(DeadlineExceeded):
-                await client.forward(request)  # the echo service never answers it
-
-    asyncio.run(check())
+async def test_grpc_waits_no_longer_than_it_was_told() -> None:
+    request = ForwardRequest([np.zeros(1, np.int32)], [np.zeros(1, np.int32)], keys=True)
+    async with (
+        running(echo_service(EchoCore())) as host,
+        GrpcLanguageModel(f"127.0.0.1:{host.grpc_port}", timeout=0.1) as client,
+    ):
+        with pytest.raises(DeadlineExceeded):
+            await client.forward(request)  # the echo service never answers it
 
 
 class _Flaky(lm_pb2_grpc.LanguageModelServicer):
@@ -179,30 +164,27 @@ class _Flaky(lm_pb2_grpc.LanguageModelServicer):
     ("code", "calls", "expected"),
     [(grpc.StatusCode.UNAVAILABLE, 3, None), (grpc.StatusCode.RESOURCE_EXHAUSTED, 1, TooLarge)],
 )
-def test_grpc_retries_what_was_not_there_and_nothing_else(
+async def test_grpc_retries_what_was_not_there_and_nothing_else(
     code: grpc.StatusCode, calls: int, expected: type[KnnlmError] | None
 ) -> None:
-    async def check() -> None:
-        flaky = _Flaky(code)
-        server = grpc.aio.server()
-        lm_pb2_grpc.add_LanguageModelServicer_to_server(flaky, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        try:
-            async with GrpcLanguageModel(f"127.0.0.1:{port}") as client:
-                if expected is None:
-                    assert (await client.get_model()).model_id == "toy"
-                else:
-                    with pytest.raises(expected):
-                        await client.get_model()
-        finally:
-            await server.stop(None)
-        assert flaky.calls == calls
-
-    asyncio.run(check())
+    flaky = _Flaky(code)
+    server = grpc.aio.server()
+    lm_pb2_grpc.add_LanguageModelServicer_to_server(flaky, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with GrpcLanguageModel(f"127.0.0.1:{port}") as client:
+            if expected is None:
+                assert (await client.get_model()).model_id == "toy"
+            else:
+                with pytest.raises(expected):
+                    await client.get_model()
+    finally:
+        await server.stop(None)
+    assert flaky.calls == calls
 
 
-def test_a_key_is_sent_over_both() -> None:
+async def test_a_key_is_sent_over_both() -> None:
     async def call(made: Callable[[], Awaitable[object]]) -> str:
         try:
             await made()
@@ -210,15 +192,12 @@ def test_a_key_is_sent_over_both() -> None:
             return err.code
         return "ok"
 
-    async def check() -> None:
-        settings = EchoSettings(port=0, grpc_port=0, api_keys=(SecretStr("k"),))
-        async with running(echo_service(EchoCore(), settings)) as host:
-            for key, grpc_code, http_code in ((None, "unauthenticated", "unauthenticated"), ("k", "ok", "not_found")):
-                async with (
-                    GrpcLanguageModel(f"127.0.0.1:{host.grpc_port}", api_key=key) as over_grpc,
-                    HttpLanguageModel(f"http://127.0.0.1:{host.port}", api_key=key) as http,
-                ):
-                    assert await call(over_grpc.get_model) == grpc_code
-                    assert await call(http.get_model) == http_code  # the echo service has no such route
-
-    asyncio.run(check())
+    settings = EchoSettings(port=0, grpc_port=0, api_keys=(SecretStr("k"),))
+    async with running(echo_service(EchoCore(), settings)) as host:
+        for key, grpc_code, http_code in ((None, "unauthenticated", "unauthenticated"), ("k", "ok", "not_found")):
+            async with (
+                GrpcLanguageModel(f"127.0.0.1:{host.grpc_port}", api_key=key) as over_grpc,
+                HttpLanguageModel(f"http://127.0.0.1:{host.port}", api_key=key) as http,
+            ):
+                assert await call(over_grpc.get_model) == grpc_code
+                assert await call(http.get_model) == http_code  # the echo service has no such route

@@ -84,14 +84,11 @@ def test_a_name_that_means_nothing_now(monkeypatch: pytest.MonkeyPatch, answer: 
     assert look_up(monkeypatch, answer) is None
 
 
-def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def check() -> None:
-        async def never(*_: object, **__: object) -> object:
-            return await asyncio.Event().wait()
+async def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*_: object, **__: object) -> object:
+        return await asyncio.Event().wait()
 
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", never)
-        monkeypatch.setattr(module, "RESOLVE_SECONDS", 0.01)
-        async with asyncio.timeout(20):
-            assert await resolve(Name("datastore", 9002)) is None
-
-    asyncio.run(check())
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", never)
+    monkeypatch.setattr(module, "RESOLVE_SECONDS", 0.01)
+    async with asyncio.timeout(20):
+        assert await resolve(Name("datastore", 9002)) is None

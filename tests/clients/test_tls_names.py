@@ -1,6 +1,5 @@
 """Over TLS, a replica behind a name shows the certificate of the name, wherever the name leads."""
 
-import asyncio
 from pathlib import Path
 
 import grpc
@@ -18,7 +17,7 @@ NAMED = "10.9.9.9"  # what the certificate is made out to; nobody is there
 
 
 @pytest.mark.parametrize(("made_out_to", "fits"), [(NAMED, True), ("127.0.0.1", False)])
-def test_the_certificate_must_be_that_of_the_name(
+async def test_the_certificate_must_be_that_of_the_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_out_to: str, fits: bool
 ) -> None:
     authority = Authority(tmp_path)
@@ -30,34 +29,28 @@ def test_the_certificate_must_be_that_of_the_name(
 
     monkeypatch.setattr(fleet, "resolve", resolve)
 
-    async def check() -> None:
-        await replica.start(grpc.ssl_server_credentials([(key_file.read_bytes(), cert_file.read_bytes())]))
-        async with GrpcDatastore("datastore:9002", tls=Tls(authority.file), wait=0.1) as client:
-            if fits:
-                assert number(await client.search(search())) == 7
-            else:
-                with pytest.raises(Unavailable, match="does not answer"):
-                    await client.search(search())
-        await replica.stop()
-
-    asyncio.run(check())
+    await replica.start(grpc.ssl_server_credentials([(key_file.read_bytes(), cert_file.read_bytes())]))
+    async with GrpcDatastore("datastore:9002", tls=Tls(authority.file), wait=0.1) as client:
+        if fits:
+            assert number(await client.search(search())) == 7
+        else:
+            with pytest.raises(Unavailable, match="does not answer"):
+                await client.search(search())
+    await replica.stop()
 
 
-def test_an_address_shows_the_certificate_of_the_address(tmp_path: Path) -> None:
+async def test_an_address_shows_the_certificate_of_the_address(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     cert_file, key_file = authority.issue("datastore")
     replica = Replica(7)
 
-    async def check() -> None:
-        await replica.start(grpc.ssl_server_credentials([(key_file.read_bytes(), cert_file.read_bytes())]))
-        async with GrpcDatastore(replica.address, tls=Tls(authority.file)) as client:
-            assert number(await client.search(search())) == 7
-        async with GrpcDatastore(replica.address, wait=0.1) as client:
-            with pytest.raises(Unavailable):
-                await client.search(search())
-        await replica.stop()
-
-    asyncio.run(check())
+    await replica.start(grpc.ssl_server_credentials([(key_file.read_bytes(), cert_file.read_bytes())]))
+    async with GrpcDatastore(replica.address, tls=Tls(authority.file)) as client:
+        assert number(await client.search(search())) == 7
+    async with GrpcDatastore(replica.address, wait=0.1) as client:
+        with pytest.raises(Unavailable):
+            await client.search(search())
+    await replica.stop()
 
 
 def test_files_that_cannot_be_used_are_refused_when_the_client_is_made(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ async def outcome(client: DatastoreClient, request: SearchRequest) -> tuple[str,
     return "ok", None
 
 
-def test_every_face_answers_as_the_searcher_does(store: Path) -> None:
+async def test_every_face_answers_as_the_searcher_does(store: Path) -> None:
     requests = [
         REQUEST,
         replace(REQUEST, queries=QUERIES.astype(np.float16)),
@@ -74,36 +74,30 @@ def test_every_face_answers_as_the_searcher_does(store: Path) -> None:
         replace(REQUEST, ids=True, exclude_documents=["0", "1", "2", "3"]),
     ]
 
-    async def check() -> None:
-        catalog = Catalog(store)
-        async with datastore_faces(datastore_service(store)) as (_, clients):
-            for request in requests:
-                expected = Searcher.open(catalog.path(request.domain, "v1")).search(request)
-                for name, client in clients.items():
-                    if expected.neighbors.values.size or name != "http list":  # lists of nothing have no width
-                        assert same(await client.search(request), expected), (name, request)
-
-    asyncio.run(check())
+    catalog = Catalog(store)
+    async with datastore_faces(datastore_service(store)) as (_, clients):
+        for request in requests:
+            expected = Searcher.open(catalog.path(request.domain, "v1")).search(request)
+            for name, client in clients.items():
+                if expected.neighbors.values.size or name != "http list":  # lists of nothing have no width
+                    assert same(await client.search(request), expected), (name, request)
 
 
-def test_every_face_tells_the_same_of_the_domains(store: Path) -> None:
-    async def check() -> None:
-        expected = [Searcher.open(Catalog(store).path(domain, "v1")).info(["v1"]) for domain in ("empty", "toy")]
-        async with datastore_faces(datastore_service(store)) as (_, clients):
-            for client in clients.values():
-                listed = [
-                    replace(info, versions=tuple(info.versions), indexes=tuple(info.indexes))
-                    for info in await client.list_domains()
-                ]
-                assert listed == expected
-                assert all(info.indexes == ("flat",) and info.memory is not None for info in listed)
-                assert all((info.context_length, info.min_context) == (64, 32) for info in listed)
-                assert (await client.get_domain("toy")).entries == expected[1].entries
-                assert (await client.get_domain("toy", "v1")).version == "v1"
-                with pytest.raises(UnknownVersion):
-                    await client.get_domain("toy", "v9")
-
-    asyncio.run(check())
+async def test_every_face_tells_the_same_of_the_domains(store: Path) -> None:
+    expected = [Searcher.open(Catalog(store).path(domain, "v1")).info(["v1"]) for domain in ("empty", "toy")]
+    async with datastore_faces(datastore_service(store)) as (_, clients):
+        for client in clients.values():
+            listed = [
+                replace(info, versions=tuple(info.versions), indexes=tuple(info.indexes))
+                for info in await client.list_domains()
+            ]
+            assert listed == expected
+            assert all(info.indexes == ("flat",) and info.memory is not None for info in listed)
+            assert all((info.context_length, info.min_context) == (64, 32) for info in listed)
+            assert (await client.get_domain("toy")).entries == expected[1].entries
+            assert (await client.get_domain("toy", "v1")).version == "v1"
+            with pytest.raises(UnknownVersion):
+                await client.get_domain("toy", "v9")
 
 
 def with_nan() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
@@ -138,62 +132,51 @@ BAD = {
 }
 
 
-def test_every_face_refuses_bad_requests_alike(store: Path) -> None:
-    async def check() -> None:
-        bounded = datastore_service(store, max_queries=100, grpc_max_message_bytes=1 << 20)
-        async with datastore_faces(bounded) as (_, clients):
-            for name, (request, expected, param) in BAD.items():
-                outcomes = {face: await outcome(client, request) for face, client in clients.items()}
-                if name == "a domain that is a path":  # HTTP servers decode %2F before they route
-                    outcomes = {"grpc": outcomes["grpc"]}
-                assert set(outcomes.values()) == {(expected.code, param)}, (name, outcomes)
-
-    asyncio.run(check())
+async def test_every_face_refuses_bad_requests_alike(store: Path) -> None:
+    bounded = datastore_service(store, max_queries=100, grpc_max_message_bytes=1 << 20)
+    async with datastore_faces(bounded) as (_, clients):
+        for name, (request, expected, param) in BAD.items():
+            outcomes = {face: await outcome(client, request) for face, client in clients.items()}
+            if name == "a domain that is a path":  # HTTP servers decode %2F before they route
+                outcomes = {"grpc": outcomes["grpc"]}
+            assert set(outcomes.values()) == {(expected.code, param)}, (name, outcomes)
 
 
-def test_searches_that_run_together_are_answered_as_alone(store: Path) -> None:
-    async def check() -> None:
-        searcher = Searcher.open(Catalog(store).path("toy", "v1"))
-        requests = [replace(REQUEST, queries=QUERIES[i % 5 :], ids=True, passages=i % 2) for i in range(24)]
-        slow = Slow()
-        async with datastore_faces(datastore_service(store, slow)) as (host, clients):
-            searches = [asyncio.create_task(clients["grpc"].search(request)) for request in requests]
-            await until(lambda: asyncio.sleep(0, held(host) == sum(len(r.queries) for r in requests)))
-            slow.gate.set()
-            results = await asyncio.gather(*searches)
-            batches = host.service.metrics.registry.get_sample_value("knnlm_batch_rows_count")
-        assert all(same(result, searcher.search(request)) for result, request in zip(results, requests, strict=True))
-        assert batches in (2, 3)  # what came first and held up the others, and the rest of each of the two kinds
-
-    asyncio.run(check())
+async def test_searches_that_run_together_are_answered_as_alone(store: Path) -> None:
+    searcher = Searcher.open(Catalog(store).path("toy", "v1"))
+    requests = [replace(REQUEST, queries=QUERIES[i % 5 :], ids=True, passages=i % 2) for i in range(24)]
+    slow = Slow()
+    async with datastore_faces(datastore_service(store, slow)) as (host, clients):
+        searches = [asyncio.create_task(clients["grpc"].search(request)) for request in requests]
+        await until(lambda: asyncio.sleep(0, held(host) == sum(len(r.queries) for r in requests)))
+        slow.gate.set()
+        results = await asyncio.gather(*searches)
+        batches = host.service.metrics.registry.get_sample_value("knnlm_batch_rows_count")
+    assert all(same(result, searcher.search(request)) for result, request in zip(results, requests, strict=True))
+    assert batches in (2, 3)  # what came first and held up the others, and the rest of each of the two kinds
 
 
-def test_exclusions_that_run_together_are_answered_as_alone(store: Path) -> None:
-    async def check() -> None:
-        searcher = Searcher.open(Catalog(store).path("toy", "v1"))
-        plain = [replace(REQUEST, queries=QUERIES[i:], ids=True) for i in range(4)]
-        nearest = [searcher.search(r).neighbors.ids for r in plain]
-        entries = [
-            replace(r, exclude_entries=ids[:, 0]) for r, ids in zip(plain, nearest, strict=True) if ids is not None
-        ]
-        own = [replace(r, exclude_own_documents=True) for r in entries]
-        named = [replace(r, exclude_documents=["1"]) for r in [*plain, *entries]]
-        requests = [*plain, *entries, *own, *named]
-        slow = Slow()
-        async with datastore_faces(datastore_service(store, slow)) as (host, clients):
-            searches = [asyncio.create_task(clients["grpc"].search(request)) for request in requests]
-            await until(lambda: asyncio.sleep(0, held(host) == sum(len(r.queries) for r in requests)))
-            slow.gate.set()
-            results = await asyncio.gather(*searches)
-            batches = host.service.metrics.registry.get_sample_value("knnlm_batch_rows_count")
-        for request, result in zip(requests, results, strict=True):
-            assert same(result, searcher.search(request)), request
-        assert batches in (3, 4, 5)  # what came first and held up the others, and the rest of each of the three kinds
-
-    asyncio.run(check())
+async def test_exclusions_that_run_together_are_answered_as_alone(store: Path) -> None:
+    searcher = Searcher.open(Catalog(store).path("toy", "v1"))
+    plain = [replace(REQUEST, queries=QUERIES[i:], ids=True) for i in range(4)]
+    nearest = [searcher.search(r).neighbors.ids for r in plain]
+    entries = [replace(r, exclude_entries=ids[:, 0]) for r, ids in zip(plain, nearest, strict=True) if ids is not None]
+    own = [replace(r, exclude_own_documents=True) for r in entries]
+    named = [replace(r, exclude_documents=["1"]) for r in [*plain, *entries]]
+    requests = [*plain, *entries, *own, *named]
+    slow = Slow()
+    async with datastore_faces(datastore_service(store, slow)) as (host, clients):
+        searches = [asyncio.create_task(clients["grpc"].search(request)) for request in requests]
+        await until(lambda: asyncio.sleep(0, held(host) == sum(len(r.queries) for r in requests)))
+        slow.gate.set()
+        results = await asyncio.gather(*searches)
+        batches = host.service.metrics.registry.get_sample_value("knnlm_batch_rows_count")
+    for request, result in zip(requests, results, strict=True):
+        assert same(result, searcher.search(request)), request
+    assert batches in (3, 4, 5)  # what came first and held up the others, and the rest of each of the three kinds
 
 
-def test_what_cannot_be_answered_is_refused_among_others_too(store: Path) -> None:
+async def test_what_cannot_be_answered_is_refused_among_others_too(store: Path) -> None:
     """Each beside one that can, of the same k, so that they would be joined if they could be."""
     given = np.arange(5)
     entries, own = replace(REQUEST, k=5, exclude_entries=given), replace(REQUEST, k=6, exclude_entries=given)
@@ -214,39 +197,33 @@ def test_what_cannot_be_answered_is_refused_among_others_too(store: Path) -> Non
         (replace(REQUEST, k=9, exclude_documents=["x"]), ("invalid_request", "exclude_documents")),
     ]
 
-    async def check() -> None:
-        slow = Slow()
-        async with datastore_faces(datastore_service(store, slow)) as (host, clients):
-            before = [asyncio.create_task(outcome(clients["grpc"], replace(REQUEST, k=k))) for k in (1, 2, 3, 4)]
-            await until(lambda: asyncio.sleep(0, held(host) == 20))  # and nothing else is begun
-            tasks: list[asyncio.Task[tuple[str, str | None]]] = []
+    slow = Slow()
+    async with datastore_faces(datastore_service(store, slow)) as (host, clients):
+        before = [asyncio.create_task(outcome(clients["grpc"], replace(REQUEST, k=k))) for k in (1, 2, 3, 4)]
+        await until(lambda: asyncio.sleep(0, held(host) == 20))  # and nothing else is begun
+        tasks: list[asyncio.Task[tuple[str, str | None]]] = []
 
-            async def all_are_in() -> bool:
-                waiting = held(host)
-                return waiting is not None and waiting + 5 * sum(t.done() for t in tasks) == 20 + 5 * len(tasks)
+        async def all_are_in() -> bool:
+            waiting = held(host)
+            return waiting is not None and waiting + 5 * sum(t.done() for t in tasks) == 20 + 5 * len(tasks)
 
-            for request, _ in asked:  # one after the other, so that the one that can be answered is the first
-                tasks.append(asyncio.create_task(outcome(clients["grpc"], request)))
-                await until(all_are_in)
-            slow.gate.set()
-            assert [await task for task in tasks] == [expected for _, expected in asked]
-            assert [await task for task in before] == [("ok", None)] * 4
-
-    asyncio.run(check())
+        for request, _ in asked:  # one after the other, so that the one that can be answered is the first
+            tasks.append(asyncio.create_task(outcome(clients["grpc"], request)))
+            await until(all_are_in)
+        slow.gate.set()
+        assert [await task for task in tasks] == [expected for _, expected in asked]
+        assert [await task for task in before] == [("ok", None)] * 4
 
 
-def test_activation_switches_every_face(store: Path) -> None:
-    async def check() -> None:
-        toy_datastore(store, version="v2", texts=TEXTS[:1], activate=False)
-        async with datastore_faces(datastore_service(store)) as (_, clients):
-            for version, client in zip(("v2", "v1", "v2", "v1"), clients.values(), strict=True):
-                info = await client.activate("toy", version)
-                assert (info.version, list(info.versions), info.state) == (version, ["v1", "v2"], "ready")
-                assert {(await c.search(REQUEST)).version for c in clients.values()} == {version}
-            with pytest.raises(UnknownVersion):
-                await clients["grpc"].activate("toy", "v7")
-            with pytest.raises(UnknownDomain):
-                await clients["http list"].activate("nowhere", "v1")
-        assert Catalog(store).current("toy") == "v1"
-
-    asyncio.run(check())
+async def test_activation_switches_every_face(store: Path) -> None:
+    toy_datastore(store, version="v2", texts=TEXTS[:1], activate=False)
+    async with datastore_faces(datastore_service(store)) as (_, clients):
+        for version, client in zip(("v2", "v1", "v2", "v1"), clients.values(), strict=True):
+            info = await client.activate("toy", version)
+            assert (info.version, list(info.versions), info.state) == (version, ["v1", "v2"], "ready")
+            assert {(await c.search(REQUEST)).version for c in clients.values()} == {version}
+        with pytest.raises(UnknownVersion):
+            await clients["grpc"].activate("toy", "v7")
+        with pytest.raises(UnknownDomain):
+            await clients["http list"].activate("nowhere", "v1")
+    assert Catalog(store).current("toy") == "v1"

@@ -42,7 +42,7 @@ async def outcome(client: LanguageModelClient, request: ForwardRequest) -> tuple
     return "ok", None
 
 
-def test_every_face_answers_as_the_model_does() -> None:
+async def test_every_face_answers_as_the_model_does() -> None:
     requests = [
         EVERYTHING,
         replace(REQUEST, full=True),
@@ -52,37 +52,28 @@ def test_every_face_answers_as_the_model_does() -> None:
         replace(REQUEST, positions=[ids(), ids(1)], keys=True),
     ]
 
-    async def check() -> None:
-        model = ToyLanguageModel()
-        async with lm_faces(lm_service()) as (_, clients):
-            for request in requests:
-                for name, client in clients.items():
-                    assert same(await client.forward(request), model.forward(request)), (name, request)
-
-    asyncio.run(check())
+    model = ToyLanguageModel()
+    async with lm_faces(lm_service()) as (_, clients):
+        for request in requests:
+            for name, client in clients.items():
+                assert same(await client.forward(request), model.forward(request)), (name, request)
 
 
-def test_no_positions_give_no_rows_of_the_right_width() -> None:
-    async def check() -> None:
-        request = replace(REQUEST, positions=[ids(), ids()], top_n=2)
-        async with lm_faces(lm_service()) as (_, clients):
-            for name in ("grpc", "http base64"):  # a list of no rows cannot say how wide they would be
-                top_tokens = (await clients[name].forward(request)).top_tokens
-                assert top_tokens is not None
-                assert top_tokens.shape == (0, 2)
-
-    asyncio.run(check())
+async def test_no_positions_give_no_rows_of_the_right_width() -> None:
+    request = replace(REQUEST, positions=[ids(), ids()], top_n=2)
+    async with lm_faces(lm_service()) as (_, clients):
+        for name in ("grpc", "http base64"):  # a list of no rows cannot say how wide they would be
+            top_tokens = (await clients[name].forward(request)).top_tokens
+            assert top_tokens is not None
+            assert top_tokens.shape == (0, 2)
 
 
-def test_every_face_tells_the_model_and_its_tokenizer() -> None:
-    async def check() -> None:
-        model = ToyLanguageModel()
-        async with lm_faces(lm_service()) as (_, clients):
-            for client in clients.values():
-                assert await client.get_model() == model.info
-                assert await client.get_tokenizer() == model.tokenizer.json
-
-    asyncio.run(check())
+async def test_every_face_tells_the_model_and_its_tokenizer() -> None:
+    model = ToyLanguageModel()
+    async with lm_faces(lm_service()) as (_, clients):
+        for client in clients.values():
+            assert await client.get_model() == model.info
+            assert await client.get_tokenizer() == model.tokenizer.json
 
 
 BAD = {
@@ -105,47 +96,38 @@ BAD = {
 }
 
 
-def test_every_face_refuses_bad_requests_alike() -> None:
-    async def check() -> None:
-        bounded = lm_service(max_tokens=80, max_rows=75, grpc_max_message_bytes=65536)
-        async with lm_faces(bounded) as (_, clients):
-            for name, (request, expected, param) in BAD.items():
-                outcomes = {face: await outcome(client, request) for face, client in clients.items()}
-                assert len(set(outcomes.values())) == 1, (name, outcomes)
-                code, given = outcomes["grpc"]
-                assert code == expected.code, name
-                assert param in (None, given), name
-
-    asyncio.run(check())
+async def test_every_face_refuses_bad_requests_alike() -> None:
+    bounded = lm_service(max_tokens=80, max_rows=75, grpc_max_message_bytes=65536)
+    async with lm_faces(bounded) as (_, clients):
+        for name, (request, expected, param) in BAD.items():
+            outcomes = {face: await outcome(client, request) for face, client in clients.items()}
+            assert len(set(outcomes.values())) == 1, (name, outcomes)
+            code, given = outcomes["grpc"]
+            assert code == expected.code, name
+            assert param in (None, given), name
 
 
-def test_requests_that_run_together_are_answered_as_alone() -> None:
-    async def check() -> None:
-        requests = [
-            replace(EVERYTHING, tokens=[ids(0, i, i + 1, 5), ids(0, 8)], targets=ids(i, 2, 3, i)) for i in range(2, 30)
-        ]
-        requests += [replace(REQUEST, keys=True)] * 3
-        model = ToyLanguageModel()
-        slow = SlowModel()
-        async with lm_faces(lm_service(slow)) as (host, clients):
-            answers = [asyncio.create_task(clients["grpc"].forward(request)) for request in requests]
-            await until(lambda: asyncio.sleep(0, held(host) == 6 * len(requests)))  # each has six tokens
-            slow.gate.set()
-            results = await asyncio.gather(*answers)
-            batches = host.service.metrics.registry.get_sample_value("knnlm_batch_rows_count")
-        assert all(same(result, model.forward(request)) for result, request in zip(results, requests, strict=True))
-        assert batches in (2, 3)  # what came first and held up the others, and the rest of each of the two kinds
-
-    asyncio.run(check())
+async def test_requests_that_run_together_are_answered_as_alone() -> None:
+    requests = [
+        replace(EVERYTHING, tokens=[ids(0, i, i + 1, 5), ids(0, 8)], targets=ids(i, 2, 3, i)) for i in range(2, 30)
+    ]
+    requests += [replace(REQUEST, keys=True)] * 3
+    model = ToyLanguageModel()
+    slow = SlowModel()
+    async with lm_faces(lm_service(slow)) as (host, clients):
+        answers = [asyncio.create_task(clients["grpc"].forward(request)) for request in requests]
+        await until(lambda: asyncio.sleep(0, held(host) == 6 * len(requests)))  # each has six tokens
+        slow.gate.set()
+        results = await asyncio.gather(*answers)
+        batches = host.service.metrics.registry.get_sample_value("knnlm_batch_rows_count")
+    assert all(same(result, model.forward(request)) for result, request in zip(results, requests, strict=True))
+    assert batches in (2, 3)  # what came first and held up the others, and the rest of each of the two kinds
 
 
-def test_a_bad_request_does_not_spoil_the_batch_it_is_in() -> None:
-    async def check() -> None:
-        good, bad = replace(REQUEST, keys=True), ForwardRequest([ids(9999)], [ids(0)], keys=True)
-        async with lm_faces(lm_service()) as (_, clients):
-            requests = [good, bad] * 8
-            codes = [await code for code in [outcome(clients["grpc"], r) for r in requests]]
-            together = await asyncio.gather(*(outcome(clients["grpc"], r) for r in requests))
-        assert codes == together == [("ok", None), ("invalid_request", "tokens")] * 8
-
-    asyncio.run(check())
+async def test_a_bad_request_does_not_spoil_the_batch_it_is_in() -> None:
+    good, bad = replace(REQUEST, keys=True), ForwardRequest([ids(9999)], [ids(0)], keys=True)
+    async with lm_faces(lm_service()) as (_, clients):
+        requests = [good, bad] * 8
+        codes = [await code for code in [outcome(clients["grpc"], r) for r in requests]]
+        together = await asyncio.gather(*(outcome(clients["grpc"], r) for r in requests))
+    assert codes == together == [("ok", None), ("invalid_request", "tokens")] * 8

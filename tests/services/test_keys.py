@@ -1,6 +1,5 @@
 """Every route and every rpc of every service is denied without a key once keys are set: new ones too."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -57,33 +56,30 @@ Make = Callable[[Path], Any]  # the service in a context manager
 
 
 @pytest.mark.parametrize("make", [lm, datastore, aggregator])
-def test_every_route_but_the_probes_needs_a_key_by_every_method(make: Make, tmp_path: Path) -> None:
-    async def check() -> None:
-        async with (
-            make(tmp_path) as service,
-            running(service) as host,
-            httpx.AsyncClient(base_url="http://test", transport=httpx.ASGITransport(host.app)) as client,
-        ):
-            key = {"authorization": "Bearer ordinary"}
-            openapi = (await client.get("/openapi.json", headers=key)).json()
-            paths = [*openapi["paths"], "/docs", "/openapi.json", "/no/such/route", "/", "//livez", "/livez/"]
-            assert len(openapi["paths"]) > 6
-            packed = {"content-type": "application/protobuf"}  # a way of its own behind the same door
-            for method, path in ((method, path) for path in paths for method in METHODS):
-                for headers in ({}, packed, {"authorization": "Bearer wrong"}, {"authorization": "ordinary"}):
-                    answer = await client.request(method, path, headers=headers)
-                    assert (answer.status_code == 401) == (path not in PUBLIC), (method, path)
-                answer = await client.request(method, path, headers=key)
-                assert answer.status_code != 401, (method, path)
-                admin = method == "post" and path.endswith(ADMIN)
-                assert (answer.status_code == 403) == admin, (method, path)
-            assert {path for path in openapi["paths"] if path.endswith(":activate")} or make is lm
-
-    asyncio.run(check())
+async def test_every_route_but_the_probes_needs_a_key_by_every_method(make: Make, tmp_path: Path) -> None:
+    async with (
+        make(tmp_path) as service,
+        running(service) as host,
+        httpx.AsyncClient(base_url="http://test", transport=httpx.ASGITransport(host.app)) as client,
+    ):
+        key = {"authorization": "Bearer ordinary"}
+        openapi = (await client.get("/openapi.json", headers=key)).json()
+        paths = [*openapi["paths"], "/docs", "/openapi.json", "/no/such/route", "/", "//livez", "/livez/"]
+        assert len(openapi["paths"]) > 6
+        packed = {"content-type": "application/protobuf"}  # a way of its own behind the same door
+        for method, path in ((method, path) for path in paths for method in METHODS):
+            for headers in ({}, packed, {"authorization": "Bearer wrong"}, {"authorization": "ordinary"}):
+                answer = await client.request(method, path, headers=headers)
+                assert (answer.status_code == 401) == (path not in PUBLIC), (method, path)
+            answer = await client.request(method, path, headers=key)
+            assert answer.status_code != 401, (method, path)
+            admin = method == "post" and path.endswith(ADMIN)
+            assert (answer.status_code == 403) == admin, (method, path)
+        assert {path for path in openapi["paths"] if path.endswith(":activate")} or make is lm
 
 
 @pytest.mark.parametrize(("make", "file"), [(lm, lm_pb2.DESCRIPTOR), (datastore, datastore_pb2.DESCRIPTOR)])
-def test_every_rpc_needs_a_key(make: Make, file: FileDescriptor, tmp_path: Path) -> None:
+async def test_every_rpc_needs_a_key(make: Make, file: FileDescriptor, tmp_path: Path) -> None:
     async def code(channel: grpc.aio.Channel, method: str, key: str | None) -> grpc.StatusCode:
         metadata = () if key is None else (("authorization", f"Bearer {key}"),)
         call: Any = channel.unary_unary(method)  # without a serializer it takes bytes, which the stubs forget
@@ -103,26 +99,23 @@ def test_every_rpc_needs_a_key(make: Make, file: FileDescriptor, tmp_path: Path)
             return err.code()
         return grpc.StatusCode.OK
 
-    async def check() -> None:
-        methods = [
-            f"/{service.full_name}/{method.name}"
-            for service in file.services_by_name.values()
-            for method in service.methods
-        ]
-        assert methods
-        async with (
-            make(tmp_path) as service,
-            running(service) as host,
-            grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
-        ):
-            for key in (None, "wrong"):
-                for method in methods:
-                    assert await code(channel, method, key) == grpc.StatusCode.UNAUTHENTICATED, method
-                assert await reflected(channel, key) == grpc.StatusCode.UNAUTHENTICATED
+    methods = [
+        f"/{service.full_name}/{method.name}"
+        for service in file.services_by_name.values()
+        for method in service.methods
+    ]
+    assert methods
+    async with (
+        make(tmp_path) as service,
+        running(service) as host,
+        grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
+    ):
+        for key in (None, "wrong"):
             for method in methods:
-                with_key = await code(channel, method, "ordinary")
-                assert with_key != grpc.StatusCode.UNAUTHENTICATED, method
-                assert (with_key == grpc.StatusCode.PERMISSION_DENIED) == method.endswith(ADMIN_RPCS), method
-            assert await reflected(channel, "ordinary") == grpc.StatusCode.OK
-
-    asyncio.run(check())
+                assert await code(channel, method, key) == grpc.StatusCode.UNAUTHENTICATED, method
+            assert await reflected(channel, key) == grpc.StatusCode.UNAUTHENTICATED
+        for method in methods:
+            with_key = await code(channel, method, "ordinary")
+            assert with_key != grpc.StatusCode.UNAUTHENTICATED, method
+            assert (with_key == grpc.StatusCode.PERMISSION_DENIED) == method.endswith(ADMIN_RPCS), method
+        assert await reflected(channel, "ordinary") == grpc.StatusCode.OK

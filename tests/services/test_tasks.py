@@ -34,7 +34,7 @@ async def _tasks_are(count: int) -> bool:
     return len(asyncio.all_tasks()) <= count
 
 
-def test_no_task_is_left_behind(tmp_path: Path) -> None:
+async def test_no_task_is_left_behind(tmp_path: Path) -> None:
     toy_datastore(tmp_path)
     toy_datastore(tmp_path, version="v2", activate=False)
 
@@ -65,15 +65,12 @@ def test_no_task_is_left_behind(tmp_path: Path) -> None:
                 await until(lambda: _quiet(host))
                 slow.gate.set()
 
-    async def check() -> None:
-        slow = Slow()
-        settings = DatastoreSettings(store=tmp_path, port=0, grpc_port=0, grace_s=0.05, watch_interval_s=0.02)
-        async with running(service(settings, slow)) as host, opened_at_last(slow):
-            await rounds(host, slow, 2)
-            await until(lambda: asyncio.sleep(0, len(slow.opened) - len(slow.closed) == 1))
-            before = len(asyncio.all_tasks())
-            await rounds(host, slow, ROUNDS)
-            await until(lambda: _tasks_are(before))
-            await until(lambda: asyncio.sleep(0, len(slow.opened) - len(slow.closed) == 1))  # the current version
-
-    asyncio.run(check())
+    slow = Slow()
+    settings = DatastoreSettings(store=tmp_path, port=0, grpc_port=0, grace_s=0.05, watch_interval_s=0.02)
+    async with running(service(settings, slow)) as host, opened_at_last(slow):
+        await rounds(host, slow, 2)
+        await until(lambda: asyncio.sleep(0, len(slow.opened) - len(slow.closed) == 1))
+        before = len(asyncio.all_tasks())
+        await rounds(host, slow, ROUNDS)
+        await until(lambda: _tasks_are(before))
+        await until(lambda: asyncio.sleep(0, len(slow.opened) - len(slow.closed) == 1))  # the current version

@@ -208,19 +208,16 @@ def test_what_is_no_trace_is_not_handed_on(traceparent: str, handed: bool) -> No
     assert carried(traceparent, "a=\x07") == ((("traceparent", traceparent),) if handed else ())
 
 
-def test_http_clients_send_what_rides_with_a_request() -> None:
+async def test_http_clients_send_what_rides_with_a_request() -> None:
     seen: list[dict[str, str]] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         seen.append(dict(request.headers))
         return httpx.Response(503)
 
-    async def check() -> None:
-        async with HttpLanguageModel("http://test", transport=httpx.MockTransport(answer)) as lm:
-            with outgoing(metadata=[("traceparent", PARENT)]), pytest.raises(Unavailable, match="503"):
-                await lm.get_model()
-
-    asyncio.run(check())
+    async with HttpLanguageModel("http://test", transport=httpx.MockTransport(answer)) as lm:
+        with outgoing(metadata=[("traceparent", PARENT)]), pytest.raises(Unavailable, match="503"):
+            await lm.get_model()
     assert seen[0]["traceparent"] == PARENT
 
 

@@ -1,7 +1,5 @@
 """The aggregator follows the lm service: a restart with another model is taken over."""
 
-import asyncio
-
 import pytest
 
 from knnlm.errors import Unavailable
@@ -34,24 +32,21 @@ class Lm:
         return self.model.tokenizer.json
 
 
-def test_another_model_is_taken_over() -> None:
-    async def check() -> None:
-        lm, settings = Lm(), AggregatorSettings()
-        core = AggregatorCore(settings, UpstreamMetrics(Metrics("aggregator")))
-        core._aggregator = first = await Aggregator.connect(lm, None, settings)
-        request = NextTokenRequest(text="the cat")
-        before, _ = await core.aggregator.next_token(request)
-        await core.look(lm, None)
-        assert core.aggregator is first
-        lm.model = ToyLanguageModel(seed=1)
-        with pytest.raises(Unavailable, match="another model"):
-            await core.aggregator.next_token(request)
-        lm.away = True
-        await core.look(lm, None)
-        assert core.aggregator is first
-        lm.away = False
-        await core.look(lm, None)
-        after, _ = await core.aggregator.next_token(request)
-        assert after.results[0].top != before.results[0].top
-
-    asyncio.run(check())
+async def test_another_model_is_taken_over() -> None:
+    lm, settings = Lm(), AggregatorSettings()
+    core = AggregatorCore(settings, UpstreamMetrics(Metrics("aggregator")))
+    core._aggregator = first = await Aggregator.connect(lm, None, settings)
+    request = NextTokenRequest(text="the cat")
+    before, _ = await core.aggregator.next_token(request)
+    await core.look(lm, None)
+    assert core.aggregator is first
+    lm.model = ToyLanguageModel(seed=1)
+    with pytest.raises(Unavailable, match="another model"):
+        await core.aggregator.next_token(request)
+    lm.away = True
+    await core.look(lm, None)
+    assert core.aggregator is first
+    lm.away = False
+    await core.look(lm, None)
+    after, _ = await core.aggregator.next_token(request)
+    assert after.results[0].top != before.results[0].top

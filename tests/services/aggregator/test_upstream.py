@@ -1,6 +1,5 @@
 """The clients as the aggregator's settings make them: keys, certificates, patience."""
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ def upstream(**settings: Any) -> Upstream:
     return Upstream(AggregatorSettings(**settings), UpstreamMetrics(Metrics("aggregator")))
 
 
-def test_a_key_in_a_file_is_sent_over_tls_by_a_certificate_of_ones_own(tmp_path: Path) -> None:
+async def test_a_key_in_a_file_is_sent_over_tls_by_a_certificate_of_ones_own(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     server_cert, server_key = authority.issue("lm")
     own_cert, own_key = authority.issue("aggregator")
@@ -33,23 +32,20 @@ def test_a_key_in_a_file_is_sent_over_tls_by_a_certificate_of_ones_own(tmp_path:
         tls_key_file=server_key, tls_client_ca_file=authority.file,
     )  # fmt: skip
 
-    async def check() -> None:
-        async with running(lm_service(settings, lambda _: ToyLanguageModel())) as host:
-            clients = upstream(
-                lm_target=f"127.0.0.1:{host.grpc_port}",
-                lm_api_key_file=key_file,
-                lm_tls_ca_file=authority.file,
-                lm_tls_cert_file=own_cert,
-                lm_tls_key_file=own_key,
-                datastore_target="",
-            )
-            assert clients.datastore is None
-            try:
-                assert (await clients.lm.get_model()).model_id == "toy"
-            finally:
-                await clients.aclose()
-
-    asyncio.run(check())
+    async with running(lm_service(settings, lambda _: ToyLanguageModel())) as host:
+        clients = upstream(
+            lm_target=f"127.0.0.1:{host.grpc_port}",
+            lm_api_key_file=key_file,
+            lm_tls_ca_file=authority.file,
+            lm_tls_cert_file=own_cert,
+            lm_tls_key_file=own_key,
+            datastore_target="",
+        )
+        assert clients.datastore is None
+        try:
+            assert (await clients.lm.get_model()).model_id == "toy"
+        finally:
+            await clients.aclose()
 
 
 @pytest.mark.parametrize(

@@ -41,21 +41,18 @@ async def datastore(store: Path) -> AsyncIterator[tuple[Host, httpx.AsyncClient]
 
 @pytest.mark.parametrize("name", ["application/protobuf", "application/x-protobuf", "Application/Protobuf; charset=x"])
 @pytest.mark.parametrize("domain", ["toy", ""])
-def test_a_message_is_answered_by_a_message(store: Path, name: str, domain: str) -> None:
-    async def check() -> None:
-        message = protos.search_request_to_proto(REQUEST)
-        message.domain = domain
-        async with datastore(store) as (host, client):
-            answer = await client.post(PATH, content=message.SerializeToString(), headers={"content-type": name})
-            assert (answer.status_code, answer.headers["content-type"]) == (200, "application/protobuf")
-            assert answer.headers["content-length"] == str(len(answer.content))
-            assert {"x-request-id", "server-timing"} <= answer.headers.keys()
-            found = protos.search_result_from_proto(datastore_pb2.SearchResponse.FromString(answer.content))
-            assert (found.domain, found.neighbors.values.shape) == ("toy", (3, 4))
-            labels = {"face": "http", "route": "/v1/domains/{domain}/search", "code": "200"}
-            assert host.service.metrics.registry.get_sample_value("knnlm_requests_total", labels) == 1
-
-    asyncio.run(check())
+async def test_a_message_is_answered_by_a_message(store: Path, name: str, domain: str) -> None:
+    message = protos.search_request_to_proto(REQUEST)
+    message.domain = domain
+    async with datastore(store) as (host, client):
+        answer = await client.post(PATH, content=message.SerializeToString(), headers={"content-type": name})
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "application/protobuf")
+        assert answer.headers["content-length"] == str(len(answer.content))
+        assert {"x-request-id", "server-timing"} <= answer.headers.keys()
+        found = protos.search_result_from_proto(datastore_pb2.SearchResponse.FromString(answer.content))
+        assert (found.domain, found.neighbors.values.shape) == ("toy", (3, 4))
+        labels = {"face": "http", "route": "/v1/domains/{domain}/search", "code": "200"}
+        assert host.service.metrics.registry.get_sample_value("knnlm_requests_total", labels) == 1
 
 
 def message(**changes: object) -> bytes:
@@ -75,38 +72,29 @@ def message(**changes: object) -> bytes:
         ("/v1/domains/toy:activate", message(), 400, "body"),
     ],
 )
-def test_what_is_wrong_with_a_message_is_told_in_json(
+async def test_what_is_wrong_with_a_message_is_told_in_json(
     store: Path, path: str, body: bytes, status: int, param: str | None
 ) -> None:
-    async def check() -> None:
-        async with datastore(store) as (_, client):
-            answer = await client.post(path, content=body, headers={"content-type": "application/protobuf"})
-            assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
-
-    asyncio.run(check())
+    async with datastore(store) as (_, client):
+        answer = await client.post(path, content=body, headers={"content-type": "application/protobuf"})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
 
 
-def test_a_route_for_messages_takes_post_alone(store: Path) -> None:
-    async def check() -> None:
-        async with datastore(store) as (_, client):
-            answer = await client.put(PATH, content=message(), headers={"content-type": "application/protobuf"})
-            assert answer.status_code == 405
-
-    asyncio.run(check())
+async def test_a_route_for_messages_takes_post_alone(store: Path) -> None:
+    async with datastore(store) as (_, client):
+        answer = await client.put(PATH, content=message(), headers={"content-type": "application/protobuf"})
+        assert answer.status_code == 405
 
 
-def test_a_search_whose_caller_hangs_up_leaves_the_queue(store: Path) -> None:
-    async def check() -> None:
-        slow = Slow()
-        settings = DatastoreSettings(store=store, port=0, grpc_port=0)
-        async with (
-            running(service(settings, slow)) as host,
-            HttpDatastore(f"http://127.0.0.1:{host.port}") as client,
-        ):
-            search = asyncio.create_task(client.search(REQUEST))
-            await until(lambda: asyncio.sleep(0, held(host) == 3))
-            search.cancel()
-            await until(lambda: asyncio.sleep(0, held(host) == 0))  # while the worker is still at it
-            slow.gate.set()
-
-    asyncio.run(check())
+async def test_a_search_whose_caller_hangs_up_leaves_the_queue(store: Path) -> None:
+    slow = Slow()
+    settings = DatastoreSettings(store=store, port=0, grpc_port=0)
+    async with (
+        running(service(settings, slow)) as host,
+        HttpDatastore(f"http://127.0.0.1:{host.port}") as client,
+    ):
+        search = asyncio.create_task(client.search(REQUEST))
+        await until(lambda: asyncio.sleep(0, held(host) == 3))
+        search.cancel()
+        await until(lambda: asyncio.sleep(0, held(host) == 0))  # while the worker is still at it
+        slow.gate.set()

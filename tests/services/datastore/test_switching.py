@@ -50,55 +50,49 @@ def client(host: Host) -> GrpcDatastore:
     return GrpcDatastore(f"127.0.0.1:{host.grpc_port}")
 
 
-def test_every_answer_is_true_to_the_version_it_names_while_versions_change(store: Path) -> None:
-    async def check() -> None:
-        expected = {
-            version: Searcher.open(Catalog(store).path("toy", version)).search(REQUEST).neighbors.ids
-            for version in ("v1", "v2")
-        }
-        seen: set[str] = set()
-        stop = asyncio.Event()
+async def test_every_answer_is_true_to_the_version_it_names_while_versions_change(store: Path) -> None:
+    expected = {
+        version: Searcher.open(Catalog(store).path("toy", version)).search(REQUEST).neighbors.ids
+        for version in ("v1", "v2")
+    }
+    seen: set[str] = set()
+    stop = asyncio.Event()
 
-        async def ask(datastore: GrpcDatastore) -> int:
-            answers = 0
-            while not stop.is_set():
-                result = await datastore.search(REQUEST)
-                seen.add(result.version)
-                assert repr(result.neighbors.ids) == repr(expected[result.version])
-                answers += 1
-            return answers
+    async def ask(datastore: GrpcDatastore) -> int:
+        answers = 0
+        while not stop.is_set():
+            result = await datastore.search(REQUEST)
+            seen.add(result.version)
+            assert repr(result.neighbors.ids) == repr(expected[result.version])
+            answers += 1
+        return answers
 
-        async with running(datastore(store, grace_s=0.0)) as host, client(host) as one, client(host) as other:
-            callers = [asyncio.create_task(ask(one)) for _ in range(3)]
-            for i in range(12):
-                version = ("v2", "v1")[i % 2]
-                if i % 3:
-                    await other.activate("toy", version)
-                else:  # as another process would
-                    Catalog(store).activate("toy", version)
-                    await until(lambda v=version: serves(other, v))  # type: ignore[misc]
-            stop.set()
-            assert all(await asyncio.gather(*callers))
-        assert seen == {"v1", "v2"}
-
-    asyncio.run(check())
+    async with running(datastore(store, grace_s=0.0)) as host, client(host) as one, client(host) as other:
+        callers = [asyncio.create_task(ask(one)) for _ in range(3)]
+        for i in range(12):
+            version = ("v2", "v1")[i % 2]
+            if i % 3:
+                await other.activate("toy", version)
+            else:  # as another process would
+                Catalog(store).activate("toy", version)
+                await until(lambda v=version: serves(other, v))  # type: ignore[misc]
+        stop.set()
+        assert all(await asyncio.gather(*callers))
+    assert seen == {"v1", "v2"}
 
 
 async def serves(datastore: GrpcDatastore, version: str) -> bool:
     return (await datastore.search(REQUEST)).version == version
 
 
-def test_a_pinned_version_answers_through_its_grace_and_not_after(store: Path) -> None:
-    async def check() -> None:
-        async with running(datastore(store, grace_s=1e6)) as host, client(host) as datastore_:
-            await datastore_.activate("toy", "v2")
-            assert (await datastore_.search(replace(REQUEST, version="v1"))).version == "v1"
-            assert (await datastore_.search(replace(REQUEST, version="v2"))).version == "v2"
-        async with running(datastore(store, grace_s=0.0)) as host, client(host) as datastore_:
-            await datastore_.activate("toy", "v1")
-            await until(lambda: refuses(datastore_, replace(REQUEST, version="v2"), UnknownVersion))
-
-    asyncio.run(check())
+async def test_a_pinned_version_answers_through_its_grace_and_not_after(store: Path) -> None:
+    async with running(datastore(store, grace_s=1e6)) as host, client(host) as datastore_:
+        await datastore_.activate("toy", "v2")
+        assert (await datastore_.search(replace(REQUEST, version="v1"))).version == "v1"
+        assert (await datastore_.search(replace(REQUEST, version="v2"))).version == "v2"
+    async with running(datastore(store, grace_s=0.0)) as host, client(host) as datastore_:
+        await datastore_.activate("toy", "v1")
+        await until(lambda: refuses(datastore_, replace(REQUEST, version="v2"), UnknownVersion))
 
 
 async def refuses(datastore: GrpcDatastore, request: SearchRequest, expected: type[KnnlmError]) -> bool:
@@ -109,81 +103,69 @@ async def refuses(datastore: GrpcDatastore, request: SearchRequest, expected: ty
     return False
 
 
-def test_a_search_in_flight_finishes_on_the_version_it_began_with(store: Path) -> None:
-    async def check() -> None:
-        slow = Slow()
-        async with running(datastore(store, slow, grace_s=0.0)) as host, client(host) as datastore_:
-            flying = asyncio.create_task(datastore_.search(REQUEST))
-            await asyncio.to_thread(slow.entered.wait, 10)
-            assert (await datastore_.activate("toy", "v2")).version == "v2"
-            await asyncio.sleep(5 * QUICK)
-            assert slow.closed == []
-            slow.gate.set()
-            assert (await flying).version == "v1"
-            assert (await datastore_.search(REQUEST)).version == "v2"
-            await until(lambda: asyncio.sleep(0, slow.closed == ["v1"]))
-        assert sorted(slow.closed) == ["v1", "v2"]
-
-    asyncio.run(check())
-
-
-def test_rolling_back_within_the_grace_opens_nothing(store: Path) -> None:
-    async def check() -> None:
-        slow = Slow()
+async def test_a_search_in_flight_finishes_on_the_version_it_began_with(store: Path) -> None:
+    slow = Slow()
+    async with running(datastore(store, slow, grace_s=0.0)) as host, client(host) as datastore_:
+        flying = asyncio.create_task(datastore_.search(REQUEST))
+        await asyncio.to_thread(slow.entered.wait, 10)
+        assert (await datastore_.activate("toy", "v2")).version == "v2"
+        await asyncio.sleep(5 * QUICK)
+        assert slow.closed == []
         slow.gate.set()
-        async with running(datastore(store, slow)) as host, client(host) as datastore_:
-            for version in ("v2", "v1", "v2"):
-                assert (await datastore_.activate("toy", version)).version == version
-        assert slow.opened == ["v1", "v2"]
-
-    asyncio.run(check())
+        assert (await flying).version == "v1"
+        assert (await datastore_.search(REQUEST)).version == "v2"
+        await until(lambda: asyncio.sleep(0, slow.closed == ["v1"]))
+    assert sorted(slow.closed) == ["v1", "v2"]
 
 
-def test_a_version_that_cannot_be_opened_leaves_the_old_one_serving_and_shows(store: Path) -> None:
-    async def check() -> None:
-        (store / "toy" / "v2" / "keys.npy").write_bytes(b"rubbish")
-        async with running(datastore(store)) as host, client(host) as datastore_:
-            with pytest.raises(DatastoreError):
-                await datastore_.activate("toy", "v2")
-            assert Catalog(store).current("toy") == "v1"
-            assert (await datastore_.get_domain("toy")).state == "ready"
+async def test_rolling_back_within_the_grace_opens_nothing(store: Path) -> None:
+    slow = Slow()
+    slow.gate.set()
+    async with running(datastore(store, slow)) as host, client(host) as datastore_:
+        for version in ("v2", "v1", "v2"):
+            assert (await datastore_.activate("toy", version)).version == version
+    assert slow.opened == ["v1", "v2"]
 
-            Catalog(store).activate("toy", "v2")  # somebody else insists
 
-            async def stale() -> bool:
-                return (await datastore_.get_domain("toy")).state.startswith("stale")
+async def test_a_version_that_cannot_be_opened_leaves_the_old_one_serving_and_shows(store: Path) -> None:
+    (store / "toy" / "v2" / "keys.npy").write_bytes(b"rubbish")
+    async with running(datastore(store)) as host, client(host) as datastore_:
+        with pytest.raises(DatastoreError):
+            await datastore_.activate("toy", "v2")
+        assert Catalog(store).current("toy") == "v1"
+        assert (await datastore_.get_domain("toy")).state == "ready"
 
-            await until(stale)
-            info = await datastore_.get_domain("toy")
-            assert info.version == "v1"
-            assert "keys.npy" in info.state
-            assert (await datastore_.search(REQUEST)).version == "v1"
+        Catalog(store).activate("toy", "v2")  # somebody else insists
 
-            Catalog(store).activate("toy", "v1")
-            await until(lambda: is_ready(datastore_))
+        async def stale() -> bool:
+            return (await datastore_.get_domain("toy")).state.startswith("stale")
 
-    asyncio.run(check())
+        await until(stale)
+        info = await datastore_.get_domain("toy")
+        assert info.version == "v1"
+        assert "keys.npy" in info.state
+        assert (await datastore_.search(REQUEST)).version == "v1"
+
+        Catalog(store).activate("toy", "v1")
+        await until(lambda: is_ready(datastore_))
 
 
 async def is_ready(datastore: GrpcDatastore) -> bool:
     return (await datastore.get_domain("toy")).state == "ready"
 
 
-def test_domains_come_and_go_with_the_store(tmp_path: Path) -> None:
-    async def check() -> None:
-        async with running(datastore(tmp_path / "store")) as host, client(host) as datastore_:
-            assert host.door.readiness.reasons() == []
-            assert await datastore_.list_domains() == []
-            with pytest.raises(UnknownDomain):
-                await datastore_.search(REQUEST)
-            await asyncio.to_thread(toy_datastore, tmp_path / "store")
-            await until(lambda: is_listed(datastore_))
-            assert (await datastore_.search(REQUEST)).version == "v1"
-            shutil.rmtree(tmp_path / "store" / "toy")
-            await until(lambda: refuses(datastore_, REQUEST, UnknownDomain))
-            assert await datastore_.list_domains() == []
-
-    asyncio.run(check())
+async def test_domains_come_and_go_with_the_store(tmp_path: Path) -> None:
+    async with running(datastore(tmp_path / "store")) as host, client(host) as datastore_:
+        assert host.door.readiness.reasons() == []
+        assert await datastore_.list_domains() == []
+        with pytest.raises(UnknownDomain):
+            await datastore_.search(REQUEST)
+        await asyncio.to_thread(toy_datastore, tmp_path / "store")
+        await until(lambda: is_listed(datastore_))
+        assert (await datastore_.search(REQUEST)).version == "v1"
+        shutil.rmtree(tmp_path / "store" / "toy")
+        await until(lambda: refuses(datastore_, REQUEST, UnknownDomain))
+        assert await datastore_.list_domains() == []
 
 
 async def is_listed(datastore: GrpcDatastore) -> bool:
@@ -204,52 +186,41 @@ def test_domains_that_were_asked_for_by_name_are_served_alone_and_must_be_sound(
         asyncio.run(serve("toy", "absent"))
 
 
-def test_one_broken_domain_does_not_keep_the_others_from_starting(store: Path) -> None:
-    async def check() -> None:
-        toy_datastore(store, domain="broken")
-        (store / "broken" / "v1" / "values.npy").unlink()
-        async with running(datastore(store)) as host, client(host) as datastore_:
-            assert (await datastore_.search(REQUEST)).version == "v1"
-            with pytest.raises(Unavailable, match="broken cannot be served"):
-                await datastore_.search(replace(REQUEST, domain="broken"))
-
-    asyncio.run(check())
+async def test_one_broken_domain_does_not_keep_the_others_from_starting(store: Path) -> None:
+    toy_datastore(store, domain="broken")
+    (store / "broken" / "v1" / "values.npy").unlink()
+    async with running(datastore(store)) as host, client(host) as datastore_:
+        assert (await datastore_.search(REQUEST)).version == "v1"
+        with pytest.raises(Unavailable, match="broken cannot be served"):
+            await datastore_.search(replace(REQUEST, domain="broken"))
 
 
-def test_a_full_queue_and_a_late_answer_are_told_apart(store: Path) -> None:
-    async def check() -> None:
-        slow = Slow()
-        async with (
-            running(datastore(store, slow, max_queries=3, max_queue_queries=12)) as host,  # half is a lone domain's
-            client(host) as datastore_,
-        ):
-            first = asyncio.create_task(datastore_.search(REQUEST))
-            await asyncio.to_thread(slow.entered.wait, 10)
-            late = GrpcDatastore(f"127.0.0.1:{host.grpc_port}", timeout=0.1)
-            with pytest.raises(DeadlineExceeded):
-                await late.search(REQUEST)
-            await late.aclose()
-            await until(lambda: asyncio.sleep(0, held(host) == 3))
-            second = asyncio.create_task(datastore_.search(REQUEST))
-            await until(lambda: asyncio.sleep(0, held(host) == 6))
-            with pytest.raises(Overloaded):
-                await datastore_.search(REQUEST)
-            slow.gate.set()
-            await asyncio.gather(first, second)
-
-    asyncio.run(check())
+async def test_a_full_queue_and_a_late_answer_are_told_apart(store: Path) -> None:
+    slow = Slow()
+    async with (
+        running(datastore(store, slow, max_queries=3, max_queue_queries=12)) as host,  # half is a lone domain's
+        client(host) as datastore_,
+    ):
+        first = asyncio.create_task(datastore_.search(REQUEST))
+        await asyncio.to_thread(slow.entered.wait, 10)
+        late = GrpcDatastore(f"127.0.0.1:{host.grpc_port}", timeout=0.1)
+        with pytest.raises(DeadlineExceeded):
+            await late.search(REQUEST)
+        await late.aclose()
+        await until(lambda: asyncio.sleep(0, held(host) == 3))
+        second = asyncio.create_task(datastore_.search(REQUEST))
+        await until(lambda: asyncio.sleep(0, held(host) == 6))
+        with pytest.raises(Overloaded):
+            await datastore_.search(REQUEST)
+        slow.gate.set()
+        await asyncio.gather(first, second)
 
 
-def test_metrics_name_the_version_that_answers_and_no_former_one(store: Path) -> None:
-    async def check() -> None:
-        made = datastore(store)
-        async with running(made) as host, client(host) as rpc:
-            for version in ("v2", "v1", "v2"):
-                await rpc.activate("toy", version)
-                shown = [
-                    line for line in made.metrics.expose().decode().splitlines() if "knnlm_domain_entries{" in line
-                ]
-                assert len(shown) == 1
-                assert f'version="{version}"' in shown[0]
-
-    asyncio.run(check())
+async def test_metrics_name_the_version_that_answers_and_no_former_one(store: Path) -> None:
+    made = datastore(store)
+    async with running(made) as host, client(host) as rpc:
+        for version in ("v2", "v1", "v2"):
+            await rpc.activate("toy", version)
+            shown = [line for line in made.metrics.expose().decode().splitlines() if "knnlm_domain_entries{" in line]
+            assert len(shown) == 1
+            assert f'version="{version}"' in shown[0]

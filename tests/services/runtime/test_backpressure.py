@@ -38,43 +38,40 @@ async def refusal(call: Any) -> tuple[grpc.StatusCode, dict[str, str]]:
     return failed.value.code(), {key: str(value) for key, value in failed.value.trailing_metadata()}
 
 
-def test_bytes_of_both_faces_are_bounded_together_and_given_back() -> None:
-    async def check() -> None:
-        core = EchoCore()
-        async with (
-            served(core, **BOUNDS) as host,
-            httpx.AsyncClient(base_url=f"http://127.0.0.1:{host.port}") as client,
-            grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
-        ):
-            stub = lm_pb2_grpc.LanguageModelStub(channel)
-            holding = asyncio.ensure_future(stub.Forward(message(200 * KIB)))
-            await core.entered.wait()
-            assert 200 * KIB < in_flight(host) < 201 * KIB
+async def test_bytes_of_both_faces_are_bounded_together_and_given_back() -> None:
+    core = EchoCore()
+    async with (
+        served(core, **BOUNDS) as host,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{host.port}") as client,
+        grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
+    ):
+        stub = lm_pb2_grpc.LanguageModelStub(channel)
+        holding = asyncio.ensure_future(stub.Forward(message(200 * KIB)))
+        await core.entered.wait()
+        assert 200 * KIB < in_flight(host) < 201 * KIB
 
-            full = await client.post("/echo/a", content=bytes(100 * KIB))
-            assert (full.status_code, full.json()["error"]["code"]) == (429, "overloaded")
-            assert full.headers["retry-after"] == "1"
-            assert "--max-inflight-bytes" in full.json()["error"]["message"]
-            code, trailing = await refusal(stub.Forward(message(100 * KIB)))
-            assert (code, trailing["knnlm-error-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
-            assert trailing["retry-after"] == "1"
+        full = await client.post("/echo/a", content=bytes(100 * KIB))
+        assert (full.status_code, full.json()["error"]["code"]) == (429, "overloaded")
+        assert full.headers["retry-after"] == "1"
+        assert "--max-inflight-bytes" in full.json()["error"]["message"]
+        code, trailing = await refusal(stub.Forward(message(100 * KIB)))
+        assert (code, trailing["knnlm-error-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
+        assert trailing["retry-after"] == "1"
 
-            small = await client.post("/echo/a", json={"count": 1, "word": "x" * 10 * KIB})
-            assert small.status_code == 200
-            assert 200 * KIB < in_flight(host) < 201 * KIB
-            rejected = host.service.metrics.registry.get_sample_value("knnlm_rejected_total", {"reason": "bytes_full"})
-            assert rejected == 2
+        small = await client.post("/echo/a", json={"count": 1, "word": "x" * 10 * KIB})
+        assert small.status_code == 200
+        assert 200 * KIB < in_flight(host) < 201 * KIB
+        rejected = host.service.metrics.registry.get_sample_value("knnlm_rejected_total", {"reason": "bytes_full"})
+        assert rejected == 2
 
-            core.gate.set()
-            await holding
-            assert in_flight(host) == 0
-            await stub.Forward(message(200 * KIB))
-            assert in_flight(host) == 0
-
-    asyncio.run(check())
+        core.gate.set()
+        await holding
+        assert in_flight(host) == 0
+        await stub.Forward(message(200 * KIB))
+        assert in_flight(host) == 0
 
 
-def test_a_body_counts_as_it_comes_whatever_its_length_promises() -> None:
+async def test_a_body_counts_as_it_comes_whatever_its_length_promises() -> None:
     pause = asyncio.Event()
 
     async def slowly() -> AsyncIterator[bytes]:
@@ -82,44 +79,38 @@ def test_a_body_counts_as_it_comes_whatever_its_length_promises() -> None:
         await pause.wait()
         yield bytes(50 * KIB)
 
-    async def check() -> None:
-        async with (
-            served(EchoCore(), **BOUNDS) as host,
-            httpx.AsyncClient(base_url=f"http://127.0.0.1:{host.port}") as client,
-        ):
-            slow = asyncio.create_task(client.post("/echo/a", content=slowly()))
+    async with (
+        served(EchoCore(), **BOUNDS) as host,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{host.port}") as client,
+    ):
+        slow = asyncio.create_task(client.post("/echo/a", content=slowly()))
 
-            async def half_is_there() -> bool:
-                return in_flight(host) == 150 * KIB
+        async def half_is_there() -> bool:
+            return in_flight(host) == 150 * KIB
 
-            await until(half_is_there)
-            assert (await client.post("/echo/a", content=bytes(150 * KIB))).status_code == 429
-            assert in_flight(host) == 150 * KIB
-            pause.set()
-            assert (await slow).status_code == 400
-            assert in_flight(host) == 0
-
-    asyncio.run(check())
+        await until(half_is_there)
+        assert (await client.post("/echo/a", content=bytes(150 * KIB))).status_code == 429
+        assert in_flight(host) == 150 * KIB
+        pause.set()
+        assert (await slow).status_code == 400
+        assert in_flight(host) == 0
 
 
-def test_what_is_held_is_given_back_when_a_caller_leaves() -> None:
-    async def check() -> None:
-        core = EchoCore()
-        async with (
-            served(core, **BOUNDS) as host,
-            grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
-        ):
-            call = lm_pb2_grpc.LanguageModelStub(channel).Forward(message(200 * KIB))
-            await core.entered.wait()
-            call.cancel()
-            await core.left.wait()
+async def test_what_is_held_is_given_back_when_a_caller_leaves() -> None:
+    core = EchoCore()
+    async with (
+        served(core, **BOUNDS) as host,
+        grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
+    ):
+        call = lm_pb2_grpc.LanguageModelStub(channel).Forward(message(200 * KIB))
+        await core.entered.wait()
+        call.cancel()
+        await core.left.wait()
 
-            async def nothing() -> bool:
-                return in_flight(host) == 0
+        async def nothing() -> bool:
+            return in_flight(host) == 0
 
-            await until(nothing)
-
-    asyncio.run(check())
+        await until(nothing)
 
 
 @pytest.mark.parametrize(
@@ -129,73 +120,64 @@ def test_what_is_held_is_given_back_when_a_caller_leaves() -> None:
         ({"max_concurrent_requests": 1}, "", grpc.StatusCode.RESOURCE_EXHAUSTED),
     ],
 )
-def test_a_message_is_not_received_of_who_has_no_key_or_no_place(
+async def test_a_message_is_not_received_of_who_has_no_key_or_no_place(
     settings: dict[str, Any], key: str, expected: grpc.StatusCode
 ) -> None:
-    async def check() -> None:
-        core = EchoCore()
-        async with (
-            served(core, **settings) as host,
-            grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
-        ):
-            stub = lm_pb2_grpc.LanguageModelStub(channel)
-            metadata = (("authorization", f"Bearer {key}"),)
-            first = asyncio.ensure_future(stub.Forward(lm_pb2.ForwardRequest()))
-            if not settings.get("api_keys"):
-                await core.entered.wait()
-            nothing_sent: Any = channel.stream_unary("/knnlm.v1.LanguageModel/Forward")
-            call = nothing_sent(metadata=metadata)  # its message is never written, and it is answered all the same
-            assert await asyncio.wait_for(call.code(), 20) == expected
-            core.gate.set()
-            await asyncio.gather(first, return_exceptions=True)
-
-    asyncio.run(check())
+    core = EchoCore()
+    async with (
+        served(core, **settings) as host,
+        grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
+    ):
+        stub = lm_pb2_grpc.LanguageModelStub(channel)
+        metadata = (("authorization", f"Bearer {key}"),)
+        first = asyncio.ensure_future(stub.Forward(lm_pb2.ForwardRequest()))
+        if not settings.get("api_keys"):
+            await core.entered.wait()
+        nothing_sent: Any = channel.stream_unary("/knnlm.v1.LanguageModel/Forward")
+        call = nothing_sent(metadata=metadata)  # its message is never written, and it is answered all the same
+        assert await asyncio.wait_for(call.code(), 20) == expected
+        core.gate.set()
+        await asyncio.gather(first, return_exceptions=True)
 
 
-def test_a_call_without_a_message_and_one_whose_message_never_comes_are_told() -> None:
-    async def check() -> None:
-        async with (
-            served(EchoCore(), request_timeout_s=0.2) as host,
-            grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
-        ):
-            method: Any = channel.stream_unary("/knnlm.v1.LanguageModel/GetModel")
-            ended = method()
-            await ended.done_writing()
-            code, trailing = await refusal(ended)
-            assert (code, trailing["knnlm-error-code"]) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_request")
-            waiting = method()
-            code, trailing = await refusal(waiting)
-            assert (code, trailing["knnlm-error-code"]) == (grpc.StatusCode.DEADLINE_EXCEEDED, "deadline_exceeded")
-            assert host.service.metrics.registry.get_sample_value("knnlm_inflight_requests") == 0
-
-    asyncio.run(check())
+async def test_a_call_without_a_message_and_one_whose_message_never_comes_are_told() -> None:
+    async with (
+        served(EchoCore(), request_timeout_s=0.2) as host,
+        grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
+    ):
+        method: Any = channel.stream_unary("/knnlm.v1.LanguageModel/GetModel")
+        ended = method()
+        await ended.done_writing()
+        code, trailing = await refusal(ended)
+        assert (code, trailing["knnlm-error-code"]) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_request")
+        waiting = method()
+        code, trailing = await refusal(waiting)
+        assert (code, trailing["knnlm-error-code"]) == (grpc.StatusCode.DEADLINE_EXCEEDED, "deadline_exceeded")
+        assert host.service.metrics.registry.get_sample_value("knnlm_inflight_requests") == 0
 
 
-def test_so_many_messages_are_received_at_once_as_fit_if_they_were_the_largest() -> None:
-    async def check() -> None:
-        async with (
-            served(EchoCore(), **{**BOUNDS, "grpc_max_message_bytes": MOST // 2}) as host,
-            grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
-        ):
-            method: Any = channel.stream_unary("/knnlm.v1.LanguageModel/GetModel")
-            slow = [method() for _ in range(2)]  # open, and nothing sent yet
+async def test_so_many_messages_are_received_at_once_as_fit_if_they_were_the_largest() -> None:
+    async with (
+        served(EchoCore(), **{**BOUNDS, "grpc_max_message_bytes": MOST // 2}) as host,
+        grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
+    ):
+        method: Any = channel.stream_unary("/knnlm.v1.LanguageModel/GetModel")
+        slow = [method() for _ in range(2)]  # open, and nothing sent yet
 
-            async def inside(count: int) -> bool:
-                return bool(host.service.metrics.registry.get_sample_value("knnlm_inflight_requests") == count)
+        async def inside(count: int) -> bool:
+            return bool(host.service.metrics.registry.get_sample_value("knnlm_inflight_requests") == count)
 
-            await until(lambda: inside(2))
-            third = asyncio.ensure_future(lm_pb2_grpc.LanguageModelStub(channel).GetModel(lm_pb2.GetModelRequest()))
+        await until(lambda: inside(2))
+        third = asyncio.ensure_future(lm_pb2_grpc.LanguageModelStub(channel).GetModel(lm_pb2.GetModelRequest()))
 
-            await until(lambda: inside(3))
-            done, _ = await asyncio.wait([third], timeout=0.1)
-            assert not done
-            await slow[0].write(b"")
-            await slow[0].done_writing()
-            assert (await third).model_id
-            await slow[1].done_writing()
-            assert await slow[1].code() == grpc.StatusCode.INVALID_ARGUMENT
-
-    asyncio.run(check())
+        await until(lambda: inside(3))
+        done, _ = await asyncio.wait([third], timeout=0.1)
+        assert not done
+        await slow[0].write(b"")
+        await slow[0].done_writing()
+        assert (await third).model_id
+        await slow[1].done_writing()
+        assert await slow[1].code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("name", ["max_body_bytes", "grpc_max_message_bytes"])
@@ -208,33 +190,27 @@ def test_a_bound_that_no_single_request_fits_is_refused(name: str, capsys: pytes
     assert load_settings(EchoSettings, flags, prog="echo").max_inflight_bytes == 70000
 
 
-def test_clients_of_grpc_are_told_to_connect_again() -> None:
-    async def check() -> None:
-        async with (
-            served(EchoCore(), grpc_max_connection_age_s=1.0) as host,
-            grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
-        ):
-            stub = lm_pb2_grpc.LanguageModelStub(channel)
-            await stub.GetModel(lm_pb2.GetModelRequest())
-            assert channel.get_state() == grpc.ChannelConnectivity.READY
-            await asyncio.wait_for(channel.wait_for_state_change(grpc.ChannelConnectivity.READY), 30)
-            await stub.GetModel(lm_pb2.GetModelRequest())
-
-    asyncio.run(check())
+async def test_clients_of_grpc_are_told_to_connect_again() -> None:
+    async with (
+        served(EchoCore(), grpc_max_connection_age_s=1.0) as host,
+        grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
+    ):
+        stub = lm_pb2_grpc.LanguageModelStub(channel)
+        await stub.GetModel(lm_pb2.GetModelRequest())
+        assert channel.get_state() == grpc.ChannelConnectivity.READY
+        await asyncio.wait_for(channel.wait_for_state_change(grpc.ChannelConnectivity.READY), 30)
+        await stub.GetModel(lm_pb2.GetModelRequest())
 
 
-def test_http_without_a_place_does_not_read_the_body() -> None:
+async def test_http_without_a_place_does_not_read_the_body() -> None:
     async def never() -> AsyncIterator[bytes]:
         yield b"{"
         raise AssertionError("nobody asked for more")
 
-    async def check() -> None:
-        core = EchoCore()
-        async with echo_http(core, max_concurrent_requests=1) as (client, _):
-            slow = asyncio.create_task(client.get("/slow"))
-            await core.entered.wait()
-            assert (await client.post("/echo/a", content=never())).status_code == 429
-            core.gate.set()
-            await slow
-
-    asyncio.run(check())
+    core = EchoCore()
+    async with echo_http(core, max_concurrent_requests=1) as (client, _):
+        slow = asyncio.create_task(client.get("/slow"))
+        await core.entered.wait()
+        assert (await client.post("/echo/a", content=never())).status_code == 429
+        core.gate.set()
+        await slow

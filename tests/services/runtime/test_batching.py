@@ -63,116 +63,95 @@ async def submitted(queue: Batcher[Item, int], items: Sequence[Item]) -> list["a
     return tasks
 
 
-def test_what_waits_is_worked_on_together_by_group_and_in_order() -> None:
-    async def check() -> None:
-        worker = Worker()
-        queue = batcher(worker)
-        first = await submitted(queue, [("a", 1)])
-        await entered(worker)
-        rest = await submitted(queue, [("a", 2), ("b", 3), ("a", 4), ("b", 5)])
-        worker.gate.set()
-        assert await asyncio.gather(*first, *rest) == [2, 4, 6, 8, 10]
-        assert worker.batches == [[("a", 1)], [("a", 2), ("a", 4)], [("b", 3), ("b", 5)]]
-        await queue.close()
-
-    asyncio.run(check())
+async def test_what_waits_is_worked_on_together_by_group_and_in_order() -> None:
+    worker = Worker()
+    queue = batcher(worker)
+    first = await submitted(queue, [("a", 1)])
+    await entered(worker)
+    rest = await submitted(queue, [("a", 2), ("b", 3), ("a", 4), ("b", 5)])
+    worker.gate.set()
+    assert await asyncio.gather(*first, *rest) == [2, 4, 6, 8, 10]
+    assert worker.batches == [[("a", 1)], [("a", 2), ("a", 4)], [("b", 3), ("b", 5)]]
+    await queue.close()
 
 
-def test_a_batch_is_bounded_and_a_larger_item_runs_alone() -> None:
-    async def check() -> None:
-        worker = Worker()
-        queue = batcher(worker, max_batch=5)
-        first = await submitted(queue, [("a", 1)])
-        await entered(worker)
-        rest = await submitted(queue, [("a", 9), ("a", 3), ("a", 2), ("a", 1)])
-        worker.gate.set()
-        await asyncio.gather(*first, *rest)
-        assert worker.batches[1:] == [[("a", 9)], [("a", 3), ("a", 2)], [("a", 1)]]
-        await queue.close()
-
-    asyncio.run(check())
+async def test_a_batch_is_bounded_and_a_larger_item_runs_alone() -> None:
+    worker = Worker()
+    queue = batcher(worker, max_batch=5)
+    first = await submitted(queue, [("a", 1)])
+    await entered(worker)
+    rest = await submitted(queue, [("a", 9), ("a", 3), ("a", 2), ("a", 1)])
+    worker.gate.set()
+    await asyncio.gather(*first, *rest)
+    assert worker.batches[1:] == [[("a", 9)], [("a", 3), ("a", 2)], [("a", 1)]]
+    await queue.close()
 
 
-def test_a_full_queue_refuses_at_once_and_has_room_again_later() -> None:
-    async def check() -> None:
-        worker = Worker()
-        queue = batcher(worker, max_queue=10)
-        tasks = await submitted(queue, [("a", 6), ("a", 4)])
-        with pytest.raises(Overloaded) as refused:
-            await queue.submit(("a", 1), call())
-        assert refused.value.retry_after > 0
-        worker.gate.set()
-        await asyncio.gather(*tasks)
-        assert await queue.submit(("a", 10), call()) == 20
-        await queue.close()
-
-    asyncio.run(check())
+async def test_a_full_queue_refuses_at_once_and_has_room_again_later() -> None:
+    worker = Worker()
+    queue = batcher(worker, max_queue=10)
+    tasks = await submitted(queue, [("a", 6), ("a", 4)])
+    with pytest.raises(Overloaded) as refused:
+        await queue.submit(("a", 1), call())
+    assert refused.value.retry_after > 0
+    worker.gate.set()
+    await asyncio.gather(*tasks)
+    assert await queue.submit(("a", 10), call()) == 20
+    await queue.close()
 
 
-def test_work_is_dropped_when_its_caller_has_left_or_its_time_is_over() -> None:
-    async def check() -> None:
-        worker = Worker()
-        queue = batcher(worker)
-        first = await submitted(queue, [("a", 1)])
-        await entered(worker)
-        (left,) = await submitted(queue, [("a", 2)])
-        late = asyncio.create_task(queue.submit(("a", 3), call(0.02)))
-        (kept,) = await submitted(queue, [("a", 4)])
-        left.cancel()
-        with pytest.raises(DeadlineExceeded):
-            await late
-        worker.gate.set()
-        assert await kept == 8
-        assert worker.batches == [[("a", 1)], [("a", 4)]]
-        await asyncio.gather(*first)
-        await queue.close()
-
-    asyncio.run(check())
+async def test_work_is_dropped_when_its_caller_has_left_or_its_time_is_over() -> None:
+    worker = Worker()
+    queue = batcher(worker)
+    first = await submitted(queue, [("a", 1)])
+    await entered(worker)
+    (left,) = await submitted(queue, [("a", 2)])
+    late = asyncio.create_task(queue.submit(("a", 3), call(0.02)))
+    (kept,) = await submitted(queue, [("a", 4)])
+    left.cancel()
+    with pytest.raises(DeadlineExceeded):
+        await late
+    worker.gate.set()
+    assert await kept == 8
+    assert worker.batches == [[("a", 1)], [("a", 4)]]
+    await asyncio.gather(*first)
+    await queue.close()
 
 
-def test_one_bad_item_fails_alone() -> None:
-    async def check() -> None:
-        worker = Worker()
-        queue = batcher(worker)
-        first = await submitted(queue, [("a", 1)])
-        await entered(worker)
-        rest = await submitted(queue, [("a", 2), ("a", -3), ("a", 4)])
-        worker.gate.set()
-        results = await asyncio.gather(*first, *rest, return_exceptions=True)
-        assert [results[0], results[1], results[3]] == [2, 4, 8]
-        assert isinstance(results[2], InvalidRequest)
-        await queue.close()
-
-    asyncio.run(check())
+async def test_one_bad_item_fails_alone() -> None:
+    worker = Worker()
+    queue = batcher(worker)
+    first = await submitted(queue, [("a", 1)])
+    await entered(worker)
+    rest = await submitted(queue, [("a", 2), ("a", -3), ("a", 4)])
+    worker.gate.set()
+    results = await asyncio.gather(*first, *rest, return_exceptions=True)
+    assert [results[0], results[1], results[3]] == [2, 4, 8]
+    assert isinstance(results[2], InvalidRequest)
+    await queue.close()
 
 
-def test_closing_finishes_what_was_accepted_and_refuses_the_rest() -> None:
-    async def check() -> None:
-        worker = Worker()
-        queue = batcher(worker)
-        tasks = await submitted(queue, [("a", 1), ("b", 2)])
-        closing = asyncio.create_task(queue.close())
-        await asyncio.sleep(0)
-        with pytest.raises(Unavailable):
-            await queue.submit(("a", 3), call())
-        worker.gate.set()
-        await closing
-        assert [task.result() for task in tasks] == [2, 4]
-
-    asyncio.run(check())
+async def test_closing_finishes_what_was_accepted_and_refuses_the_rest() -> None:
+    worker = Worker()
+    queue = batcher(worker)
+    tasks = await submitted(queue, [("a", 1), ("b", 2)])
+    closing = asyncio.create_task(queue.close())
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable):
+        await queue.submit(("a", 3), call())
+    worker.gate.set()
+    await closing
+    assert [task.result() for task in tasks] == [2, 4]
 
 
-def test_a_call_that_is_out_of_time_is_not_begun() -> None:
-    async def check() -> None:
-        worker = Worker()
-        worker.gate.set()
-        queue = batcher(worker)
-        with pytest.raises(DeadlineExceeded):
-            await queue.submit(("a", 1), call(-1.0))
-        await queue.close()
-        assert worker.batches == []
-
-    asyncio.run(check())
+async def test_a_call_that_is_out_of_time_is_not_begun() -> None:
+    worker = Worker()
+    worker.gate.set()
+    queue = batcher(worker)
+    with pytest.raises(DeadlineExceeded):
+        await queue.submit(("a", 1), call(-1.0))
+    await queue.close()
+    assert worker.batches == []
 
 
 def first_letter(item: Item) -> str:
@@ -180,131 +159,108 @@ def first_letter(item: Item) -> str:
     return item[0][0]
 
 
-def test_lanes_are_served_in_turn_however_much_one_of_them_asks() -> None:
-    async def check() -> None:
-        worker = Worker()
-        queue = batcher(worker, max_batch=4, lane=first_letter, turn=2)
-        first = await submitted(queue, [("a", 1)])
-        await entered(worker)
-        rest = await submitted(queue, [("a", 1)] * 12 + [("b", 1)] * 4 + [("c", 1)])
-        worker.gate.set()
-        await asyncio.gather(*first, *rest)
-        lanes = [(batch[0][0], len(batch)) for batch in worker.batches[1:]]
-        # a lane that follows itself may fill a batch; after another's turn it may not, though nobody else waits
-        assert lanes == [("a", 2), ("b", 2), ("c", 1), ("a", 2), ("b", 2), ("a", 2), ("a", 4), ("a", 2)]
-        await queue.close()
-
-    asyncio.run(check())
+async def test_lanes_are_served_in_turn_however_much_one_of_them_asks() -> None:
+    worker = Worker()
+    queue = batcher(worker, max_batch=4, lane=first_letter, turn=2)
+    first = await submitted(queue, [("a", 1)])
+    await entered(worker)
+    rest = await submitted(queue, [("a", 1)] * 12 + [("b", 1)] * 4 + [("c", 1)])
+    worker.gate.set()
+    await asyncio.gather(*first, *rest)
+    lanes = [(batch[0][0], len(batch)) for batch in worker.batches[1:]]
+    # a lane that follows itself may fill a batch; after another's turn it may not, though nobody else waits
+    assert lanes == [("a", 2), ("b", 2), ("c", 1), ("a", 2), ("b", 2), ("a", 2), ("a", 4), ("a", 2)]
+    await queue.close()
 
 
-def test_items_without_lanes_fill_every_batch() -> None:
-    async def check() -> None:
-        worker = Worker()
-        queue = batcher(worker, max_batch=4, turn=2)
-        first = await submitted(queue, [("a", 1)])
-        await entered(worker)
-        rest = await submitted(queue, [("a", 1)] * 6)
-        worker.gate.set()
-        await asyncio.gather(*first, *rest)
-        assert [len(batch) for batch in worker.batches] == [1, 4, 2]
-        await queue.close()
-
-    asyncio.run(check())
+async def test_items_without_lanes_fill_every_batch() -> None:
+    worker = Worker()
+    queue = batcher(worker, max_batch=4, turn=2)
+    first = await submitted(queue, [("a", 1)])
+    await entered(worker)
+    rest = await submitted(queue, [("a", 1)] * 6)
+    worker.gate.set()
+    await asyncio.gather(*first, *rest)
+    assert [len(batch) for batch in worker.batches] == [1, 4, 2]
+    await queue.close()
 
 
-def test_a_lane_that_came_late_waits_for_one_batch_of_each_other() -> None:
-    async def check() -> None:
-        worker = Worker()
-        queue = batcher(worker, max_batch=2, lane=first_letter)
-        first = await submitted(queue, [("a", 1)])
-        await entered(worker)
-        rest = await submitted(queue, [("a", 2)] * 20 + [("b", 2)])
-        worker.gate.set()
-        await asyncio.gather(*first, *rest)
-        assert [batch[0][0] for batch in worker.batches].index("b") == 2
-        await queue.close()
-
-    asyncio.run(check())
+async def test_a_lane_that_came_late_waits_for_one_batch_of_each_other() -> None:
+    worker = Worker()
+    queue = batcher(worker, max_batch=2, lane=first_letter)
+    first = await submitted(queue, [("a", 1)])
+    await entered(worker)
+    rest = await submitted(queue, [("a", 2)] * 20 + [("b", 2)])
+    worker.gate.set()
+    await asyncio.gather(*first, *rest)
+    assert [batch[0][0] for batch in worker.batches].index("b") == 2
+    await queue.close()
 
 
-def test_within_a_lane_the_oldest_is_next_whatever_its_options() -> None:
-    async def check() -> None:
-        worker = Worker()
-        queue = batcher(worker, max_batch=3, lane=first_letter)
-        first = await submitted(queue, [("a", 1)])
-        await entered(worker)
-        rest = await submitted(queue, [("a1", 1), ("a1", 1), ("a2", 1), ("a1", 1), ("a1", 1), ("a1", 3), ("a2", 1)])
-        worker.gate.set()
-        await asyncio.gather(*first, *rest)
-        assert worker.batches[1:] == [
-            [("a1", 1), ("a1", 1), ("a1", 1)],
-            [("a2", 1), ("a2", 1)],
-            [("a1", 1)],
-            [("a1", 3)],
-        ]
-        await queue.close()
-
-    asyncio.run(check())
+async def test_within_a_lane_the_oldest_is_next_whatever_its_options() -> None:
+    worker = Worker()
+    queue = batcher(worker, max_batch=3, lane=first_letter)
+    first = await submitted(queue, [("a", 1)])
+    await entered(worker)
+    rest = await submitted(queue, [("a1", 1), ("a1", 1), ("a2", 1), ("a1", 1), ("a1", 1), ("a1", 3), ("a2", 1)])
+    worker.gate.set()
+    await asyncio.gather(*first, *rest)
+    assert worker.batches[1:] == [
+        [("a1", 1), ("a1", 1), ("a1", 1)],
+        [("a2", 1), ("a2", 1)],
+        [("a1", 1)],
+        [("a1", 3)],
+    ]
+    await queue.close()
 
 
-def test_no_lane_fills_the_queue_alone_and_there_is_room_for_who_comes_next() -> None:
-    async def check() -> None:
-        worker = Worker()
-        queue = batcher(worker, max_queue=12, lane=first_letter)
-        tasks = await submitted(queue, [("a", 6)])
-        with pytest.raises(
-            Overloaded, match="a has its share of the queue: 6 items wait, this request has 1, at most 6"
-        ):
-            await queue.submit(("a", 1), call())
-        tasks += await submitted(queue, [("b", 3), ("b", 1)])  # a third of it, beside another
-        with pytest.raises(Overloaded, match="b has its share"):
-            await queue.submit(("b", 1), call())
-        tasks += await submitted(queue, [("c", 2)])
-        with pytest.raises(Overloaded, match="the queue is full"):
-            await queue.submit(("d", 1), call())
-        worker.gate.set()
-        await asyncio.gather(*tasks)
-        assert await queue.submit(("a", 12), call()) == 24  # more than its share, but it holds nothing
-        await queue.close()
-
-    asyncio.run(check())
+async def test_no_lane_fills_the_queue_alone_and_there_is_room_for_who_comes_next() -> None:
+    worker = Worker()
+    queue = batcher(worker, max_queue=12, lane=first_letter)
+    tasks = await submitted(queue, [("a", 6)])
+    with pytest.raises(Overloaded, match="a has its share of the queue: 6 items wait, this request has 1, at most 6"):
+        await queue.submit(("a", 1), call())
+    tasks += await submitted(queue, [("b", 3), ("b", 1)])  # a third of it, beside another
+    with pytest.raises(Overloaded, match="b has its share"):
+        await queue.submit(("b", 1), call())
+    tasks += await submitted(queue, [("c", 2)])
+    with pytest.raises(Overloaded, match="the queue is full"):
+        await queue.submit(("d", 1), call())
+    worker.gate.set()
+    await asyncio.gather(*tasks)
+    assert await queue.submit(("a", 12), call()) == 24  # more than its share, but it holds nothing
+    await queue.close()
 
 
-def test_a_lane_whose_callers_have_left_takes_no_turn() -> None:
-    async def check() -> None:
-        worker = Worker()
-        queue = batcher(worker, max_queue=4, lane=first_letter)
-        first = await submitted(queue, [("a", 1)])
-        await entered(worker)
-        (left,) = await submitted(queue, [("b", 1)])
-        (kept,) = await submitted(queue, [("c", 1)])
-        left.cancel()
-        await asyncio.sleep(0)
-        more = await submitted(queue, [("d", 1)])
-        worker.gate.set()
-        assert await kept == 2
-        await asyncio.gather(*first, *more)
-        assert worker.batches == [[("a", 1)], [("c", 1)], [("d", 1)]]
-        await queue.close()
-
-    asyncio.run(check())
+async def test_a_lane_whose_callers_have_left_takes_no_turn() -> None:
+    worker = Worker()
+    queue = batcher(worker, max_queue=4, lane=first_letter)
+    first = await submitted(queue, [("a", 1)])
+    await entered(worker)
+    (left,) = await submitted(queue, [("b", 1)])
+    (kept,) = await submitted(queue, [("c", 1)])
+    left.cancel()
+    await asyncio.sleep(0)
+    more = await submitted(queue, [("d", 1)])
+    worker.gate.set()
+    assert await kept == 2
+    await asyncio.gather(*first, *more)
+    assert worker.batches == [[("a", 1)], [("c", 1)], [("d", 1)]]
+    await queue.close()
 
 
-def test_who_leaves_during_the_work_costs_the_others_nothing() -> None:
-    async def check() -> None:
-        workers = [Worker(), Worker()]  # one for each batch
-        turns = iter(workers)
-        queue = batcher(lambda items: next(turns)(items))
-        first = await submitted(queue, [("a", 1)])
-        await entered(workers[0])
-        left, kept = await submitted(queue, [("b", 2), ("b", 3)])
-        workers[0].gate.set()
-        await entered(workers[1])
-        left.cancel()
-        await asyncio.sleep(0)
-        workers[1].gate.set()
-        async with asyncio.timeout(10):
-            assert await asyncio.gather(*first, kept) == [2, 6]
-        await queue.close()
-
-    asyncio.run(check())
+async def test_who_leaves_during_the_work_costs_the_others_nothing() -> None:
+    workers = [Worker(), Worker()]  # one for each batch
+    turns = iter(workers)
+    queue = batcher(lambda items: next(turns)(items))
+    first = await submitted(queue, [("a", 1)])
+    await entered(workers[0])
+    left, kept = await submitted(queue, [("b", 2), ("b", 3)])
+    workers[0].gate.set()
+    await entered(workers[1])
+    left.cancel()
+    await asyncio.sleep(0)
+    workers[1].gate.set()
+    async with asyncio.timeout(10):
+        assert await asyncio.gather(*first, kept) == [2, 6]
+    await queue.close()

@@ -255,12 +255,9 @@ def test_a_renewal_outlives_what_nobody_foresaw(caplog: pytest.LogCaptureFixture
     assert {record.getMessage() for record in caplog.records} == {"keys_failed"}
 
 
-def test_nothing_is_followed_where_no_file_is_named() -> None:
-    async def check() -> None:
-        before = asyncio.all_tasks()
-        host = Host(echo_service(EchoCore(), EchoSettings(port=0, grpc_port=0, api_keys=(SecretStr("a"),))))
-        await host.listen()
-        assert not [t for t in asyncio.all_tasks() - before if "Renewal" in str(t.get_coro())]
-        await host.shut()
-
-    asyncio.run(check())
+async def test_nothing_is_followed_where_no_file_is_named() -> None:
+    before = asyncio.all_tasks()
+    host = Host(echo_service(EchoCore(), EchoSettings(port=0, grpc_port=0, api_keys=(SecretStr("a"),))))
+    await host.listen()
+    assert not [t for t in asyncio.all_tasks() - before if "Renewal" in str(t.get_coro())]
+    await host.shut()

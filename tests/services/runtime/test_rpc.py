@@ -36,39 +36,36 @@ async def failure(call: Awaitable[object]) -> tuple[grpc.StatusCode, str, dict[s
     return raised.value.code(), raised.value.details() or "", trailing
 
 
-def test_ids_errors_and_deadlines_cross_grpc() -> None:
-    async def check() -> None:
-        core = EchoCore()
-        async with echo_grpc(core) as (host, channel):
-            stub = lm_pb2_grpc.LanguageModelStub(channel)
-            call = stub.GetModel(lm_pb2.GetModelRequest(), metadata=(("x-request-id", "abc"),))
-            assert (await call).model_id == "abc"
-            assert ("x-request-id", "abc") in list(await call.trailing_metadata())
+async def test_ids_errors_and_deadlines_cross_grpc() -> None:
+    core = EchoCore()
+    async with echo_grpc(core) as (host, channel):
+        stub = lm_pb2_grpc.LanguageModelStub(channel)
+        call = stub.GetModel(lm_pb2.GetModelRequest(), metadata=(("x-request-id", "abc"),))
+        assert (await call).model_id == "abc"
+        assert ("x-request-id", "abc") in list(await call.trailing_metadata())
 
-            core.error = UnknownVersion("no such version", param="version")
-            code, details, trailing = await failure(stub.GetModel(lm_pb2.GetModelRequest()))
-            assert (code, details) == (grpc.StatusCode.NOT_FOUND, "no such version")
-            assert (trailing["knnlm-error-code"], trailing["knnlm-error-param"]) == ("unknown_version", "version")
-            assert len(trailing["x-request-id"]) == 32
+        core.error = UnknownVersion("no such version", param="version")
+        code, details, trailing = await failure(stub.GetModel(lm_pb2.GetModelRequest()))
+        assert (code, details) == (grpc.StatusCode.NOT_FOUND, "no such version")
+        assert (trailing["knnlm-error-code"], trailing["knnlm-error-param"]) == ("unknown_version", "version")
+        assert len(trailing["x-request-id"]) == 32
 
-            core.error = Overloaded("full", retry_after=3)
-            code, _, trailing = await failure(stub.GetModel(lm_pb2.GetModelRequest()))
-            assert (code, trailing["retry-after"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "3")
+        core.error = Overloaded("full", retry_after=3)
+        code, _, trailing = await failure(stub.GetModel(lm_pb2.GetModelRequest()))
+        assert (code, trailing["retry-after"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "3")
 
-            core.error = ZeroDivisionError("the password is swordfish")
-            code, details, _ = await failure(stub.GetModel(lm_pb2.GetModelRequest()))
-            assert code == grpc.StatusCode.INTERNAL
-            assert "swordfish" not in details
+        core.error = ZeroDivisionError("the password is swordfish")
+        code, details, _ = await failure(stub.GetModel(lm_pb2.GetModelRequest()))
+        assert code == grpc.StatusCode.INTERNAL
+        assert "swordfish" not in details
 
-            code, _, _ = await failure(stub.Forward(lm_pb2.ForwardRequest(), timeout=0.1))
-            assert code == grpc.StatusCode.DEADLINE_EXCEEDED
-            await asyncio.wait_for(core.left.wait(), 10)  # the handler was cancelled
+        code, _, _ = await failure(stub.Forward(lm_pb2.ForwardRequest(), timeout=0.1))
+        assert code == grpc.StatusCode.DEADLINE_EXCEEDED
+        await asyncio.wait_for(core.left.wait(), 10)  # the handler was cancelled
 
-            counts = host.service.metrics.registry
-            labels = {"face": "grpc", "route": f"/{NAME}/GetModel", "code": "OK"}
-            assert counts.get_sample_value("knnlm_requests_total", labels) == 1
-
-    asyncio.run(check())
+        counts = host.service.metrics.registry
+        labels = {"face": "grpc", "route": f"/{NAME}/GetModel", "code": "OK"}
+        assert counts.get_sample_value("knnlm_requests_total", labels) == 1
 
 
 def test_how_services_look_at_one_another_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -89,15 +86,12 @@ def raw(channel: grpc.aio.Channel, method: str, message: bytes) -> Awaitable[obj
     return answer
 
 
-def test_bytes_that_are_no_message_are_the_callers_fault() -> None:
-    async def check() -> None:
-        async with echo_grpc(EchoCore()) as (_, channel):
-            code, _, trailing = await failure(raw(channel, "GetModel", b"\xff\xff"))
-            assert (code, trailing["knnlm-error-code"]) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_request")
-            code, _, _ = await failure(raw(channel, "Nothing", b""))
-            assert code == grpc.StatusCode.UNIMPLEMENTED
-
-    asyncio.run(check())
+async def test_bytes_that_are_no_message_are_the_callers_fault() -> None:
+    async with echo_grpc(EchoCore()) as (_, channel):
+        code, _, trailing = await failure(raw(channel, "GetModel", b"\xff\xff"))
+        assert (code, trailing["knnlm-error-code"]) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_request")
+        code, _, _ = await failure(raw(channel, "Nothing", b""))
+        assert code == grpc.StatusCode.UNIMPLEMENTED
 
 
 async def services(channel: grpc.aio.Channel, key: str | None = None) -> set[str]:
@@ -108,44 +102,35 @@ async def services(channel: grpc.aio.Channel, key: str | None = None) -> set[str
     return {service.name async for reply in replies for service in reply.list_services_response.service}
 
 
-def test_health_and_reflection_answer() -> None:
-    async def check() -> None:
-        async with echo_grpc(EchoCore()) as (_, channel):
-            stub = health_pb2_grpc.HealthStub(channel)
-            for name in ("", NAME):
-                status = (await stub.Check(health_pb2.HealthCheckRequest(service=name))).status
-                assert status == health_pb2.HealthCheckResponse.SERVING
-            assert NAME in await services(channel)
-
-    asyncio.run(check())
+async def test_health_and_reflection_answer() -> None:
+    async with echo_grpc(EchoCore()) as (_, channel):
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in ("", NAME):
+            status = (await stub.Check(health_pb2.HealthCheckRequest(service=name))).status
+            assert status == health_pb2.HealthCheckResponse.SERVING
+        assert NAME in await services(channel)
 
 
-def test_every_rpc_but_health_needs_a_key_once_keys_are_set() -> None:
-    async def check() -> None:
-        async with echo_grpc(EchoCore(), api_keys=(SecretStr("k"),)) as (_, channel):
-            stub = lm_pb2_grpc.LanguageModelStub(channel)
-            for call in (stub.GetModel(lm_pb2.GetModelRequest()), stub.Forward(lm_pb2.ForwardRequest())):
-                assert (await failure(call))[0] == grpc.StatusCode.UNAUTHENTICATED
-            with pytest.raises(grpc.aio.AioRpcError, match="API key"):
-                await services(channel)
-            assert NAME in await services(channel, "k")
-            key = (("authorization", "Bearer k"),)
-            assert (await stub.GetModel(lm_pb2.GetModelRequest(), metadata=key)).model_id
-            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-
-    asyncio.run(check())
+async def test_every_rpc_but_health_needs_a_key_once_keys_are_set() -> None:
+    async with echo_grpc(EchoCore(), api_keys=(SecretStr("k"),)) as (_, channel):
+        stub = lm_pb2_grpc.LanguageModelStub(channel)
+        for call in (stub.GetModel(lm_pb2.GetModelRequest()), stub.Forward(lm_pb2.ForwardRequest())):
+            assert (await failure(call))[0] == grpc.StatusCode.UNAUTHENTICATED
+        with pytest.raises(grpc.aio.AioRpcError, match="API key"):
+            await services(channel)
+        assert NAME in await services(channel, "k")
+        key = (("authorization", "Bearer k"),)
+        assert (await stub.GetModel(lm_pb2.GetModelRequest(), metadata=key)).model_id
+        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
 
 
-def test_more_rpcs_than_there_is_room_for_are_refused() -> None:
-    async def check() -> None:
-        core = EchoCore()
-        async with echo_grpc(core, max_concurrent_requests=1) as (_, channel):
-            stub = lm_pb2_grpc.LanguageModelStub(channel)
-            slow = asyncio.ensure_future(stub.Forward(lm_pb2.ForwardRequest()))
-            await core.entered.wait()
-            code, _, trailing = await failure(stub.GetModel(lm_pb2.GetModelRequest()))
-            assert (code, trailing["knnlm-error-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
-            core.gate.set()
-            await slow
-
-    asyncio.run(check())
+async def test_more_rpcs_than_there_is_room_for_are_refused() -> None:
+    core = EchoCore()
+    async with echo_grpc(core, max_concurrent_requests=1) as (_, channel):
+        stub = lm_pb2_grpc.LanguageModelStub(channel)
+        slow = asyncio.ensure_future(stub.Forward(lm_pb2.ForwardRequest()))
+        await core.entered.wait()
+        code, _, trailing = await failure(stub.GetModel(lm_pb2.GetModelRequest()))
+        assert (code, trailing["knnlm-error-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
+        core.gate.set()
+        await slow

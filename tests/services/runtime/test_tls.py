@@ -55,44 +55,35 @@ async def refused(host: Host, tls: Tls) -> None:
     assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
-def test_both_faces_speak_tls_to_who_trusts_their_authority(tmp_path: Path) -> None:
+async def test_both_faces_speak_tls_to_who_trusts_their_authority(tmp_path: Path) -> None:
     authority, other = Authority(tmp_path), Authority(tmp_path, "other")
 
-    async def check() -> None:
-        async with echo(*authority.issue("service")) as host:
-            trusting = Tls(ca_file=authority.file)
-            assert await over_http(host, trusting) == "echo"
-            assert await over_grpc(host, trusting)
-            await refused(host, Tls(ca_file=other.file))
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{host.port}") as plain:
-                with pytest.raises(httpx.TransportError):
-                    await plain.get("/livez")
-
-    asyncio.run(check())
+    async with echo(*authority.issue("service")) as host:
+        trusting = Tls(ca_file=authority.file)
+        assert await over_http(host, trusting) == "echo"
+        assert await over_grpc(host, trusting)
+        await refused(host, Tls(ca_file=other.file))
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{host.port}") as plain:
+            with pytest.raises(httpx.TransportError):
+                await plain.get("/livez")
 
 
-def test_a_certificate_for_another_address_is_refused(tmp_path: Path) -> None:
+async def test_a_certificate_for_another_address_is_refused(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
 
-    async def check() -> None:
-        async with echo(*authority.issue("service", host="127.0.0.2")) as host:
-            await refused(host, Tls(ca_file=authority.file))
-
-    asyncio.run(check())
+    async with echo(*authority.issue("service", host="127.0.0.2")) as host:
+        await refused(host, Tls(ca_file=authority.file))
 
 
-def test_with_an_authority_for_clients_those_without_its_certificate_are_refused(tmp_path: Path) -> None:
+async def test_with_an_authority_for_clients_those_without_its_certificate_are_refused(tmp_path: Path) -> None:
     ours, clients, strangers = (Authority(tmp_path, name) for name in ("ours", "clients", "strangers"))
 
-    async def check() -> None:
-        async with echo(*ours.issue("service"), clients.file) as host:
-            known = Tls(ours.file, *clients.issue("client"))
-            assert await over_http(host, known) == "echo"
-            assert await over_grpc(host, known)
-            await refused(host, Tls(ca_file=ours.file))
-            await refused(host, Tls(ours.file, *strangers.issue("stranger")))
-
-    asyncio.run(check())
+    async with echo(*ours.issue("service"), clients.file) as host:
+        known = Tls(ours.file, *clients.issue("client"))
+        assert await over_http(host, known) == "echo"
+        assert await over_grpc(host, known)
+        await refused(host, Tls(ca_file=ours.file))
+        await refused(host, Tls(ours.file, *strangers.issue("stranger")))
 
 
 async def shown(port: int) -> int:
@@ -107,31 +98,28 @@ async def shown(port: int) -> int:
         writer.transport.abort()
 
 
-def test_renewed_certificates_are_shown_to_new_connections_and_open_ones_go_on(tmp_path: Path) -> None:
+async def test_renewed_certificates_are_shown_to_new_connections_and_open_ones_go_on(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
 
-    async def check() -> None:
-        cert_file, key_file = authority.issue("service")
-        async with (
-            echo(cert_file, key_file) as host,
-            httpx.AsyncClient(verify=Tls(authority.file).ssl_context()) as client,
-        ):
-            url = f"https://127.0.0.1:{host.port}/livez"
-            stream = (await client.get(url)).extensions["network_stream"]
-            ports = (host.port, int(host.grpc_port or 0))
-            before = [await shown(port) for port in ports]
-            authority.issue("service")
+    cert_file, key_file = authority.issue("service")
+    async with (
+        echo(cert_file, key_file) as host,
+        httpx.AsyncClient(verify=Tls(authority.file).ssl_context()) as client,
+    ):
+        url = f"https://127.0.0.1:{host.port}/livez"
+        stream = (await client.get(url)).extensions["network_stream"]
+        ports = (host.port, int(host.grpc_port or 0))
+        before = [await shown(port) for port in ports]
+        authority.issue("service")
 
-            async def renewed() -> bool:
-                now = [await shown(port) for port in ports]
-                return all(new != old for new, old in zip(now, before, strict=True))
+        async def renewed() -> bool:
+            now = [await shown(port) for port in ports]
+            return all(new != old for new, old in zip(now, before, strict=True))
 
-            await until(renewed)
-            assert (await client.get(url)).extensions["network_stream"] is stream  # the connection it had
-            assert await over_http(host, Tls(authority.file)) == "echo"
-            assert await over_grpc(host, Tls(authority.file))
-
-    asyncio.run(check())
+        await until(renewed)
+        assert (await client.get(url)).extensions["network_stream"] is stream  # the connection it had
+        assert await over_http(host, Tls(authority.file)) == "echo"
+        assert await over_grpc(host, Tls(authority.file))
 
 
 def test_files_that_do_not_fit_together_yet_are_left_alone(tmp_path: Path) -> None:
@@ -161,29 +149,26 @@ def test_files_that_do_not_fit_together_yet_are_left_alone(tmp_path: Path) -> No
     asyncio.run(handshakes())
 
 
-def test_a_new_authority_for_clients_is_taken_over(tmp_path: Path) -> None:
+async def test_a_new_authority_for_clients_is_taken_over(tmp_path: Path) -> None:
     ours, first, second = (Authority(tmp_path, name) for name in ("ours", "first", "second"))
     trusted = tmp_path / "clients.pem"
     trusted.write_bytes(first.file.read_bytes())
 
-    async def check() -> None:
-        async with echo(*ours.issue("service"), trusted) as host:
-            newcomer = Tls(ours.file, *second.issue("client"))
-            await refused(host, newcomer)
-            trusted.write_bytes(first.file.read_bytes() + second.file.read_bytes())
+    async with echo(*ours.issue("service"), trusted) as host:
+        newcomer = Tls(ours.file, *second.issue("client"))
+        await refused(host, newcomer)
+        trusted.write_bytes(first.file.read_bytes() + second.file.read_bytes())
 
-            async def admitted() -> bool:
-                try:
-                    return bool(await over_http(host, newcomer) and await over_grpc(host, newcomer))
-                except (httpx.TransportError, grpc.aio.AioRpcError):
-                    return False
+        async def admitted() -> bool:
+            try:
+                return bool(await over_http(host, newcomer) and await over_grpc(host, newcomer))
+            except (httpx.TransportError, grpc.aio.AioRpcError):
+                return False
 
-            await until(admitted)
-            old = Tls(ours.file, *first.issue("old"))
-            assert await over_http(host, old)
-            assert await over_grpc(host, old)
-
-    asyncio.run(check())
+        await until(admitted)
+        old = Tls(ours.file, *first.issue("old"))
+        assert await over_http(host, old)
+        assert await over_grpc(host, old)
 
 
 @pytest.mark.parametrize("name", ["tls_cert_file", "tls_key_file", "tls_client_ca_file"])
@@ -250,7 +235,7 @@ def test_a_clients_tls_names_the_file_that_cannot_be_used(tmp_path: Path) -> Non
             Tls(**half)
 
 
-def test_the_http_client_speaks_tls_and_takes_a_key_that_changes(tmp_path: Path) -> None:
+async def test_the_http_client_speaks_tls_and_takes_a_key_that_changes(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     cert_file, key_file = authority.issue("service")
     keys = tmp_path / "keys"
@@ -259,16 +244,13 @@ def test_the_http_client_speaks_tls_and_takes_a_key_that_changes(tmp_path: Path)
     files: Any = {"tls_cert_file": cert_file, "tls_key_file": key_file, "tls_client_ca_file": authority.file}
     settings = LmSettings(model="toy", port=0, grpc_port=0, api_keys_file=keys, **files)
 
-    async def check() -> None:
-        async with running(lm_service(settings, lambda _: ToyLanguageModel())) as host:
-            url = f"https://127.0.0.1:{host.port}"
-            known = Tls(authority.file, *authority.issue("client"))
-            async with HttpLanguageModel(url, api_key=lambda: given.pop(0), tls=known) as lm:
-                with pytest.raises(Unauthenticated, match="a wrong one was given"):
-                    await lm.get_model()
-                assert (await lm.get_model()).model_id
-            async with HttpLanguageModel(url, api_key="right", tls=Tls(authority.file)) as lm:
-                with pytest.raises(Unavailable):
-                    await lm.get_model()
-
-    asyncio.run(check())
+    async with running(lm_service(settings, lambda _: ToyLanguageModel())) as host:
+        url = f"https://127.0.0.1:{host.port}"
+        known = Tls(authority.file, *authority.issue("client"))
+        async with HttpLanguageModel(url, api_key=lambda: given.pop(0), tls=known) as lm:
+            with pytest.raises(Unauthenticated, match="a wrong one was given"):
+                await lm.get_model()
+            assert (await lm.get_model()).model_id
+        async with HttpLanguageModel(url, api_key="right", tls=Tls(authority.file)) as lm:
+            with pytest.raises(Unavailable):
+                await lm.get_model()
