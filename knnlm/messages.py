@@ -27,7 +27,8 @@ class ForwardRequest:
     tokens: one (t_i,) int32 array per sequence, BOS included by the caller. positions: one ascending (p_i,) int32
     array per sequence; position j asks for the distribution of the token *after* tokens[:j + 1]. n = sum of p_i.
     full: log-probabilities of every token. targets: (n,) int32, log-probability of these tokens alone. top_n: the n
-    likeliest tokens. keys: the context vectors.
+    likeliest tokens. keys: the context vectors. statistics: of each distribution, its entropy and its largest
+    log-probability.
     """
 
     tokens: Sequence[npt.NDArray[np.int32]]
@@ -36,6 +37,12 @@ class ForwardRequest:
     targets: npt.NDArray[np.int32] | None = None
     top_n: int = 0
     keys: bool = False
+    statistics: bool = False
+
+    @property
+    def wanted(self) -> tuple[bool | int, ...]:
+        """What is asked of each position: requests that want the same can be put together."""
+        return (self.full, self.targets is not None, self.top_n, self.keys, self.statistics)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class ForwardResult:
     """What was asked for, None elsewhere; n rows. All log-probabilities are natural logarithms, float32.
 
     log_probs: (n, V). target_log_probs: (n,). top_tokens: (n, m) int32, likeliest first; top_log_probs: (n, m).
-    keys: (n, d) float32, or float16 when the model's dtype is a half. fingerprint: of the model that answered, as in
+    keys: (n, d) float32, or float16 when the model's dtype is a half. entropy: (n,) nats. largest_log_prob: (n,), of
+    the likeliest token. fingerprint: of the model that answered, as in
     ModelInfo. timings: seconds per stage.
     """
 
@@ -52,6 +60,8 @@ class ForwardResult:
     top_tokens: npt.NDArray[np.int32] | None = None
     top_log_probs: npt.NDArray[np.float32] | None = None
     keys: npt.NDArray[np.floating] | None = None
+    entropy: npt.NDArray[np.float32] | None = None
+    largest_log_prob: npt.NDArray[np.float32] | None = None
     fingerprint: str = ""
     timings: Mapping[str, float] = field(default_factory=dict)
 

@@ -6,6 +6,7 @@ window, its answers do not depend on what else is in the batch, and it refuses w
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import tokenizers
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.text import Document
-from knnlm.errors import InvalidRequest
+from knnlm.lm.requests import check
 from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
 from knnlm.tokenizer import Tokenizer
 
@@ -73,23 +74,28 @@ class ToyLanguageModel:
 
     def forward(self, request: ForwardRequest) -> ForwardResult:
         """Raises InvalidRequest for whatever a real model would refuse."""
-        self._validate(request)
+        check(request, vocab_size=self.info.vocab_size, context_length=self.info.context_length)
         hidden = self._hidden(request.tokens)  # (b, longest, d) float64
         rows = [hidden[i, positions] for i, positions in enumerate(request.positions)]
         keys = np.concatenate([np.empty((0, self.info.key_dim)), *rows])  # (n, d) float64
-        log_probs = self._log_probs(keys) if request.full or request.top_n or request.targets is not None else None
-        top_tokens = top_log_probs = target_log_probs = None
+        log_probs = self._log_probs(keys) if any(replace(request, keys=False).wanted) else None
+        top_tokens = top_log_probs = target_log_probs = entropy = largest = None
         if log_probs is not None and request.targets is not None:
             target_log_probs = np.take_along_axis(log_probs, request.targets[:, None].astype(np.int64), axis=1)[:, 0]
         if log_probs is not None and request.top_n:
             order = np.argsort(-log_probs, axis=1, kind="stable")[:, : request.top_n]
             top_tokens, top_log_probs = order.astype(np.int32), np.take_along_axis(log_probs, order, axis=1)
+        if log_probs is not None and request.statistics:
+            entropy = -(np.exp(log_probs, dtype=np.float64) * log_probs).sum(axis=1).astype(np.float32)
+            largest = log_probs.max(axis=1)
         return ForwardResult(
             log_probs=log_probs if request.full else None,
             target_log_probs=target_log_probs,
             top_tokens=top_tokens,
             top_log_probs=top_log_probs,
             keys=keys.astype(np.float32) if request.keys else None,
+            entropy=entropy,
+            largest_log_prob=largest,
             fingerprint=self.info.fingerprint,
             timings={"forward": 0.0},
         )
@@ -113,40 +119,6 @@ class ToyLanguageModel:
             row[:] = (self._output * key).sum(axis=1)
         logits -= np.logaddexp.reduce(logits, axis=1, keepdims=True)
         return logits.astype(np.float32)
-
-    def _validate(self, request: ForwardRequest) -> None:
-        if len(request.tokens) != len(request.positions):
-            raise InvalidRequest(f"{len(request.tokens)} sequences but {len(request.positions)} position arrays")
-        if not (request.full or request.keys or request.top_n or request.targets is not None):
-            raise InvalidRequest("nothing is asked for: set full, targets, top_n or keys")
-        if not 0 <= request.top_n <= self.info.vocab_size:
-            raise InvalidRequest(f"top_n must lie in [0, {self.info.vocab_size}], got {request.top_n}", param="top_n")
-        for i, (tokens, positions) in enumerate(zip(request.tokens, request.positions, strict=True)):
-            if not 1 <= len(tokens) <= self.info.context_length:
-                raise InvalidRequest(
-                    f"sequence {i} has {len(tokens)} tokens, expected 1 to {self.info.context_length}", param="tokens"
-                )
-            self._validate_tokens(tokens, "tokens")
-            if len(positions) and not (
-                positions[0] >= 0 and positions[-1] < len(tokens) and np.all(np.diff(positions) > 0)
-            ):
-                raise InvalidRequest(
-                    f"positions of sequence {i} must ascend within [0, {len(tokens)})", param="positions"
-                )
-        if request.targets is not None:
-            count = sum(len(p) for p in request.positions)
-            if request.targets.shape != (count,):
-                raise InvalidRequest(
-                    f"targets must have shape ({count},), got {request.targets.shape}", param="targets"
-                )
-            self._validate_tokens(request.targets, "targets")
-
-    def _validate_tokens(self, tokens: npt.NDArray[np.integer], param: str) -> None:
-        if len(tokens) and not (tokens.min() >= 0 and tokens.max() < self.info.vocab_size):
-            raise InvalidRequest(
-                f"token {tokens.min() if tokens.min() < 0 else tokens.max()} lies outside [0, {self.info.vocab_size})",
-                param=param,
-            )
 
 
 def toy_datastore(

@@ -24,13 +24,19 @@ def test_tokenizer_gives_back_every_text() -> None:
 def test_answers_agree_with_one_another() -> None:
     n = sum(len(p) for p in EVERYWHERE)
     targets = np.random.default_rng(0).integers(0, LM.info.vocab_size, n).astype(np.int32)
-    result = LM.forward(ForwardRequest(SEQUENCES, EVERYWHERE, full=True, targets=targets, top_n=5, keys=True))
+    result = LM.forward(
+        ForwardRequest(SEQUENCES, EVERYWHERE, full=True, targets=targets, top_n=5, keys=True, statistics=True)
+    )
     assert result.log_probs is not None
     assert result.keys is not None
     assert result.keys.shape == (n, LM.info.key_dim)
     np.testing.assert_allclose(np.exp(result.log_probs.astype(np.float64)).sum(axis=1), 1, atol=1e-5)  # float32 logs
     np.testing.assert_array_equal(result.target_log_probs, result.log_probs[np.arange(n), targets])
     np.testing.assert_array_equal(result.top_log_probs, -np.sort(-result.log_probs, axis=1)[:, :5])
+    exact = result.log_probs.astype(np.float64)
+    assert result.entropy is not None
+    np.testing.assert_allclose(result.entropy, -(np.exp(exact) * exact).sum(axis=1), rtol=1e-5)
+    np.testing.assert_array_equal(result.largest_log_prob, result.log_probs.max(axis=1))
 
 
 def test_answer_does_not_depend_on_the_batch_or_on_later_tokens() -> None:

@@ -184,6 +184,7 @@ FORWARD_REQUESTS = st.lists(st.tuples(TOKENS, TOKENS), max_size=3).flatmap(
         targets=maybe(TOKENS),
         top_n=INT,
         keys=st.booleans(),
+        statistics=st.booleans(),
     )
 )
 FORWARD_RESULTS = st.builds(
@@ -193,6 +194,8 @@ FORWARD_RESULTS = st.builds(
     top_tokens=maybe(of("int32", 2, least=1)),
     top_log_probs=maybe(of("float32", 2, least=1)),
     keys=maybe(of("float32", 2, least=1)),
+    entropy=maybe(of("float32", 1)),
+    largest_log_prob=maybe(of("float32", 1)),
     timings=TIMINGS,
 )
 SEARCH_REQUESTS = st.builds(

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class LanguageModel:
         """
         feeds = plan(request, vocab_size=self.info.vocab_size, context_length=self.info.context_length)
         out = self._empty(request)
-        wants_logits = request.full or request.targets is not None or request.top_n > 0
+        wants_logits = any(replace(request, keys=False).wanted)
         seconds = {"forward": 0.0, "logits": 0.0}
         with self._alone, torch.inference_mode():
             for batch in batches(feeds, min(BATCH_TOKENS, CPU_BATCH_TOKENS) if self._on_cpu else BATCH_TOKENS):
@@ -111,15 +112,7 @@ class LanguageModel:
                     self._score(hidden, rows, request, out)
                 seconds["forward"] += encoded - started
                 seconds["logits"] += time.perf_counter() - encoded
-        return ForwardResult(
-            log_probs=out.get("log_probs"),
-            target_log_probs=out.get("target_log_probs"),
-            top_tokens=out.get("top_tokens"),
-            top_log_probs=out.get("top_log_probs"),
-            keys=out.get("keys"),
-            fingerprint=self.info.fingerprint,
-            timings=seconds,
-        )
+        return ForwardResult(**out, fingerprint=self.info.fingerprint, timings=seconds)
 
     def _empty(self, request: ForwardRequest) -> Arrays:
         n = sum(len(positions) for positions in request.positions)
@@ -131,6 +124,9 @@ class LanguageModel:
         if request.top_n:
             out["top_tokens"] = np.empty((n, request.top_n), np.int32)
             out["top_log_probs"] = np.empty((n, request.top_n), np.float32)
+        if request.statistics:
+            out["entropy"] = np.empty(n, np.float32)
+            out["largest_log_prob"] = np.empty(n, np.float32)
         if request.keys:
             key_dtype = np.float32 if self.info.dtype == "float32" else np.float16
             out["keys"] = np.empty((n, self.info.key_dim), key_dtype)
@@ -198,5 +194,9 @@ class LanguageModel:
                 best = log_probs.topk(request.top_n)
                 parts["top_tokens"].append(best.indices)
                 parts["top_log_probs"].append(best.values)
+            if request.statistics:
+                parts["largest_log_prob"].append(log_probs.amax(-1))
+                p = log_probs.exp_()  # in place: read last
+                parts["entropy"].append(torch.special.entr(p, out=p).sum(-1))
         for name, tensors in parts.items():
             out[name][rows] = torch.cat(tensors).cpu().numpy()

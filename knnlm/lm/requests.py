@@ -9,7 +9,7 @@ import numpy.typing as npt
 from knnlm.errors import InvalidRequest
 from knnlm.messages import ForwardRequest
 
-__all__ = ["Feed", "batches", "plan"]
+__all__ = ["Feed", "batches", "check", "plan"]
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,10 @@ class Feed:
     first_row: int
 
 
-def plan(request: ForwardRequest, *, vocab_size: int, context_length: int) -> list[Feed]:
-    """The sequences to feed, in the request's order; those with no position asked are left out.
-
-    Raises InvalidRequest that names the field, its value and what was expected.
-    """
-    if not (request.full or request.targets is not None or request.top_n or request.keys):
-        raise InvalidRequest("nothing is wanted: expected full, targets, top_n or keys", param="full")
+def check(request: ForwardRequest, *, vocab_size: int, context_length: int) -> None:
+    """Raises InvalidRequest, naming the field, its value and what was expected, for a request that no model answers."""
+    if not any(request.wanted):
+        raise InvalidRequest("nothing is wanted: expected full, targets, top_n, keys or statistics", param="full")
     if not 0 <= request.top_n <= vocab_size:
         raise InvalidRequest(f"top_n must be 0 ... {vocab_size}, got {request.top_n}", param="top_n")
     if not len(request.tokens):
@@ -40,24 +37,44 @@ def plan(request: ForwardRequest, *, vocab_size: int, context_length: int) -> li
             f"positions has {len(request.positions)} arrays, expected one per sequence: {len(request.tokens)}",
             param="positions",
         )
+    tokens, lengths = _joined(request.tokens, "tokens")
+    wrong = np.flatnonzero((lengths < 1) | (lengths > context_length))
+    if len(wrong):
+        raise InvalidRequest(
+            f"tokens[{wrong[0]}] has {lengths[wrong[0]]} tokens, expected 1 ... {context_length}", param="tokens"
+        )
+    _refuse_outside(tokens, lengths, vocab_size, "tokens")
+    positions, counts = _joined(request.positions, "positions")
+    _refuse_outside(positions, counts, np.repeat(lengths, counts), "positions")
+    sequence = np.repeat(np.arange(len(counts)), counts)
+    falls = np.flatnonzero((np.diff(positions) <= 0) & (np.diff(sequence) == 0))
+    if len(falls):
+        i = sequence[falls[0]]
+        raise InvalidRequest(
+            f"positions[{i}] must be ascending, got {request.positions[i].tolist()[:16]}", param="positions"
+        )
+    if request.targets is not None:
+        targets, count = _joined([request.targets], "targets")
+        if len(targets) != len(positions):
+            raise InvalidRequest(
+                f"targets has {len(targets)} tokens, expected one per position: {len(positions)}", param="targets"
+            )
+        _refuse_outside(targets, count, vocab_size, "targets")
+
+
+def plan(request: ForwardRequest, *, vocab_size: int, context_length: int) -> list[Feed]:
+    """The sequences to feed, in the request's order; those with no position asked are left out.
+
+    Raises InvalidRequest as `check` does.
+    """
+    check(request, vocab_size=vocab_size, context_length=context_length)
     feeds: list[Feed] = []
     rows = 0
-    for i, (sequence, wanted) in enumerate(zip(request.tokens, request.positions, strict=True)):
-        tokens = _integers(sequence, f"tokens[{i}]", vocab_size)
-        if not 1 <= len(tokens) <= context_length:
-            raise InvalidRequest(
-                f"tokens[{i}] has {len(tokens)} tokens, expected 1 ... {context_length}", param="tokens"
-            )
-        positions = _integers(wanted, f"positions[{i}]", len(tokens))
-        if (positions[1:] <= positions[:-1]).any():
-            raise InvalidRequest(f"positions[{i}] must be ascending, got {positions.tolist()[:16]}", param="positions")
+    for tokens, positions in zip(request.tokens, request.positions, strict=True):
         if len(positions):
-            feeds.append(Feed(tokens[: positions[-1] + 1], positions, rows))
+            fed = np.asarray(tokens[: int(positions[-1]) + 1], np.int64)
+            feeds.append(Feed(fed, np.asarray(positions, np.int64), rows))
         rows += len(positions)
-    if request.targets is not None and len(_integers(request.targets, "targets", vocab_size)) != rows:
-        raise InvalidRequest(
-            f"targets has {len(request.targets)} tokens, expected one per position: {rows}", param="targets"
-        )
     return feeds
 
 
@@ -72,15 +89,28 @@ def batches(feeds: Sequence[Feed], max_tokens: int) -> list[list[Feed]]:
     return grouped
 
 
-def _integers(values: npt.ArrayLike, name: str, upper: int) -> npt.NDArray[np.int64]:
-    """(n,) int64 within 0 ... upper - 1."""
-    param = name.partition("[")[0]
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise InvalidRequest(f"{name} must have 1 dimension, got shape {array.shape}", param=param)
-    if array.dtype.kind not in "iu" and len(array):
-        raise InvalidRequest(f"{name} must hold integers, got {array.dtype}", param=param)
-    outside = array[(array < 0) | (array >= upper)]
+def _joined(parts: Sequence[npt.NDArray[np.int32]], name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """All numbers one after another, (n,) int64, and how many each part has."""
+    for i, part in enumerate(parts):
+        if part.ndim != 1:
+            raise InvalidRequest(f"{_part(name, i)} must have 1 dimension, got shape {part.shape}", param=name)
+        if part.dtype.kind not in "iu" and len(part):
+            raise InvalidRequest(f"{_part(name, i)} must hold integers, got {part.dtype}", param=name)
+    flat = np.concatenate([np.empty(0, np.int64), *(part.astype(np.int64, copy=False) for part in parts)])
+    return flat, np.array([len(part) for part in parts], np.int64)
+
+
+def _refuse_outside(
+    flat: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], upper: int | npt.NDArray[np.int64], name: str
+) -> None:
+    """upper: one for all numbers, or (n,) one for each; the first number that is not in 0 ... upper - 1 is named."""
+    outside = np.flatnonzero((flat < 0) | (flat >= upper))
     if len(outside):
-        raise InvalidRequest(f"{name} holds {outside[0]}, expected 0 ... {upper - 1}", param=param)
-    return array.astype(np.int64)
+        at = int(outside[0])
+        part = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
+        largest = np.broadcast_to(upper, flat.shape)[at] - 1
+        raise InvalidRequest(f"{_part(name, part)} holds {flat[at]}, expected 0 ... {largest}", param=name)
+
+
+def _part(name: str, number: int) -> str:
+    return name if name == "targets" else f"{name}[{number}]"

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("tokens", "lengths", "positions", "position_counts", "full", "targets", "top_n", "keys")
+    __slots__ = ("tokens", "lengths", "positions", "position_counts", "full", "targets", "top_n", "keys", "statistics")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,7 @@ class ForwardRequest(_message.Message):
     TARGETS_FIELD_NUMBER: _ClassVar[int]
     TOP_N_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    STATISTICS_FIELD_NUMBER: _ClassVar[int]
     tokens: _common_pb2.Tensor
     lengths: _containers.RepeatedScalarFieldContainer[int]
     positions: _common_pb2.Tensor
@@ -25,10 +26,11 @@ class ForwardRequest(_message.Message):
     targets: _common_pb2.Tensor
     top_n: int
     keys: bool
-    def __init__(self, tokens: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., position_counts: _Optional[_Iterable[int]] = ..., full: _Optional[bool] = ..., targets: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_n: _Optional[int] = ..., keys: _Optional[bool] = ...) -> None: ...
+    statistics: bool
+    def __init__(self, tokens: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., position_counts: _Optional[_Iterable[int]] = ..., full: _Optional[bool] = ..., targets: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_n: _Optional[int] = ..., keys: _Optional[bool] = ..., statistics: _Optional[bool] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
-    __slots__ = ("log_probs", "target_log_probs", "top_tokens", "top_log_probs", "keys", "timings", "fingerprint")
+    __slots__ = ("log_probs", "target_log_probs", "top_tokens", "top_log_probs", "keys", "timings", "fingerprint", "entropy", "largest_log_prob")
     LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
     TARGET_LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +38,8 @@ class ForwardResponse(_message.Message):
     KEYS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    ENTROPY_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_LOG_PROB_FIELD_NUMBER: _ClassVar[int]
     log_probs: _common_pb2.Tensor
     target_log_probs: _common_pb2.Tensor
     top_tokens: _common_pb2.Tensor
@@ -43,7 +47,9 @@ class ForwardResponse(_message.Message):
     keys: _common_pb2.Tensor
     timings: _containers.RepeatedCompositeFieldContainer[_common_pb2.Timing]
     fingerprint: str
-    def __init__(self, log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., target_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_tokens: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., keys: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., timings: _Optional[_Iterable[_Union[_common_pb2.Timing, _Mapping]]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    entropy: _common_pb2.Tensor
+    largest_log_prob: _common_pb2.Tensor
+    def __init__(self, log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., target_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_tokens: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., keys: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., timings: _Optional[_Iterable[_Union[_common_pb2.Timing, _Mapping]]] = ..., fingerprint: _Optional[str] = ..., entropy: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., largest_log_prob: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("include_tokenizer",)

@@ -41,6 +41,7 @@ def forward_request_to_json(request: ForwardRequest, encoding: str) -> dict[str,
         "targets": _array(request.targets, encoding),
         "top_n": request.top_n,
         "keys": request.keys,
+        "statistics": request.statistics,
         "encoding": encoding,
     }
 
@@ -53,6 +54,7 @@ def forward_request_from_json(given: Json) -> ForwardRequest:
         targets=_optional(given, "targets", INT32, 1),
         top_n=_get(given, "top_n", int, 0),
         keys=_get(given, "keys", bool, False),
+        statistics=_get(given, "statistics", bool, False),
     )
 
 
@@ -63,6 +65,8 @@ def forward_result_to_json(result: ForwardResult, encoding: str) -> dict[str, ob
         "top_tokens": _array(result.top_tokens, encoding),
         "top_log_probs": _array(result.top_log_probs, encoding),
         "keys": _array(result.keys, encoding),
+        "entropy": _array(result.entropy, encoding),
+        "largest_log_prob": _array(result.largest_log_prob, encoding),
         "fingerprint": result.fingerprint,
         "timings": dict(result.timings),
     }
@@ -75,6 +79,8 @@ def forward_result_from_json(given: Json) -> ForwardResult:
         top_tokens=_optional(given, "top_tokens", INT32, 2),
         top_log_probs=_optional(given, "top_log_probs", FLOATS[:1], 2),
         keys=_optional(given, "keys", FLOATS, 2),
+        entropy=_optional(given, "entropy", FLOATS[:1], 1),
+        largest_log_prob=_optional(given, "largest_log_prob", FLOATS[:1], 1),
         fingerprint=_get(given, "fingerprint", str, ""),
         timings=_get(given, "timings", dict, {}),
     )

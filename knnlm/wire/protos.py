@@ -39,6 +39,7 @@ def forward_request_to_proto(request: ForwardRequest) -> lm_pb2.ForwardRequest:
         targets=None if request.targets is None else array_to_tensor(request.targets.astype(np.int32, copy=False)),
         top_n=_int32(request.top_n, "top_n"),
         keys=request.keys,
+        statistics=request.statistics,
     )
 
 
@@ -63,6 +64,7 @@ def forward_request_from_proto(message: lm_pb2.ForwardRequest) -> ForwardRequest
         targets=_optional(message, "targets", INT32, 1),
         top_n=message.top_n,
         keys=message.keys,
+        statistics=message.statistics,
     )
 
 
@@ -73,6 +75,8 @@ def forward_result_to_proto(result: ForwardResult) -> lm_pb2.ForwardResponse:
         top_tokens=_tensor(result.top_tokens),
         top_log_probs=_tensor(result.top_log_probs),
         keys=_tensor(result.keys),
+        entropy=_tensor(result.entropy),
+        largest_log_prob=_tensor(result.largest_log_prob),
         fingerprint=result.fingerprint,
         timings=_timings(result.timings),
     )
@@ -85,6 +89,8 @@ def forward_result_from_proto(message: lm_pb2.ForwardResponse) -> ForwardResult:
         top_tokens=_optional(message, "top_tokens", INT32, 2),
         top_log_probs=_optional(message, "top_log_probs", FLOATS[:1], 2),
         keys=_optional(message, "keys", FLOATS, 2),
+        entropy=_optional(message, "entropy", FLOATS[:1], 1),
+        largest_log_prob=_optional(message, "largest_log_prob", FLOATS[:1], 1),
         fingerprint=message.fingerprint,
         timings=_seconds(message.timings),
     )

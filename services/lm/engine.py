@@ -11,7 +11,8 @@ from typing import Protocol
 import numpy as np
 from prometheus_client import Counter, Histogram
 
-from knnlm.errors import InvalidRequest, TooLarge, Unavailable
+from knnlm.errors import TooLarge, Unavailable
+from knnlm.lm.requests import check
 from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
 from knnlm.tokenizer import Tokenizer
 from services.lm.settings import LmSettings
@@ -61,7 +62,7 @@ class Engine:
         self._batcher = Batcher(
             self._process,
             size=_tokens,
-            group=lambda request: (request.full, request.targets is not None, request.top_n, request.keys),
+            group=lambda request: request.wanted,
             max_queue=self._settings.max_queue_tokens,
             max_batch=self._settings.max_batch_tokens,
             metrics=self._metrics,
@@ -93,28 +94,16 @@ class Engine:
         return replace(result, timings=dict(call.timings))
 
     def _check(self, request: ForwardRequest) -> None:
-        """What the model cannot know, and what must hold before requests are put together."""
+        """Raises TooLarge over a limit of this service, InvalidRequest for what the model would refuse."""
         tokens, rows = _tokens(request), _rows(request)
-        if not request.tokens:
-            raise InvalidRequest("tokens holds no sequence, expected at least one", param="tokens")
-        if len(request.tokens) != len(request.positions):
-            raise InvalidRequest(
-                f"positions must be one list per sequence: {len(request.tokens)}, got {len(request.positions)}",
-                param="positions",
-            )
-        if request.targets is not None and request.targets.shape != (rows,):
-            raise InvalidRequest(
-                f"targets must be one per position: {rows}, got shape {request.targets.shape}", param="targets"
-            )
         if tokens > self._settings.max_tokens:
             raise TooLarge(f"tokens must be at most {self._settings.max_tokens}, got {tokens}", param="tokens")
         if rows > self._settings.max_rows:
             raise TooLarge(f"positions must be at most {self._settings.max_rows}, got {rows}", param="positions")
         info = self.model.info
-        if not 0 <= request.top_n <= info.vocab_size:
-            raise InvalidRequest(f"top_n must lie in [0, {info.vocab_size}], got {request.top_n}", param="top_n")
-        row_bytes = 4 * (info.vocab_size * request.full + (request.targets is not None) + info.key_dim * request.keys)
-        answer = rows * (row_bytes + 8 * request.top_n)
+        check(request, vocab_size=info.vocab_size, context_length=info.context_length)
+        numbers = info.vocab_size * request.full + info.key_dim * request.keys + 2 * request.top_n
+        answer = 4 * rows * (numbers + (request.targets is not None) + 2 * request.statistics)
         if answer > self._settings.grpc_max_message_bytes - ENVELOPE_BYTES:
             raise TooLarge(
                 f"the answer would have {answer} bytes, at most {self._settings.grpc_max_message_bytes} can be sent: "

@@ -8,7 +8,8 @@ MAX_SEQUENCES = 65_536  # each is an array to be made on the event loop
 
 
 class ForwardBody(Strict):
-    """Sequences, the positions asked of each, and what is wanted there: at least one of full, targets, top_n, keys."""
+    """Sequences, the positions asked of each, and what is wanted there: at least one of full, targets, top_n, keys,
+    statistics."""
 
     tokens: list[Array] = Field(
         max_length=MAX_SEQUENCES, description="Token ids, one array per sequence, BOS included by the caller."
@@ -21,6 +22,7 @@ class ForwardBody(Strict):
     targets: Array | None = Field(None, description="One token per position: their log-probabilities.")
     top_n: StrictInt = Field(0, description="So many of the likeliest tokens.")
     keys: StrictBool = Field(False, description="Context vectors.")
+    statistics: StrictBool = Field(False, description="Entropy and largest log-probability of each distribution.")
     encoding: Encoding = "list"
 
 
@@ -32,6 +34,8 @@ class ForwardAnswer(BaseModel):
     top_tokens: Array | None = Field(description="(n, top_n) int32, likeliest first")
     top_log_probs: Array | None = Field(description="(n, top_n) float32")
     keys: Array | None = Field(description="(n, key_dim) float32, or float16 when the model runs in half precision")
+    entropy: Array | None = Field(description="(n,) float32, nats")
+    largest_log_prob: Array | None = Field(description="(n,) float32: the likeliest token's")
     fingerprint: str = Field(description="Of the model: differs when weights, tokenizer or key function do.")
     timings: dict[str, float] = Field(description="Seconds per stage.")
 

@@ -91,6 +91,23 @@ def test_log_probs_equal_the_plain_model_in_the_order_asked(tiny: Tiny) -> None:
 
 
 @pytest.mark.usefixtures("small_steps")
+def test_statistics_equal_those_of_the_plain_model_whatever_else_is_asked(tiny: Tiny) -> None:
+    tokens, positions = sequences(), some_positions()
+    plain = [plain_log_probs(tiny, t)[p] for t, p in zip(tokens, positions, strict=True)]
+    expected = np.concatenate(plain).astype(np.float64)
+    alone = ask(tiny.lm, tokens, positions, statistics=True)
+    assert alone.entropy.dtype == alone.largest_log_prob.dtype == np.float32
+    np.testing.assert_allclose(alone.entropy, -(np.exp(expected) * expected).sum(axis=1), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(alone.largest_log_prob, expected.max(axis=1), atol=ATOL, rtol=0)
+    assert alone.log_probs is alone.keys is None
+    targets = np.zeros(len(expected), np.int32)
+    beside = ask(tiny.lm, tokens, positions, statistics=True, full=True, targets=targets, top_n=3, keys=True)
+    np.testing.assert_array_equal(beside.entropy, alone.entropy)
+    np.testing.assert_array_equal(beside.largest_log_prob, beside.log_probs.max(axis=1))
+    assert ask(tiny.lm, tokens, positions, top_n=1).entropy is None
+
+
+@pytest.mark.usefixtures("small_steps")
 def test_keys_do_not_depend_on_batching(tiny: Tiny) -> None:
     tokens, positions = sequences(), some_positions()
     together = ask(tiny.lm, tokens, positions, keys=True)

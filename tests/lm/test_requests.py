@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knnlm.errors import InvalidRequest
-from knnlm.lm.requests import Feed, batches, plan
+from knnlm.lm.requests import Feed, batches, check, plan
 from knnlm.messages import ForwardRequest
 
 VOCAB, CONTEXT = 10, 6
@@ -80,6 +80,26 @@ def test_a_wrong_field_is_named_with_its_value_and_what_was_expected(
     with pytest.raises(InvalidRequest, match=message) as caught:
         plan(request(**changed), vocab_size=VOCAB, context_length=CONTEXT)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"tokens": [np.array([1, 2]), np.array([5, 10])], "positions": [np.array([0, 1]), np.array([1])]},
+            r"tokens\[1\]",
+        ),
+        ({"positions": [np.array([0, 2]), np.array([2])]}, r"positions\[1\] holds 2, expected 0 \.\.\. 1"),
+        ({"positions": [np.array([], np.int32), np.array([1, 0, 1])]}, r"positions\[1\] must be ascending"),
+    ],
+)
+def test_the_sequence_that_is_wrong_is_named(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        check(request(**changed), vocab_size=VOCAB, context_length=CONTEXT)
+
+
+def test_positions_may_fall_from_one_sequence_to_the_next() -> None:
+    check(request(positions=[np.array([1, 3]), np.array([0])]), vocab_size=VOCAB, context_length=CONTEXT)
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200))
