@@ -41,6 +41,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
             ("Latency", "s", quantiles("knnlm_request_duration_seconds", "job")),
             ("Refused and dropped", "reqps", rate("knnlm_rejected_total", "job, reason")),
             ("In work", "short", value("knnlm_inflight_requests", "job, instance")),
+            ("Still arriving", "short", value("knnlm_receiving_requests", "job, instance")),
             ("Bytes of requests in work", "bytes", value("knnlm_inflight_bytes", "job, instance")),
         ],
     ),

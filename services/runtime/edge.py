@@ -17,7 +17,7 @@ from services.runtime import errors
 from services.runtime.calls import Call, entered, new_id, seconds_allowed
 from services.runtime.logs import event
 from services.runtime.packed import PROTOBUF, is_protobuf
-from services.runtime.service import Door, Place, Service
+from services.runtime.service import Door, Received, Service
 from services.runtime.traces import Outcome
 
 __all__ = ["PROBES", "Edge"]
@@ -89,11 +89,12 @@ class Edge:
         if path in self._always:
             await self._run(scope, b"", receive, answer)
             return
-        with self._door.inside() as place:
-            body = await self._body(headers, receive, call, place)
-            await self._run(scope, body, receive, answer, packed=is_protobuf(headers.get("content-type")))
+        with self._door.receive() as received:
+            body = await self._body(headers, receive, call, received)  # before the place: a slow sender holds none
+            with self._door.inside():
+                await self._run(scope, body, receive, answer, packed=is_protobuf(headers.get("content-type")))
 
-    async def _body(self, headers: Headers, receive: Receive, call: Call, place: Place) -> bytes:
+    async def _body(self, headers: Headers, receive: Receive, call: Call, received: Received) -> bytes:
         """All of it, refused as soon as it is known to be too large, whatever the headers promise, or has no room."""
         most = self._settings.max_body_bytes
         announced = headers.get("content-length", "0")
@@ -109,12 +110,13 @@ class Edge:
                     if message["type"] == "http.disconnect":
                         raise _CallerLeft
                     part = message.get("body", b"")
-                    place.hold(len(part))
+                    received.hold(len(part))
                     body += part
                     if len(body) > most:
                         self._metrics.rejected.labels("too_large").inc()
                         raise too_large
                     if not message.get("more_body", False):
+                        received.complete()
                         return bytes(body)
         except TimeoutError as err:
             raise DeadlineExceeded("the request's time was over before its body had arrived") from err

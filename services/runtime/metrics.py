@@ -32,7 +32,12 @@ class Metrics:
             registry=self.registry,
         )
         self.inflight = Gauge("knnlm_inflight_requests", "Requests in work.", registry=self.registry)
-        self.inflight_bytes = Gauge("knnlm_inflight_bytes", "Bytes of the requests in work.", registry=self.registry)
+        self.receiving = Gauge(
+            "knnlm_receiving_requests", "Requests whose body or message is still arriving.", registry=self.registry
+        )
+        self.inflight_bytes = Gauge(
+            "knnlm_inflight_bytes", "Bytes of the requests that arrive or are in work.", registry=self.registry
+        )
         self.rejected = Counter(
             "knnlm_rejected_total",
             "Requests refused or dropped: queue_full, bytes_full, deadline, disconnected, too_large.",

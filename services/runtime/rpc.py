@@ -5,8 +5,10 @@ Everything grpc.aio must be made and used in one event loop.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -15,12 +17,12 @@ from grpc_reflection.v1alpha import reflection
 
 from knnlm.clients.context import PROBE
 from knnlm.clients.rpc import HTTP2
-from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError
+from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, Overloaded
 from services.runtime import errors
 from services.runtime.calls import Call, entered, new_id
 from services.runtime.logs import event
 from services.runtime.packed import decoded
-from services.runtime.service import Door, Service
+from services.runtime.service import Door, Received, Service
 from services.runtime.settings import GrpcSettings
 from services.runtime.traces import Outcome
 
@@ -29,6 +31,7 @@ __all__ = ["RpcServer", "address"]
 LOG = logging.getLogger(__name__)
 HEALTH = "/grpc.health.v1.Health/"  # public, as the probes of HTTP are
 SPARE_RPCS = 1024
+PROBE_RECEIVE_SECONDS = 1.0  # how other services look at this one must never wait for who uploads
 FAILURES = frozenset(  # by fault of the service, as OpenTelemetry has it
     {
         grpc.StatusCode.UNKNOWN,
@@ -107,15 +110,65 @@ class RpcServer:
             await self._health.set(name, status)
 
 
+class _ReceiveSlots:
+    """Slots in which messages arrive. A message has no size before it is there: the slots are as many as would fit into
+    memory if every message were the largest.
+
+    A slot is held until the message is there, or for ever if nobody else wants it. While calls wait, each slot is
+    taken away early enough for all that wait to have theirs within `seconds`: a caller that sends nothing delays the
+    others by no more than that.
+    """
+
+    def __init__(self, slots: int, seconds: float) -> None:
+        self._slots = slots
+        self._seconds = seconds
+        self._free = asyncio.Semaphore(slots)
+        self._waiting = 0
+        self._holders: dict[asyncio.Timeout, float] = {}  # to when they began
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Wait for a slot and hold it inside. Raises Overloaded when it is taken away."""
+        self._waiting += 1
+        try:
+            self._hurry()
+            await self._free.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            async with asyncio.timeout(None) as limit:
+                self._holders[limit] = asyncio.get_running_loop().time()
+                self._hurry()
+                try:
+                    yield
+                finally:
+                    del self._holders[limit]
+        except TimeoutError as err:
+            raise Overloaded("no message came, and other calls wait to send theirs") from err
+        finally:
+            self._free.release()
+
+    def _hurry(self) -> None:
+        if self._waiting == 0 or not self._free.locked():
+            return
+        share = self._seconds / math.ceil(self._waiting / self._slots)
+        for limit, since in self._holders.items():
+            if not limit.expired():
+                limit.reschedule(since + share)
+
+
 class _Interceptor(grpc.aio.ServerInterceptor):
     def __init__(self, service: Service, door: Door) -> None:
         self._door = door
         self._metrics = service.metrics
         self._limit = service.settings.request_timeout_s
         settings = service.settings
-        largest = settings.grpc_max_message_bytes if isinstance(settings, GrpcSettings) else settings.max_body_bytes
-        # a message has no size before it is there: so many are received at once as would fit if all were the largest
-        self._receiving = asyncio.Semaphore(max(1, settings.max_inflight_bytes // largest))
+        if not isinstance(settings, GrpcSettings):
+            raise TypeError(f"{type(settings).__name__} has no gRPC port: derive it from GrpcSettings")
+        slots = max(1, settings.max_inflight_bytes // settings.grpc_max_message_bytes)
+        seconds = settings.grpc_receive_timeout_s
+        self._slots = _ReceiveSlots(slots, seconds)
+        self._probe_slots = _ReceiveSlots(slots, min(seconds, PROBE_RECEIVE_SECONDS))
         self._known: dict[str, Handler] = {}
 
     async def intercept_service(
@@ -130,18 +183,18 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or method.startswith(HEALTH):  # None: no such rpc, gRPC answers UNIMPLEMENTED
             return handler
-        answer: Answer | None = handler.unary_unary  # None for a stream; typed for the synchronous server
-        guarded = self._guarded_stream(handler) if answer is None else self._guarded(answer, handler, method)
-        self._known[method] = guarded
+        self._known[method] = guarded = self._guarded(handler, method)
         return guarded
 
-    def _guarded(self, answer: Answer, handler: Handler, method: str) -> Handler:
-        """Check, receive, decode, call, and turn every failure into a status.
+    def _guarded(self, handler: Handler, method: str) -> Handler:
+        """Check, receive, parse, call, and turn every failure into a status; for each of gRPC's four kinds of methods.
 
-        To gRPC it is a handler of a stream, which on the wire is the same: the message is received when it is asked
-        for, and not before the caller has shown a key and got a place.
+        To gRPC it is a handler that takes a stream, which on the wire is the same: a message is received when it is
+        asked for, and not before the caller has shown a key and the service has room.
         """
-        decode = handler.request_deserializer
+        # typed for the synchronous server; exactly one of them is there
+        kinds = (handler.unary_unary, handler.stream_unary, handler.unary_stream, handler.stream_stream)
+        answer = cast("Answer", next(kind for kind in kinds if kind is not None))
 
         async def guarded(messages: AsyncIterator[bytes], context: Context) -> Any:
             started = time.monotonic()
@@ -155,12 +208,19 @@ class _Interceptor(grpc.aio.ServerInterceptor):
             with entered(call):
                 try:
                     self._door.authenticate(call, given.get("authorization"))
-                    with self._door.inside() as place:
-                        raw = await self._receive(messages, call)
-                        place.hold(len(raw))
-                        result = await answer(raw if decode is None else decoded(raw, decode), context)
+                    with self._door.receive() as received:
+                        if handler.request_streaming:
+                            request: Any = self._stream(messages, handler, call, received)
+                        elif (request := await self._message(messages, handler, call, received)) is None:
+                            raise InvalidRequest("the call ended without a message, expected one")
+                        with self._door.inside():
+                            result = answer(request, context)
+                            if handler.response_streaming:
+                                await _send_all(result, context, call)
+                            else:
+                                result = await result
                     code = grpc.StatusCode.OK
-                    return result
+                    return None if handler.response_streaming else result
                 except asyncio.CancelledError:
                     raise
                 except KnnlmError as err:
@@ -173,40 +233,32 @@ class _Interceptor(grpc.aio.ServerInterceptor):
                 finally:
                     self._note(method, code, call, time.monotonic() - started)
 
-        return grpc.stream_unary_rpc_method_handler(
-            guarded,
-            request_deserializer=None,
-            response_serializer=handler.response_serializer,
-        )
+        streams = handler.response_streaming
+        made = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
+        return made(guarded, request_deserializer=None, response_serializer=handler.response_serializer)
 
-    async def _receive(self, messages: AsyncIterator[bytes], call: Call) -> bytes:
+    async def _message(self, messages: AsyncIterator[bytes], handler: Handler, call: Call, received: Received) -> Any:
+        """The caller's next message, parsed; None when it has sent all. Raises DeadlineExceeded, Overloaded,
+        InvalidRequest.
+        """
+        slots = self._probe_slots if call.probe else self._slots
         try:
-            async with asyncio.timeout(call.remaining()), self._receiving:
+            async with asyncio.timeout(call.remaining()), slots.slot():
                 raw = await anext(messages, None)
         except TimeoutError as err:
             raise DeadlineExceeded("the request's time was over before its message had arrived") from err
+        received.complete()
         if raw is None:
-            raise InvalidRequest("the call ended without a message, expected one")
-        return raw
+            return None
+        received.hold(len(raw))
+        parse = handler.request_deserializer
+        return raw if parse is None else decoded(raw, parse)
 
-    def _guarded_stream(self, handler: Handler) -> Handler:
-        """Reflection, the only stream: for those who have a key."""
-        answer: Answer = handler.stream_stream  # type: ignore[assignment]
-
-        async def guarded(requests: Any, context: Context) -> Any:
-            call = Call(new_id(None), "grpc", time.monotonic() + self._limit)
-            try:
-                self._door.authenticate(call, _metadata(context).get("authorization"))
-            except KnnlmError as err:
-                await _abort(context, call, err)
-            async for reply in answer(requests, context):
-                yield reply
-
-        return grpc.stream_stream_rpc_method_handler(
-            guarded,
-            handler.request_deserializer,
-            handler.response_serializer,
-        )
+    async def _stream(
+        self, messages: AsyncIterator[bytes], handler: Handler, call: Call, received: Received
+    ) -> AsyncIterator[Any]:
+        while (message := await self._message(messages, handler, call, received)) is not None:
+            yield message
 
     def _note(self, method: str, code: grpc.StatusCode, call: Call, seconds: float) -> None:
         self._metrics.requests.labels("grpc", method, code.name).inc()
@@ -214,6 +266,16 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         level = logging.DEBUG if call.probe else logging.INFO
         event(LOG, "request", level, face="grpc", route=method, status=code.name, seconds=seconds, **call.logged())
         self._door.tracing.end(call, _outcome(method, code))
+
+
+async def _send_all(replies: AsyncIterator[Any], context: Context, call: Call) -> None:
+    """Send what an async generator gives. Raises DeadlineExceeded when the call's time is over before its end."""
+    try:
+        async with asyncio.timeout(call.remaining()), aclosing(replies):  # type: ignore[type-var]
+            async for reply in replies:
+                await context.write(reply)
+    except TimeoutError as err:
+        raise DeadlineExceeded("the request's time was over before the end of its answer") from err
 
 
 def _outcome(method: str, code: grpc.StatusCode) -> Outcome:

@@ -17,7 +17,7 @@ from services.runtime.packed import PackedRoute
 from services.runtime.settings import HttpSettings
 from services.runtime.traces import tracing
 
-__all__ = ["Core", "Door", "Place", "Readiness", "RpcService", "Service"]
+__all__ = ["Core", "Door", "Readiness", "Received", "RpcService", "Service"]
 
 
 class Core(Protocol):
@@ -104,6 +104,7 @@ class Door:
         self._most_bytes = service.settings.max_inflight_bytes
         self._metrics = service.metrics
         self._inside = 0
+        self._receiving = 0
         self._bytes = 0
 
     def authenticate(self, call: Call, authorization: str | None) -> None:
@@ -111,22 +112,42 @@ class Door:
         call.admin = self.keys.admits(authorization)
 
     @contextmanager
-    def inside(self) -> Iterator["Place"]:
+    def receive(self) -> Iterator["Received"]:
+        """Count the bytes of one request from their arrival to its answer; it holds no place among those in work yet.
+
+        Raises Unavailable while loading or draining, and Overloaded when no place is free: then nothing is received.
+        """
+        self._check()
+        received = Received(self)
+        self._count_receiving(1)
+        try:
+            yield received
+        finally:
+            received.complete()
+            self._hold(-received.size)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
         """Hold a place during the work. Raises Unavailable while loading or draining, Overloaded when full."""
+        self._check()
+        self._inside += 1
+        self._metrics.inflight.set(self._inside)
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            self._metrics.inflight.set(self._inside)
+
+    def _check(self) -> None:
         if self.readiness.phase != "ready":
             raise Unavailable(f"the service is {self.readiness.phase}")
         if self._inside >= self._most:
             self._metrics.rejected.labels("queue_full").inc()
             raise Overloaded(f"{self._inside} requests are in work, the most this service takes at once")
-        self._inside += 1
-        self._metrics.inflight.set(self._inside)
-        place = Place(self)
-        try:
-            yield place
-        finally:
-            self._inside -= 1
-            self._metrics.inflight.set(self._inside)
-            self._hold(-place.size)
+
+    def _count_receiving(self, more: int) -> None:
+        self._receiving += more
+        self._metrics.receiving.set(self._receiving)
 
     def _hold(self, size: int) -> None:
         """Count bytes of requests in work. Raises Overloaded when they are too many together."""
@@ -140,12 +161,19 @@ class Door:
         self._metrics.inflight_bytes.set(self._bytes)
 
 
-class Place:
-    """One request's, until it is answered. size: the bytes it was sent, counted as they come."""
+class Received:
+    """What one request was sent, held until it is answered. size: bytes, counted as they come."""
 
     def __init__(self, door: Door) -> None:
         self._door = door
+        self._complete = False
         self.size = 0
+
+    def complete(self) -> None:
+        """All of it has arrived. May be called twice."""
+        if not self._complete:
+            self._complete = True
+            self._door._count_receiving(-1)
 
     def hold(self, size: int) -> None:
         """Count so many bytes more. Raises Overloaded when the requests in work have too many together."""

@@ -122,6 +122,9 @@ class GrpcSettings(HttpSettings):
 
     grpc_port: int = Field(9000, ge=0, le=65535, description="gRPC port; 0 picks a free one, which is logged")
     grpc_max_message_bytes: int = Field(67_108_864, ge=65_536, description="largest gRPC message, in and out")
+    grpc_receive_timeout_s: float = Field(
+        5.0, gt=0, description="seconds in which a gRPC call that waits to send its message has its turn to"
+    )
     grpc_max_connection_age_s: float = Field(
         30.0, ge=1, le=86_400, description="seconds until a gRPC client must connect again, and so finds new replicas"
     )

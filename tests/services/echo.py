@@ -77,9 +77,23 @@ class EchoCore(lm_pb2_grpc.LanguageModelServicer):
             raise self.error
         return lm_pb2.GetModelResponse(model_id=current().id)
 
+    async def count(self, request: bytes, context: Context) -> AsyncIterator[bytes]:  # noqa: ARG002
+        """Two replies, one before and one after the gate; then the error, if one is set."""
+        current().timings["work"] = 1.0
+        yield request
+        yield (await self.wait()).encode()
+        if self.error is not None:
+            raise self.error
+
     async def Forward(self, request: lm_pb2.ForwardRequest, context: Context) -> lm_pb2.ForwardResponse:  # noqa: ARG002, N802
         await self.wait()
         return lm_pb2.ForwardResponse()
+
+
+def counter(core: EchoCore) -> "grpc.GenericRpcHandler":
+    """An rpc that answers with a stream, which none of ours does."""
+    method: Any = grpc.unary_stream_rpc_method_handler(core.count)  # the stubs know servers with threads alone
+    return grpc.method_handlers_generic_handler("knnlm.test.Counter", {"Count": method})
 
 
 def echo_service(core: EchoCore, settings: EchoSettings | None = None) -> Service:
@@ -121,7 +135,8 @@ def echo_service(core: EchoCore, settings: EchoSettings | None = None) -> Servic
             RpcService(
                 "knnlm.v1.LanguageModel",
                 lambda server: lm_pb2_grpc.add_LanguageModelServicer_to_server(core, server),
-            )
+            ),
+            RpcService("knnlm.test.Counter", lambda server: server.add_generic_rpc_handlers((counter(core),))),
         ],
     )
 

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
+from knnlm.clients.context import PROBE
 from knnlm.v1 import common_pb2, lm_pb2, lm_pb2_grpc
 from services.runtime.lifecycle import Host, running
 from services.runtime.settings import load_settings
@@ -26,6 +27,10 @@ def served(core: EchoCore, **settings: Any) -> Any:
 
 def in_flight(host: Host) -> float:
     return host.service.metrics.registry.get_sample_value("knnlm_inflight_bytes") or 0.0
+
+
+async def receiving(host: Host, count: int) -> bool:
+    return host.service.metrics.registry.get_sample_value("knnlm_receiving_requests") == count
 
 
 def message(size: int) -> lm_pb2.ForwardRequest:
@@ -164,13 +169,10 @@ async def test_so_many_messages_are_received_at_once_as_fit_if_they_were_the_lar
         method: Any = channel.stream_unary("/knnlm.v1.LanguageModel/GetModel")
         slow = [method() for _ in range(2)]  # open, and nothing sent yet
 
-        async def inside(count: int) -> bool:
-            return bool(host.service.metrics.registry.get_sample_value("knnlm_inflight_requests") == count)
-
-        await until(lambda: inside(2))
+        await until(lambda: receiving(host, 2))
         third = asyncio.ensure_future(lm_pb2_grpc.LanguageModelStub(channel).GetModel(lm_pb2.GetModelRequest()))
 
-        await until(lambda: inside(3))
+        await until(lambda: receiving(host, 3))
         done, _ = await asyncio.wait([third], timeout=0.1)
         assert not done
         await slow[0].write(b"")
@@ -178,6 +180,81 @@ async def test_so_many_messages_are_received_at_once_as_fit_if_they_were_the_lar
         assert (await third).model_id
         await slow[1].done_writing()
         assert await slow[1].code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def silent(channel: grpc.aio.Channel, count: int, metadata: tuple[tuple[str, str], ...] = ()) -> list[Any]:
+    """Calls that are open and send nothing."""
+    method: Any = channel.stream_unary("/knnlm.v1.LanguageModel/GetModel")
+    return [method(metadata=metadata) for _ in range(count)]
+
+
+TWO_SLOTS = {**BOUNDS, "grpc_max_message_bytes": MOST // 2}
+
+
+@pytest.mark.parametrize("places", [256, 2])
+async def test_calls_that_never_send_their_message_hold_the_others_up_for_seconds_only(places: int) -> None:
+    """request_timeout_s is 60 here: it is not what ends them."""
+    settings = {**TWO_SLOTS, "grpc_receive_timeout_s": 0.5, "max_concurrent_requests": places}
+    async with (
+        served(EchoCore(), **settings) as host,
+        grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
+    ):
+        idle = silent(channel, 60)
+        reply = lm_pb2_grpc.LanguageModelStub(channel).GetModel(lm_pb2.GetModelRequest())
+        assert (await asyncio.wait_for(reply, 15)).model_id
+        code, trailing = await refusal(idle[0])
+        assert (code, trailing["knnlm-error-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
+        for call in idle:
+            call.cancel()
+
+
+async def test_how_services_look_at_one_another_does_not_wait_for_messages_that_never_come() -> None:
+    async with (
+        served(EchoCore(), **TWO_SLOTS, grpc_receive_timeout_s=60) as host,
+        grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
+    ):
+        idle = silent(channel, 20)
+        await until(lambda: receiving(host, 20))
+        stub = lm_pb2_grpc.LanguageModelStub(channel)
+        probe = stub.GetModel(lm_pb2.GetModelRequest(), metadata=((PROBE, "1"),))
+        assert (await asyncio.wait_for(probe, 15)).model_id
+        for call in idle:
+            call.cancel()
+
+
+async def test_a_message_may_come_late_where_nobody_waits_for_its_slot() -> None:
+    async with (
+        served(EchoCore(), **TWO_SLOTS, grpc_receive_timeout_s=0.05) as host,
+        grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}") as channel,
+    ):
+        (late,) = silent(channel, 1)
+        await until(lambda: receiving(host, 1))
+        await lm_pb2_grpc.LanguageModelStub(channel).GetModel(lm_pb2.GetModelRequest())
+        await asyncio.sleep(0.2)  # four times what it would get
+        await late.write(b"")
+        await late.done_writing()
+        assert await late.code() == grpc.StatusCode.OK
+
+
+async def test_bodies_that_come_a_byte_at_a_time_hold_no_place() -> None:
+    stopped = asyncio.Event()
+
+    async def dripping() -> AsyncIterator[bytes]:
+        for byte in (b"{", b'"'):
+            yield byte
+        await stopped.wait()
+
+    async with echo_http(EchoCore(), max_concurrent_requests=2) as (client, service):
+        slow = [asyncio.create_task(client.post("/echo/a", content=dripping())) for _ in range(5)]
+
+        async def all_arrive() -> bool:
+            return service.metrics.registry.get_sample_value("knnlm_inflight_bytes") == 10
+
+        await until(all_arrive)
+        assert (await client.post("/echo/a", json={"count": 1})).status_code == 200
+        stopped.set()
+        assert [(await call).status_code for call in slow] == [400] * 5
+        assert service.metrics.registry.get_sample_value("knnlm_receiving_requests") == 0
 
 
 @pytest.mark.parametrize("name", ["max_body_bytes", "grpc_max_message_bytes"])

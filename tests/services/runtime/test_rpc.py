@@ -15,6 +15,7 @@ from knnlm.errors import Overloaded, UnknownVersion
 from knnlm.v1 import lm_pb2, lm_pb2_grpc
 from services.runtime.lifecycle import Host, running
 from tests.services.echo import EchoCore, EchoSettings, echo_service
+from tests.services.waiting import until
 
 NAME = "knnlm.v1.LanguageModel"
 
@@ -134,3 +135,88 @@ async def test_more_rpcs_than_there_is_room_for_are_refused() -> None:
         assert (code, trailing["knnlm-error-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
         core.gate.set()
         await slow
+
+
+COUNT = "/knnlm.test.Counter/Count"
+
+
+def count(channel: grpc.aio.Channel, **options: Any) -> Any:
+    method: Any = channel.unary_stream(COUNT)
+    return method(b"first", **options)
+
+
+async def requests(host: Host, code: str) -> float:
+    labels = {"face": "grpc", "route": COUNT, "code": code}
+    found = []
+
+    async def counted() -> bool:
+        found.append(host.service.metrics.registry.get_sample_value("knnlm_requests_total", labels))
+        return bool(found[-1])
+
+    await until(counted)
+    return found[-1] or 0.0
+
+
+async def test_a_stream_of_replies_is_admitted_counted_and_logged_as_any_call(caplog: pytest.LogCaptureFixture) -> None:
+    core = EchoCore()
+    with caplog.at_level(logging.INFO, "services.runtime.rpc"):
+        async with echo_grpc(core, max_concurrent_requests=1) as (host, channel):
+            call = count(channel, metadata=(("x-request-id", "abc"),))
+            assert await call.read() == b"first"
+            await core.entered.wait()
+            stub = lm_pb2_grpc.LanguageModelStub(channel)
+            assert (await failure(stub.GetModel(lm_pb2.GetModelRequest())))[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
+            core.gate.set()
+            assert await call.read() == b"done"
+            assert await call.read() is grpc.aio.EOF
+            assert ("x-request-id", "abc") in list(await call.trailing_metadata())
+            assert await requests(host, "OK") == 1
+            assert (await stub.GetModel(lm_pb2.GetModelRequest())).model_id
+    (record,) = [r for r in caplog.records if r.__dict__["knnlm_fields"].get("route") == COUNT]
+    assert record.__dict__["knnlm_fields"]["work_s"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "trailing"),
+    [
+        (Overloaded("full"), grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded"),
+        (ZeroDivisionError("the password is swordfish"), grpc.StatusCode.INTERNAL, "internal"),
+    ],
+)
+async def test_a_stream_that_fails_says_so_after_what_it_gave(
+    error: Exception, code: grpc.StatusCode, trailing: str
+) -> None:
+    core = EchoCore()
+    core.error = error
+    core.gate.set()
+    async with echo_grpc(core) as (host, channel):
+        call = count(channel)
+        assert [await call.read(), await call.read()] == [b"first", b"done"]
+        found = await failure(call.read())
+        assert (found[0], found[2]["knnlm-error-code"]) == (code, trailing)
+        assert "swordfish" not in found[1]
+        assert await requests(host, code.name) == 1
+
+
+async def test_a_stream_ends_with_its_time_and_with_its_caller() -> None:
+    core = EchoCore()
+    async with echo_grpc(core, request_timeout_s=0.2) as (host, channel):
+        call = count(channel)
+        assert await call.read() == b"first"
+        code, _, trailing = await failure(call.read())
+        assert (code, trailing["knnlm-error-code"]) == (grpc.StatusCode.DEADLINE_EXCEEDED, "deadline_exceeded")
+        assert core.left.is_set()
+        assert await requests(host, "DEADLINE_EXCEEDED") == 1
+    core = EchoCore()
+    async with echo_grpc(core) as (host, channel):
+        call = count(channel)
+        await core.entered.wait()
+        call.cancel()
+        await asyncio.wait_for(core.left.wait(), 10)
+        assert await requests(host, "CANCELLED") == 1
+
+
+async def test_a_stream_needs_a_key_once_keys_are_set() -> None:
+    async with echo_grpc(EchoCore(), api_keys=(SecretStr("k"),)) as (_, channel):
+        assert (await failure(count(channel).read()))[0] == grpc.StatusCode.UNAUTHENTICATED
+        assert await count(channel, metadata=(("authorization", "Bearer k"),)).read() == b"first"
