@@ -56,18 +56,26 @@ def tune(
     from knnlm.datastore.manifest import Manifest
     from knnlm.datastore.revise import with_tuning
     from knnlm.datastore.text import read_documents
-    from knnlm.evaluation.collect import collect
+    from knnlm.evaluation.collect import find, leak, observe
     from knnlm.evaluation.plots import write_tuning_page
     from knnlm.evaluation.splits import encode, sample, select, unseen
-    from knnlm.evaluation.tuning import fit
+    from knnlm.evaluation.tuning import fit, smallest_k
     from knnlm.index.searcher import Searcher
     from knnlm.lm.model import LanguageModel
 
-    ks = k or [64, 256, 1024]
     path = version_folder(Catalog(store), domain, version)
+    manifest = Manifest.load(path)
+    asked = k or [64, 256, 1024]
+    if min(asked) < 1:
+        raise InvalidRequest(f"k must be at least 1, got {min(asked)}", param="k")
+    if not manifest.live_entries:
+        raise InvalidRequest(f"{path} has no entries, so there is nothing to tune: add documents to {domain} first")
+    ks = sorted({min(wanted, manifest.live_entries) for wanted in asked})
     chosen = list(select(read_documents(sources), parse_part(part)))
-    lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=Manifest.load(path).key_function)
+    lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=manifest.key_function)
     searcher = Searcher.open(path, index=index, expect=lm.info)
+    fits = []
+    leaked = 0.0
     try:
         encoded = encode(chosen, lm.tokenizer)
         held_out = unseen(encoded, path)
@@ -76,27 +84,31 @@ def tune(
         if not held_out:
             raise InvalidRequest(f"no document to fit on that is not in {path}", param="sources")
         few = sample(held_out, lm.tokenizer, max_tokens)
-        with progress("tokens", sum(len(d.tokens) - 1 for d in few), description="searching") as update:
-            observations = collect(
-                lm, searcher, domain, few, k=max(ks), min_context=min_context, on_progress=lambda done: update(done)
-            )
+        with progress("tokens", sum(len(d.tokens) - 1 for d in few), description="asking the model") as update:
+            observed = observe(lm, few, min_context=min_context, on_progress=lambda done: update(done))
+        with progress("queries", len(ks) * len(observed.targets), description="searching") as update:
+            for i, wanted in enumerate(ks):  # once for each: fewer neighbors are found among fewer candidates
+                found = find(searcher, domain, observed, wanted)
+                update((i + 1) * len(observed.targets))
+                fits.append(fit(found))
+                leaked = leak(observed, found.neighbors, lm.info.dtype)
     finally:
         searcher.close()
-    result = fit(observations, ks)
+    result = smallest_k(fits)
     default = with_tuning(path, result.tuning).index.recipe
     if index not in (None, default):
         remark(
             f"fitted to neighbors found by {index}; {default} answers: `knnlm index {domain} --use {index}` changes it"
         )
     tuning = result.tuning
-    warnings = _warnings(observations.leak, tuning.lmbda)
+    warnings = _warnings(leaked, tuning.lmbda)
     if page is not None:
         write_tuning_page(page, result, f"{domain} {path.name}")
     for warning in warnings:
         remark(f"warning: {warning}")
     if as_json:
         curve = [asdict(point) for point in result.curve]
-        answer = {"domain": domain, "version": path.name, **asdict(tuning), "leak": observations.leak}
+        answer = {"domain": domain, "version": path.name, **asdict(tuning), "leak": leaked}
         print_json({**answer, "warnings": warnings, "curve": curve})
         return
     print(f"{domain} {path.name}: temperature {tuning.temperature:.5g}, lambda {tuning.lmbda:.3f}, k {tuning.k}")

@@ -1,4 +1,4 @@
-"""The model and the search, run once over held-out documents; what they say is kept for tuning to fit.
+"""What the model says about held-out documents, asked once; and what searches find for the same tokens, as served.
 
 Windows are those of scoring (knnlm/mixer.py), so a fitted value holds for what it was fitted to.
 """
@@ -18,15 +18,16 @@ from knnlm.messages import ForwardRequest, SearchRequest
 from knnlm.neighbors import Neighbors
 from knnlm.pipeline import Search
 
-__all__ = ["LEAK_ALARM", "HeldOut", "coincide", "collect", "observe"]
+__all__ = ["LEAK_ALARM", "HeldOut", "coincide", "find", "leak", "observe"]
 
 # How far, in squared norms of the query, a key lies from the same text's stored one. In float32 what is left is the
 # rounding to float16, 5e-8; other text was never nearer than 4e-5, even to a model that has hardly been trained. Halves
 # differ by up to their own rounding from one batch to the next.
-SAME = {"float32": 4e-6}
-SAME_HALF = 1e-4
+SAME_KEY = {"float32": 4e-6}
+SAME_HALF_KEY = 1e-4
 LEAK_CONTEXT = 16  # tokens before a query that counts, where there are so long documents: many texts begin alike
 LEAK_ALARM = 0.05  # share of coinciding queries from which on a report warns
+BLOCK_ROWS = 512  # queries searched at a time
 
 Batch = list[tuple[Encoded, Window]]
 Answer = tuple[npt.NDArray[np.floating], npt.NDArray[np.float32]]
@@ -34,12 +35,17 @@ Answer = tuple[npt.NDArray[np.floating], npt.NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the model alone says about n held-out tokens: queries (n, d) float32, lm_log_probs (n,), targets (n,)."""
+    """What the model alone says about n held-out tokens of so many documents.
 
-    queries: npt.NDArray[np.float32]
+    queries: (n, d), in the dtype of the model's keys. lm_log_probs: (n,). targets: (n,). depths: (n,) tokens of the
+    document before each; None where they are not known.
+    """
+
+    queries: npt.NDArray[np.floating]
     lm_log_probs: npt.NDArray[np.float32]
     targets: npt.NDArray[np.int32]
     documents: int
+    depths: npt.NDArray[np.int64] | None = None
 
 
 def observe(
@@ -50,60 +56,60 @@ def observe(
     batch_tokens: int = 4096,
     on_progress: Callable[[int], None] | None = None,
 ) -> HeldOut:
-    """`collect` without a search: queries to be searched for in several ways. Parameters and errors are its own."""
-    keys, log_probs, targets = [], [], []
-    done = 0
-    for _, expected, (queries, answered) in _answers(lm, documents, min_context, batch_tokens):
-        keys.append(queries.astype(np.float32))
-        log_probs.append(answered)
-        targets.append(expected)
-        done += len(expected)
-        if on_progress is not None:
-            on_progress(done)
-    if not done:
-        raise InvalidRequest("no document with at least two tokens", param="sources")
-    return HeldOut(np.concatenate(keys), np.concatenate(log_probs), np.concatenate(targets), len(documents))
+    """Every token of `documents` but the first of each: its log-probability, and the key of its context.
 
-
-def collect(
-    lm: KeyEncoder,
-    search: Search,
-    domain: str,
-    documents: Sequence[Encoded],
-    *,
-    k: int,
-    min_context: int | None = None,
-    batch_tokens: int = 4096,
-    on_progress: Callable[[int], None] | None = None,
-) -> Observations:
-    """Every token of `documents` but the first of each: its log-probability, k neighbors of its context, itself.
-
-    `search` answers for `domain`. min_context: as in `Mixer.score`. on_progress: called with the tokens done so far.
-    Memory: 16 bytes per token and neighbor. Raises InvalidRequest when there is no token.
+    min_context: as in `Mixer.score`. on_progress: called with the tokens done so far. Memory: a key per token. Raises
+    InvalidRequest when there is no token.
     """
-    same = SAME.get(lm.info.dtype, SAME_HALF)
-    log_probs, targets, distances, values, coinciding, deep = [], [], [], [], [], []
+    keys, log_probs, targets, depths = [], [], [], []
     done = 0
-    for batch, expected, (keys, answered) in _answers(lm, documents, min_context, batch_tokens):
-        found = search.search(SearchRequest(domain=domain, queries=keys, k=k)).neighbors
+    for batch, expected, (queries, answered) in _answers(lm, documents, min_context, batch_tokens):
+        keys.append(queries)
         log_probs.append(answered)
         targets.append(expected)
-        distances.append(found.distances)
-        values.append(found.values)
-        coinciding.append(coincide(keys, found, same))
-        deep.append(np.concatenate([np.arange(w.first, w.end) >= LEAK_CONTEXT for _, w in batch]))
+        depths += [np.arange(w.first, w.end) for _, w in batch]
         done += len(expected)
         if on_progress is not None:
             on_progress(done)
     if not done:
         raise InvalidRequest("no document with at least two tokens", param="sources")
-    return Observations(
-        lm_log_probs=np.concatenate(log_probs),
-        targets=np.concatenate(targets),
-        neighbors=Neighbors(np.concatenate(distances), np.concatenate(values)),
-        documents=len(documents),
-        leak=_share(np.concatenate(coinciding), np.concatenate(deep)),
-    )
+    made = (np.concatenate(keys), np.concatenate(log_probs), np.concatenate(targets))
+    return HeldOut(*made, len(documents), np.concatenate(depths))
+
+
+def find(
+    search: Search, domain: str, held_out: HeldOut, k: int, *, on_progress: Callable[[int], None] | None = None
+) -> Observations:
+    """What a request for k neighbors finds for every query of `held_out`: the same candidates are considered.
+
+    `search` answers for `domain`. on_progress: called with the queries done so far. Memory: 8 bytes per query and
+    neighbor. Raises what searching raises.
+    """
+    n = len(held_out.queries)
+    distances = values = None
+    for start in range(0, n, BLOCK_ROWS):
+        rows = slice(start, min(start + BLOCK_ROWS, n))
+        found = search.search(SearchRequest(domain=domain, queries=held_out.queries[rows], k=k)).neighbors
+        if distances is None or values is None:
+            shape = (n, found.values.shape[1])
+            distances, values = np.empty(shape, np.float32), np.empty(shape, np.int32)
+        distances[rows], values[rows] = found.distances, found.values
+        if on_progress is not None:
+            on_progress(rows.stop)
+    if distances is None or values is None:
+        raise InvalidRequest("there is no query to search for", param="queries")
+    return Observations(held_out.lm_log_probs, held_out.targets, Neighbors(distances, values), held_out.documents)
+
+
+def leak(held_out: HeldOut, neighbors: Neighbors, dtype: str) -> float:
+    """The share of the queries that coincide with a stored key; dtype: of the model that made the queries.
+
+    Only those with LEAK_CONTEXT tokens before them count, unless there are none:
+    very short documents may all be copies.
+    """
+    hits = coincide(held_out.queries, neighbors, SAME_KEY.get(dtype, SAME_HALF_KEY))
+    counted = np.ones(len(hits), np.bool_) if held_out.depths is None else held_out.depths >= LEAK_CONTEXT
+    return float(hits[counted].mean() if counted.any() else hits.mean())
 
 
 def coincide(queries: npt.NDArray[np.floating], neighbors: Neighbors, same: float) -> npt.NDArray[np.bool_]:
@@ -112,11 +118,6 @@ def coincide(queries: npt.NDArray[np.floating], neighbors: Neighbors, same: floa
     norms = np.einsum("nd,nd->n", queries, queries, dtype=np.float64)
     found: npt.NDArray[np.bool_] = nearest <= same * norms
     return found
-
-
-def _share(hits: npt.NDArray[np.bool_], counted: npt.NDArray[np.bool_]) -> float:
-    """Of the counted ones; of all where none is: very short documents may all be copies."""
-    return float(hits[counted].mean() if counted.any() else hits.mean())
 
 
 def _answers(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from knnlm.errors import InvalidRequest
-from knnlm.evaluation.collect import LEAK_ALARM, collect
+from knnlm.evaluation.collect import LEAK_ALARM, find, leak, observe
 from knnlm.evaluation.splits import Encoded, sample
 from knnlm.mixer import Score
 from knnlm.options import KnnOptions, UsedDomain
@@ -157,11 +157,12 @@ def leaks(
     pipeline: Pipeline, documents: Sequence[Encoded], domains: Sequence[str], *, min_context: int | None = None
 ) -> dict[str, float]:
     """By domain, the share of queries that coincide with a stored key, over an even sample of LEAK_TOKENS tokens."""
-    few = sample(documents, pipeline.tokenizer, LEAK_TOKENS)
-    return {
-        domain: collect(pipeline.lm, pipeline.searchers[domain], domain, few, k=1, min_context=min_context).leak
-        for domain in domains
-    }
+    if not domains:
+        return {}
+    lm = pipeline.lm
+    held_out = observe(lm, sample(documents, lm.tokenizer, LEAK_TOKENS), min_context=min_context)
+    found = {domain: find(pipeline.searchers[domain], domain, held_out, k=1).neighbors for domain in domains}
+    return {domain: leak(held_out, neighbors, lm.info.dtype) for domain, neighbors in found.items()}
 
 
 def _figures_of(document: Encoded, score: Score) -> DocumentFigures:

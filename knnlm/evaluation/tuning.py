@@ -6,7 +6,7 @@ temperature the mean log-likelihood is concave in lambda, so lambda is solved, n
 knnlm/evaluation/collect.py does, once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,8 @@ from knnlm.messages import Tuning
 from knnlm.mixture import Component, mix
 from knnlm.neighbors import Neighbors, target_log_probs
 
-__all__ = ["LARGEST_LAMBDA", "Fit", "Observations", "Point", "best_lambda", "fit", "mean_loss", "temperature_scale"]
+__all__ = ["LARGEST_LAMBDA", "Fit", "Observations", "Point", "best_lambda", "fit", "mean_loss", "smallest_k",
+           "temperature_scale"]  # fmt: skip
 
 GRID = 2.0 ** np.arange(-10, 11)  # temperatures to try, as multiples of the scale
 GOLDEN_STEPS = 16  # narrows two grid steps (a factor of 4) to a relative width of 6e-4
@@ -25,7 +26,7 @@ GOLDEN = (np.sqrt(5) - 1) / 2
 BISECTIONS = 50
 # One unseen token that no neighbor stores has probability zero at lambda 1, whatever the fitting documents said.
 LARGEST_LAMBDA = 0.99
-AS_GOOD = 1.001  # a perplexity so much higher is no reason for a larger k, which every search would pay for
+RELATIVE_TOLERANCE = 1e-3  # of perplexity: a gain this small is no reason for a larger k, which every search pays for
 CHUNK = 1 << 20  # distances that are turned into float64 at a time
 
 
@@ -34,14 +35,13 @@ class Observations:
     """What model and datastore said about n held-out tokens.
 
     lm_log_probs: (n,) of the tokens that came. targets: (n,) int32, those tokens. neighbors: n queries. documents: how
-    many the tokens come from. leak: share of the queries that coincide with a stored key, see collect.py.
+    many the tokens come from.
     """
 
     lm_log_probs: npt.NDArray[np.floating]
     targets: npt.NDArray[np.int32]
     neighbors: Neighbors
     documents: int
-    leak: float = 0.0
 
     def __post_init__(self) -> None:
         shapes = {self.lm_log_probs.shape, self.targets.shape, self.neighbors.values.shape[:1]}
@@ -70,19 +70,13 @@ class Fit:
     curve: tuple[Point, ...]
 
 
-def fit(observations: Observations, ks: Sequence[int] = ()) -> Fit:
-    """The temperature, lambda and k (one of `ks`; all neighbors by default) with the lowest perplexity.
+def fit(observations: Observations) -> Fit:
+    """The temperature and lambda with the lowest perplexity, for neighbors as they were found: k is how many.
 
-    Never worse than the LM alone on the observations: lambda is 0 where retrieval does not help. Of several k the
-    smallest wins that is within AS_GOOD of the best. Raises InvalidRequest for a k below 1.
+    Never worse than the LM alone on the observations: lambda is 0 where retrieval does not help.
     """
-    found = observations.neighbors.values.shape[1]
-    if any(k < 1 for k in ks):
-        raise InvalidRequest(f"k must be at least 1, got {min(ks)}", param="k")
-    curves = [_curve(observations, k) for k in sorted({min(k, found) for k in ks} or {found})]
-    bests = [min(curve, key=lambda point: point.perplexity) for curve in curves]
-    limit = min(point.perplexity for point in bests) * AS_GOOD
-    best = next(point for point in bests if point.perplexity <= limit)
+    curve = _curve(observations)
+    best = min(curve, key=lambda point: point.perplexity)
     tuning = Tuning(
         temperature=best.temperature,
         lmbda=best.lmbda,
@@ -92,7 +86,16 @@ def fit(observations: Observations, ks: Sequence[int] = ()) -> Fit:
         tokens=len(observations.targets),
         documents=observations.documents,
     )
-    return Fit(tuning, tuple(point for curve in curves for point in curve))
+    return Fit(tuning, tuple(curve))
+
+
+def smallest_k(fits: Iterable[Fit]) -> Fit:
+    """Of fits to neighbors of the same queries, each with another k, the one with the smallest k whose perplexity is
+    within RELATIVE_TOLERANCE of the best; its curve holds the points of all."""
+    by_k = sorted(fits, key=lambda found: found.tuning.k)
+    limit = min(found.tuning.knn_perplexity for found in by_k) * (1 + RELATIVE_TOLERANCE)
+    best = next(found for found in by_k if found.tuning.knn_perplexity <= limit)
+    return Fit(best.tuning, tuple(point for found in by_k for point in found.curve))
 
 
 def best_lambda(lm_log_probs: npt.NDArray[np.floating], knn_log_probs: npt.NDArray[np.floating]) -> float:
@@ -137,20 +140,17 @@ def temperature_scale(neighbors: Neighbors) -> float:
     return 1.0
 
 
-def _curve(observations: Observations, k: int) -> list[Point]:
-    """Every point tried for one k, by temperature."""
-    neighbors = observations.neighbors
-    cut = Neighbors(neighbors.distances[:, :k], neighbors.values[:, :k])
-    observed = Observations(observations.lm_log_probs, observations.targets, cut, observations.documents)
+def _curve(observations: Observations) -> list[Point]:
+    """Every point that was tried, by temperature."""
     points: dict[float, Point] = {}
 
     def loss(log_temperature: float) -> float:
         temperature = float(np.exp(log_temperature))
         if temperature not in points:
-            points[temperature] = _best_at(observed, k, temperature)
+            points[temperature] = _best_at(observations, temperature)
         return points[temperature].perplexity
 
-    grid = np.log(GRID * temperature_scale(cut))
+    grid = np.log(GRID * temperature_scale(observations.neighbors))
     best = int(np.argmin([loss(t) for t in grid]))
     _golden(loss, float(grid[max(best - 1, 0)]), float(grid[min(best + 1, len(grid) - 1)]))
     return [points[t] for t in sorted(points)]
@@ -168,10 +168,11 @@ def _golden(loss: Callable[[float], float], low: float, high: float) -> None:
             right = low + GOLDEN * (high - low)
 
 
-def _best_at(observations: Observations, k: int, temperature: float) -> Point:
+def _best_at(observations: Observations, temperature: float) -> Point:
     knn_log_probs = _knn_log_probs(observations, temperature)
     present = observations.neighbors.present  # elsewhere the LM has all the weight, whatever lambda is
     lmbda = best_lambda(observations.lm_log_probs[present], knn_log_probs[present])
+    k = observations.neighbors.values.shape[1]
     return Point(k, temperature, lmbda, float(np.exp(_loss(observations, knn_log_probs, lmbda))))
 
 

@@ -10,6 +10,7 @@ import pytest
 from knnlm.cli.index import print_index
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.manifest import IndexRecord, Manifest
+from knnlm.datastore.reader import Datastore
 from knnlm.datastore.revise import with_index
 from knnlm.lm.model import LanguageModel
 from knnlm.messages import ForwardRequest, ForwardResult
@@ -195,6 +196,28 @@ def test_tune_stores_what_it_found(knnlm: Knnlm, store: Path, corpus: Path, tmp_
     assert (stored.temperature, stored.lmbda, stored.k) == (found["temperature"], found["lmbda"], found["k"])
     assert "<svg" in page.read_text()
     assert "perplexity" in knnlm("tune", "toy", corpus, "--part", "tune").out
+
+
+def test_tune_fits_every_k_to_what_a_request_with_that_k_gets(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    """Not to the first of more candidates, which this index finds better."""
+    knnlm("index", "toy", "--recipe", "pq4x4fs")
+    command = ("tune", "toy", corpus, "--part", "tune", "--json")
+    both = [p for p in knnlm(*command, "--k", 8, "--k", 512).json["curve"] if p["k"] == 8]
+    alone = knnlm(*command, "--k", 8).json
+    assert both == alone["curve"]
+    served = knnlm("eval", corpus, "--part", "tune", "--domain", "toy", "--json").json
+    assert served["knn"]["perplexity"] == pytest.approx(alone["knn_perplexity"], rel=1e-6)
+
+
+def test_an_empty_domain_cannot_be_tuned(
+    knnlm: Knnlm, store: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = [row.id for _, row in Datastore.open(store / "toy" / "v1").live_rows()]
+    assert knnlm("forget", "toy", *stored).code == 0
+    monkeypatch.setattr(LanguageModel, "load", None)  # it is refused before the model is loaded
+    answer = knnlm("tune", "toy", corpus)
+    assert answer.code == 2
+    assert "v2 has no entries, so there is nothing to tune: add documents to toy first" in answer.err
 
 
 def test_tune_leaves_out_what_is_stored(knnlm: Knnlm, store: Path, corpus: Path) -> None:

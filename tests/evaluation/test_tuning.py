@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation import tuning
-from knnlm.evaluation.tuning import LARGEST_LAMBDA, Observations, best_lambda, fit, mean_loss, temperature_scale
+from knnlm.evaluation.tuning import (
+    LARGEST_LAMBDA,
+    Observations,
+    best_lambda,
+    fit,
+    mean_loss,
+    smallest_k,
+    temperature_scale,
+)
 from knnlm.neighbors import Neighbors
 
 FLT_MAX = float(np.finfo(np.float32).max)
@@ -113,7 +121,7 @@ def test_fit_equals_brute_force_over_a_dense_grid(seed: int) -> None:
 @given(seed=st.integers(0, 10_000), k=st.integers(1, 9), scale=st.sampled_from([1e-3, 1.0, 1e5]))
 def test_fit_is_never_worse_than_the_model_alone(seed: int, k: int, scale: float) -> None:
     observations = observe(seed, n=20, k=k, scale=scale)
-    result = fit(observations, [1, k])
+    result = smallest_k([fit(nearest(observations, 1)), fit(observations)])
     assert result.tuning.knn_perplexity <= result.tuning.lm_perplexity * (1 + 1e-12)
     assert 0 <= result.tuning.lmbda <= LARGEST_LAMBDA
     assert result.tuning.lm_perplexity == pytest.approx(float(np.exp(mean_loss(observations, 1.0, 0.0))), rel=1e-12)
@@ -141,6 +149,12 @@ def test_without_any_neighbor_the_model_is_left_alone() -> None:
     assert found.knn_perplexity == pytest.approx(found.lm_perplexity, rel=1e-12)
 
 
+def nearest(observations: Observations, k: int) -> Observations:
+    """The same with the k nearest neighbors alone."""
+    neighbors = observations.neighbors
+    return replace(observations, neighbors=Neighbors(neighbors.distances[:, :k], neighbors.values[:, :k]))
+
+
 def test_smallest_k_that_is_as_good_wins() -> None:
     observations = observe(2)
     neighbors = observations.neighbors
@@ -149,16 +163,18 @@ def test_smallest_k_that_is_as_good_wins() -> None:
         np.concatenate([neighbors.distances, far], axis=1),
         np.concatenate([neighbors.values, np.zeros(far.shape, np.int32)], axis=1),
     )
-    wider = replace(observations, neighbors=wide)
-    assert fit(wider, [12, 16]).tuning.k == 12
-    assert fit(observations, [1, 12]).tuning.k == 12  # one neighbor alone is much worse here
+    wider = fit(replace(observations, neighbors=wide))
+    narrow, narrowest = fit(observations), fit(nearest(observations, 1))
+    assert (wider.tuning.k, narrow.tuning.k, narrowest.tuning.k) == (16, 12, 1)
+    assert smallest_k([wider, narrow]).tuning == narrow.tuning
+    assert narrowest.tuning.knn_perplexity > narrow.tuning.knn_perplexity * (1 + tuning.RELATIVE_TOLERANCE)
+    assert smallest_k([narrow, narrowest]).tuning == narrow.tuning
 
 
-def test_k_is_limited_to_what_was_found_and_every_k_is_in_the_curve() -> None:
-    result = fit(observe(), [4, 500, 900])
-    assert result.tuning.k in (4, 12)
-    assert {point.k for point in result.curve} == {4, 12}
-    temperatures = [point.temperature for point in result.curve if point.k == 4]
+def test_every_k_is_in_the_curve() -> None:
+    curve = smallest_k([fit(observe()), fit(nearest(observe(), 4))]).curve
+    assert {point.k for point in curve} == {4, 12}
+    temperatures = [point.temperature for point in curve if point.k == 4]
     assert temperatures == sorted(temperatures)
     assert len(temperatures) >= 21
 
@@ -185,5 +201,3 @@ def test_observations_must_agree_in_length() -> None:
     observations = observe()
     with pytest.raises(InvalidRequest, match="expected one or more observed tokens"):
         replace(observations, targets=observations.targets[1:])
-    with pytest.raises(InvalidRequest, match="k must be at least 1"):
-        fit(observations, [0])
