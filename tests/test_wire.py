@@ -154,6 +154,14 @@ def test_a_list_too_long_for_people_must_be_packed() -> None:
     assert isinstance(array_to_json(array, "base64"), dict)
 
 
+def test_the_lists_of_one_answer_are_counted_together() -> None:
+    half = np.zeros((1, LIST_LIMIT // 2 + 1), np.float32)
+    with pytest.raises(TooLarge, match="base64"):
+        jsonable.forward_result_to_json(ForwardResult(log_probs=half, keys=half), "list")
+    jsonable.forward_result_to_json(ForwardResult(log_probs=half), "list")
+    jsonable.forward_result_to_json(ForwardResult(log_probs=half, keys=half), "base64")
+
+
 def test_an_encoding_is_one_of_two() -> None:
     with pytest.raises(InvalidRequest, match="encoding"):
         array_to_json(np.zeros(1, np.int32), "hex")

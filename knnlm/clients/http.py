@@ -99,7 +99,7 @@ class HttpDatastore:
         self._encoding = encoding
 
     async def search(self, request: SearchRequest) -> SearchResult:
-        path = f"/v1/domains/{quote(request.domain, safe='')}/search"
+        path = f"/v1/domains/{_quoted(request.domain, 'domain')}/search"
         if self._encoding == PROTOBUF:
             message = protos.search_request_to_proto(request)
             answer = await self._link.message(path, message, datastore_pb2.SearchResponse.FromString)
@@ -111,20 +111,22 @@ class HttpDatastore:
         return [jsonable.domain_from_json(given) for given in (await self._link.json("GET", "/v1/domains"))["domains"]]
 
     async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
-        query = "" if version is None else f"?version={quote(version, safe='')}"
-        return jsonable.domain_from_json(await self._link.json("GET", f"/v1/domains/{quote(domain, safe='')}{query}"))
+        query = "" if version is None else f"?version={_quoted(version, 'version')}"
+        return jsonable.domain_from_json(
+            await self._link.json("GET", f"/v1/domains/{_quoted(domain, 'domain')}{query}")
+        )
 
     async def activate(self, domain: str, version: str) -> DomainInfo:
-        path = f"/v1/domains/{quote(domain, safe='')}:activate"
+        path = f"/v1/domains/{_quoted(domain, 'domain')}:activate"
         return jsonable.domain_from_json(await self._link.json("POST", path, {"version": version}))
 
     async def add_documents(self, domain: str, documents: Sequence[Document], *, replace: bool = False) -> DomainChange:
-        path = f"/v1/domains/{quote(domain, safe='')}/documents"
+        path = f"/v1/domains/{_quoted(domain, 'domain')}/documents"
         body = growth.documents_to_json(documents, replace=replace)
         return growth.change_from_json(await self._link.json("POST", path, body))
 
     async def remove_documents(self, domain: str, ids: Sequence[str]) -> DomainChange:
-        path = f"/v1/domains/{quote(domain, safe='')}/documents:remove"
+        path = f"/v1/domains/{_quoted(domain, 'domain')}/documents:remove"
         return growth.change_from_json(await self._link.json("POST", path, {"ids": list(ids)}))
 
     async def aclose(self) -> None:
@@ -182,7 +184,7 @@ class _Link:
         self, method: str, path: str, content: bytes | None = None, content_type: str = "application/json"
     ) -> httpx.Response:
         limit = time_limit(self._timeout)
-        headers = {**dict(outgoing_metadata()), "x-request-timeout": f"{limit:.3f}"}
+        headers = {**dict(outgoing_metadata()), "x-request-timeout": f"{limit:.6g}"}
         api_key = self._api_key() if callable(self._api_key) else self._api_key
         if api_key is not None:
             headers["authorization"] = f"Bearer {api_key}"
@@ -203,6 +205,14 @@ class _Link:
 
     async def aclose(self) -> None:
         await self._http.aclose()
+
+
+def _quoted(name: str, param: str) -> str:
+    """The name as a part of a URL. Raises InvalidRequest for one that is not valid Unicode."""
+    try:
+        return quote(name, safe="")
+    except UnicodeEncodeError as err:
+        raise protos.not_unicode(param, err) from err
 
 
 def _encoded(body: Mapping[str, object]) -> bytes:

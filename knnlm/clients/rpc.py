@@ -155,7 +155,7 @@ class GrpcDatastore:
     async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
         reply = await self._caller.call(
             lambda stub: stub.GetDomain,
-            datastore_pb2.GetDomainRequest(domain=domain, version=version),
+            protos.packed(datastore_pb2.GetDomainRequest, domain=domain, version=version),
             ("GetDomain",),
             domain=domain,
             version=version,
@@ -175,7 +175,7 @@ class GrpcDatastore:
         DeadlineExceeded that names the replicas that were not there in time, and what they say: the switch goes on.
         """
         deadline = time.monotonic() + time_limit(self._caller.timeout) - MARGIN_SECONDS
-        message = datastore_pb2.ActivateVersionRequest(domain=domain, version=version)
+        message = protos.packed(datastore_pb2.ActivateVersionRequest, domain=domain, version=version)
         try:
             reply = await self._change(domain, lambda stub: stub.ActivateVersion, message)
         except DeadlineExceeded:
@@ -194,7 +194,7 @@ class GrpcDatastore:
         return growth.change_from_proto(reply.change)
 
     async def remove_documents(self, domain: str, ids: Sequence[str]) -> DomainChange:
-        message = datastore_pb2.RemoveDocumentsRequest(domain=domain, ids=ids)
+        message = protos.packed(datastore_pb2.RemoveDocumentsRequest, domain=domain, ids=ids)
         reply = await self._change(domain, lambda stub: stub.RemoveDocuments, message)
         return growth.change_from_proto(reply.change)
 
@@ -210,7 +210,7 @@ class GrpcDatastore:
     async def _say(self, domain: str, limit: float) -> list[tuple[_Replica, DomainInfo | KnnlmError]]:
         await self._caller.fleet.ready(limit)
         replicas = list(self._caller.fleet.replicas)
-        message = datastore_pb2.GetDomainRequest(domain=domain)
+        message = protos.packed(datastore_pb2.GetDomainRequest, domain=domain)
         answers = await self._caller.every(replicas, lambda stub: stub.GetDomain, message, limit)
         given = [a if isinstance(a, KnnlmError) else protos.domain_from_proto(a.domain) for a in answers]
         return list(zip(replicas, given, strict=True))

@@ -17,8 +17,10 @@ import numpy.typing as npt
 from knnlm.errors import InvalidRequest, TooLarge
 from knnlm.v1 import common_pb2
 
-__all__ = ["FLOATS", "INT32", "INT64", "LIST_LIMIT", "array_from_json", "array_from_tensor", "array_to_json",
-           "array_to_tensor"]  # fmt: skip
+__all__ = [
+    "FLOATS", "INT32", "INT64", "LIST_LIMIT", "ListBudget", "array_from_json", "array_from_tensor", "array_to_json",
+    "array_to_tensor",
+]  # fmt: skip
 
 Array = npt.NDArray[Any]  # one of the dtypes in _CODES; which one is checked when it is read
 
@@ -47,16 +49,34 @@ def array_from_tensor(tensor: common_pb2.Tensor, name: str, dtypes: Sequence[str
     return _unpacked(tensor.data, _NAMES.get(tensor.dtype), list(tensor.shape), name, dtypes, ndim)
 
 
-def array_to_json(array: Array, encoding: str) -> object:
-    """encoding: "list" or "base64". Raises TooLarge for a list of more than LIST_LIMIT numbers."""
+class ListBudget:
+    """The numbers that one answer may still write as lists; all its arrays share it."""
+
+    def __init__(self, numbers: int = LIST_LIMIT) -> None:
+        self._all = self._left = numbers
+
+    def spend(self, numbers: int) -> None:
+        """Raises TooLarge when the answer would hold more lists of numbers than it may."""
+        if numbers > self._left:
+            raise TooLarge(
+                f'an answer may hold {self._all} numbers as lists, this one has more: ask for encoding "base64"',
+                param="encoding",
+            )
+        self._left -= numbers
+
+
+def array_to_json(array: Array, encoding: str, budget: ListBudget | None = None) -> object:
+    """encoding: "list" or "base64". budget: of the answer that the array is a part of; None: it is all of it.
+
+    Raises TooLarge for lists of more numbers than the budget has left.
+    """
     if encoding == "base64":
         name = _travelling(array)
         data = base64.b64encode(_packed(array, name)).decode("ascii")
         return {"dtype": name, "shape": list(array.shape), "data": data}
     if encoding != "list":
         raise InvalidRequest(f'encoding must be "list" or "base64", got {encoding!r}', param="encoding")
-    if array.size > LIST_LIMIT:
-        raise TooLarge(f'{array.size} numbers as a list: ask for encoding "base64"', param="encoding")
+    (budget or ListBudget()).spend(array.size)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         words = array.astype(object)
         words[np.isnan(array)], words[np.isposinf(array)], words[np.isneginf(array)] = _WORDS

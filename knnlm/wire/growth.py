@@ -7,6 +7,7 @@ from typing import Any
 from knnlm.errors import InvalidRequest
 from knnlm.messages import Document, DomainChange
 from knnlm.v1 import datastore_pb2
+from knnlm.wire.protos import packed
 
 __all__ = [
     "add_to_proto", "change_from_json", "change_from_proto", "change_to_json", "change_to_proto",
@@ -18,11 +19,8 @@ Json = Mapping[str, Any]  # Any: what JSON holds, checked field by field
 
 def add_to_proto(domain: str, documents: Sequence[Document], *, replace: bool) -> datastore_pb2.AddDocumentsRequest:
     """Raises InvalidRequest for text that is not valid Unicode."""
-    try:
-        messages = [datastore_pb2.Document(id=document.id, text=document.text) for document in documents]
-    except UnicodeEncodeError as err:
-        raise InvalidRequest(f"documents hold what is not valid Unicode: {err.reason}", param="documents") from err
-    return datastore_pb2.AddDocumentsRequest(domain=domain, documents=messages, replace=replace)
+    messages = [packed(datastore_pb2.Document, id=document.id, text=document.text) for document in documents]
+    return packed(datastore_pb2.AddDocumentsRequest, domain=domain, documents=messages, replace=replace)
 
 
 def documents_from_proto(message: datastore_pb2.AddDocumentsRequest) -> list[Document]:

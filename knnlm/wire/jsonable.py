@@ -22,7 +22,7 @@ from knnlm.messages import (
     Tuning,
 )
 from knnlm.neighbors import Neighbors
-from knnlm.wire.arrays import FLOATS, INT32, INT64, Array, array_from_json, array_to_json
+from knnlm.wire.arrays import FLOATS, INT32, INT64, Array, ListBudget, array_from_json, array_to_json
 
 __all__ = [
     "domain_from_json", "domain_to_json", "forward_request_from_json", "forward_request_to_json",
@@ -34,11 +34,12 @@ Json = Mapping[str, Any]  # what json.loads gives: any type, checked field by fi
 
 
 def forward_request_to_json(request: ForwardRequest, encoding: str) -> dict[str, object]:
+    budget = ListBudget()
     return {
-        "tokens": [array_to_json(tokens, encoding) for tokens in request.tokens],
-        "positions": [array_to_json(positions, encoding) for positions in request.positions],
+        "tokens": [array_to_json(tokens, encoding, budget) for tokens in request.tokens],
+        "positions": [array_to_json(positions, encoding, budget) for positions in request.positions],
         "full": request.full,
-        "targets": _array(request.targets, encoding),
+        "targets": _array(request.targets, encoding, budget),
         "top_n": request.top_n,
         "keys": request.keys,
         "statistics": request.statistics,
@@ -59,14 +60,15 @@ def forward_request_from_json(given: Json) -> ForwardRequest:
 
 
 def forward_result_to_json(result: ForwardResult, encoding: str) -> dict[str, object]:
+    budget = ListBudget()
     return {
-        "log_probs": _array(result.log_probs, encoding),
-        "target_log_probs": _array(result.target_log_probs, encoding),
-        "top_tokens": _array(result.top_tokens, encoding),
-        "top_log_probs": _array(result.top_log_probs, encoding),
-        "keys": _array(result.keys, encoding),
-        "entropy": _array(result.entropy, encoding),
-        "largest_log_prob": _array(result.largest_log_prob, encoding),
+        "log_probs": _array(result.log_probs, encoding, budget),
+        "target_log_probs": _array(result.target_log_probs, encoding, budget),
+        "top_tokens": _array(result.top_tokens, encoding, budget),
+        "top_log_probs": _array(result.top_log_probs, encoding, budget),
+        "keys": _array(result.keys, encoding, budget),
+        "entropy": _array(result.entropy, encoding, budget),
+        "largest_log_prob": _array(result.largest_log_prob, encoding, budget),
         "fingerprint": result.fingerprint,
         "timings": dict(result.timings),
     }
@@ -103,12 +105,12 @@ def model_from_json(given: Json) -> ModelInfo:
 
 def search_request_to_json(request: SearchRequest, encoding: str) -> dict[str, object]:
     """Without the domain, which is in the path."""
-    queries = request.queries
+    budget, queries = ListBudget(), request.queries
     packed = queries if queries.dtype == np.float16 else queries.astype(np.float32, copy=False)
     fields = {name: value for name, value in vars(request).items() if name not in ("domain", "queries")}
-    fields["exclude_entries"] = _array(request.exclude_entries, encoding)
+    fields["exclude_entries"] = _array(request.exclude_entries, encoding, budget)
     fields["exclude_documents"] = list(request.exclude_documents)
-    return {"queries": array_to_json(packed, encoding), **fields, "encoding": encoding}
+    return {"queries": array_to_json(packed, encoding, budget), **fields, "encoding": encoding}
 
 
 def search_request_from_json(domain: str, given: Json) -> SearchRequest:
@@ -131,13 +133,14 @@ def search_request_from_json(domain: str, given: Json) -> SearchRequest:
 
 
 def search_result_to_json(result: SearchResult, encoding: str) -> dict[str, object]:
+    budget = ListBudget()
     return {
         "domain": result.domain,
         "version": result.version,
-        "distances": array_to_json(result.neighbors.distances, encoding),
-        "values": array_to_json(result.neighbors.values, encoding),
-        "ids": _array(result.neighbors.ids, encoding),
-        "passages": [[_passage_to_json(passage, encoding) for passage in row] for row in result.passages],
+        "distances": array_to_json(result.neighbors.distances, encoding, budget),
+        "values": array_to_json(result.neighbors.values, encoding, budget),
+        "ids": _array(result.neighbors.ids, encoding, budget),
+        "passages": [[_passage_to_json(passage, encoding, budget) for passage in row] for row in result.passages],
         "timings": dict(result.timings),
     }
 
@@ -201,8 +204,11 @@ def _memory(given: Json) -> Memory:
     )
 
 
-def _passage_to_json(passage: Passage, encoding: str) -> dict[str, object]:
-    arrays = {"before": array_to_json(passage.before, encoding), "after": array_to_json(passage.after, encoding)}
+def _passage_to_json(passage: Passage, encoding: str, budget: ListBudget) -> dict[str, object]:
+    arrays = {
+        "before": array_to_json(passage.before, encoding, budget),
+        "after": array_to_json(passage.after, encoding, budget),
+    }
     return {**vars(passage), **arrays}
 
 
@@ -260,5 +266,5 @@ def _required(given: Json, name: str, dtypes: Sequence[str], ndim: int) -> Array
     return array
 
 
-def _array(array: Array | None, encoding: str) -> object:
-    return None if array is None else array_to_json(array, encoding)
+def _array(array: Array | None, encoding: str, budget: ListBudget) -> object:
+    return None if array is None else array_to_json(array, encoding, budget)

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.message import Message
 
 from knnlm.errors import InvalidRequest
 from knnlm.messages import (
@@ -25,8 +27,11 @@ from knnlm.wire.arrays import FLOATS, INT32, INT64, Array, array_from_tensor, ar
 __all__ = [
     "domain_from_proto", "domain_to_proto", "forward_request_from_proto", "forward_request_to_proto",
     "forward_result_from_proto", "forward_result_to_proto", "model_from_proto", "model_to_proto",
+    "not_unicode", "packed",
     "search_request_from_proto", "search_request_to_proto", "search_result_from_proto", "search_result_to_proto",
 ]  # fmt: skip
+
+Sent = TypeVar("Sent", bound=Message)
 
 
 def forward_request_to_proto(request: ForwardRequest) -> lm_pb2.ForwardRequest:
@@ -119,7 +124,8 @@ def model_from_proto(message: lm_pb2.GetModelResponse) -> ModelInfo:
 
 def search_request_to_proto(request: SearchRequest) -> datastore_pb2.SearchRequest:
     queries = request.queries
-    return datastore_pb2.SearchRequest(
+    return packed(
+        datastore_pb2.SearchRequest,
         domain=request.domain,
         queries=array_to_tensor(queries if queries.dtype == np.float16 else queries.astype(np.float32, copy=False)),
         k=_int32(request.k, "k"),
@@ -251,6 +257,24 @@ def _passage_from_proto(message: datastore_pb2.Passage) -> Passage:
         before=_required(message, "before", INT32, 1),
         after=_required(message, "after", INT32, 1),
     )
+
+
+def packed(kind: type[Sent], **fields: Any) -> Sent:  # Any: what the message takes
+    """A message of these fields. Raises InvalidRequest that names the one whose text is not valid Unicode."""
+    try:
+        return kind(**fields)
+    except UnicodeEncodeError as err:
+        name = next(
+            n
+            for n, value in fields.items()
+            if value == err.object or (isinstance(value, Sequence) and err.object in value)
+        )
+        raise not_unicode(name, err) from err
+
+
+def not_unicode(param: str, err: UnicodeEncodeError) -> InvalidRequest:
+    """Half of a surrogate pair, which JSON can carry, has no bytes in UTF-8."""
+    return InvalidRequest(f"{param} is not valid Unicode at character {err.start}, got {err.object!r:.80}", param=param)
 
 
 Carrier = (

@@ -266,10 +266,6 @@ class Aggregator:
     def _check_text(self, text: str, *, empty: bool = False) -> None:
         if not text and not empty:
             raise InvalidRequest("text must not be empty", param="text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as err:
-            raise InvalidRequest(f"text is not valid Unicode: {err.reason} at {err.start}", param="text") from err
 
     def _token_array(self, tokens: Sequence[int]) -> Ids:
         largest = max(tokens, default=0)

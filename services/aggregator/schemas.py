@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+from services.runtime.fields import Text, encodable
 
 Lambda = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="Weight of what is retrieved.")]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False, description="Divides squared distances.")]
@@ -16,8 +18,8 @@ class Strict(BaseModel):
 class DomainChoice(Strict):
     """One of several domains. What is left out comes from the tuning stored with the domain."""
 
-    domain: StrictStr
-    version: StrictStr | None = Field(None, description="Answer from this version or not at all.")
+    domain: Text
+    version: Text | None = Field(None, description="Answer from this version or not at all.")
     lmbda: Lambda | None = Field(None, alias="lambda")
     temperature: Temperature | None = None
 
@@ -25,12 +27,14 @@ class DomainChoice(Strict):
 class Knn(Strict):
     """Retrieval. Name a domain and nothing else, and its fitted temperature, lambda and k are used."""
 
-    domain: StrictStr | None = Field(None, description="The one domain to retrieve from.")
-    domains: list[StrictStr | DomainChoice] | None = Field(None, min_length=1, description="Or several.")
+    domain: Text | None = Field(None, description="The one domain to retrieve from.")
+    domains: Annotated[list[StrictStr | DomainChoice], AfterValidator(encodable)] | None = Field(
+        None, min_length=1, description="Or several."
+    )
     combine: Literal["mixture", "union"] = Field(
         "mixture", description="Several domains: each its own softmax and weight, or one softmax over all neighbors."
     )
-    version: StrictStr | None = Field(None, description="With `domain`: answer from this version or not at all.")
+    version: Text | None = Field(None, description="With `domain`: answer from this version or not at all.")
     k: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Neighbors per domain.")
     lmbda: Lambda | None = Field(None, alias="lambda")
     temperature: Temperature | None = None
@@ -44,14 +48,14 @@ class Knn(Strict):
     overfetch: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = Field(
         None, description="Candidates per neighbor before rescoring."
     )
-    exclude_documents: list[StrictStr] = Field(
+    exclude_documents: list[Text] = Field(
         [], description="Ids of documents whose entries do not count, which every domain must have."
     )
-    rule: StrictStr = Field("fixed", description="How lambda follows from what was found.")
+    rule: Text = Field("fixed", description="How lambda follows from what was found.")
 
 
 class Request(Strict):
-    model: StrictStr | None = Field(None, description="An id of /v1/models: the LM, or LM+domain.")
+    model: Text | None = Field(None, description="An id of /v1/models: the LM, or LM+domain.")
     knn: Knn | None = None
     on_datastore_error: Literal["fail", "lm_only"] | None = Field(
         None, description="When retrieval is down: fail with 503, or answer from the LM and say so in `degraded`."
@@ -59,7 +63,9 @@ class Request(Strict):
 
 
 class NextTokenRequest(Request):
-    text: StrictStr | list[StrictStr] | None = Field(None, description="One context, or several.")
+    text: Annotated[StrictStr | list[StrictStr], AfterValidator(encodable)] | None = Field(
+        None, description="One context, or several."
+    )
     tokens: TokenIds | list[TokenIds] | None = Field(None, description="The same as token ids, used as they are.")
     top_n: Annotated[StrictInt, Field(ge=0)] = Field(10, description="The likeliest tokens of the mixture.")
     full: StrictBool = Field(False, description="Also the whole distribution, in order of token ids.")
@@ -69,7 +75,7 @@ class NextTokenRequest(Request):
 
 
 class ScoreRequest(Request):
-    text: StrictStr | None = Field(None, description="A text of any length.")
+    text: Text | None = Field(None, description="A text of any length.")
     tokens: TokenIds | None = Field(None, description="The same as token ids, used as they are.")
     min_context: Annotated[StrictInt, Field(ge=1)] | None = Field(
         None, description="Tokens that every scored token sees at least; default half of the context length."
@@ -222,15 +228,15 @@ class DomainList(BaseModel):
 
 
 class ActivateRequest(Strict):
-    version: StrictStr
+    version: Text
     wait: StrictBool = Field(False, description="Answer when every replica that serves the domain does so from it.")
 
 
 class TokenizeRequest(Strict):
     """vLLM's shape."""
 
-    model: StrictStr | None = None
-    prompt: StrictStr
+    model: Text | None = None
+    prompt: Text
     add_special_tokens: StrictBool = True
     return_token_strs: StrictBool = False
 
@@ -243,7 +249,7 @@ class TokenizeResponse(BaseModel):
 
 
 class DetokenizeRequest(Strict):
-    model: StrictStr | None = None
+    model: Text | None = None
     tokens: list[Annotated[StrictInt, Field(ge=0)]]
 
 

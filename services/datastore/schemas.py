@@ -2,15 +2,15 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, Field, StrictBool, StrictInt
 
-from services.runtime.fields import Array, Encoding, Strict
+from services.runtime.fields import Array, Encoding, Strict, Text
 
 
 class SearchBody(Strict):
     queries: Array = Field(description="(n, key_dim) float32 or float16, finite")
     k: StrictInt = Field(description="Neighbors per query.")
-    version: StrictStr | None = Field(None, description="Answer from this version or not at all.")
+    version: Text | None = Field(None, description="Answer from this version or not at all.")
     nprobe: StrictInt | None = Field(None, description="Lists to visit, for indexes that have lists.")
     rescore: StrictBool | None = Field(
         None,
@@ -31,7 +31,7 @@ class SearchBody(Strict):
     exclude_own_documents: StrictBool = Field(
         False, description="With exclude_entries: not that entry alone, but all of its document."
     )
-    exclude_documents: list[StrictStr] = Field(
+    exclude_documents: list[Text] = Field(
         [], description="Ids of documents that hold no neighbors: at most 1024, of 4096 characters each."
     )
     encoding: Encoding = "list"
@@ -104,4 +104,4 @@ class DomainsAnswer(BaseModel):
 
 
 class ActivateBody(Strict):
-    version: StrictStr
+    version: Text

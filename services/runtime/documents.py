@@ -1,15 +1,15 @@
 """Documents added to and removed from a domain, as JSON: what the aggregator and the datastore service take."""
 
-from pydantic import BaseModel, Field, StrictBool, StrictStr
+from pydantic import BaseModel, Field, StrictBool
 
-from services.runtime.fields import Strict
+from services.runtime.fields import Strict, Text
 
 __all__ = ["AddDocumentsBody", "ChangeAnswer", "DocumentBody", "RemoveDocumentsBody"]
 
 
 class DocumentBody(Strict):
-    id: StrictStr = Field(description="1 to 4096 characters, the name it is removed by.")
-    text: StrictStr = Field(description="Not empty.")
+    id: Text = Field(description="1 to 4096 characters, the name it is removed by.")
+    text: Text = Field(description="Not empty.")
 
 
 class AddDocumentsBody(Strict):
@@ -20,7 +20,7 @@ class AddDocumentsBody(Strict):
 
 
 class RemoveDocumentsBody(Strict):
-    ids: list[StrictStr] = Field(description="Of documents; one that does not exist: nothing is removed.")
+    ids: list[Text] = Field(description="Of documents; one that does not exist: nothing is removed.")
 
 
 class ChangeAnswer(BaseModel):

@@ -70,7 +70,8 @@ def row(err: KnnlmError) -> Row:
 
 def body(err: KnnlmError) -> dict[str, dict[str, str | None]]:
     """The JSON of every HTTP error."""
-    return {"error": {"message": err.message, "type": row(err).type, "param": err.param, "code": err.code}}
+    param = None if err.param is None else _printable(err.param)
+    return {"error": {"message": _printable(err.message), "type": row(err).type, "param": param, "code": err.code}}
 
 
 def headers(err: KnnlmError) -> dict[str, str]:
@@ -109,6 +110,11 @@ def from_validation(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:
     shown = given if len(given) <= SHOWN else given[:SHOWN] + "…"
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return InvalidRequest(words.get(problem["type"], f"{param}: {message}, got {shown}"), param=param)
+
+
+def _printable(text: str) -> str:
+    """Half of a surrogate pair, in the name of an unknown field perhaps, has no bytes in UTF-8: shown as an escape."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _retry_after(err: KnnlmError) -> float | None:

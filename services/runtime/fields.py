@@ -1,12 +1,15 @@
 """Kinds of fields that the schemas of several services share."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from services.runtime.packed import PROTOBUF
 
-__all__ = ["PROTOBUF_TOO", "Array", "Encoding", "Strict"]
+__all__ = ["PROTOBUF_TOO", "Array", "Encoding", "Strict", "Text", "encodable"]
+
+Given = TypeVar("Given")
 
 _PACKED = {
     "type": "object",
@@ -22,6 +25,22 @@ _PACKED = {
 Array = Annotated[
     Any, WithJsonSchema({"anyOf": [{"type": "array", "description": "nested lists of numbers"}, _PACKED]})
 ]
+
+
+def encodable(value: Given) -> Given:
+    """The text, or list of texts among others, as it came. Raises an error of pydantic for half of a surrogate pair
+    ("\\ud800"), which JSON can write: it is no character and has no bytes in UTF-8."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str):
+            try:
+                text.encode()
+            except UnicodeEncodeError as err:
+                reason = {"at": err.start}
+                raise PydanticCustomError("not_unicode", "not valid Unicode at character {at}", reason) from err
+    return value
+
+
+Text = Annotated[StrictStr, AfterValidator(encodable)]  # of every text that comes in
 
 Encoding = Annotated[
     Literal["list", "base64"],

@@ -14,8 +14,8 @@ from pydantic import SecretStr
 from knnlm.clients.context import outgoing, time_limit
 from knnlm.clients.http import HttpDatastore, HttpLanguageModel
 from knnlm.clients.rpc import GrpcDatastore, GrpcLanguageModel
-from knnlm.errors import DeadlineExceeded, KnnlmError, Overloaded, TooLarge, Unavailable, UnknownDomain
-from knnlm.messages import ForwardRequest, SearchRequest
+from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, Overloaded, TooLarge, Unavailable, UnknownDomain
+from knnlm.messages import Document, ForwardRequest, SearchRequest
 from knnlm.v1 import lm_pb2, lm_pb2_grpc
 from services.runtime.lifecycle import running
 from tests.services.echo import EchoCore, EchoSettings, echo_service
@@ -117,6 +117,52 @@ async def test_the_request_id_and_what_is_left_of_its_time_go_with_every_call() 
             assert (await over_grpc.get_model()).model_id == "abc"  # the echo service tells the id it got
     assert seen[0]["x-request-id"] == "abc"
     assert 0 < float(seen[0]["x-request-timeout"]) <= 5
+
+
+NAMES: list[Callable[[HttpDatastore | GrpcDatastore, str], Awaitable[object]]] = [
+    lambda client, name: client.search(SearchRequest(name, np.zeros((1, 2), np.float32), k=1)),
+    lambda client, name: client.get_domain(name),
+    lambda client, name: client.get_domain("toy", name),
+    lambda client, name: client.activate(name, "v1"),
+    lambda client, name: client.add_documents(name, [Document("0", "a text")]),
+    lambda client, name: client.remove_documents(name, ["0"]),
+]
+
+
+def test_names_that_are_not_unicode_are_refused_before_anything_is_sent() -> None:
+    async def check() -> None:
+        async with GrpcDatastore(f"127.0.0.1:{unused_port()}") as over_grpc:
+            for client in (over_grpc, over_http(lambda _: httpx.Response(200, json={}))):
+                for call in NAMES:
+                    with pytest.raises(InvalidRequest, match="Unicode") as raised:
+                        await call(client, "half a pair: \ud800")
+                    assert raised.value.param in ("domain", "version")
+            request = SearchRequest("toy", np.zeros((1, 2), np.float32), k=1, exclude_documents=["0", "\ud800"])
+            with pytest.raises(InvalidRequest) as raised:
+                await over_grpc.search(request)
+            assert raised.value.param == "exclude_documents"
+            for changed in (over_grpc.remove_documents("toy", ["\ud800"]),
+                            over_grpc.add_documents("toy", [Document("\ud800", "a text")])):  # fmt: skip
+                with pytest.raises(InvalidRequest) as raised:
+                    await changed
+                assert raised.value.param in ("ids", "id")
+
+    asyncio.run(check())
+
+
+def test_the_time_that_is_left_is_never_sent_as_none() -> None:
+    seen: list[float] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(float(request.headers["x-request-timeout"]))
+        return httpx.Response(200, json={"domains": []})
+
+    async def check() -> None:
+        async with HttpDatastore("http://test", timeout=0.0004, transport=httpx.MockTransport(answer)) as client:
+            await client.list_domains()
+
+    asyncio.run(check())
+    assert 0 < seen[0] <= 0.0004
 
 
 def test_no_call_is_made_when_the_time_is_over() -> None:
