@@ -75,7 +75,7 @@ async def test_every_route_but_the_probes_needs_a_key_by_every_method(make: Make
             assert answer.status_code != 401, (method, path)
             admin = method == "post" and path.endswith(ADMIN)
             assert (answer.status_code == 403) == admin, (method, path)
-        assert {path for path in openapi["paths"] if path.endswith(":activate")} or make is lm
+        assert any(path.endswith(":activate") for path in openapi["paths"]) == (make is not lm)
 
 
 @pytest.mark.parametrize(("make", "file"), [(lm, lm_pb2.DESCRIPTOR), (datastore, datastore_pb2.DESCRIPTOR)])

@@ -136,7 +136,7 @@ def test_no_key_is_in_the_log(service: str, log_format: str, needs: dict[str, di
         log = it.log.read_text()
     assert statuses["200"] >= len(right)
     assert statuses["401"] >= 8  # what was knocked with is what is looked for
-    assert service == "aggregator" or statuses["UNAUTHENTICATED"] == 2
+    assert statuses.get("UNAUTHENTICATED", 0) == (0 if service == "aggregator" else 2)
     assert log.count("event") > len(right)
     assert "unknown_setting" in log
     # a path is in the log only as the template of its route; a key someone puts there is nowhere, too
@@ -157,5 +157,5 @@ def wait_for(running: Started, word: str) -> None:
 def test_flags_that_are_refused_do_not_show_what_was_given_for_keys(flags: list[str], tmp_path: Path) -> None:
     ended = finished("datastore", ["--store", str(tmp_path), *flags])
     assert ended.returncode != 0
-    unshown = MARK not in ended.stdout + ended.stderr
-    assert unshown or flags[0] == "--api-keys-file"  # a path, which must be named
+    is_path = flags[0] == "--api-keys-file"  # which must be named
+    assert (MARK in ended.stdout + ended.stderr) == is_path
