@@ -84,6 +84,15 @@ def grow(
     return path
 
 
+def emptied(path: Path) -> Path:
+    """Make the version in folder `path` one of no documents, as compacting one whose documents were removed does."""
+    for name in ("keys.npy", "values.npy", "tokens.npy"):
+        np.save(path / name, np.load(path / name)[:0])
+    (path / "documents.jsonl").write_bytes(b"")
+    resealed(path, "keys.npy", "values.npy", "tokens.npy", "documents.jsonl", entries=0, documents=0, tokens=0)
+    return path
+
+
 def document_entries(path: Path) -> list[int]:
     """Of every document of a version of format 1, or of one of its segments."""
     rows = [json.loads(line) for line in (path / "documents.jsonl").read_text().splitlines()]

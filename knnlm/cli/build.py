@@ -57,6 +57,7 @@ def build(
     from knnlm.datastore.build import build as run
     from knnlm.datastore.catalog import Catalog
     from knnlm.datastore.manifest import Manifest
+    from knnlm.datastore.phases import require_documents
     from knnlm.datastore.text import read_documents
     from knnlm.evaluation.splits import select
     from knnlm.index.table import family
@@ -67,7 +68,7 @@ def build(
     catalog.folder(domain, catalog.next_version(domain) if version is None else version)
     if index not in (AUTO, NO_INDEX):
         family(index)
-    documents = select(read_documents(sources), parse_part(part))
+    documents = require_documents(select(read_documents(sources), parse_part(part)))
     lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=key_function)
     try:
         with showing() as on_progress:

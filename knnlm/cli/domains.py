@@ -52,7 +52,7 @@ def list_domains(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False
         for version in catalog.versions(domain):
             m = Manifest.load(catalog.path(domain, version))
             rows.append(
-                Row(domain, version, version == current, m.entries, m.documents, m.index.recipe,
+                Row(domain, version, version == current, m.live_entries, m.live_documents, m.index.recipe,
                     tuple(index.recipe for index in m.indexes), m.model.model_id, m.tuning is not None)
             )  # fmt: skip
     if as_json:

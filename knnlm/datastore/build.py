@@ -15,7 +15,7 @@ from knnlm.datastore.encode import KeyEncoder
 from knnlm.datastore.files import write_atomic
 from knnlm.datastore.layout import MANIFEST, TOKENIZER
 from knnlm.datastore.manifest import Manifest, ModelRecord, WindowsRecord
-from knnlm.datastore.phases import check_sizes, check_tokenizer, encode, tokenize
+from knnlm.datastore.phases import check_sizes, check_tokenizer, encode, no_token, require_documents, tokenize
 from knnlm.datastore.progress import Progress, Report, silent
 from knnlm.datastore.workspace import Identity, Workspace, recorded, workspace
 from knnlm.errors import InvalidRequest
@@ -46,15 +46,21 @@ def build(
     once, None = all the model can; min_context: tokens before each target at least, None = half of that. key_dtype:
     float16 or float32. batch_tokens: how many tokens the model is given at once. part_entries: what a kill costs.
 
-    Raises InvalidRequest for a parameter out of range; Conflict when the version exists, is being built by another
-    process, or was begun with other documents or settings; DatastoreError when the disk is full, or a key is not
-    finite or too large for key_dtype. After every error the build can be continued.
+    Raises InvalidRequest for a parameter out of range, or when no document has a token to predict (nothing is left
+    behind); Conflict when the version exists, is being built by another process, or was begun with other documents or
+    settings; DatastoreError when the disk is full, or a key is not finite or too large for key_dtype. After every other
+    error the build can be continued.
     """
     check_sizes(batch_tokens=batch_tokens, part_entries=part_entries)
     target = catalog.folder(domain, catalog.next_version(domain) if version is None else version)
+    identity = _identity(lm, context_length, min_context, key_dtype)
+    documents = require_documents(documents)
     report = on_progress or silent
-    with workspace(target, _identity(lm, context_length, min_context, key_dtype)) as space:
+    with workspace(target, identity) as space:
         sources = _tokenized(documents, lm, space, report)
+        if not sources.entries:
+            space.abandon()
+            raise no_token()
         encode(lm, space, sources, batch_tokens=batch_tokens, part_entries=part_entries, report=report)
         report(Progress("publish", sources.entries, sources.entries, 0, 0.0))
         _publish(space, sources, target)

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from knnlm.datastore.files import disk_errors, locked, sync_folder, write_atomic
-from knnlm.datastore.layout import CURRENT, MANIFEST
+from knnlm.datastore.layout import CURRENT, HIGHEST, MANIFEST
 from knnlm.datastore.manifest import Manifest
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreMismatch, InvalidRequest, UnknownDomain, UnknownVersion
 
@@ -66,11 +66,12 @@ class Catalog:
             f"domain {domain} has no version {version!r}; it has {', '.join(versions)}", param="version"
         )
 
-    def activate(self, domain: str, version: str) -> None:
+    def activate(self, domain: str, version: str, instead_of: str | None = None) -> None:
         """Make a published version the current one; rolling back is the same. Replicas that watch the store follow.
 
-        Raises as `path` does, DatastoreCorrupt when the manifest is not valid, and DatastoreMismatch when the folder
-        was moved here under another name.
+        instead_of: only while this version is current, or `version` itself is. Raises as `path` does, Conflict when
+        another one is current than `instead_of`, DatastoreCorrupt when the manifest is not valid, and DatastoreMismatch
+        when the folder was moved here under another name.
         """
         manifest = Manifest.load(self.path(domain, version))
         if (manifest.domain, manifest.version) != (domain, version):
@@ -80,6 +81,12 @@ class Catalog:
             )
         with locked(self.store / domain, wait=True, doing="changing the domain"):
             self.path(domain, version)  # it may have been removed while we waited
+            if instead_of is not None and (current := self.current(domain)) not in (instead_of, version):
+                raise Conflict(
+                    f"version {version} of domain {domain} was published, but is not activated: it was made of "
+                    f"{instead_of}, and meanwhile the domain was switched to {current}",
+                    param="version",
+                )
             with disk_errors(self.store / domain):
                 for leftover in (self.store / domain).glob(f".{CURRENT}.*.tmp"):  # of an activation that was killed
                     leftover.unlink()
@@ -96,6 +103,7 @@ class Catalog:
                     param="version",
                 )
             with disk_errors(self.path(domain, version)):
+                self._keep_number(domain)
                 # renamed first: a version that is half deleted must not be found
                 self.path(domain, version).rename(folder / f".{version}.removed.{secrets.token_hex(4)}")
                 sync_folder(folder)
@@ -104,19 +112,37 @@ class Catalog:
 
     def next_version(self, domain: str) -> str:
         """What a build without a name of its own makes: the v<number> whose building was interrupted, the highest of
-        several, else one more than the highest published, or "v1". The domain need not exist."""
+        several, else one more than the highest there ever was, or "v1". The domain need not exist."""
         published, begun = self._numbers(domain)
         unfinished = [number for number in begun if number not in published]
-        return f"v{max(unfinished, default=max(published, default=0) + 1)}"
+        return f"v{max(unfinished, default=max(*published, self._kept_number(domain), 0) + 1)}"
 
     def free_version(self, domain: str) -> str:
-        """A name that is neither published nor being built: one more than the highest v<number>."""
+        """A name that was never published and is not being built: one more than the highest v<number>."""
         published, begun = self._numbers(domain)
-        return f"v{max(published + begun, default=0) + 1}"
+        return f"v{max(*published, *begun, self._kept_number(domain), 0) + 1}"
 
     def folder(self, domain: str, version: str) -> Path:
         """Where a version is or will be; only the names are checked (InvalidRequest)."""
+        if version == CURRENT.lower():  # the same file as CURRENT where case is not told apart
+            raise InvalidRequest(f"version {version!r} is a name that the store needs itself", param="version")
         return self.store / _checked(domain, "domain") / _checked(version, "version")
+
+    def _keep_number(self, domain: str) -> None:
+        """Before a version is removed: its number must not name another one, which a replica could take for it."""
+        highest = max(self._numbers(domain)[0], default=0)
+        if highest > self._kept_number(domain):
+            write_atomic(self.store / domain / HIGHEST, f"{highest}\n".encode())
+
+    def _kept_number(self, domain: str) -> int:
+        """The highest that a version had when one was removed; 0 when none ever was."""
+        file = self.store / domain / HIGHEST
+        try:
+            return int(file.read_text(encoding="ascii"))
+        except FileNotFoundError:
+            return 0
+        except (OSError, ValueError) as err:
+            raise DatastoreCorrupt(f"{file} cannot be read: {err}; expected the highest number of a version") from err
 
     def _numbers(self, domain: str) -> tuple[list[int], list[int]]:
         """Of the versions v<number> that are published, and of those whose building has begun."""

@@ -26,7 +26,7 @@ LEFTOVER_SECONDS = 86_400
 
 ADDED_SHARE, ADDED_ENTRIES, REMOVED_SHARE = 0.1, 200_000, 0.2  # from where on searches feel it
 
-Activate = Callable[[str, str], None]
+Activate = Callable[[str, str, str], None]  # domain, version, and the version that is current until then
 Essence = Callable[[Manifest], Manifest]
 
 
@@ -109,18 +109,10 @@ class Changing:
         return target
 
     def activate(self, path: Path, activate: Activate | None) -> None:
-        """Have the published version in folder `path` answer, unless None. Raises Conflict when somebody has switched
-        the domain since the change began, and what `activate` raises; the version stays, not activated."""
-        if activate is None:
-            return
-        current = self._catalog.current(self.domain)
-        if current not in (self.version, path.name):
-            raise Conflict(
-                f"version {path.name} of domain {self.domain} was published, but is not activated: it was made of "
-                f"{self.version}, and meanwhile the domain was switched to {current}",
-                param="version",
-            )
-        activate(self.domain, path.name)
+        """Have the published version in folder `path` answer, unless None. Raises what `activate` does, Conflict when
+        somebody has switched the domain since the change began; the version stays, not activated."""
+        if activate is not None:
+            activate(self.domain, path.name, self.version)
 
     def _found(self, wanted: Manifest, essence: Essence) -> Path | None:
         for version in self._catalog.versions(self.domain):

@@ -67,7 +67,8 @@ def add(
     part_entries: int = 16_384,
     on_progress: Report | None = None,
 ) -> Change:
-    """Publish a version that has `documents` besides what the current one has, then `activate(domain, version)`.
+    """Publish a version that has `documents` besides what the current one has, and activate it by
+    `activate(domain, version, parent)`.
 
     lm: the model that made the domain; windows, key function and dtype are those it was built with. replace: documents
     that have the id of a new one are removed by the same change. wait: for another change of the domain to end.
@@ -112,7 +113,7 @@ def add(
 def remove(
     ids: Iterable[str], catalog: Catalog, domain: str, *, activate: Activate | None = None, wait: bool = False
 ) -> Change:
-    """Publish a version without the documents of these ids, then `activate(domain, version)`.
+    """Publish a version without the documents of these ids, then `activate(domain, version, parent)`.
 
     All documents of an id go; an id given twice counts once; nothing need be left. Raises NotFound, which names up to
     five, when the current version has no document of an id: then nothing is done. Else as `add` does.

@@ -10,6 +10,7 @@ TOKENS = "tokens.npy"  # (t,) int32
 DOCUMENTS = "documents.jsonl"
 TOKENIZER = "tokenizer.json"  # of the tokenizers library: text can be shown without the model
 CURRENT = "CURRENT"  # one level up: the name of the version that answers
+HIGHEST = ".highest"  # beside it: the highest number that a version had when one was removed
 REMOVED = "removed.npy"  # (m,) int64, ascending: documents that do not count any more, numbered over all segments
 
 

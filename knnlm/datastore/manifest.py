@@ -15,7 +15,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from knnlm.datastore.files import write_atomic
 from knnlm.datastore.layout import MANIFEST, REMOVED, segment_files
-from knnlm.errors import DatastoreCorrupt, DatastoreIncomplete, InvalidRequest
+from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreIncomplete, InvalidRequest
 from knnlm.messages import ModelInfo, Tuning
 
 __all__ = ["FORMAT_VERSION", "GROWN_VERSION", "FileRecord", "IndexRecord", "Manifest", "ModelRecord", "RemovedRecord",
@@ -24,7 +24,7 @@ __all__ = ["FORMAT_VERSION", "GROWN_VERSION", "FileRecord", "IndexRecord", "Mani
 FORMAT_VERSION: Final = 1
 GROWN_VERSION: Final = 2  # with segments added to it, or documents removed: what reads version 1 alone would be wrong
 FLAT: Final = "flat"
-MOST_BYTES: Final = 8 << 20  # of a manifest: thousands of segments; reading it takes many times as much memory
+MAX_BYTES: Final = 8 << 20  # of a manifest: thousands of segments; reading it takes many times as much memory
 SHOWN: Final = 100  # characters of what a damaged file says, in an error
 
 KeyDtype = Literal["float16", "float32"]
@@ -230,8 +230,8 @@ class Manifest(Record):
         file = path / MANIFEST
         try:
             size = file.stat().st_size
-            if size > MOST_BYTES:
-                raise DatastoreCorrupt(f"{file} has {size} bytes, expected at most {MOST_BYTES}")
+            if size > MAX_BYTES:
+                raise DatastoreCorrupt(f"{file} has {size} bytes, expected at most {MAX_BYTES}")
             data = file.read_bytes()
         except (FileNotFoundError, NotADirectoryError) as err:
             raise DatastoreCorrupt(f"{file} is missing: expected the manifest of a datastore version") from err
@@ -260,8 +260,15 @@ class Manifest(Record):
         return manifest
 
     def save(self, path: Path) -> None:
-        """Write into folder `path`, atomically and durably."""
-        write_atomic(path / MANIFEST, self.serialized())
+        """Write into folder `path`, atomically and durably. Raises Conflict, with what helps, when it has grown larger
+        than is read."""
+        data = self.serialized()
+        if len(data) > MAX_BYTES:
+            raise Conflict(
+                f"the manifest of domain {self.domain} would have {len(data)} bytes, at most {MAX_BYTES} are read: "
+                f"`knnlm compact {self.domain}` folds its {len(self.segments)} additions into one"
+            )
+        write_atomic(path / MANIFEST, data)
 
     def serialized(self) -> bytes:
         fields = self.model_dump(mode="json")

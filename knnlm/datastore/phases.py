@@ -3,7 +3,8 @@
 Both phases work in a folder of their own, report how far they are, and leave it to workspace.py to remember it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from knnlm.datastore.workspace import Workspace
 from knnlm.errors import InvalidRequest, ModelError
 from knnlm.messages import Document
 
-__all__ = ["check_sizes", "check_tokenizer", "encode", "tokenize"]
+__all__ = ["check_sizes", "check_tokenizer", "encode", "no_token", "require_documents", "tokenize"]
 
 
 def check_sizes(**sizes: int) -> None:
@@ -35,6 +36,19 @@ def check_tokenizer(lm: KeyEncoder) -> None:
             f"the tokenizer of model {lm.info.model_id} has sha256 {lm.tokenizer.sha256}, "
             f"it says {lm.info.tokenizer_sha256}"
         )
+
+
+def require_documents(documents: Iterable[Document]) -> Iterator[Document]:
+    """The same documents, of which the first has been read. Raises InvalidRequest when there is none."""
+    rest = iter(documents)
+    for first in rest:
+        return chain((first,), rest)
+    raise no_token()
+
+
+def no_token() -> InvalidRequest:
+    """The error of a build that would make an empty version: a domain switched to it would find nothing."""
+    return InvalidRequest("no document with a token to predict: expected at least one", param="documents")
 
 
 def tokenize(documents: Iterable[Document], lm: KeyEncoder, folder: Path, report: Report) -> Sources:

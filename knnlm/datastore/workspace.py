@@ -5,6 +5,7 @@ being added (growth.py). Besides the files that will be published it holds `.bui
 being made, so that nobody continues it as something else) and the records of finished parts.
 """
 
+import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from knnlm.datastore.corpus import Sources
-from knnlm.datastore.files import disk_errors, locked, sha256_of, sync_folder, write_atomic
+from knnlm.datastore.files import discard, disk_errors, locked, sha256_of, sync_folder, write_atomic
 from knnlm.datastore.manifest import FileName, FileRecord, KeyDtype, ModelRecord, Record, WindowsRecord
 from knnlm.errors import Conflict, DatastoreCorrupt
 
@@ -88,6 +89,12 @@ class Workspace:
         """Raises Conflict when the documents are not those of the first phase."""
         if self.state.sources is not None:
             self._refuse_other({"documents": self.state.sources.sha256}, {"documents": sha256})
+
+    def abandon(self) -> None:
+        """Remove the folder, and the domain's when that holds nothing else."""
+        discard(self.folder)
+        with contextlib.suppress(OSError):  # not empty
+            self.folder.parent.rmdir()
 
     def publish(self, target: Path) -> None:
         """Rename to `target`: from now on it can be read. What only the build needed goes afterwards."""

@@ -46,7 +46,7 @@ def compact(
     on_progress: Report | None = None,
 ) -> Change:
     """Publish the documents that count in the current version of `domain` as one that never grew, index it, then
-    `activate(domain, version)`.
+    `activate(domain, version, parent)`.
 
     recipe: of the index, as in `build_index`; None = that of the default index. The tuning is kept; indexes beside the
     default one are not built again. A version without anything to fold stays: then the Change names it as both version

@@ -118,9 +118,9 @@ class Growth:
         """Make the change whose turn it is, and give the turn on."""
         loop = asyncio.get_running_loop()
 
-        def activate(domain: str, version: str) -> None:
+        def activate(domain: str, version: str, instead_of: str) -> None:
             """In the worker thread: the pool's own activation, which opens and warms the version first."""
-            asyncio.run_coroutine_threadsafe(self._pool.activate(domain, version), loop).result()
+            asyncio.run_coroutine_threadsafe(self._pool.activate(domain, version, instead_of), loop).result()
 
         try:
             if self._closing:

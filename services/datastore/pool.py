@@ -80,9 +80,7 @@ class Pool:
         current = self._current.get(domain)
         if current is None:
             if domain in self._failed:
-                raise Unavailable(
-                    f"domain {domain} cannot be served: {self._failed[domain][2].message}", param="domain"
-                )
+                raise Unavailable(f"domain {domain} cannot be served: {self._reason(domain)}", param="domain")
             known = ", ".join(sorted(self._current)) or "none"
             raise UnknownDomain(f"unknown domain {domain[:80]!r}; served here: {known}", param="domain")
         if version in (None, current.version):
@@ -100,32 +98,40 @@ class Pool:
         return [domain for domain in self._settings.domains if domain not in self._current]
 
     async def list(self) -> Sequence[DomainInfo]:
-        return [await self.describe(domain) for domain in sorted(self._current)]
+        """Every domain that is served, in alphabetical order."""
+        # asked again: a domain may have gone while another was described
+        return [await self.describe(domain) for domain in sorted(self._current) if domain in self._current]
 
     async def describe(self, domain: str, version: str | None = None) -> DomainInfo:
         """Raises as `get` does. state: ready, loading VERSION, or stale (and why) when CURRENT cannot be opened."""
         loaded = self.get(domain, version)
-        try:
-            versions = await asyncio.to_thread(self._catalog.versions, domain)
-        except KnnlmError:  # removed a moment ago, and still served
-            versions = [loaded.version]
-        state = "ready"
-        if domain in self._loading:
-            state = f"loading {self._loading[domain]}"
-        elif domain in self._failed:
-            state = f"stale: {self._failed[domain][2].message}"
-        return loaded.searcher.info(versions, state)
+        with loaded.lease():  # it may be replaced meanwhile, and must not be let go
+            try:
+                versions = await asyncio.to_thread(self._catalog.versions, domain)
+            except KnnlmError:  # removed a moment ago, and still served
+                versions = [loaded.version]
+            state = "ready"
+            if domain in self._loading:
+                state = f"loading {self._loading[domain]}"
+            elif domain in self._failed:
+                state = f"stale: {self._reason(domain)}"
+            return loaded.searcher.info(versions, state)
 
-    async def activate(self, domain: str, version: str) -> DomainInfo:
-        """Open the version, make it current on disk, answer from it. Raises NotFound or DatastoreError; then nothing
-        has changed."""
+    async def activate(self, domain: str, version: str, instead_of: str | None = None) -> DomainInfo:
+        """Open the version, make it current on disk, answer from it. Raises NotFound or DatastoreError; Conflict when
+        another version than `instead_of` has become current. Then nothing has changed."""
         if self._settings.domains and domain not in self._settings.domains:
             raise UnknownDomain(f"domain {domain[:80]!r} is not served here", param="domain")
         async with self._switching:
             path = await asyncio.to_thread(self._catalog.path, domain, version)
             loaded = await self._opened(domain, path)
             with loaded.lease():  # it may be a retired one, about to be let go
-                await asyncio.to_thread(self._catalog.activate, domain, version)
+                try:
+                    await asyncio.to_thread(self._catalog.activate, domain, version, instead_of)
+                except BaseException:
+                    if loaded is not self._current.get(domain) and (domain, loaded) not in self._retired:
+                        self._retire(domain, loaded)  # opened for nothing: its memory is given back
+                    raise
                 self._rebind(domain, loaded)
         return await self.describe(domain)
 
@@ -139,11 +145,7 @@ class Pool:
             elif mark is not None and self._worth_trying(domain, mark):
                 await self._switch(domain)
         for domain in [name for name in self._current if name not in wanted]:
-            event(LOG, "domain_removed", domain=domain)
-            gone = self._current.pop(domain)
-            self._retire(domain, gone)
-            self._entries.remove(domain, gone.version)
-            self._show_memory(domain, None)
+            await self._drop(domain)
         self._failed = {domain: failure for domain, failure in self._failed.items() if domain in wanted}
         await self._let_go(grace=self._settings.grace_s)
 
@@ -190,6 +192,18 @@ class Pool:
                 self._rebind(domain, await self._opened(domain, path))
             except (KnnlmError, OSError) as err:
                 self._note_failure(domain, mark, err if isinstance(err, KnnlmError) else DatastoreError(str(err)))
+
+    async def _drop(self, domain: str) -> None:
+        """Stop serving a domain that was not in the store, unless it is there now: it may just have been activated."""
+        async with self._switching:
+            with contextlib.suppress(UnknownDomain):
+                await asyncio.to_thread(self._mark, domain)
+                return
+            event(LOG, "domain_removed", domain=domain)
+            gone = self._current.pop(domain)
+            self._retire(domain, gone)
+            self._entries.remove(domain, gone.version)
+            self._show_memory(domain, None)
 
     async def _opened(self, domain: str, path: Path) -> Loaded:
         """A version that is already in memory, or a new one."""
@@ -251,6 +265,10 @@ class Pool:
         for domain, loaded in over:
             await asyncio.to_thread(loaded.close)
             event(LOG, "let_go", domain=domain, version=loaded.version)
+
+    def _reason(self, domain: str) -> str:
+        """Why the version that is wanted cannot be opened, without saying where on this machine the store lies."""
+        return self._failed[domain][2].message.replace(f"{self._catalog.store}/", "")
 
     def _note_failure(self, domain: str, mark: Stamp | None, err: KnnlmError) -> None:
         self._failed[domain] = (mark, time.monotonic(), err)

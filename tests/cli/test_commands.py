@@ -44,6 +44,14 @@ def test_build_as_json(knnlm: Knnlm, store: Path, corpus: Path) -> None:
     assert manifest(store, "v2").key_dtype == "float32"
 
 
+def test_build_of_no_document_is_refused_before_the_model_is_loaded(knnlm: Knnlm, store: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    answer = knnlm("build", "new", tmp_path / "empty.jsonl", "--model", tmp_path / "no such model")
+    assert (answer.code, answer.out) == (2, "")
+    assert "no document with a token to predict" in answer.err
+    assert not (store / "new").exists()
+
+
 def test_build_that_was_stopped_says_how_to_continue_and_continues(
     knnlm: Knnlm, store: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

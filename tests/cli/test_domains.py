@@ -159,3 +159,13 @@ def test_prune_keeps_the_current_version_and_the_latest_others(tmp_path: Path, k
     assert (answer["removed"], answer["kept"]) == (["v1", "v3", "v4"], ["v2", "v5", "v6"])
     assert knnlm("domains", "prune", "cat", "--store", str(tmp_path), "--json").json["removed"] == []
     assert Catalog(tmp_path).current("cat") == "v2"
+
+
+def test_what_was_forgotten_is_not_counted(tmp_path: Path, knnlm: Knnlm) -> None:
+    toy_datastore(tmp_path)
+    store = ("--store", str(tmp_path))
+    assert knnlm("forget", "toy", "0", *store).code == 0
+    rows = {row["version"]: row for row in knnlm("domains", "list", *store, "--json").json}
+    shown = knnlm("show", "toy", *store, "--json").json
+    assert rows["v1"]["documents"] - rows["v2"]["documents"] == 1
+    assert rows["v1"]["entries"] - rows["v2"]["entries"] == shown["removed"]["entries"] > 0

@@ -17,6 +17,7 @@ from services.datastore.app import service
 from services.datastore.loaded import Opener
 from services.datastore.settings import DatastoreSettings
 from services.runtime.service import Service
+from tests.grown import emptied
 from tests.services.faces import datastore_faces
 from tests.services.waiting import Slow, held, until
 
@@ -28,7 +29,7 @@ REQUEST = SearchRequest("toy", QUERIES, k=4)
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     toy_datastore(tmp_path)
-    toy_datastore(tmp_path, domain="empty", texts=[])
+    emptied(toy_datastore(tmp_path, domain="empty"))
     return tmp_path
 
 
@@ -93,7 +94,7 @@ async def test_every_face_tells_the_same_of_the_domains(store: Path) -> None:
             ]
             assert listed == expected
             assert all(info.indexes == ("flat",) and info.memory is not None for info in listed)
-            assert all((info.context_length, info.min_context) == (64, 32) for info in listed)
+            assert all((info.context_length, info.min_context) == (32, 16) for info in listed)
             assert (await client.get_domain("toy")).entries == expected[1].entries
             assert (await client.get_domain("toy", "v1")).version == "v1"
             with pytest.raises(UnknownVersion):

@@ -130,10 +130,28 @@ def test_documents_without_entries_are_listed(tmp_path: Path) -> None:
     assert [datastore.passage(e, 9, 9).document for e in range(3)] == ["b", "d", "d"]
 
 
-def test_no_documents_give_an_empty_datastore(tmp_path: Path) -> None:
-    datastore = Datastore.open(build([], ToyLanguageModel(), Catalog(tmp_path), "toy"))
-    assert datastore.keys.shape == (0, 16)
-    assert datastore.manifest.entries == datastore.manifest.tokens == 0
+@pytest.mark.parametrize("texts", [[], ["x"], ["x", "y"]])
+def test_no_token_to_predict_makes_no_version(tmp_path: Path, texts: list[str]) -> None:
+    class WithoutBos(ToyLanguageModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokenizer = Tokenizer(self.tokenizer.json, bos_token_id=None, eos_token_id=None)
+
+    documents = [Document(str(i), text) for i, text in enumerate(texts)]
+    with pytest.raises(InvalidRequest, match="no document with a token to predict") as caught:
+        build(documents, WithoutBos(), Catalog(tmp_path), "toy")
+    assert caught.value.param == "documents"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_documents_leave_a_domain_and_what_is_being_built_of_it_as_they_are(tmp_path: Path) -> None:
+    toy_datastore(tmp_path)
+    with pytest.raises(DatastoreError, match="cannot hold"):
+        build([Document("a", "ab!c")], Spoiled(np.nan), Catalog(tmp_path), "toy")
+    with pytest.raises(InvalidRequest, match="no document with a token to predict"):
+        build([], ToyLanguageModel(), Catalog(tmp_path), "toy")
+    assert sorted(f.name for f in (tmp_path / "toy").iterdir()) == [".v2.building", "CURRENT", "v1"]
+    assert build([Document("a", "ab!c")], ToyLanguageModel(), Catalog(tmp_path), "toy").name == "v2"
 
 
 @pytest.mark.parametrize(
@@ -207,7 +225,7 @@ def test_version_that_exists_is_never_changed(tmp_path: Path) -> None:
     toy_datastore(tmp_path)
     with pytest.raises(Conflict, match="v1 of domain toy exists already"):
         toy_datastore(tmp_path, texts=["other"])
-    assert build([], ToyLanguageModel(), Catalog(tmp_path), "toy").name == "v2"
+    assert build([Document("a", "text")], ToyLanguageModel(), Catalog(tmp_path), "toy").name == "v2"
     assert not any(f.name.startswith(".") for f in (tmp_path / "toy").iterdir())
     assert not any(f.name.startswith(".") for f in (tmp_path / "toy/v2").iterdir())
 

@@ -1,10 +1,12 @@
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.files import locked
 from knnlm.errors import (
     Conflict,
     DatastoreCorrupt,
@@ -124,6 +126,12 @@ def test_names_cannot_leave_the_store(tmp_path: Path, name: str) -> None:
             ask("law", name)
 
 
+def test_current_is_no_name_of_a_version(tmp_path: Path) -> None:
+    """Where case is not told apart, its folder would be the file CURRENT."""
+    with pytest.raises(InvalidRequest, match="'current' is a name that the store needs itself"):
+        Catalog(tmp_path).folder("law", "current")
+
+
 def test_what_is_unpublished_is_not_listed_or_activated(tmp_path: Path) -> None:
     catalog = store_with(tmp_path, "law/v1")
     shutil.copytree(tmp_path / "law/v1", tmp_path / "law/.v2.building")
@@ -164,7 +172,62 @@ def test_removing(tmp_path: Path) -> None:
     (tmp_path / "law/.v0.removed.12345678").mkdir()  # an earlier removal that was killed
     catalog.remove("law", "v1")
     assert catalog.versions("law") == ["v2"]
-    assert sorted(f.name for f in (tmp_path / "law").iterdir()) == ["CURRENT", "v2"]
+    assert sorted(f.name for f in (tmp_path / "law").iterdir()) == [".highest", "CURRENT", "v2"]
+
+
+def test_the_number_of_a_version_that_was_removed_never_comes_again(tmp_path: Path) -> None:
+    catalog = store_with(tmp_path, "law/v1", "law/v2", "law/v3")
+    catalog.activate("law", "v1")
+    for version in ("v3", "v2"):
+        catalog.remove("law", version)
+        assert catalog.next_version("law") == catalog.free_version("law") == "v4"
+    catalog.activate("law", "v1")
+    assert (catalog.versions("law"), catalog.domains()) == (["v1"], ["law"])
+    assert store_with(tmp_path, "law/v4").free_version("law") == "v5"
+    catalog.remove("law", "v4")
+    assert catalog.free_version("law") == "v5"
+
+
+def test_a_damaged_record_of_numbers_is_named(tmp_path: Path) -> None:
+    catalog = store_with(tmp_path, "law/v1")
+    (tmp_path / "law/.highest").write_text("v9\n")
+    with pytest.raises(DatastoreCorrupt, match=r"\.highest .* expected the highest number"):
+        catalog.free_version("law")
+
+
+def test_a_version_follows_the_one_it_was_made_of_or_none(tmp_path: Path) -> None:
+    catalog = store_with(tmp_path, "law/v1", "law/v2", "law/v3")
+    catalog.activate("law", "v1")
+    catalog.activate("law", "v2", "v1")
+    catalog.activate("law", "v2", "v1")  # it is there already
+    with pytest.raises(Conflict, match=r"v3 of domain law .* not activated: it was made of v1, .* switched to v2"):
+        catalog.activate("law", "v3", "v1")
+    assert catalog.current("law") == "v2"
+
+
+def test_a_switch_in_the_moment_of_activation_is_not_overwritten(tmp_path: Path) -> None:
+    """The operator's switch holds the domain's lock when the other comes, which must look only once it has it."""
+    catalog = store_with(tmp_path, "law/v1", "law/v2", "law/v3")
+    catalog.activate("law", "v1")
+    begun = threading.Event()
+    errors: list[KnnlmError] = []
+
+    def follow() -> None:
+        begun.set()
+        try:
+            catalog.activate("law", "v3", "v1")
+        except KnnlmError as err:
+            errors.append(err)
+
+    late = threading.Thread(target=follow)
+    with locked(tmp_path / "law", wait=True, doing="changing the domain"):
+        late.start()
+        begun.wait()
+        time.sleep(0.1)  # it waits for the lock
+        (tmp_path / "law/CURRENT").write_text("v2\n")
+    late.join()
+    assert [type(err) for err in errors] == [Conflict]
+    assert catalog.current("law") == "v2"
 
 
 def test_half_removed_version_is_never_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,10 +35,10 @@ def catalog(tmp_path: Path) -> Catalog:
 def test_without_activation_the_former_version_answers(catalog: Catalog) -> None:
     made = add(NEW, ToyLanguageModel(), catalog, "toy")
     assert (made.version, catalog.current("toy")) == ("v2", "v1")
-    seen: list[tuple[str, str]] = []
-    again = add(NEW, ToyLanguageModel(), catalog, "toy", activate=lambda d, v: seen.append((d, v)))
+    seen: list[tuple[str, ...]] = []
+    again = add(NEW, ToyLanguageModel(), catalog, "toy", activate=lambda *asked: seen.append(asked))
     assert again.path == made.path  # the same change is not made twice
-    assert seen == [("toy", "v2")]
+    assert seen == [("toy", "v2", "v1")]
     other = remove(["0"], catalog, "toy")
     assert (other.version, other.parent) == ("v3", "v1")
 
@@ -100,7 +100,7 @@ def test_an_activation_that_fails_can_be_repeated_without_the_model(catalog: Cat
             self.calls += 1
             return super().forward(request)
 
-    def full(domain: str, version: str) -> None:
+    def full(domain: str, version: str, parent: str) -> None:
         raise Conflict(f"no memory for {domain} {version}")
 
     with pytest.raises(Conflict, match="no memory for toy v2"):
@@ -177,8 +177,8 @@ def test_activating_and_removing_versions_go_on_beside_a_change(catalog: Catalog
             catalog.activate("toy", "v1")
             catalog.remove("toy", "v9")
 
-    assert during(catalog, act).version == "v9"  # the name is free again
-    assert catalog.versions("toy") == ["v1", "v8", "v9"]
+    assert during(catalog, act).version == "v10"  # a name never comes again
+    assert catalog.versions("toy") == ["v1", "v8", "v10"]
 
 
 def test_names_that_are_being_built_are_not_taken(catalog: Catalog) -> None:

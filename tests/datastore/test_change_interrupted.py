@@ -261,7 +261,7 @@ def test_a_disk_that_is_full_at_any_size_is_an_error_of_ours(tmp_path: Path, nam
 def test_damaged_keys_of_a_finished_addition_are_made_again_and_never_in_place(tmp_path: Path, name: str) -> None:
     catalog = toy_catalog(tmp_path)
 
-    def refuse(domain: str, version: str) -> None:
+    def refuse(domain: str, version: str, parent: str) -> None:
         raise DatastoreError(f"no {domain} {version}")
 
     with pytest.raises(DatastoreError, match="no toy v2"):

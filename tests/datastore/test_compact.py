@@ -20,7 +20,7 @@ from knnlm.index.build import build_index
 from knnlm.index.compact import compact
 from knnlm.index.searcher import Searcher
 from knnlm.messages import Document, SearchRequest, Tuning
-from knnlm.testing import ToyLanguageModel
+from knnlm.testing import ToyLanguageModel, toy_datastore
 from tests.datastore.growing import forget, grow, listed, live, sound, toy_catalog
 
 SETTINGS = {"context_length": 24, "min_context": 8, "key_dtype": "float32"}
@@ -177,7 +177,7 @@ def test_a_rollback_meanwhile_is_not_overruled(catalog: Catalog) -> None:
 
 
 def test_no_current_version_is_named(tmp_path: Path) -> None:
-    build([], ToyLanguageModel(), Catalog(tmp_path), "toy")
+    toy_datastore(tmp_path, activate=False)
     with pytest.raises(UnknownVersion, match="no current version to change"):
         folded(Catalog(tmp_path))
 

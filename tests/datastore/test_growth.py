@@ -23,6 +23,7 @@ from knnlm.errors import (
     UnknownDomain,
     UnknownVersion,
 )
+from knnlm.index.compact import compact
 from knnlm.messages import Document, Tuning
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 from knnlm.tokenizer import Tokenizer
@@ -174,9 +175,9 @@ def test_no_document_is_refused_and_one_without_tokens_is_listed(tmp_path: Path)
 
 
 def test_a_version_of_nothing_can_grow(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path)
-    build([], ToyLanguageModel(), catalog, "toy")
-    catalog.activate("toy", "v1")
+    catalog = toy_catalog(tmp_path)
+    forget(catalog, *"0123")
+    assert live(compact(catalog, "toy", activate=catalog.activate).path) == []
     assert live(grow(catalog).path) == ["a", "b", "c"]
 
 

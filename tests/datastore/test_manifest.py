@@ -7,7 +7,7 @@ import pytest
 
 from knnlm.datastore.manifest import IndexRecord, Manifest
 from knnlm.datastore.text import Document
-from knnlm.errors import DatastoreCorrupt, DatastoreIncomplete
+from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreIncomplete
 from knnlm.testing import ToyLanguageModel, toy_datastore
 from tests.grown import grow
 
@@ -222,3 +222,13 @@ def test_files_of_what_was_added_or_removed_must_be_listed(grown: Path, name: st
     changed(grown, {"files": files})
     with pytest.raises(DatastoreCorrupt, match=f"{name} is not among files"):
         Manifest.load(grown)
+
+
+def test_a_manifest_too_large_to_be_read_is_not_written(tmp_path: Path) -> None:
+    path = toy_datastore(tmp_path)
+    manifest = Manifest.load(path)
+    record = manifest.files["keys.npy"]
+    files = {**manifest.files, **{f"values.{number}.npy": record for number in range(80_000)}}
+    with pytest.raises(Conflict, match=r"would have \d+ bytes, at most 8388608 are read: `knnlm compact toy`"):
+        manifest.model_copy(update={"files": files}).save(path)
+    assert Manifest.load(path) == manifest

@@ -143,7 +143,8 @@ async def test_a_version_that_cannot_be_opened_leaves_the_old_one_serving_and_sh
         await until(stale)
         info = await datastore_.get_domain("toy")
         assert info.version == "v1"
-        assert "keys.npy" in info.state
+        assert "toy/v2/keys.npy" in info.state
+        assert str(store) not in info.state
         assert (await datastore_.search(REQUEST)).version == "v1"
 
         Catalog(store).activate("toy", "v1")
@@ -191,7 +192,7 @@ async def test_one_broken_domain_does_not_keep_the_others_from_starting(store: P
     (store / "broken" / "v1" / "values.npy").unlink()
     async with running(datastore(store)) as host, client(host) as datastore_:
         assert (await datastore_.search(REQUEST)).version == "v1"
-        with pytest.raises(Unavailable, match="broken cannot be served"):
+        with pytest.raises(Unavailable, match=r"broken cannot be served: broken/v1/values\.npy is missing"):
             await datastore_.search(replace(REQUEST, domain="broken"))
 
 

@@ -1,0 +1,118 @@
+"""The pool alone: what happens between two of its steps, at moments that a running service meets now and then."""
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from knnlm.datastore.catalog import Catalog
+from knnlm.errors import Conflict
+from knnlm.index.searcher import Searcher
+from knnlm.testing import TEXTS, toy_datastore
+from services.datastore.loaded import Opener
+from services.datastore.pool import Pool
+from services.datastore.settings import DatastoreSettings
+from services.runtime.metrics import Metrics
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    toy_datastore(tmp_path)
+    toy_datastore(tmp_path, version="v2", texts=TEXTS[:2], activate=False)
+    return tmp_path
+
+
+def pool_of(store: Path, opener: Opener | None = None, **settings: Any) -> Pool:
+    pool = Pool(DatastoreSettings(store=store, **settings), Metrics("datastore"), opener or opened)
+    pool.load()
+    return pool
+
+
+def opened(path: Path, memory_limit: int | None) -> Searcher:
+    return Searcher.open(path, memory_limit=memory_limit)
+
+
+class Counting:
+    """Opens searchers, those of v2 when it is let; remembers what was opened and closed."""
+
+    def __init__(self) -> None:
+        self.entered, self.go = threading.Event(), threading.Event()
+        self.opened: list[str] = []
+        self.closed: list[str] = []
+
+    def __call__(self, path: Path, memory_limit: int | None) -> Searcher:
+        name = f"{path.parent.name}/{path.name}"
+        if path.name == "v2":
+            self.entered.set()
+            self.go.wait(20)
+        self.opened.append(name)
+        searcher = opened(path, memory_limit)
+        close = searcher.close
+
+        def closing() -> None:
+            self.closed.append(name)
+            close()
+
+        searcher.close = closing  # type: ignore[method-assign]
+        return searcher
+
+
+async def test_a_domain_activated_while_the_store_is_looked_at_is_not_dropped(store: Path) -> None:
+    toy_datastore(store, domain="other")
+    toy_datastore(store, domain="other", version="v2", texts=TEXTS[:2], activate=False)
+    toy_datastore(store, domain="new", activate=False)
+    opener = Counting()
+    pool = pool_of(store, opener)
+    for domain in ("toy", "other"):
+        Catalog(store).activate(domain, "v2")
+    looking = asyncio.create_task(pool.follow())  # "new" has no current version yet
+    await asyncio.to_thread(opener.entered.wait, 20)
+    activating = asyncio.create_task(pool.activate("new", "v1"))  # its turn is between the two others
+    await asyncio.sleep(0.05)
+    opener.go.set()
+    assert (await activating).version == "v1"
+    await looking
+    assert pool.get("new", None).version == "v1"
+    assert opener.opened.count("new/v1") == 1
+    assert {info.domain: info.version for info in await pool.list()} == {"new": "v1", "other": "v2", "toy": "v2"}
+    await pool.close()
+
+
+async def test_a_version_that_is_described_is_not_let_go(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pool_of(store, grace_s=0.0)
+    entered, go = threading.Event(), threading.Event()
+    versions = Catalog.versions
+
+    def slowly(self: Catalog, domain: str) -> list[str]:
+        entered.set()
+        go.wait(20)
+        return versions(self, domain)
+
+    monkeypatch.setattr(Catalog, "versions", slowly)
+    described = asyncio.create_task(pool.describe("toy"))
+    await asyncio.to_thread(entered.wait, 20)
+    Catalog(store).activate("toy", "v2")
+    await pool.follow()
+    assert pool.get("toy", None).version == "v2"
+    go.set()
+    info = await described
+    assert (info.version, list(info.versions)) == ("v1", ["v1", "v2"])
+    assert (await pool.describe("toy")).version == "v2"
+    await pool.close()
+
+
+async def test_a_change_that_came_too_late_is_not_served_and_holds_no_memory(store: Path) -> None:
+    opener = Counting()
+    opener.go.set()
+    pool = pool_of(store, opener, grace_s=0.0)
+    toy_datastore(store, version="v3", texts=TEXTS[:1])  # an operator's switch
+    with pytest.raises(Conflict, match="made of v1, and meanwhile the domain was switched to v3"):
+        await pool.activate("toy", "v2", "v1")
+    assert Catalog(store).current("toy") == "v3"
+    assert pool.get("toy", None).version == "v1"
+    await pool.follow()
+    assert pool.get("toy", None).version == "v3"
+    assert sorted(opener.closed) == ["toy/v1", "toy/v2"]
+    await pool.close()
