@@ -7,10 +7,14 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
+from knnlm.messages import DomainInfo, ModelInfo
 from knnlm.mixture import Component, mix, rule_weights
 from knnlm.neighbors import Neighbors, add, neighbor_log_probs, target_log_probs, token_masses
 
-__all__ = ["Mixed", "Retrieved", "Window", "mix_distributions", "mix_targets", "plan_windows", "top_tokens"]
+__all__ = ["Mixed", "Retrieved", "Window", "choose_windows", "mix_distributions", "mix_targets", "plan_windows",
+           "top_tokens"]  # fmt: skip
+
+DEFAULT_WINDOW = 2048  # tokens fed at once when nobody says how many: a model that takes 131,072 would need minutes
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,36 @@ class Window:
     def positions(self) -> npt.NDArray[np.int32]:
         """(end - first,) int32: positions inside the window whose next token is a target."""
         return np.arange(self.first - 1 - self.start, self.end - 1 - self.start, dtype=np.int32)
+
+
+def choose_windows(
+    model: ModelInfo,
+    domains: Sequence[DomainInfo] = (),
+    context_length: int | None = None,
+    min_context: int | None = None,
+) -> tuple[int, int]:
+    """(context_length, min_context) for `plan_windows`, in tokens: asked for, else those that the keys of the first
+    domain were made with, else DEFAULT_WINDOW or what the model takes, if that is less, and half of it.
+
+    Raises InvalidRequest, naming the field, unless 2 <= context_length <= model.context_length and
+    1 <= min_context < context_length.
+    """
+    length, least = context_length, min_context
+    made_with = domains[0] if domains else None
+    if length is None and made_with is not None and made_with.context_length is not None:
+        length = min(made_with.context_length, model.context_length)
+        if least is None and made_with.min_context is not None:
+            least = min(made_with.min_context, length - 1)
+    if length is None:
+        length = min(DEFAULT_WINDOW, model.context_length)
+    if not 2 <= length <= model.context_length:
+        raise InvalidRequest(
+            f"context_length must lie in [2, {model.context_length}], got {length}", param="context_length"
+        )
+    least = length // 2 if least is None else least
+    if not 1 <= least < length:
+        raise InvalidRequest(f"min_context must lie in [1, {length}), got {least}", param="min_context")
+    return length, least
 
 
 def plan_windows(length: int, context_length: int, min_context: int) -> list[Window]:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.decoding import Mixed, mix_distributions, plan_windows
+from knnlm.decoding import Mixed, choose_windows, mix_distributions, plan_windows
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable, UnknownVersion
 from knnlm.messages import (
     DatastoreClient,
@@ -138,18 +138,17 @@ class Mixer:
         tokens: npt.NDArray[np.int32],
         knn: KnnOptions | None = None,
         *,
+        context_length: int | None = None,
         min_context: int | None = None,
     ) -> Score:
         """Log-probability of every token but the first of a text of any length, a (t,) int32 array with its BOS.
 
-        Windows as in evaluation and building: `min_context` tokens of context at least (half of the context length by
-        default). Model, search and mixing work at the same time, on different batches of windows: `timings` say how
-        long each was waited for, and add up to more than the call took.
+        context_length, min_context: see `choose_windows`. Model, search and mixing work at the same time, on different
+        batches of windows: `timings` say how long each was waited for, and add up to more than the call took.
         """
         if len(tokens) < 2:
             raise InvalidRequest(f"nothing to score: expected at least 2 tokens, got {len(tokens)}", param="text")
-        context = self.info.context_length
-        windows = plan_windows(len(tokens), context, context // 2 if min_context is None else min_context)
+        windows = plan_windows(len(tokens), *choose_windows(self.info, (), context_length, min_context))
         used, degraded = await self._resolve_or_degrade(knn)
         try:
             return await self._scoring(tokens, used, knn, degraded).run(windows, self._batch_tokens)

@@ -103,9 +103,17 @@ class Pipeline:
         call = self._mixer.next_token(encoded, _options(knn), passages=passages, passage_tokens=passage_tokens)
         return _run(call)
 
-    def score(self, text: Context, knn: KnnOptions | str | None = None, *, min_context: int | None = None) -> Score:
+    def score(
+        self,
+        text: Context,
+        knn: KnnOptions | str | None = None,
+        *,
+        context_length: int | None = None,
+        min_context: int | None = None,
+    ) -> Score:
         """Log-probability of every token of a text but its first; `knn` as in `next_token`, see `Mixer.score`."""
-        return _run(self._mixer.score(self._tokens(text), _options(knn), min_context=min_context))
+        tokens, options = self._tokens(text), _options(knn)
+        return _run(self._mixer.score(tokens, options, context_length=context_length, min_context=min_context))
 
     def close(self) -> None:
         for searcher in self.searchers.values():

@@ -1,15 +1,35 @@
 """One kNN-LM step and the windows over a long text."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knnlm.decoding import Retrieved, mix_distributions, mix_targets, plan_windows, top_tokens
+from knnlm.decoding import (
+    DEFAULT_WINDOW,
+    Retrieved,
+    choose_windows,
+    mix_distributions,
+    mix_targets,
+    plan_windows,
+    top_tokens,
+)
 from knnlm.errors import InvalidRequest
+from knnlm.messages import DomainInfo
 from knnlm.neighbors import Neighbors
+from knnlm.testing import ToyLanguageModel
 
 VOCAB = 8
+TOY = ToyLanguageModel()
+
+
+def domain_info(context_length: int | None, min_context: int | None) -> DomainInfo:
+    return DomainInfo(
+        "toy", "v1", ("v1",), "ready", 1, 1, 16, "float16", "toy", "flat", "toy", "", "", None,
+        context_length=context_length, min_context=min_context,
+    )  # fmt: skip
 
 
 def lm(n: int, seed: int = 0) -> np.ndarray:
@@ -42,6 +62,45 @@ def test_windows_cover_every_target_once_with_enough_context(length: int, contex
 def test_min_context_must_leave_room(least: int) -> None:
     with pytest.raises(InvalidRequest, match="min_context"):
         plan_windows(10, 8, least)
+
+
+@pytest.mark.parametrize(
+    ("model", "made_with", "asked", "expected"),
+    [
+        (512, None, (None, None), (512, 256)),
+        (131_072, None, (None, None), (DEFAULT_WINDOW, DEFAULT_WINDOW // 2)),
+        (131_072, None, (65_536, None), (65_536, 32_768)),
+        (131_072, (8192, 100), (None, None), (8192, 100)),
+        (512, (64, 48), (None, None), (64, 48)),
+        (512, (64, 48), (None, 8), (64, 8)),
+        (512, (64, 48), (128, None), (128, 64)),
+        (64, (128, 100), (None, None), (64, 63)),  # the model takes less than when the keys were made
+        (512, (None, None), (None, None), (512, 256)),  # from a service that does not say
+    ],
+)
+def test_windows_are_those_asked_for_else_the_domains_else_bounded(
+    model: int,
+    made_with: tuple[int | None, int | None] | None,
+    asked: tuple[int | None, int | None],
+    expected: tuple[int, int],
+) -> None:
+    info = replace(TOY.info, context_length=model)
+    domains = [] if made_with is None else [domain_info(*made_with), domain_info(32, 4)]
+    assert choose_windows(info, domains, *asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ((1, None), r"context_length must lie in \[2, 32\], got 1"),
+        ((33, None), r"context_length must lie in \[2, 32\], got 33"),
+        ((None, 0), r"min_context must lie in \[1, 32\), got 0"),
+        ((8, 8), r"min_context must lie in \[1, 8\), got 8"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(asked: tuple[int | None, int | None], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        choose_windows(TOY.info, (), *asked)
 
 
 @pytest.mark.parametrize("combine", ["mixture", "union"])

@@ -37,7 +37,7 @@ def build(
     ] = None,
     part: PartOption = "all",
     context_length: Annotated[
-        int | None, typer.Option(help="Tokens fed to the model at once; by default all it can take.")
+        int | None, typer.Option(help="Tokens fed at once; by default all that the model takes, at most 2048.")
     ] = None,
     min_context: Annotated[
         int | None, typer.Option(help="Tokens that every key sees at least; by default half the context length.")

@@ -43,6 +43,12 @@ MinContextOption = Annotated[
     int | None,
     typer.Option("--min-context", help="Tokens that every prediction sees at least; by default half the context."),
 ]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(
+        "--context-length", help="Tokens fed at once; by default as the domain was built, at most 2048 without."
+    ),
+]
 DomainsOption = Annotated[
     list[str] | None, typer.Option("--domain", help="Retrieve from this domain; may be repeated. None: the LM alone.")
 ]

@@ -23,6 +23,7 @@ from knnlm.cli.common import (
     SourcesArgument,
     StoreOption,
     TemperatureOption,
+    WindowOption,
     knn_options,
     parse_part,
     print_json,
@@ -49,6 +50,7 @@ def evaluate(
     ef_search: EfSearchOption = None,
     exclude_document: ExcludeOption = None,
     index: IndexOption = None,
+    context_length: WindowOption = None,
     min_context: MinContextOption = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Report on a sample of so many tokens, spread over all documents.")
@@ -83,7 +85,12 @@ def evaluate(
             documents = sample(documents, pipeline.tokenizer, max_tokens)
         with progress("tokens", sum(len(d.tokens) - 1 for d in documents), description="scoring") as update:
             report = perplexity.evaluate(
-                pipeline, documents, knn, min_context=min_context, on_progress=lambda done: update(done)
+                pipeline,
+                documents,
+                knn,
+                context_length=context_length,
+                min_context=min_context,
+                on_progress=lambda done: update(done),
             )
     for warning in report.warnings:
         remark(f"warning: {warning}")

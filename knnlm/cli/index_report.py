@@ -51,7 +51,11 @@ def report(
         raise InvalidRequest(f"no document to ask for that is not in {path}", param="sources")
     few = sample(held_out, lm.tokenizer, queries)
     with progress("tokens", sum(len(d.tokens) - 1 for d in few), description="queries") as update:
-        observed = observe(lm, few, min_context=min_context, on_progress=lambda done: update(done))
+        windows = manifest.windows
+        least = windows.min_context if min_context is None else min_context
+        observed = observe(
+            lm, few, context_length=windows.context_length, min_context=least, on_progress=lambda done: update(done)
+        )
     folder = path.with_name(f".{path.name}.report") if work is None else work
     try:
         with progress("steps", None, description="comparing") as update:

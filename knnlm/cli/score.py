@@ -20,6 +20,7 @@ from knnlm.cli.common import (
     StoreOption,
     TemperatureOption,
     TextArgument,
+    WindowOption,
     knn_options,
     print_json,
     print_table,
@@ -38,6 +39,7 @@ def score(
     combine: CombineOption = COMBINE,
     ef_search: EfSearchOption = None,
     exclude_document: ExcludeOption = None,
+    context_length: WindowOption = None,
     min_context: MinContextOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -58,7 +60,7 @@ def score(
     )
     text = read_text(text)
     with Pipeline.load(model, store, domains, device=device, dtype=dtype) as pipeline:
-        result = pipeline.score(text, knn, min_context=min_context)
+        result = pipeline.score(text, knn, context_length=context_length, min_context=min_context)
         pieces = [pipeline.tokenizer.token(token) for token in result.tokens]
     neighbors = [None] * len(pieces[1:]) if result.knn_log_probs is None else result.knn_log_probs.tolist()
     log_probs = list(zip(result.log_probs.tolist(), result.lm_log_probs.tolist(), neighbors, strict=True))

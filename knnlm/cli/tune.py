@@ -19,6 +19,7 @@ from knnlm.cli.common import (
     SourcesArgument,
     StoreOption,
     VersionOption,
+    WindowOption,
     parse_part,
     print_json,
     progress,
@@ -41,6 +42,7 @@ def tune(
     max_tokens: Annotated[
         int, typer.Option(help="Fit on a sample of so many tokens, spread over all documents.")
     ] = 20_000,
+    context_length: WindowOption = None,
     min_context: MinContextOption = None,
     index: IndexOption = None,
     page: Annotated[Path | None, typer.Option(help="Also write the tuning curve as an HTML page.")] = None,
@@ -85,7 +87,14 @@ def tune(
             raise InvalidRequest(f"no document to fit on that is not in {path}", param="sources")
         few = sample(held_out, lm.tokenizer, max_tokens)
         with progress("tokens", sum(len(d.tokens) - 1 for d in few), description="asking the model") as update:
-            observed = observe(lm, few, min_context=min_context, on_progress=lambda done: update(done))
+            observed = observe(
+                lm,
+                few,
+                domains=[searcher.info(())],
+                context_length=context_length,
+                min_context=min_context,
+                on_progress=lambda done: update(done),
+            )
         with progress("queries", len(ks) * len(observed.targets), description="searching") as update:
             for i, wanted in enumerate(ks):  # once for each: fewer neighbors are found among fewer candidates
                 found = find(searcher, domain, observed, wanted)

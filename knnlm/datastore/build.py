@@ -18,6 +18,7 @@ from knnlm.datastore.manifest import Manifest, ModelRecord, WindowsRecord
 from knnlm.datastore.phases import check_sizes, check_tokenizer, encode, no_token, require_documents, tokenize
 from knnlm.datastore.progress import Progress, Report, silent
 from knnlm.datastore.workspace import Identity, Workspace, recorded, workspace
+from knnlm.decoding import choose_windows
 from knnlm.errors import InvalidRequest
 from knnlm.messages import Document
 
@@ -43,7 +44,7 @@ def build(
     """Publish `documents`, as `lm` sees them, as a version of `domain` and return its folder; it is not activated.
 
     version: None is the next free v<number>, or the one whose building was interrupted. context_length: tokens fed at
-    once, None = all the model can; min_context: tokens before each target at least, None = half of that. key_dtype:
+    once; min_context: tokens before each target at least; None: see `choose_windows`. key_dtype:
     float16 or float32. batch_tokens: how many tokens the model is given at once. part_entries: what a kill costs.
 
     Raises InvalidRequest for a parameter out of range, or when no document has a token to predict (nothing is left
@@ -100,14 +101,7 @@ def _publish(space: Workspace, sources: Sources, target: Path) -> None:
 def _identity(lm: KeyEncoder, context_length: int | None, min_context: int | None, key_dtype: str) -> Identity:
     check_tokenizer(lm)
     info = lm.info
-    length = info.context_length if context_length is None else context_length
-    if not 2 <= length <= info.context_length:
-        raise InvalidRequest(
-            f"context_length must lie in [2, {info.context_length}], got {length}", param="context_length"
-        )
-    least = length // 2 if min_context is None else min_context
-    if not 1 <= least < length:
-        raise InvalidRequest(f"min_context must lie in [1, {length}), got {least}", param="min_context")
+    length, least = choose_windows(info, context_length=context_length, min_context=min_context)
     if key_dtype not in KEY_DTYPES:
         raise InvalidRequest(f"key_dtype must be float16 or float32, got {key_dtype!r}", param="key_dtype")
     return Identity.model_validate(

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.datastore.encode import KeyEncoder
-from knnlm.decoding import Window, plan_windows
+from knnlm.decoding import Window, choose_windows, plan_windows
 from knnlm.errors import InvalidRequest, ModelError
 from knnlm.evaluation.splits import Encoded
 from knnlm.evaluation.tuning import Observations
-from knnlm.messages import ForwardRequest, SearchRequest
+from knnlm.messages import DomainInfo, ForwardRequest, SearchRequest
 from knnlm.neighbors import Neighbors
 from knnlm.pipeline import Search
 
@@ -52,18 +52,21 @@ def observe(
     lm: KeyEncoder,
     documents: Sequence[Encoded],
     *,
+    domains: Sequence[DomainInfo] = (),
+    context_length: int | None = None,
     min_context: int | None = None,
     batch_tokens: int = 4096,
     on_progress: Callable[[int], None] | None = None,
 ) -> HeldOut:
     """Every token of `documents` but the first of each: its log-probability, and the key of its context.
 
-    min_context: as in `Mixer.score`. on_progress: called with the tokens done so far. Memory: a key per token. Raises
-    InvalidRequest when there is no token.
+    domains, context_length, min_context: see `choose_windows`. on_progress: called with the tokens done so far. Memory:
+    a key per token. Raises InvalidRequest when there is no token.
     """
+    windows = choose_windows(lm.info, domains, context_length, min_context)
     keys, log_probs, targets, depths = [], [], [], []
     done = 0
-    for batch, expected, (queries, answered) in _answers(lm, documents, min_context, batch_tokens):
+    for batch, expected, (queries, answered) in _answers(lm, documents, windows, batch_tokens):
         keys.append(queries)
         log_probs.append(answered)
         targets.append(expected)
@@ -121,12 +124,10 @@ def coincide(queries: npt.NDArray[np.floating], neighbors: Neighbors, same: floa
 
 
 def _answers(
-    lm: KeyEncoder, documents: Sequence[Encoded], min_context: int | None, batch_tokens: int
+    lm: KeyEncoder, documents: Sequence[Encoded], windows: tuple[int, int], batch_tokens: int
 ) -> Iterator[tuple[Batch, npt.NDArray[np.int32], Answer]]:
     """Windows, the (n,) tokens that they predict, and what the model says: (keys (n, d), log-probabilities (n,))."""
-    context = lm.info.context_length
-    least = context // 2 if min_context is None else min_context
-    for batch in _batches(documents, context, least, batch_tokens):
+    for batch in _batches(documents, windows, batch_tokens):
         expected = np.concatenate([d.tokens[w.first : w.end] for d, w in batch])  # (n,) int32
         forward = lm.forward(
             ForwardRequest(
@@ -141,12 +142,12 @@ def _answers(
         yield batch, expected, (forward.keys, forward.target_log_probs)
 
 
-def _batches(documents: Sequence[Encoded], context: int, min_context: int, batch_tokens: int) -> Iterator[Batch]:
-    """The windows of all documents in order, so many at a time that they hold at most `batch_tokens`, or one."""
+def _batches(documents: Sequence[Encoded], windows: tuple[int, int], batch_tokens: int) -> Iterator[Batch]:
+    """Consecutive windows of all documents that hold at most `batch_tokens` tokens together, or one window."""
     batch: Batch = []
     size = 0
     for document in documents:
-        for window in plan_windows(len(document.tokens), context, min_context):
+        for window in plan_windows(len(document.tokens), *windows):
             length = window.end - window.start
             if batch and size + length > batch_tokens:
                 yield batch

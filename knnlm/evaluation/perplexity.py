@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from knnlm.decoding import choose_windows
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import LEAK_ALARM, find, leak, observe
 from knnlm.evaluation.splits import Encoded, sample
@@ -121,22 +122,25 @@ def evaluate(
     documents: Sequence[Encoded],
     knn: KnnOptions | None = None,
     *,
+    context_length: int | None = None,
     min_context: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Report:
-    """Score every document by itself, with windows as in `Mixer.score`. on_progress: called with the tokens done.
+    """Score every document by itself. context_length, min_context: windows, see `choose_windows`; by default those of
+    the first domain. on_progress: called with the tokens done.
 
     Raises InvalidRequest when there is no document, and what `Pipeline.score` raises.
     """
     if not documents:
         raise InvalidRequest("no document with at least two tokens", param="sources")
-    context = pipeline.lm.info.context_length
-    least = context // 2 if min_context is None else min_context
+    asked = [] if knn is None else [pipeline.searchers.get(d.domain) for d in knn.domains]
+    opened = [searcher.info(()) for searcher in asked if searcher is not None]  # scoring refuses the others
+    context, least = choose_windows(pipeline.lm.info, opened, context_length, min_context)
     figures = []
     used: Sequence[UsedDomain] = ()
     done = 0
     for document in documents:
-        score = pipeline.score(document.tokens, knn, min_context=least)
+        score = pipeline.score(document.tokens, knn, context_length=context, min_context=least)
         figures.append(_figures_of(document, score))
         used = score.domains
         done += figures[-1].tokens
@@ -149,18 +153,19 @@ def evaluate(
         min_context=least,
         documents=tuple(figures),
         domains=tuple(used),
-        leaks=leaks(pipeline, documents, [d.domain for d in used], min_context=least),
+        leaks=leaks(pipeline, documents, [d.domain for d in used], (context, least)),
     )
 
 
 def leaks(
-    pipeline: Pipeline, documents: Sequence[Encoded], domains: Sequence[str], *, min_context: int | None = None
+    pipeline: Pipeline, documents: Sequence[Encoded], domains: Sequence[str], windows: tuple[int, int]
 ) -> dict[str, float]:
     """By domain, the share of queries that coincide with a stored key, over an even sample of LEAK_TOKENS tokens."""
     if not domains:
         return {}
     lm = pipeline.lm
-    held_out = observe(lm, sample(documents, lm.tokenizer, LEAK_TOKENS), min_context=min_context)
+    few = sample(documents, lm.tokenizer, LEAK_TOKENS)
+    held_out = observe(lm, few, context_length=windows[0], min_context=windows[1])
     found = {domain: find(pipeline.searchers[domain], domain, held_out, k=1).neighbors for domain in domains}
     return {domain: leak(held_out, neighbors, lm.info.dtype) for domain, neighbors in found.items()}
 

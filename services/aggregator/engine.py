@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.clients.rollout import DomainReplica
+from knnlm.decoding import choose_windows
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, Unavailable
 from knnlm.messages import DatastoreClient, Document, DocumentsClient, DomainInfo, LanguageModelClient, ModelInfo
 from knnlm.mixer import Mixer
@@ -114,7 +115,7 @@ class Aggregator:
         """The answer, and seconds per stage. Raises KnnlmError for everything that cannot be answered."""
         model, knn = choose(request, self.info.model_id, self._settings)
         tokens = await self._one_text(request)
-        least = self.info.context_length // 2 if request.min_context is None else request.min_context
+        _, least = choose_windows(self.info, min_context=request.min_context)
         score = await self._mixer.score(tokens, knn, min_context=least)
         self._note(score.degraded)
         rows = await asyncio.to_thread(scored_tokens, score, self.tokenizer)

@@ -253,6 +253,24 @@ def test_eval_compares_the_model_with_and_without_neighbors(knnlm: Knnlm, store:
     assert alone["lm"] == report["lm"]
 
 
+def test_tune_and_eval_take_the_windows_of_the_domain_unless_others_are_asked_for(
+    knnlm: Knnlm, store: Path, corpus: Path
+) -> None:
+    knnlm("build", "toy", corpus, "--part", "store", "--context-length", 16, "--min-context", 12)
+    tuned = knnlm("tune", "toy", corpus, "--part", "tune", "--json").json
+    same = knnlm("tune", "toy", corpus, "--part", "tune", "--context-length", 16, "--min-context", 12, "--json").json
+    other = knnlm("tune", "toy", corpus, "--part", "tune", "--context-length", 64, "--json").json
+    assert tuned["lm_perplexity"] == same["lm_perplexity"] != other["lm_perplexity"]
+    stored = ("eval", corpus, "--part", "store", "--domain", "toy", "--json")
+    report = knnlm(*stored).json
+    assert (report["context_length"], report["min_context"], report["leaks"]["toy"]) == (16, 12, 1.0)
+    report = knnlm(*stored, "--context-length", 32).json
+    assert (report["context_length"], report["min_context"]) == (32, 16)
+    assert report["leaks"]["toy"] < 1
+    answer = knnlm("score", "the cat", "--domain", "toy", "--context-length", 65)
+    assert (answer.code, "context_length must lie in [2, 64], got 65" in answer.err) == (2, True)
+
+
 def test_eval_warns_when_the_text_is_in_the_datastore(knnlm: Knnlm, store: Path, corpus: Path) -> None:
     answer = knnlm("eval", corpus, "--part", "store", "--domain", "toy", "--max-tokens", 200)
     assert answer.code == 0

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from knnlm.datastore.build import build
+from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.text import Document
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.perplexity import DocumentFigures, Report, evaluate
@@ -79,6 +81,19 @@ def test_stored_documents_raise_the_alarm_and_others_do_not(pipeline: Pipeline) 
     assert "100% of the queries coincide with keys of toy" in leaked.warnings[0]
     fresh = encode([Document("fresh", "?! 123 zyx never QUITE like this; 4567, 89 & 1011 WHO?")], LM.tokenizer)
     assert evaluate(pipeline, fresh, KNN).warnings == ()
+
+
+def test_stored_text_coincides_wholly_whatever_the_windows_it_was_stored_with(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path)
+    path = build([Document("copy", 4 * TEXTS[1])], LM, catalog, "toy", context_length=8, min_context=5)
+    documents = encode([Document("again", 4 * TEXTS[1])], LM.tokenizer)
+    with Pipeline(LM, {"toy": Searcher.open(path)}) as pipeline:
+        report = evaluate(pipeline, documents, KNN)
+        assert (report.context_length, report.min_context, report.leaks) == (8, 5, {"toy": 1.0})
+        other = evaluate(pipeline, documents, KNN, context_length=32, min_context=16)
+        assert (other.context_length, other.min_context) == (32, 16)
+        assert other.leaks["toy"] < 1
+        assert report.lm != other.lm
 
 
 def test_progress_counts_to_the_last_token(pipeline: Pipeline) -> None:
