@@ -27,6 +27,7 @@ from benchmarks.system import THREADS, Running, service
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.manifest import Manifest
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 
 BATCH, K = 64, 1024
 IN_FLIGHT = 4  # of batches
@@ -109,7 +110,7 @@ def measure(prepared: Prepared, running: Running, runner: asyncio.Runner, caller
 async def _loads(prepared: Prepared, running: Running, callers: int, stack: AsyncExitStack) -> dict[str, Load]:
     def requests(domain: str, batch: int) -> list[SearchRequest]:
         queries = prepared.queries[: len(prepared.queries) // BATCH * BATCH]
-        return [SearchRequest(domain, part, K) for part in np.split(queries, len(queries) // batch)]
+        return [SearchRequest(domain, part, SearchOptions(k=K)) for part in np.split(queries, len(queries) // batch)]
 
     async def http(domain: str, batch: int, number: int) -> Callers:
         return await stack.enter_async_context(HttpCallers(running.http, requests(domain, batch), number))

@@ -38,6 +38,7 @@ from knnlm.index.build import build_index, suited
 from knnlm.index.searcher import Searcher
 from knnlm.lm.model import LanguageModel
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 
 __all__ = ["DOMAIN", "MODEL", "Prepared", "add_datastore_option", "asked_for", "cut", "prepare"]
 
@@ -215,7 +216,7 @@ def _index(prepared: Prepared) -> None:
         return
     searcher = Searcher.open(prepared.path)
     try:
-        found = searcher.search(SearchRequest(DOMAIN, prepared.queries, TUNED_K)).neighbors
+        found = searcher.search(SearchRequest(DOMAIN, prepared.queries, SearchOptions(k=TUNED_K))).neighbors
     finally:
         searcher.close()
     observed = Observations(prepared.lm_log_probs, prepared.targets, found, len(prepared.documents))

@@ -23,6 +23,7 @@ from knnlm.clients.http import HttpDatastore
 from knnlm.clients.rpc import GrpcDatastore
 from knnlm.index.searcher import Searcher
 from knnlm.messages import DatastoreClient, SearchRequest
+from knnlm.options import SearchOptions
 from services.runtime.allocation import keep_buffers
 
 BATCH, K = 64, 1024
@@ -124,7 +125,9 @@ def batches(prepared: Prepared) -> list[SearchRequest]:
     queries = prepared.queries[: len(prepared.queries) // BATCH * BATCH]
     if not len(queries):
         raise SystemExit(f"{len(prepared.queries)} queries, at least {BATCH} are needed")
-    return [SearchRequest(prepared.domain, part, K) for part in np.split(queries, len(queries) // BATCH)]
+    return [
+        SearchRequest(prepared.domain, part, SearchOptions(k=K)) for part in np.split(queries, len(queries) // BATCH)
+    ]
 
 
 async def same(searcher: Searcher, clients: list[DatastoreClient], request: SearchRequest) -> None:

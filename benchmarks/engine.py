@@ -26,6 +26,7 @@ from knnlm.evaluation.tuning import Observations, fit
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
 from knnlm.neighbors import Neighbors
+from knnlm.options import SearchOptions
 
 LISTS, BYTES, PROBES = 4096, 64, 32
 POINTS_PER_LIST, SAMPLED_PER_LIST = 39, 64  # FAISS warns below the first
@@ -45,7 +46,9 @@ def main() -> None:
     searcher = Searcher.open(prepared.path)
     searcher.warm()
     searches: dict[str, Search] = {
-        "default": lambda queries: searcher.search(SearchRequest(prepared.domain, queries, K)).neighbors,
+        "default": lambda queries: (
+            searcher.search(SearchRequest(prepared.domain, queries, SearchOptions(k=K))).neighbors
+        ),
         "paper": faiss_search(paper_index(datastore.keys, lists, options.seed), datastore.values, PROBES),
         "exact": faiss_search(exact_index(datastore.keys), datastore.values, None),
     }

@@ -22,6 +22,7 @@ from knnlm.index.choose import choose
 from knnlm.index.ivf import lists_for
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 
 TIMES = 10
 BATCH, K = 64, 1024
@@ -94,7 +95,7 @@ def program(prepared: Prepared, searcher: Searcher) -> Callable[[], int]:
 
     def search() -> int:
         start = next(starts)
-        searcher.search(SearchRequest(prepared.domain, queries[start : start + BATCH], K))
+        searcher.search(SearchRequest(prepared.domain, queries[start : start + BATCH], SearchOptions(k=K)))
         return BATCH
 
     return search

@@ -27,6 +27,7 @@ from knnlm.datastore.layout import DOCUMENTS, KEYS, TOKENIZER, TOKENS, VALUES
 from knnlm.datastore.manifest import FileRecord, Manifest, ModelRecord, WindowsRecord
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel
 from services.datastore.app import service
 from services.datastore.engine import Engine
@@ -104,7 +105,9 @@ async def switched(switches: int, entries: int) -> dict[str, float]:
 
         async def searching() -> None:
             while not stop.is_set():
-                await engine.search(SearchRequest("big", queries, k=64), Call("bench", "none", time.monotonic() + 60))
+                await engine.search(
+                    SearchRequest("big", queries, SearchOptions(k=64)), Call("bench", "none", time.monotonic() + 60)
+                )
 
         client = asyncio.create_task(searching())
         async with Beat() as quiet:

@@ -6,17 +6,19 @@ flat: the answers to several sequences or positions stand one below the other, i
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from knnlm.errors import InvalidRequest
 from knnlm.neighbors import Neighbors
+from knnlm.options import SearchOptions
 
 __all__ = [
     "DatastoreClient", "Document", "DocumentsClient", "DomainChange", "DomainInfo", "ForwardRequest", "ForwardResult",
-    "LanguageModelClient", "Memory", "ModelInfo", "Passage", "SearchRequest", "SearchResult", "Tuning",
+    "LanguageModelClient", "Memory", "ModelInfo", "Passage", "SearchQuality", "SearchRequest", "SearchResult", "Tuning",
 ]  # fmt: skip
 
 
@@ -96,34 +98,36 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """k neighbors of each query in one domain.
+    """The neighbors of each query in one domain.
 
-    queries: (n, d) float32 or float16, finite. version: answer from this version or not at all; None = the current
-    one. nprobe: lists to visit, for indexes that have them. ef_search: candidates a graph search keeps, for those that
-    are graphs. rescore: by the squared L2 to the stored keys (True), or not at all (False); None = to the keys as the
-    index's front reduces them, where it keeps those, else to the stored keys. overfetch: candidates per neighbor before
-    rescoring. ids: also return entry numbers. passages: for so many nearest neighbors per query also return the text
-    around them, `passage_tokens` a side.
-
-    Neighbors that do not count, for text that is in the datastore itself; the k that are returned are others:
-    exclude_entries: (n,) int64, an entry for each query, -1 = none. exclude_own_documents: not that entry alone, but
-    all of its document. exclude_documents: ids of documents, for every query.
+    queries: (n, d) float32 or float16, finite. options: how to search, with a k. version: answer from this version or
+    not at all; None = the current one. ids: also return entry numbers. passages: of this many nearest neighbors per
+    query also return the text around them, `passage_tokens` on each side. exclude_entries: (n,) int64, for each query
+    an entry that does not count, for text that is in the datastore itself; -1 = none.
     """
 
     domain: str
     queries: npt.NDArray[np.floating]
-    k: int
+    options: SearchOptions
     version: str | None = None
-    nprobe: int | None = None
-    rescore: bool | None = None
-    overfetch: float | None = None
     ids: bool = False
     passages: int = 0
     passage_tokens: int = 24
-    ef_search: int | None = None
     exclude_entries: npt.NDArray[np.int64] | None = None
-    exclude_own_documents: bool = False
-    exclude_documents: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.options.k is None:
+            raise InvalidRequest("k is required", param="k")
+
+    @property
+    def k(self) -> int:
+        return self.options.k or 0
+
+    @property
+    def batch_key(self) -> tuple[object, ...]:
+        """Equal for requests that one search can answer: everything but the rows, and what a row must look like."""
+        same = (getattr(self, f.name) for f in fields(self) if f.name not in ("queries", "exclude_entries"))
+        return (*same, self.queries.shape[1:], self.queries.dtype)
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,23 @@ class SearchResult:
 
 
 @dataclass(frozen=True)
+class SearchQuality:
+    """One way to search that was measured while tuning. perplexity: of the held-out text. chosen: the one stored."""
+
+    name: str
+    search: SearchOptions
+    perplexity: float
+    queries_per_second: float | None = None
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
 class Tuning:
-    """Fitted on documents that are in neither the datastore nor any reported figure. Perplexities of those."""
+    """Fitted on documents that are in neither the datastore nor any reported figure. Perplexities of those.
+
+    rule, parameters: the lambda rule and what was fitted for it; `lmbda` is that of the rule "fixed". search: how to
+    search, as far as it was fitted, with the index `index`. quality: what was measured to choose it.
+    """
 
     temperature: float
     lmbda: float
@@ -159,6 +178,11 @@ class Tuning:
     knn_perplexity: float
     tokens: int
     documents: int
+    rule: str = "fixed"
+    parameters: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
+    search: SearchOptions = field(default_factory=SearchOptions)
+    index: str | None = None
+    quality: Sequence[SearchQuality] = ()
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ two. Replicas may let go of it meanwhile; then the call begins again with the ve
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from knnlm.decoding import Mixed, choose_windows, mix_distributions, plan_windows
+from knnlm.domains import UsedDomain, used_domain
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable, UnknownVersion
 from knnlm.messages import (
     DatastoreClient,
@@ -28,7 +29,7 @@ from knnlm.messages import (
     SearchRequest,
     SearchResult,
 )
-from knnlm.options import KnnOptions, UsedDomain, used_domain
+from knnlm.options import KnnOptions
 from knnlm.scoring import BATCHES_UNDER_WAY, Score, Scoring, given, retrieved, timed
 
 __all__ = ["BATCHES_UNDER_WAY", "Mixer", "NextTokens", "Score"]
@@ -112,7 +113,7 @@ class Mixer:
         async def search(domains: Sequence[UsedDomain]) -> list[SearchResult]:
             keys = given(forward.keys)
             return await timed(
-                self._search(domains, knn, keys, passages=passages, passage_tokens=passage_tokens), "search", timings
+                self._search(domains, keys, passages=passages, passage_tokens=passage_tokens), "search", timings
             )
 
         try:
@@ -178,7 +179,9 @@ class Mixer:
         if self._datastore is None:
             raise Unavailable("no datastore service is configured, so no domain can be used")
         infos = await asyncio.gather(*(self._datastore.get_domain(d.domain, d.version) for d in knn.domains))
-        return [used_domain(options, knn.k, info, self.info) for options, info in zip(knn.domains, infos, strict=True)]
+        return [
+            used_domain(options, knn.search, info, self.info) for options, info in zip(knn.domains, infos, strict=True)
+        ]
 
     def _known_down(self, knn: KnnOptions | None) -> str | None:
         """Why the LM alone is to answer without retrieval being asked at all."""
@@ -198,7 +201,6 @@ class Mixer:
     async def _search(
         self,
         domains: Sequence[UsedDomain],
-        knn: KnnOptions,
         keys: npt.NDArray[np.floating],
         *,
         passages: int = 0,
@@ -206,20 +208,13 @@ class Mixer:
     ) -> list[SearchResult]:
         if self._datastore is None:
             raise Unavailable("no datastore service is configured, so no domain can be used")
-        request = SearchRequest(
-            domain="",
-            queries=keys,
-            k=1,
-            nprobe=knn.nprobe,
-            ef_search=knn.ef_search,
-            exclude_documents=knn.exclude_documents,
-            rescore=knn.rescore,
-            overfetch=knn.overfetch,
-            passages=passages,
-            passage_tokens=passage_tokens,
-        )
         return await asyncio.gather(
-            *(self._datastore.search(replace(request, domain=d.domain, version=d.version, k=d.k)) for d in domains)
+            *(
+                self._datastore.search(
+                    SearchRequest(d.domain, keys, d.search, d.version, passages=passages, passage_tokens=passage_tokens)
+                )
+                for d in domains
+            )
         )
 
 

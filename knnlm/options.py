@@ -1,59 +1,139 @@
-"""What a caller may choose about retrieval, and what holds in the end: asked for, else tuned, else refused. Pure."""
+"""What a caller may choose about retrieval: records that check their values when they are made. Pure.
+
+`SearchOptions` is how a datastore is searched, and the only place where such an option is written down: the schemas of
+the services, the options of the commands, the conversions to protobuf and the key by which searches are batched are
+made from its fields. An error names the field as it is called here; who nests it in a request adds the path.
+"""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
-from knnlm.errors import DatastoreMismatch, InvalidRequest
-from knnlm.messages import DomainInfo, ModelInfo
+from knnlm.errors import InvalidRequest
 
-__all__ = ["DEFAULT_K", "DomainOptions", "KnnOptions", "UsedDomain", "check_excluded", "used_domain"]
+__all__ = ["DEFAULT_K", "SEARCH_OPTIONS", "DomainOptions", "KnnOptions", "Option", "SearchOptions"]
 
-DEFAULT_K = 1024  # of the paper; a domain's tuning says otherwise
-EXCLUDED_DOCUMENTS = 1024  # of one request
-DOCUMENT_CHARACTERS = 4096  # of the id of each
+DEFAULT_K = 1024  # of Khandelwal et al. 2020 (arXiv 1911.00172); a domain's tuning says otherwise
+MAX_EXCLUDED_DOCUMENTS = 1024  # ids in one request
+MAX_DOCUMENT_CHARACTERS = 4096  # of one id
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known about one search option beside its name and default.
+
+    kind: int, float, bool or tuple (texts). minimum: the least value of a number. flag: its name on the command line.
+    public: whether callers of the aggregator may give it.
+    """
+
+    kind: type
+    description: str
+    minimum: int | None = None
+    flag: str | None = None
+    public: bool = True
+
+
+def _option(kind: type, description: str, default: Any = None, **more: Any) -> Any:  # Any: as dataclasses.field
+    return field(default=default, metadata={"option": Option(kind, description, **more)})
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to search: k neighbors per query, found how, and which ones do not count. None: not asked for.
+
+    rescore: by the squared L2 to the stored keys (True), or not at all (False); None: to the keys as the index's
+    pre-transform reduces them, where it keeps those, else to the stored keys. overfetch: a factor on k.
+    exclude_own_documents: with the request's exclude_entries, not such an entry alone, but all of its document.
+
+    Raises InvalidRequest, with the field as `param`, for a value that no search can have. Whether an index knows the
+    option is said by the search.
+    """
+
+    k: int | None = _option(int, "Neighbors of each query in each domain.", minimum=1)
+    nprobe: int | None = _option(int, "Lists to visit, for indexes that have lists (ivf).", minimum=1)
+    ef_search: int | None = _option(
+        int, "Candidates that a graph search keeps, for indexes that are graphs (hnsw).", minimum=1
+    )
+    overfetch: float | None = _option(float, "Candidates per neighbor before rescoring.", minimum=1)
+    rescore: bool | None = _option(
+        bool, "By distances to the stored keys, or not at all; by default to what the index keeps reduced."
+    )
+    exclude_own_documents: bool = _option(
+        bool, "With exclude_entries: not that entry alone, but all of its document.", False, public=False
+    )
+    exclude_documents: tuple[str, ...] = _option(
+        tuple,
+        f"Ids of documents that hold no neighbors: at most {MAX_EXCLUDED_DOCUMENTS}, of {MAX_DOCUMENT_CHARACTERS} "
+        "characters each. Every domain must have every one of them.",
+        (),
+        flag="--exclude-document",
+    )
+
+    def __post_init__(self) -> None:
+        for name, option in SEARCH_OPTIONS.items():
+            value, least = getattr(self, name), option.minimum
+            if value is not None and least is not None and not least <= value < math.inf:
+                raise InvalidRequest(f"{name} must be >= {least}, got {value}", param=name)
+        _check_excluded(self.exclude_documents)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:  # Any: the values of a schema or message, which checked their kinds
+        """The options among `values`, by name; lists become tuples, and what is None is not asked for."""
+        given = {name: values[name] for name in SEARCH_OPTIONS if values.get(name) is not None}
+        chosen: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+        return cls(**chosen)
+
+    def asked(self) -> dict[str, Any]:
+        """Name and value of every option that is asked for."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def or_else(self, others: "SearchOptions") -> "SearchOptions":
+        """These options, and what is not asked for here as in `others`."""
+        return replace(others, **self.asked())
+
+
+SEARCH_OPTIONS: Mapping[str, Option] = {f.name: f.metadata["option"] for f in fields(SearchOptions)}
 
 
 @dataclass(frozen=True)
 class DomainOptions:
-    """One domain of a request. What is None is taken from the tuning that is stored with the domain."""
+    """One domain of a request. What is None is taken from the tuning that is stored with the domain.
+
+    lmbda: in [0, 1], the weight of what is retrieved. temperature: > 0, divides squared distances.
+    """
 
     domain: str
     version: str | None = None
     lmbda: float | None = None
     temperature: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.lmbda is not None and not 0 <= self.lmbda <= 1:
+            raise InvalidRequest(f"lambda must lie in [0, 1], got {self.lmbda}", param="lambda")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise InvalidRequest(f"temperature must be > 0, got {self.temperature}", param="temperature")
+
 
 @dataclass(frozen=True)
 class KnnOptions:
-    """How to retrieve and mix. `on_datastore_error`: "fail", or "lm_only" to answer from the LM and say so.
+    """From which domains to retrieve, how to search them and how to mix.
 
-    exclude_documents: ids of documents whose entries do not count. Every domain must have every one of them.
+    combine: of several domains, "mixture" (each its own softmax and weight) or "union" (one softmax over the neighbors
+    of all). rule: how weights follow from lambda and what was found. on_datastore_error: "fail", or "lm_only" to answer
+    from the LM and say so.
     """
 
     domains: tuple[DomainOptions, ...]
-    k: int | None = None
+    search: SearchOptions = field(default_factory=SearchOptions)
     combine: str = "mixture"
-    nprobe: int | None = None
-    rescore: bool | None = None
-    overfetch: float | None = None
     rule: str = "fixed"
     on_datastore_error: str = "fail"
-    ef_search: int | None = None
-    exclude_documents: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [d.domain for d in self.domains]
         if not names or len(set(names)) != len(names):
-            raise InvalidRequest(f"expected one or more distinct domains, got {names}", param="knn.domains")
-        for d in self.domains:
-            if d.lmbda is not None and not 0 <= d.lmbda <= 1:
-                raise InvalidRequest(f"lambda must lie in [0, 1], got {d.lmbda}", param="knn.lambda")
-            if d.temperature is not None and not 0 < d.temperature < math.inf:
-                raise InvalidRequest(f"temperature must be > 0, got {d.temperature}", param="knn.temperature")
-        if self.k is not None and self.k < 1:
-            raise InvalidRequest(f"k must be at least 1, got {self.k}", param="knn.k")
-        check_excluded(self.exclude_documents, "knn.exclude_documents")
+            raise InvalidRequest(f"expected one or more distinct domains, got {names}", param="domains")
         if self.on_datastore_error not in ("fail", "lm_only"):
             raise InvalidRequest(
                 f"on_datastore_error must be fail or lm_only, got {self.on_datastore_error!r}",
@@ -61,59 +141,15 @@ class KnnOptions:
             )
 
 
-@dataclass(frozen=True)
-class UsedDomain:
-    """What a domain was asked with in the end, and the version that answered."""
-
-    domain: str
-    version: str
-    temperature: float
-    lmbda: float
-    k: int
-
-
-def used_domain(options: DomainOptions, k: int | None, info: DomainInfo, model: ModelInfo) -> UsedDomain:
-    """The values that hold for a domain: asked for, else those of its tuning.
-
-    Raises DatastoreMismatch, with both values, for a domain that another model, tokenizer or key function made, and
-    InvalidRequest for a value that is neither asked for nor tuned.
-    """
-    for name in ("weights_sha256", "tokenizer_sha256", "key_function", "key_dim"):
-        theirs, ours = getattr(info, name), getattr(model, name)
-        if theirs != ours:
-            raise DatastoreMismatch(
-                f"domain {info.domain} was made with {name} {theirs} (model {info.model_id}), "
-                f"the language model has {ours} (model {model.model_id})"
-            )
-    tuning = info.tuning
-    return UsedDomain(
-        info.domain,
-        options.version or info.version,
-        temperature=_held(
-            "temperature", options.temperature, None if tuning is None else tuning.temperature, info.domain
-        ),
-        lmbda=_held("lambda", options.lmbda, None if tuning is None else tuning.lmbda, info.domain),
-        k=k or (tuning.k if tuning else DEFAULT_K),
-    )
-
-
-def check_excluded(documents: Sequence[str], param: str) -> None:
-    """Raises InvalidRequest for more ids of documents, or longer ones, than one request may name."""
-    if len(documents) > EXCLUDED_DOCUMENTS:
+def _check_excluded(documents: Sequence[str]) -> None:
+    param = "exclude_documents"
+    if len(documents) > MAX_EXCLUDED_DOCUMENTS:
         raise InvalidRequest(
-            f"{param} may name at most {EXCLUDED_DOCUMENTS} documents, got {len(documents)}", param=param
+            f"{param} may name at most {MAX_EXCLUDED_DOCUMENTS} documents, got {len(documents)}", param=param
         )
     longest = max(map(len, documents), default=0)
-    if longest > DOCUMENT_CHARACTERS:
+    if longest > MAX_DOCUMENT_CHARACTERS:
         raise InvalidRequest(
-            f"{param} may name documents of at most {DOCUMENT_CHARACTERS} characters, got one of {longest}", param=param
+            f"{param} may name documents of at most {MAX_DOCUMENT_CHARACTERS} characters, got one of {longest}",
+            param=param,
         )
-
-
-def _held(name: str, asked: float | None, tuned: float | None, domain: str) -> float:
-    value = tuned if asked is None else asked
-    if value is None:
-        raise InvalidRequest(
-            f"domain {domain} has not been tuned: give knn.{name}, or run `knnlm tune {domain}`", param=f"knn.{name}"
-        )
-    return value

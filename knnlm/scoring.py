@@ -13,16 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.decoding import Mixed, Retrieved, Window, mix_targets
+from knnlm.domains import UsedDomain
 from knnlm.errors import DeadlineExceeded, Unavailable
 from knnlm.messages import ForwardRequest, ForwardResult, SearchResult
-from knnlm.options import KnnOptions, UsedDomain
+from knnlm.options import KnnOptions
 
 __all__ = ["BATCHES_UNDER_WAY", "Score", "Scoring", "given", "retrieved", "timed"]
 
 T = TypeVar("T")
 Timings = dict[str, float]
 Forward = Callable[[ForwardRequest, Timings], Awaitable[ForwardResult]]
-Search = Callable[[Sequence[UsedDomain], KnnOptions, npt.NDArray[np.floating]], Awaitable[Sequence[SearchResult]]]
+Search = Callable[[Sequence[UsedDomain], npt.NDArray[np.floating]], Awaitable[Sequence[SearchResult]]]
 
 BATCHES_UNDER_WAY = 4  # of one text that is scored
 
@@ -133,7 +134,7 @@ class Scoring:
         if self._knn is None or not self._used or self._degraded is not None:
             return []
         try:
-            found = await timed(self._search(self._used, self._knn, given(forward.keys)), "search", self._timings)
+            found = await timed(self._search(self._used, given(forward.keys)), "search", self._timings)
         except (Unavailable, DeadlineExceeded) as err:
             if self._knn.on_datastore_error != "lm_only":
                 raise

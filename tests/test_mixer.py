@@ -21,7 +21,7 @@ from knnlm.messages import (
 )
 from knnlm.mixer import BATCHES_UNDER_WAY, Mixer
 from knnlm.neighbors import Neighbors
-from knnlm.options import DomainOptions, KnnOptions
+from knnlm.options import SEARCH_OPTIONS, DomainOptions, KnnOptions, SearchOptions
 from knnlm.testing import ToyLanguageModel
 
 T = TypeVar("T")
@@ -121,7 +121,8 @@ def run(call: Coroutine[Any, Any, T]) -> T:
 
 def knn(domain: str = "toy", **options: Any) -> KnnOptions:
     one = {name: options.pop(name) for name in ("version", "lmbda", "temperature") if name in options}
-    return KnnOptions((DomainOptions(domain, **one),), **options)
+    search = {name: options.pop(name) for name in list(options) if name in SEARCH_OPTIONS}
+    return KnnOptions((DomainOptions(domain, **one),), SearchOptions(**search), **options)
 
 
 def by_hand(store: BruteForce, context: np.ndarray, temperature: float, lmbda: float, k: int) -> np.ndarray:
@@ -172,13 +173,13 @@ def test_what_was_chosen_reaches_every_search() -> None:
     run(mixer.next_token([TOY.tokenizer.encode("the cat")], knn(**chosen)))
     assert len(store.asked) > 3
     for request in store.asked:
-        assert {name: getattr(request, name) for name in chosen} == chosen
+        assert {name: getattr(request.options, name) for name in chosen} == chosen
 
 
 def test_without_tuning_the_missing_value_is_asked_for() -> None:
     mixer = Mixer(Lm(), BruteForce(tuning=None), TOY.info)
     context = [TOY.tokenizer.encode("the cat")]
-    with pytest.raises(InvalidRequest, match=r"has not been tuned: give knn\.temperature"):
+    with pytest.raises(InvalidRequest, match=r"has not been tuned: give temperature"):
         run(mixer.next_token(context, knn(lmbda=0.5)))
     assert run(mixer.next_token(context, knn(lmbda=0.5, temperature=1.0))).domains[0].k == 1024
 
@@ -332,7 +333,7 @@ def test_bad_input_is_named() -> None:
         ({"lmbda": 1.5}, r"lambda must lie in \[0, 1\], got 1\.5"),
         ({"temperature": 0.0}, r"temperature must be > 0, got 0\.0"),
         ({"temperature": float("nan")}, "temperature must be > 0"),
-        ({"k": 0}, "k must be at least 1, got 0"),
+        ({"k": 0}, "k must be >= 1, got 0"),
         ({"exclude_documents": ("d",) * 1025}, "exclude_documents may name at most 1024 documents, got 1025"),
         ({"exclude_documents": ("d" * 4097,)}, "of at most 4096 characters, got one of 4097"),
         ({"on_datastore_error": "ignore"}, "on_datastore_error must be fail or lm_only, got 'ignore'"),

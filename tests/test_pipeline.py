@@ -11,7 +11,7 @@ from knnlm.datastore.revise import with_tuning
 from knnlm.errors import Conflict, InvalidRequest, KnnlmError, UnknownDomain, UnknownVersion
 from knnlm.index.searcher import Searcher
 from knnlm.messages import ForwardRequest, SearchRequest, Tuning
-from knnlm.options import DomainOptions, KnnOptions
+from knnlm.options import DomainOptions, KnnOptions, SearchOptions
 from knnlm.pipeline import Context, LocalDatastore, LocalLanguageModel, Pipeline
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 
@@ -63,7 +63,7 @@ def test_a_domain_by_name_is_used_as_it_was_tuned(pipeline: Pipeline) -> None:
     assert [(u.domain, u.version, u.temperature, u.lmbda, u.k) for u in by_name.domains] == [
         ("toy", "v1", 4.0, 0.4, 16)
     ]
-    explicit = KnnOptions((DomainOptions("toy", lmbda=0.4, temperature=4.0),), k=16)
+    explicit = KnnOptions((DomainOptions("toy", lmbda=0.4, temperature=4.0),), search=SearchOptions(k=16))
     np.testing.assert_array_equal(by_name.log_probs, pipeline.score(TEXT, explicit).log_probs)
     assert by_name.perplexity < pipeline.score(TEXT).perplexity
 
@@ -126,7 +126,7 @@ def test_local_clients_answer_as_the_objects_do(pipeline: Pipeline) -> None:
     assert asyncio.run(lm.get_tokenizer()) == pipeline.tokenizer.json
     listed = asyncio.run(datastore.list_domains())
     assert [(d.domain, d.version, tuple(d.versions)) for d in listed] == [("toy", "v1", ("v1",))]
-    request = SearchRequest("toy", np.zeros((2, 16), np.float32), k=3)
+    request = SearchRequest("toy", np.zeros((2, 16), np.float32), SearchOptions(k=3))
     found = asyncio.run(datastore.search(request))
     np.testing.assert_array_equal(
         found.neighbors.distances, pipeline.searchers["toy"].search(request).neighbors.distances

@@ -21,14 +21,17 @@ from knnlm.messages import (
     Memory,
     ModelInfo,
     Passage,
+    SearchQuality,
     SearchRequest,
     SearchResult,
     Tuning,
 )
 from knnlm.neighbors import Neighbors
+from knnlm.options import SearchOptions
 from knnlm.v1 import common_pb2, datastore_pb2, lm_pb2
 from knnlm.wire import array_from_json, array_from_tensor, array_to_json, array_to_tensor, jsonable, protos
 from knnlm.wire.arrays import FLOATS, INT32, LIST_LIMIT
+from tests.searching import search
 
 QUICK = settings(max_examples=40, deadline=None)
 ENCODINGS = ("list", "base64")
@@ -174,6 +177,7 @@ def test_a_dtype_that_does_not_travel_is_refused() -> None:
 
 TOKENS = arrays.arrays(np.int32, st.integers(1, 5))
 INT = st.integers(0, 2**31 - 1)
+COUNT = st.integers(1, 2**31 - 1)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 TEXT = st.text(max_size=8)
 TIMINGS = st.dictionaries(st.sampled_from(["queue", "forward"]), st.floats(0, 10))
@@ -210,19 +214,31 @@ SEARCH_REQUESTS = st.builds(
     SearchRequest,
     TEXT,
     of("float32", 2, least=1),
-    INT,
+    st.builds(
+        SearchOptions,
+        COUNT,
+        nprobe=maybe(COUNT),
+        ef_search=maybe(COUNT),
+        overfetch=maybe(st.floats(1, 100, width=32)),
+        rescore=maybe(st.booleans()),
+        exclude_own_documents=st.booleans(),
+        exclude_documents=st.lists(TEXT, max_size=3).map(tuple),
+    ),
     version=maybe(TEXT),
-    nprobe=maybe(INT),
-    rescore=maybe(st.booleans()),
-    overfetch=maybe(st.floats(1, 100, width=32)),
     ids=st.booleans(),
     passages=INT,
     passage_tokens=INT,
-    ef_search=maybe(INT),
     exclude_entries=maybe(of("int64", 1)),
-    exclude_own_documents=st.booleans(),
-    exclude_documents=st.lists(TEXT, max_size=3),
 )
+SEARCH_OPTIONS = st.builds(SearchOptions, nprobe=maybe(COUNT), overfetch=maybe(st.floats(1, 100, width=32)))
+TUNING = st.builds(
+    Tuning, FINITE, FINITE, INT, FINITE, FINITE, INT, INT,
+    rule=st.sampled_from(["fixed", "other"]),
+    parameters=st.dictionaries(TEXT, FINITE | st.lists(FINITE, max_size=3).map(tuple), max_size=2),
+    search=SEARCH_OPTIONS,
+    index=maybe(TEXT),
+    quality=st.lists(st.builds(SearchQuality, TEXT, SEARCH_OPTIONS, FINITE, maybe(FINITE), st.booleans()), max_size=2),
+)  # fmt: skip
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4))
 NEIGHBORS = SHAPES.flatmap(
     lambda shape: st.builds(
@@ -241,7 +257,7 @@ MODELS = st.builds(
 DOMAINS = st.builds(
     DomainInfo,
     TEXT, TEXT, st.lists(TEXT, max_size=3), TEXT, INT, INT, INT, *[TEXT] * 6,
-    maybe(st.builds(Tuning, FINITE, FINITE, INT, FINITE, FINITE, INT, INT)),
+    maybe(TUNING),
     st.lists(TEXT, max_size=3),
     maybe(st.builds(Memory, TEXT, st.integers(0, 2**40), TEXT, st.integers(0, 2**40))),
     maybe(INT), maybe(INT),
@@ -334,14 +350,14 @@ def test_a_forward_request_that_does_not_add_up_is_refused(changed: dict[str, An
 
 @pytest.mark.parametrize("param", ["k", "ef_search"])
 def test_a_number_that_protobuf_cannot_hold_is_refused_by_name(param: str) -> None:
-    request = SearchRequest("d", np.zeros((1, 2), np.float32), **{"k": 4, param: 2**40})  # type: ignore[arg-type]
+    request = search("d", np.zeros((1, 2), np.float32), **{"k": 4, param: 2**40})
     with pytest.raises(InvalidRequest) as refused:
         protos.search_request_to_proto(request)
     assert refused.value.param == param
 
 
 def test_an_excluded_entry_of_another_kind_is_refused_by_name() -> None:
-    message = protos.search_request_to_proto(SearchRequest("d", np.zeros((1, 2), np.float32), k=1))
+    message = protos.search_request_to_proto(SearchRequest("d", np.zeros((1, 2), np.float32), SearchOptions(k=1)))
     for malformed in (tensor(), array_to_tensor(np.zeros((1, 1), np.int64))):
         message.exclude_entries.CopyFrom(malformed)
         with pytest.raises(InvalidRequest) as refused:

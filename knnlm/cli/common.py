@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from knnlm.datastore.change import Change
     from knnlm.datastore.progress import Progress, Report
     from knnlm.evaluation.splits import Part
-    from knnlm.options import KnnOptions
 
 DomainArgument = Annotated[str, typer.Argument(help="The domain: a-z, 0-9, '-', '_' and '.'.")]
 SourcesArgument = Annotated[
@@ -49,26 +48,6 @@ WindowOption = Annotated[
         "--context-length", help="Tokens fed at once; by default as the domain was built, at most 2048 without."
     ),
 ]
-DomainsOption = Annotated[
-    list[str] | None, typer.Option("--domain", help="Retrieve from this domain; may be repeated. None: the LM alone.")
-]
-KOption = Annotated[int | None, typer.Option("--k", help="Neighbors; by default as tuned.")]
-LambdaOption = Annotated[
-    float | None, typer.Option("--lambda", help="Weight of what is retrieved, 0 to 1; by default as tuned.")
-]
-TemperatureOption = Annotated[
-    float | None, typer.Option("--temperature", help="Divides squared distances; by default as tuned.")
-]
-CombineOption = Annotated[
-    str, typer.Option("--combine", help="Several domains: mixture (a weight each) or union (one softmax over all).")
-]
-EfSearchOption = Annotated[
-    int | None, typer.Option("--ef-search", help="Candidates that a search of a graph index (hnsw) keeps.")
-]
-ExcludeOption = Annotated[
-    list[str] | None,
-    typer.Option("--exclude-document", help="Let no entry of this document count; its id, may be repeated."),
-]
 IndexOption = Annotated[
     str | None, typer.Option("--index", help="Search with this index of the version; by default its default one.")
 ]
@@ -76,7 +55,6 @@ ActivateOption = Annotated[bool, typer.Option(help="Make it the current version 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 DEFAULT_STORE = Path("store")
-COMBINE = "mixture"
 PIPE_WIDTH = 160  # columns of a table that no terminal limits
 LINE_SECONDS = 30.0  # between two lines of progress in a log
 
@@ -211,33 +189,6 @@ def parse_part(name: str) -> "Part":
         return Part(name)
     except ValueError as err:
         raise InvalidRequest(f"part must be one of {', '.join(Part)}, got {name!r}", param="part") from err
-
-
-def knn_options(
-    domains: Sequence[str],
-    *,
-    k: int | None,
-    lmbda: float | None,
-    temperature: float | None,
-    combine: str,
-    ef_search: int | None,
-    exclude_documents: Sequence[str],
-) -> "KnnOptions | None":
-    """None without domains; then the other options would be ignored, which is refused."""
-    from knnlm.options import DomainOptions, KnnOptions
-
-    if not domains:
-        given = {
-            "--k": k is not None, "--lambda": lmbda is not None, "--temperature": temperature is not None,
-            "--combine": combine != COMBINE, "--ef-search": ef_search is not None,
-            "--exclude-document": bool(exclude_documents),
-        }  # fmt: skip
-        unused = [name for name, is_given in given.items() if is_given]
-        if unused:
-            raise InvalidRequest(f"{unused[0]} means nothing without --domain", param=unused[0])
-        return None
-    parts = tuple(DomainOptions(domain, lmbda=lmbda, temperature=temperature) for domain in domains)
-    return KnnOptions(parts, k=k, combine=combine, ef_search=ef_search, exclude_documents=tuple(exclude_documents))
 
 
 def version_folder(catalog: "Catalog", domain: str, version: str | None) -> Path:

@@ -5,50 +5,38 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.cli.common import (
-    COMBINE,
     DEFAULT_STORE,
-    CombineOption,
     DeviceOption,
-    DomainsOption,
     DtypeOption,
-    EfSearchOption,
-    ExcludeOption,
     IndexOption,
     JsonOption,
-    KOption,
-    LambdaOption,
     MinContextOption,
     ModelOption,
     PartOption,
     SourcesArgument,
     StoreOption,
-    TemperatureOption,
     WindowOption,
-    knn_options,
     parse_part,
     print_json,
     print_table,
     progress,
     remark,
 )
+from knnlm.cli.retrieval import domain_names, retrieving
 from knnlm.errors import InvalidRequest
+from knnlm.options import KnnOptions
 
 if TYPE_CHECKING:
     from knnlm.evaluation.perplexity import Report
 
 
+@retrieving
 def evaluate(
     sources: SourcesArgument,
     model: ModelOption,
     store: StoreOption = DEFAULT_STORE,
-    domain: DomainsOption = None,
     part: PartOption = "all",
-    k: KOption = None,
-    lmbda: LambdaOption = None,
-    temperature: TemperatureOption = None,
-    combine: CombineOption = COMBINE,
-    ef_search: EfSearchOption = None,
-    exclude_document: ExcludeOption = None,
+    knn: KnnOptions | None = None,
     index: IndexOption = None,
     context_length: WindowOption = None,
     min_context: MinContextOption = None,
@@ -66,18 +54,9 @@ def evaluate(
     from knnlm.evaluation.splits import encode, sample, select
     from knnlm.pipeline import Pipeline
 
-    domains = domain or []
+    domains = domain_names(knn)
     if index is not None and not domains:
         raise InvalidRequest("--index means nothing without --domain", param="--index")
-    knn = knn_options(
-        domains,
-        k=k,
-        lmbda=lmbda,
-        temperature=temperature,
-        combine=combine,
-        ef_search=ef_search,
-        exclude_documents=exclude_document or (),
-    )
     chosen = list(select(read_documents(sources), parse_part(part)))
     with Pipeline.load(model, store, domains, device=device, dtype=dtype, index=index) as pipeline:
         documents = encode(chosen, pipeline.tokenizer)

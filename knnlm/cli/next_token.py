@@ -1,33 +1,25 @@
 """`knnlm next`: the distribution of the next token, and the neighbors that shaped it."""
 
-from dataclasses import asdict
 from math import exp
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from knnlm.cli.common import (
-    COMBINE,
     DEFAULT_STORE,
-    CombineOption,
     DeviceOption,
-    DomainsOption,
     DtypeOption,
-    EfSearchOption,
-    ExcludeOption,
     JsonOption,
-    KOption,
-    LambdaOption,
     ModelOption,
     StoreOption,
-    TemperatureOption,
     TextArgument,
-    knn_options,
     print_json,
     print_table,
     read_text,
 )
+from knnlm.cli.retrieval import domain_names, retrieving
 from knnlm.errors import InvalidRequest
+from knnlm.options import KnnOptions
 
 if TYPE_CHECKING:
     from knnlm.mixer import NextTokens
@@ -36,17 +28,12 @@ if TYPE_CHECKING:
 PASSAGE_TOKENS = 16  # a side
 
 
+@retrieving
 def next_token(
     text: TextArgument,
     model: ModelOption,
     store: StoreOption = DEFAULT_STORE,
-    domain: DomainsOption = None,
-    k: KOption = None,
-    lmbda: LambdaOption = None,
-    temperature: TemperatureOption = None,
-    combine: CombineOption = COMBINE,
-    ef_search: EfSearchOption = None,
-    exclude_document: ExcludeOption = None,
+    knn: KnnOptions | None = None,
     top: Annotated[int, typer.Option(help="Show so many of the likeliest tokens.")] = 10,
     neighbors: Annotated[int, typer.Option(help="Show so many of the nearest neighbors of each domain.")] = 5,
     device: DeviceOption = "auto",
@@ -59,23 +46,14 @@ def next_token(
     for name, value in (("--top", top), ("--neighbors", neighbors)):
         if value < 0:
             raise InvalidRequest(f"{name} must be at least 0, got {value}", param=name)
-    domains = domain or []
-    knn = knn_options(
-        domains,
-        k=k,
-        lmbda=lmbda,
-        temperature=temperature,
-        combine=combine,
-        ef_search=ef_search,
-        exclude_documents=exclude_document or (),
-    )
+    domains = domain_names(knn)
     text = read_text(text)
     with Pipeline.load(model, store, domains, device=device, dtype=dtype) as pipeline:
         result = pipeline.next_token(text, knn, passages=neighbors, passage_tokens=PASSAGE_TOKENS)
         likeliest = _likeliest(result, pipeline.tokenizer, top)
         nearest = _nearest(result, pipeline.tokenizer)
     if as_json:
-        used = [asdict(d) for d in result.domains]
+        used = [d.as_json() for d in result.domains]
         print_json({"model": pipeline.lm.info.model_id, "domains": used, "tokens": likeliest, "neighbors": nearest})
         return
     columns = ["p", "p_lm", "p_knn"][: 3 if result.domains else 2]

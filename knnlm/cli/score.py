@@ -1,44 +1,31 @@
 """`knnlm score`: how likely every token of a text is."""
 
-from dataclasses import asdict
 from math import exp
 
 from knnlm.cli.common import (
-    COMBINE,
     DEFAULT_STORE,
-    CombineOption,
     DeviceOption,
-    DomainsOption,
     DtypeOption,
-    EfSearchOption,
-    ExcludeOption,
     JsonOption,
-    KOption,
-    LambdaOption,
     MinContextOption,
     ModelOption,
     StoreOption,
-    TemperatureOption,
     TextArgument,
     WindowOption,
-    knn_options,
     print_json,
     print_table,
     read_text,
 )
+from knnlm.cli.retrieval import domain_names, retrieving
+from knnlm.options import KnnOptions
 
 
+@retrieving
 def score(
     text: TextArgument,
     model: ModelOption,
     store: StoreOption = DEFAULT_STORE,
-    domain: DomainsOption = None,
-    k: KOption = None,
-    lmbda: LambdaOption = None,
-    temperature: TemperatureOption = None,
-    combine: CombineOption = COMBINE,
-    ef_search: EfSearchOption = None,
-    exclude_document: ExcludeOption = None,
+    knn: KnnOptions | None = None,
     context_length: WindowOption = None,
     min_context: MinContextOption = None,
     device: DeviceOption = "auto",
@@ -48,16 +35,7 @@ def score(
     """Score a text token by token: natural log-probabilities of the mixture, the LM and the neighbors."""
     from knnlm.pipeline import Pipeline
 
-    domains = domain or []
-    knn = knn_options(
-        domains,
-        k=k,
-        lmbda=lmbda,
-        temperature=temperature,
-        combine=combine,
-        ef_search=ef_search,
-        exclude_documents=exclude_document or (),
-    )
+    domains = domain_names(knn)
     text = read_text(text)
     with Pipeline.load(model, store, domains, device=device, dtype=dtype) as pipeline:
         result = pipeline.score(text, knn, context_length=context_length, min_context=min_context)
@@ -68,7 +46,7 @@ def score(
         print_json(
             {
                 "model": pipeline.lm.info.model_id,
-                "domains": [asdict(used) for used in result.domains],
+                "domains": [used.as_json() for used in result.domains],
                 "tokens": [
                     {"id": int(i), "token": piece, "log_prob": p, "lm_log_prob": p_lm, "knn_log_prob": p_knn}
                     for i, piece, (p, p_lm, p_knn) in zip(result.tokens[1:], pieces[1:], log_probs, strict=True)

@@ -11,12 +11,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from knnlm.datastore.files import write_atomic
 from knnlm.datastore.layout import MANIFEST, REMOVED, segment_files
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreIncomplete, InvalidRequest
-from knnlm.messages import ModelInfo, Tuning
+from knnlm.messages import ModelInfo, SearchQuality, Tuning
+from knnlm.options import SEARCH_OPTIONS, SearchOptions
 
 __all__ = ["FORMAT_VERSION", "GROWN_VERSION", "FileRecord", "IndexRecord", "Manifest", "ModelRecord", "RemovedRecord",
            "SegmentRecord", "TuningRecord", "WindowsRecord"]  # fmt: skip
@@ -78,8 +89,36 @@ class FileRecord(Record):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+def _known_options(values: dict[str, bool | int | float]) -> dict[str, bool | int | float]:
+    """Search options by name. Raises ValueError for what is none, or has a value that none can have."""
+    unknown = values.keys() - SEARCH_OPTIONS.keys()
+    if unknown:
+        raise ValueError(f"unknown search options {', '.join(sorted(unknown))}")
+    try:
+        SearchOptions.of(values)
+    except InvalidRequest as err:
+        raise ValueError(err.message) from err
+    return values
+
+
+AskedOptions = Annotated[dict[str, bool | int | float], AfterValidator(_known_options)]
+
+
+class QualityRecord(Record):
+    """messages.SearchQuality, as it is stored."""
+
+    name: str
+    search: AskedOptions
+    perplexity: float
+    queries_per_second: float | None = None
+    chosen: bool = False
+
+    def message(self) -> SearchQuality:
+        return SearchQuality(**{**self.model_dump(), "search": SearchOptions.of(self.search)})
+
+
 class TuningRecord(Record):
-    """messages.Tuning, as it is stored."""
+    """messages.Tuning, as it is stored. Of the fields after `documents` only what differs from the default."""
 
     temperature: float = Field(gt=0)
     lmbda: float = Field(ge=0, le=1)
@@ -88,17 +127,30 @@ class TuningRecord(Record):
     knn_perplexity: float
     tokens: Count
     documents: Count
+    rule: str = "fixed"
+    parameters: dict[str, float | tuple[float, ...]] = Field(default_factory=dict)
+    search: AskedOptions = Field(default_factory=dict)
+    index: str | None = None
+    quality: tuple[QualityRecord, ...] = ()
 
     @classmethod
     def of(cls, tuning: Tuning) -> Self:
         """Raises InvalidRequest when a number is not finite or out of its range."""
+        quality = [{**vars(row), "search": row.search.asked()} for row in tuning.quality]
         try:
-            return cls.model_validate(tuning, from_attributes=True)
+            return cls.model_validate({**vars(tuning), "search": tuning.search.asked(), "quality": quality})
         except ValidationError as err:
             raise InvalidRequest(f"not a usable tuning: {_first(err)}", param="tuning") from err
 
     def message(self) -> Tuning:
-        return Tuning(**self.model_dump())
+        quality = tuple(row.message() for row in self.quality)
+        return Tuning(**{**self.model_dump(), "search": SearchOptions.of(self.search), "quality": quality})
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:  # Any: JSON
+        fields: dict[str, Any] = handler(self)
+        later = ("rule", "parameters", "search", "index", "quality")
+        return {name: v for name, v in fields.items() if name not in later or v not in (None, "fixed", {}, [], ())}
 
 
 class SegmentRecord(Record):

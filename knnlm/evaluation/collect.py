@@ -16,6 +16,7 @@ from knnlm.evaluation.splits import Encoded
 from knnlm.evaluation.tuning import Observations
 from knnlm.messages import DomainInfo, ForwardRequest, SearchRequest
 from knnlm.neighbors import Neighbors
+from knnlm.options import SearchOptions
 from knnlm.pipeline import Search
 
 __all__ = ["LEAK_ALARM", "HeldOut", "coincide", "find", "leak", "observe"]
@@ -92,7 +93,7 @@ def find(
     distances = values = None
     for start in range(0, n, BLOCK_ROWS):
         rows = slice(start, min(start + BLOCK_ROWS, n))
-        found = search.search(SearchRequest(domain=domain, queries=held_out.queries[rows], k=k)).neighbors
+        found = search.search(SearchRequest(domain, held_out.queries[rows], SearchOptions(k=k))).neighbors
         if distances is None or values is None:
             shape = (n, found.values.shape[1])
             distances, values = np.empty(shape, np.float32), np.empty(shape, np.int32)

@@ -1,56 +1,56 @@
 """What an index report compares: recipes, each with the options of its searches, and which are worth comparing."""
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Self
 
 from knnlm.errors import InvalidRequest
 from knnlm.index.choose import choose
 from knnlm.index.ivf import lists_for
 from knnlm.index.table import family
+from knnlm.options import SEARCH_OPTIONS, SearchOptions
 
 __all__ = ["Candidate", "candidates", "default_candidates"]
 
+# options of a search that a recipe can be compared with, and how their numbers are read
+NUMBERS: Mapping[str, type[int] | type[float]] = {
+    name: option.kind for name, option in SEARCH_OPTIONS.items() if option.kind in (int, float) and name != "k"
+}
 PAPER_LISTS, PAPER_BYTES, PAPER_PROBES = 4096, 64, 32  # Khandelwal et al. 2020
 POINTS_PER_LIST = 39  # below which FAISS warns
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """name: as it is written, "ivf1024,sq8@nprobe=8". None: the default of the index."""
+    """name: as it is written, "ivf1024,sq8@nprobe=8"."""
 
     name: str
     recipe: str
-    nprobe: int | None = None
-    ef_search: int | None = None
-    overfetch: float | None = None
+    search: SearchOptions = field(default_factory=SearchOptions)
+
+    def as_json(self) -> dict[str, object]:
+        return {"name": self.name, "recipe": self.recipe, **{name: getattr(self.search, name) for name in NUMBERS}}
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Raises InvalidRequest for an option that is not known or no number."""
         recipe, at, options = text.partition("@")
-        given: dict[str, float] = {}
+        given: dict[str, int | float] = {}
         for option in options.split(",") if at else []:
             name, _, number = option.partition("=")
-            try:
-                given[name] = float(number)
-            except ValueError as err:
-                raise InvalidRequest(f"{text}: {option!r} is no option=number", param="recipes") from err
-            whole = name in ("nprobe", "ef_search")
-            if not whole and name != "overfetch":
+            if name not in NUMBERS:
                 raise InvalidRequest(
-                    f"{text}: unknown option {name!r}; there are nprobe, ef_search and overfetch", param="recipes"
+                    f"{text}: unknown option {name!r}; there are {', '.join(NUMBERS)}", param="recipes"
                 )
-            if not (math.isfinite(given[name]) and given[name] >= 1) or (whole and given[name] % 1):
-                kind = "a whole number >= 1" if whole else "a number >= 1"
-                raise InvalidRequest(f"{text}: {name} must be {kind}, got {number}", param="recipes")
-        return cls(
-            text,
-            recipe,
-            int(given["nprobe"]) if "nprobe" in given else None,
-            int(given["ef_search"]) if "ef_search" in given else None,
-            given.get("overfetch"),
-        )
+            try:
+                given[name] = NUMBERS[name](number)
+            except ValueError as err:
+                kind = "a whole number" if NUMBERS[name] is int else "a number"
+                raise InvalidRequest(f"{text}: {name} must be {kind} >= 1, got {number!r}", param="recipes") from err
+        try:
+            return cls(text, recipe, SearchOptions.of(given))
+        except InvalidRequest as err:
+            raise InvalidRequest(f"{text}: {err.message}", param="recipes") from err
 
 
 def candidates(names: list[str], entries: int, dim: int) -> list[Candidate]:

@@ -7,7 +7,7 @@ of the same held-out tokens, so they compare indexes, and are a little too good 
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Line:
 
     def as_json(self) -> dict[str, Any]:  # Any: JSON
         return {
-            **asdict(self.candidate),
+            **self.candidate.as_json(),
             "rescored": self.rescored,
             "bytes_per_key": self.bytes_per_key,
             "stored_bytes_per_key": self.stored_bytes_per_key,
@@ -196,7 +196,7 @@ class _Run:
         built = self._shop.built(candidate.recipe)
         self._steps(f"searching {candidate.name}")
         # exact search has nothing to rescore, and over-fetching is for rescoring
-        alone = candidate.recipe == EXACT.recipe or candidate.overfetch is not None
+        alone = candidate.recipe == EXACT.recipe or candidate.search.overfetch is not None
         found = []
         for rescored in (True,) if alone else (True, False):
             judged = self._judged(candidate, rescored, exact, temperature)
@@ -263,13 +263,9 @@ class _Run:
         self, queries: npt.NDArray[np.float32], candidate: Candidate, k: int, rescore: bool, *, ids: bool = False
     ) -> SearchRequest:
         return SearchRequest(
-            domain=self._manifest.domain,
-            queries=queries,
-            k=k,
-            nprobe=candidate.nprobe,
-            ef_search=candidate.ef_search,
-            overfetch=candidate.overfetch,
-            rescore=None if rescore else False,  # by reduced keys, where the recipe keeps them
+            self._manifest.domain,
+            queries,
+            replace(candidate.search, k=k, rescore=None if rescore else False),
             ids=ids,
         )
 

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from knnlm.decoding import choose_windows
+from knnlm.domains import UsedDomain
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import LEAK_ALARM, find, leak, observe
 from knnlm.evaluation.splits import Encoded, sample
 from knnlm.mixer import Score
-from knnlm.options import KnnOptions, UsedDomain
+from knnlm.options import KnnOptions
 from knnlm.pipeline import Pipeline
 
 __all__ = ["DocumentFigures", "Figures", "Report", "evaluate", "leaks"]
@@ -102,7 +103,7 @@ class Report:
             "lm": asdict(self.lm),
             "knn": asdict(self.knn) if self.knn else None,
             "improved": self.improved if self.knn else None,
-            "domains": [asdict(d) for d in self.domains],
+            "domains": [d.as_json() for d in self.domains],
             "leaks": dict(self.leaks),
             "warnings": list(self.warnings),
             "documents": [asdict(d) for d in self.documents],

@@ -18,7 +18,6 @@ from knnlm.errors import InvalidRequest
 from knnlm.index.contract import FAR, Float32, Int64
 from knnlm.index.removed import NOTHING, Removed
 from knnlm.messages import SearchRequest
-from knnlm.options import check_excluded
 
 __all__ = ["Exclusion", "check_exclusion", "without"]
 
@@ -35,10 +34,9 @@ def check_exclusion(request: SearchRequest) -> None:
 
     Raises InvalidRequest, naming the field.
     """
-    check_excluded(request.exclude_documents, "exclude_documents")
     entries, n = request.exclude_entries, len(request.queries)
     if entries is None:
-        if request.exclude_own_documents:
+        if request.options.exclude_own_documents:
             raise InvalidRequest(
                 "exclude_own_documents means the documents of exclude_entries, which is not given",
                 param="exclude_own_documents",
@@ -76,7 +74,7 @@ class Exclusion:
         """
         check_exclusion(request)
         lows, highs = _own(request, datastore)
-        starts, ends = _documents(request.exclude_documents, datastore)
+        starts, ends = _documents(request.options.exclude_documents, datastore)
         if not len(starts) and not removed.count and not (highs > lows).any():
             return None
         return cls(lows, highs, starts, ends, removed)
@@ -154,7 +152,7 @@ def _own(request: SearchRequest, datastore: Datastore) -> tuple[Int64, Int64]:
     lows, highs = given.copy(), given + 1
     named = given >= 0
     lows[~named] = highs[~named] = 0
-    if request.exclude_own_documents and named.any():
+    if request.options.exclude_own_documents and named.any():
         numbers, _ = datastore.document_of(given[named])
         lows[named], highs[named] = datastore.documents.spans(numbers)
     return lows, highs

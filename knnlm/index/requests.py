@@ -1,7 +1,5 @@
 """What a search request may ask of an index: checked before anything is searched."""
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 
@@ -15,7 +13,7 @@ __all__ = ["check_request", "rescoring"]
 
 def rescoring(request: SearchRequest, index: Index) -> bool:
     """Whether the distances of the answer are computed from keys, rather than those of the index itself."""
-    return not index.exact if request.rescore is None else request.rescore
+    return not index.exact if request.options.rescore is None else request.options.rescore
 
 
 def check_request(request: SearchRequest, manifest: Manifest, index: Index, recipe: str) -> None:
@@ -29,19 +27,14 @@ def check_request(request: SearchRequest, manifest: Manifest, index: Index, reci
             param="version",
         )
     _check_queries(request.queries, manifest.key_dim)
-    if request.k < 1:
-        raise InvalidRequest(f"k must be >= 1, got {request.k}", param="k")
+    options = request.options
     for name, asked, default, what in (
-        ("nprobe", request.nprobe, index.nprobe, "has no lists"),
-        ("ef_search", request.ef_search, index.ef_search, "is no graph"),
+        ("nprobe", options.nprobe, index.nprobe, "has no lists"),
+        ("ef_search", options.ef_search, index.ef_search, "is no graph"),
     ):
         if asked is not None and default is None:
             raise InvalidRequest(f"index {recipe} {what}, so {name} means nothing to it", param=name)
-        if asked is not None and asked < 1:
-            raise InvalidRequest(f"{name} must be >= 1, got {asked}", param=name)
-    if request.overfetch is not None and not (math.isfinite(request.overfetch) and request.overfetch >= 1):
-        raise InvalidRequest(f"overfetch must be >= 1, got {request.overfetch}", param="overfetch")
-    if request.overfetch is not None and not rescoring(request, index):
+    if options.overfetch is not None and not rescoring(request, index):
         raise InvalidRequest("overfetch means candidates for rescoring, which is off here", param="overfetch")
     for name, number in (("passages", request.passages), ("passage_tokens", request.passage_tokens)):
         if number < 0:

@@ -30,6 +30,7 @@ from knnlm.index.rescore import nearest_first, rescored
 from knnlm.index.table import family
 from knnlm.messages import DomainInfo, Memory, ModelInfo, Passage, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
+from knnlm.options import SearchOptions
 
 __all__ = ["Searcher"]
 
@@ -201,7 +202,7 @@ class Searcher:
         if len(keys):
             stored = np.nan_to_num(keys[:WARM_QUERIES])  # of damaged ones is only to be spoken when they are asked for
             k = max(1, min(1024, self.manifest.live_entries))
-            self.search(SearchRequest(self.manifest.domain, stored, k=k, passages=1))
+            self.search(SearchRequest(self.manifest.domain, stored, SearchOptions(k=k), passages=1))
 
     def close(self) -> None:
         """Let go of the index and of the datastore's maps, while no search runs; other threads are not held up.
@@ -229,9 +230,10 @@ class Searcher:
         """Distances and ids (n, k), nearest first. Adds its seconds to timings."""
         begun = time.perf_counter()
         rescores = rescoring(request, self._index)
-        overfetch = self._index.overfetch if request.overfetch is None else request.overfetch
+        options = request.options
+        overfetch = self._index.overfetch if options.overfetch is None else options.overfetch
         candidates = math.ceil(min(k * overfetch, self._datastore.entries)) + SPARE if rescores else k
-        asked = SearchParameters(min(candidates, self._base), request.nprobe, request.ef_search)
+        asked = SearchParameters(min(candidates, self._base), options.nprobe, options.ef_search)
         projected = self._index.project(queries)
         found, ids = _nothing(len(queries), 0)
         if self._base:
@@ -239,7 +241,7 @@ class Searcher:
             self._refuse_unknown(ids)
         searched = time.perf_counter()
         timings["search"] += searched - begun
-        in_space = not rescores or (self._index.reduced is not None and request.rescore is None)
+        in_space = not rescores or (self._index.reduced is not None and options.rescore is None)
         if not rescores:
             found = np.nan_to_num(found, copy=False, nan=float(FAR))  # NaN: beyond float32
         elif in_space and self._index.reduced is not None:

@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from knnlm.v1 import common_pb2 as knnlm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18knnlm/v1/datastore.proto\x12\x08knnlm.v1\x1a\x15knnlm/v1/common.proto\"\x99\x03\n\rSearchRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12!\n\x07queries\x18\x02 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x14\n\x07version\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06nprobe\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x14\n\x07rescore\x18\x06 \x01(\x08H\x02\x88\x01\x01\x12\x16\n\toverfetch\x18\x07 \x01(\x02H\x03\x88\x01\x01\x12\x0b\n\x03ids\x18\x08 \x01(\x08\x12\x10\n\x08passages\x18\t \x01(\x05\x12\x16\n\x0epassage_tokens\x18\n \x01(\x05\x12\x16\n\tef_search\x18\x0b \x01(\x05H\x04\x88\x01\x01\x12)\n\x0f\x65xclude_entries\x18\x0c \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x1d\n\x15\x65xclude_own_documents\x18\r \x01(\x08\x12\x19\n\x11\x65xclude_documents\x18\x0e \x03(\tB\n\n\x08_versionB\t\n\x07_nprobeB\n\n\x08_rescoreB\x0c\n\n_overfetchB\x0c\n\n_ef_search\"\xe0\x01\n\x0eSearchResponse\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12#\n\tdistances\x18\x03 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12 \n\x06values\x18\x04 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x1d\n\x03ids\x18\x05 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12$\n\x08passages\x18\x06 \x03(\x0b\x32\x12.knnlm.v1.Passages\x12!\n\x07timings\x18\x07 \x03(\x0b\x32\x10.knnlm.v1.Timing\"/\n\x08Passages\x12#\n\x08passages\x18\x01 \x03(\x0b\x32\x11.knnlm.v1.Passage\"\x7f\n\x07Passage\x12\x10\n\x08\x64ocument\x18\x01 \x01(\t\x12\r\n\x05\x65ntry\x18\x02 \x01(\x03\x12\x10\n\x08position\x18\x03 \x01(\x03\x12 \n\x06\x62\x65\x66ore\x18\x04 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x1f\n\x05\x61\x66ter\x18\x05 \x01(\x0b\x32\x10.knnlm.v1.Tensor\"\x8a\x01\n\x06Tuning\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x0e\n\x06lambda\x18\x02 \x01(\x01\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x15\n\rlm_perplexity\x18\x04 \x01(\x01\x12\x16\n\x0eknn_perplexity\x18\x05 \x01(\x01\x12\x0e\n\x06tokens\x18\x06 \x01(\x03\x12\x11\n\tdocuments\x18\x07 \x01(\x03\"\xaa\x03\n\x06\x44omain\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08versions\x18\x03 \x03(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0f\n\x07\x65ntries\x18\x05 \x01(\x03\x12\x11\n\tdocuments\x18\x06 \x01(\x03\x12\x0f\n\x07key_dim\x18\x07 \x01(\x05\x12\x11\n\tkey_dtype\x18\x08 \x01(\t\x12\x14\n\x0ckey_function\x18\t \x01(\t\x12\r\n\x05index\x18\n \x01(\t\x12\x10\n\x08model_id\x18\x0b \x01(\t\x12\x16\n\x0eweights_sha256\x18\x0c \x01(\t\x12\x18\n\x10tokenizer_sha256\x18\r \x01(\t\x12 \n\x06tuning\x18\x0e \x01(\x0b\x32\x10.knnlm.v1.Tuning\x12\x0f\n\x07indexes\x18\x0f \x03(\t\x12 \n\x06memory\x18\x10 \x01(\x0b\x32\x10.knnlm.v1.Memory\x12\x1b\n\x0e\x63ontext_length\x18\x11 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0bmin_context\x18\x12 \x01(\x03H\x01\x88\x01\x01\x42\x11\n\x0f_context_lengthB\x0e\n\x0c_min_context\"N\n\x06Memory\x12\r\n\x05index\x18\x01 \x01(\t\x12\x13\n\x0bindex_bytes\x18\x02 \x01(\x03\x12\x0c\n\x04keys\x18\x03 \x01(\t\x12\x12\n\nkeys_bytes\x18\x04 \x01(\x03\"\x14\n\x12ListDomainsRequest\"8\n\x13ListDomainsResponse\x12!\n\x07\x64omains\x18\x01 \x03(\x0b\x32\x10.knnlm.v1.Domain\"D\n\x10GetDomainRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_version\"5\n\x11GetDomainResponse\x12 \n\x06\x64omain\x18\x01 \x01(\x0b\x32\x10.knnlm.v1.Domain\"9\n\x16\x41\x63tivateVersionRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\";\n\x17\x41\x63tivateVersionResponse\x12 \n\x06\x64omain\x18\x01 \x01(\x0b\x32\x10.knnlm.v1.Domain\"$\n\x08\x44ocument\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"]\n\x13\x41\x64\x64\x44ocumentsRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12%\n\tdocuments\x18\x02 \x03(\x0b\x32\x12.knnlm.v1.Document\x12\x0f\n\x07replace\x18\x03 \x01(\x08\"\xc3\x01\n\x0c\x44omainChange\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06parent\x18\x03 \x01(\t\x12\x17\n\x0f\x61\x64\x64\x65\x64_documents\x18\x04 \x01(\x03\x12\x15\n\radded_entries\x18\x05 \x01(\x03\x12\x19\n\x11removed_documents\x18\x06 \x01(\x03\x12\x17\n\x0fremoved_entries\x18\x07 \x01(\x03\x12\x13\n\x06\x61\x64vice\x18\x08 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_advice\">\n\x14\x41\x64\x64\x44ocumentsResponse\x12&\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x16.knnlm.v1.DomainChange\"5\n\x16RemoveDocumentsRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\t\"A\n\x17RemoveDocumentsResponse\x12&\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x16.knnlm.v1.DomainChange2\xe8\x03\n\tDatastore\x12@\n\x06Search\x12\x17.knnlm.v1.SearchRequest\x1a\x18.knnlm.v1.SearchResponse\"\x03\x90\x02\x01\x12O\n\x0bListDomains\x12\x1c.knnlm.v1.ListDomainsRequest\x1a\x1d.knnlm.v1.ListDomainsResponse\"\x03\x90\x02\x01\x12I\n\tGetDomain\x12\x1a.knnlm.v1.GetDomainRequest\x1a\x1b.knnlm.v1.GetDomainResponse\"\x03\x90\x02\x01\x12V\n\x0f\x41\x63tivateVersion\x12 .knnlm.v1.ActivateVersionRequest\x1a!.knnlm.v1.ActivateVersionResponse\x12M\n\x0c\x41\x64\x64\x44ocuments\x12\x1d.knnlm.v1.AddDocumentsRequest\x1a\x1e.knnlm.v1.AddDocumentsResponse\x12V\n\x0fRemoveDocuments\x12 .knnlm.v1.RemoveDocumentsRequest\x1a!.knnlm.v1.RemoveDocumentsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18knnlm/v1/datastore.proto\x12\x08knnlm.v1\x1a\x15knnlm/v1/common.proto\"\x99\x03\n\rSearchRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12!\n\x07queries\x18\x02 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x14\n\x07version\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06nprobe\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x14\n\x07rescore\x18\x06 \x01(\x08H\x02\x88\x01\x01\x12\x16\n\toverfetch\x18\x07 \x01(\x02H\x03\x88\x01\x01\x12\x0b\n\x03ids\x18\x08 \x01(\x08\x12\x10\n\x08passages\x18\t \x01(\x05\x12\x16\n\x0epassage_tokens\x18\n \x01(\x05\x12\x16\n\tef_search\x18\x0b \x01(\x05H\x04\x88\x01\x01\x12)\n\x0f\x65xclude_entries\x18\x0c \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x1d\n\x15\x65xclude_own_documents\x18\r \x01(\x08\x12\x19\n\x11\x65xclude_documents\x18\x0e \x03(\tB\n\n\x08_versionB\t\n\x07_nprobeB\n\n\x08_rescoreB\x0c\n\n_overfetchB\x0c\n\n_ef_search\"\xe0\x01\n\x0eSearchResponse\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12#\n\tdistances\x18\x03 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12 \n\x06values\x18\x04 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x1d\n\x03ids\x18\x05 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12$\n\x08passages\x18\x06 \x03(\x0b\x32\x12.knnlm.v1.Passages\x12!\n\x07timings\x18\x07 \x03(\x0b\x32\x10.knnlm.v1.Timing\"/\n\x08Passages\x12#\n\x08passages\x18\x01 \x03(\x0b\x32\x11.knnlm.v1.Passage\"\x7f\n\x07Passage\x12\x10\n\x08\x64ocument\x18\x01 \x01(\t\x12\r\n\x05\x65ntry\x18\x02 \x01(\x03\x12\x10\n\x08position\x18\x03 \x01(\x03\x12 \n\x06\x62\x65\x66ore\x18\x04 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x1f\n\x05\x61\x66ter\x18\x05 \x01(\x0b\x32\x10.knnlm.v1.Tensor\"\x87\x03\n\x06Tuning\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x0e\n\x06lambda\x18\x02 \x01(\x01\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x15\n\rlm_perplexity\x18\x04 \x01(\x01\x12\x16\n\x0eknn_perplexity\x18\x05 \x01(\x01\x12\x0e\n\x06tokens\x18\x06 \x01(\x03\x12\x11\n\tdocuments\x18\x07 \x01(\x03\x12\x0c\n\x04rule\x18\x08 \x01(\t\x12\x34\n\nparameters\x18\t \x03(\x0b\x32 .knnlm.v1.Tuning.ParametersEntry\x12\'\n\x06search\x18\n \x01(\x0b\x32\x17.knnlm.v1.SearchOptions\x12\x12\n\x05index\x18\x0b \x01(\tH\x00\x88\x01\x01\x12(\n\x07quality\x18\x0c \x03(\x0b\x32\x17.knnlm.v1.SearchQuality\x1a\x46\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.knnlm.v1.Parameter:\x02\x38\x01\x42\x08\n\x06_index\"<\n\tParameter\x12\x13\n\x06number\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07numbers\x18\x02 \x03(\x01\x42\t\n\x07_number\"\xed\x01\n\rSearchOptions\x12\x0e\n\x01k\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06nprobe\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x14\n\x07rescore\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x16\n\toverfetch\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x16\n\tef_search\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x1d\n\x15\x65xclude_own_documents\x18\x06 \x01(\x08\x12\x19\n\x11\x65xclude_documents\x18\x07 \x03(\tB\x04\n\x02_kB\t\n\x07_nprobeB\n\n\x08_rescoreB\x0c\n\n_overfetchB\x0c\n\n_ef_search\"\xa2\x01\n\rSearchQuality\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x06search\x18\x02 \x01(\x0b\x32\x17.knnlm.v1.SearchOptions\x12\x12\n\nperplexity\x18\x03 \x01(\x01\x12\x1f\n\x12queries_per_second\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06\x63hosen\x18\x05 \x01(\x08\x42\x15\n\x13_queries_per_second\"\xaa\x03\n\x06\x44omain\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08versions\x18\x03 \x03(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0f\n\x07\x65ntries\x18\x05 \x01(\x03\x12\x11\n\tdocuments\x18\x06 \x01(\x03\x12\x0f\n\x07key_dim\x18\x07 \x01(\x05\x12\x11\n\tkey_dtype\x18\x08 \x01(\t\x12\x14\n\x0ckey_function\x18\t \x01(\t\x12\r\n\x05index\x18\n \x01(\t\x12\x10\n\x08model_id\x18\x0b \x01(\t\x12\x16\n\x0eweights_sha256\x18\x0c \x01(\t\x12\x18\n\x10tokenizer_sha256\x18\r \x01(\t\x12 \n\x06tuning\x18\x0e \x01(\x0b\x32\x10.knnlm.v1.Tuning\x12\x0f\n\x07indexes\x18\x0f \x03(\t\x12 \n\x06memory\x18\x10 \x01(\x0b\x32\x10.knnlm.v1.Memory\x12\x1b\n\x0e\x63ontext_length\x18\x11 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0bmin_context\x18\x12 \x01(\x03H\x01\x88\x01\x01\x42\x11\n\x0f_context_lengthB\x0e\n\x0c_min_context\"N\n\x06Memory\x12\r\n\x05index\x18\x01 \x01(\t\x12\x13\n\x0bindex_bytes\x18\x02 \x01(\x03\x12\x0c\n\x04keys\x18\x03 \x01(\t\x12\x12\n\nkeys_bytes\x18\x04 \x01(\x03\"\x14\n\x12ListDomainsRequest\"8\n\x13ListDomainsResponse\x12!\n\x07\x64omains\x18\x01 \x03(\x0b\x32\x10.knnlm.v1.Domain\"D\n\x10GetDomainRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_version\"5\n\x11GetDomainResponse\x12 \n\x06\x64omain\x18\x01 \x01(\x0b\x32\x10.knnlm.v1.Domain\"9\n\x16\x41\x63tivateVersionRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\";\n\x17\x41\x63tivateVersionResponse\x12 \n\x06\x64omain\x18\x01 \x01(\x0b\x32\x10.knnlm.v1.Domain\"$\n\x08\x44ocument\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"]\n\x13\x41\x64\x64\x44ocumentsRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12%\n\tdocuments\x18\x02 \x03(\x0b\x32\x12.knnlm.v1.Document\x12\x0f\n\x07replace\x18\x03 \x01(\x08\"\xc3\x01\n\x0c\x44omainChange\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06parent\x18\x03 \x01(\t\x12\x17\n\x0f\x61\x64\x64\x65\x64_documents\x18\x04 \x01(\x03\x12\x15\n\radded_entries\x18\x05 \x01(\x03\x12\x19\n\x11removed_documents\x18\x06 \x01(\x03\x12\x17\n\x0fremoved_entries\x18\x07 \x01(\x03\x12\x13\n\x06\x61\x64vice\x18\x08 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_advice\">\n\x14\x41\x64\x64\x44ocumentsResponse\x12&\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x16.knnlm.v1.DomainChange\"5\n\x16RemoveDocumentsRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\t\"A\n\x17RemoveDocumentsResponse\x12&\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x16.knnlm.v1.DomainChange2\xe8\x03\n\tDatastore\x12@\n\x06Search\x12\x17.knnlm.v1.SearchRequest\x1a\x18.knnlm.v1.SearchResponse\"\x03\x90\x02\x01\x12O\n\x0bListDomains\x12\x1c.knnlm.v1.ListDomainsRequest\x1a\x1d.knnlm.v1.ListDomainsResponse\"\x03\x90\x02\x01\x12I\n\tGetDomain\x12\x1a.knnlm.v1.GetDomainRequest\x1a\x1b.knnlm.v1.GetDomainResponse\"\x03\x90\x02\x01\x12V\n\x0f\x41\x63tivateVersion\x12 .knnlm.v1.ActivateVersionRequest\x1a!.knnlm.v1.ActivateVersionResponse\x12M\n\x0c\x41\x64\x64\x44ocuments\x12\x1d.knnlm.v1.AddDocumentsRequest\x1a\x1e.knnlm.v1.AddDocumentsResponse\x12V\n\x0fRemoveDocuments\x12 .knnlm.v1.RemoveDocumentsRequest\x1a!.knnlm.v1.RemoveDocumentsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'knnlm.v1.datastore_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_TUNING_PARAMETERSENTRY']._loaded_options = None
+  _globals['_TUNING_PARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_DATASTORE'].methods_by_name['Search']._loaded_options = None
   _globals['_DATASTORE'].methods_by_name['Search']._serialized_options = b'\220\002\001'
   _globals['_DATASTORE'].methods_by_name['ListDomains']._loaded_options = None
@@ -47,35 +49,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PASSAGE']._serialized_start=749
   _globals['_PASSAGE']._serialized_end=876
   _globals['_TUNING']._serialized_start=879
-  _globals['_TUNING']._serialized_end=1017
-  _globals['_DOMAIN']._serialized_start=1020
-  _globals['_DOMAIN']._serialized_end=1446
-  _globals['_MEMORY']._serialized_start=1448
-  _globals['_MEMORY']._serialized_end=1526
-  _globals['_LISTDOMAINSREQUEST']._serialized_start=1528
-  _globals['_LISTDOMAINSREQUEST']._serialized_end=1548
-  _globals['_LISTDOMAINSRESPONSE']._serialized_start=1550
-  _globals['_LISTDOMAINSRESPONSE']._serialized_end=1606
-  _globals['_GETDOMAINREQUEST']._serialized_start=1608
-  _globals['_GETDOMAINREQUEST']._serialized_end=1676
-  _globals['_GETDOMAINRESPONSE']._serialized_start=1678
-  _globals['_GETDOMAINRESPONSE']._serialized_end=1731
-  _globals['_ACTIVATEVERSIONREQUEST']._serialized_start=1733
-  _globals['_ACTIVATEVERSIONREQUEST']._serialized_end=1790
-  _globals['_ACTIVATEVERSIONRESPONSE']._serialized_start=1792
-  _globals['_ACTIVATEVERSIONRESPONSE']._serialized_end=1851
-  _globals['_DOCUMENT']._serialized_start=1853
-  _globals['_DOCUMENT']._serialized_end=1889
-  _globals['_ADDDOCUMENTSREQUEST']._serialized_start=1891
-  _globals['_ADDDOCUMENTSREQUEST']._serialized_end=1984
-  _globals['_DOMAINCHANGE']._serialized_start=1987
-  _globals['_DOMAINCHANGE']._serialized_end=2182
-  _globals['_ADDDOCUMENTSRESPONSE']._serialized_start=2184
-  _globals['_ADDDOCUMENTSRESPONSE']._serialized_end=2246
-  _globals['_REMOVEDOCUMENTSREQUEST']._serialized_start=2248
-  _globals['_REMOVEDOCUMENTSREQUEST']._serialized_end=2301
-  _globals['_REMOVEDOCUMENTSRESPONSE']._serialized_start=2303
-  _globals['_REMOVEDOCUMENTSRESPONSE']._serialized_end=2368
-  _globals['_DATASTORE']._serialized_start=2371
-  _globals['_DATASTORE']._serialized_end=2859
+  _globals['_TUNING']._serialized_end=1270
+  _globals['_TUNING_PARAMETERSENTRY']._serialized_start=1190
+  _globals['_TUNING_PARAMETERSENTRY']._serialized_end=1260
+  _globals['_PARAMETER']._serialized_start=1272
+  _globals['_PARAMETER']._serialized_end=1332
+  _globals['_SEARCHOPTIONS']._serialized_start=1335
+  _globals['_SEARCHOPTIONS']._serialized_end=1572
+  _globals['_SEARCHQUALITY']._serialized_start=1575
+  _globals['_SEARCHQUALITY']._serialized_end=1737
+  _globals['_DOMAIN']._serialized_start=1740
+  _globals['_DOMAIN']._serialized_end=2166
+  _globals['_MEMORY']._serialized_start=2168
+  _globals['_MEMORY']._serialized_end=2246
+  _globals['_LISTDOMAINSREQUEST']._serialized_start=2248
+  _globals['_LISTDOMAINSREQUEST']._serialized_end=2268
+  _globals['_LISTDOMAINSRESPONSE']._serialized_start=2270
+  _globals['_LISTDOMAINSRESPONSE']._serialized_end=2326
+  _globals['_GETDOMAINREQUEST']._serialized_start=2328
+  _globals['_GETDOMAINREQUEST']._serialized_end=2396
+  _globals['_GETDOMAINRESPONSE']._serialized_start=2398
+  _globals['_GETDOMAINRESPONSE']._serialized_end=2451
+  _globals['_ACTIVATEVERSIONREQUEST']._serialized_start=2453
+  _globals['_ACTIVATEVERSIONREQUEST']._serialized_end=2510
+  _globals['_ACTIVATEVERSIONRESPONSE']._serialized_start=2512
+  _globals['_ACTIVATEVERSIONRESPONSE']._serialized_end=2571
+  _globals['_DOCUMENT']._serialized_start=2573
+  _globals['_DOCUMENT']._serialized_end=2609
+  _globals['_ADDDOCUMENTSREQUEST']._serialized_start=2611
+  _globals['_ADDDOCUMENTSREQUEST']._serialized_end=2704
+  _globals['_DOMAINCHANGE']._serialized_start=2707
+  _globals['_DOMAINCHANGE']._serialized_end=2902
+  _globals['_ADDDOCUMENTSRESPONSE']._serialized_start=2904
+  _globals['_ADDDOCUMENTSRESPONSE']._serialized_end=2966
+  _globals['_REMOVEDOCUMENTSREQUEST']._serialized_start=2968
+  _globals['_REMOVEDOCUMENTSREQUEST']._serialized_end=3021
+  _globals['_REMOVEDOCUMENTSRESPONSE']._serialized_start=3023
+  _globals['_REMOVEDOCUMENTSRESPONSE']._serialized_end=3088
+  _globals['_DATASTORE']._serialized_start=3091
+  _globals['_DATASTORE']._serialized_end=3579
 # @@protoc_insertion_point(module_scope)

@@ -78,7 +78,14 @@ class Passage(_message.Message):
     def __init__(self, document: _Optional[str] = ..., entry: _Optional[int] = ..., position: _Optional[int] = ..., before: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., after: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class Tuning(_message.Message):
-    __slots__ = ("temperature", "k", "lm_perplexity", "knn_perplexity", "tokens", "documents")
+    __slots__ = ("temperature", "k", "lm_perplexity", "knn_perplexity", "tokens", "documents", "rule", "parameters", "search", "index", "quality")
+    class ParametersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Parameter
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Parameter, _Mapping]] = ...) -> None: ...
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     LAMBDA_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
@@ -86,13 +93,63 @@ class Tuning(_message.Message):
     KNN_PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     k: int
     lm_perplexity: float
     knn_perplexity: float
     tokens: int
     documents: int
-    def __init__(self, temperature: _Optional[float] = ..., k: _Optional[int] = ..., lm_perplexity: _Optional[float] = ..., knn_perplexity: _Optional[float] = ..., tokens: _Optional[int] = ..., documents: _Optional[int] = ..., **kwargs) -> None: ...
+    rule: str
+    parameters: _containers.MessageMap[str, Parameter]
+    search: SearchOptions
+    index: str
+    quality: _containers.RepeatedCompositeFieldContainer[SearchQuality]
+    def __init__(self, temperature: _Optional[float] = ..., k: _Optional[int] = ..., lm_perplexity: _Optional[float] = ..., knn_perplexity: _Optional[float] = ..., tokens: _Optional[int] = ..., documents: _Optional[int] = ..., rule: _Optional[str] = ..., parameters: _Optional[_Mapping[str, Parameter]] = ..., search: _Optional[_Union[SearchOptions, _Mapping]] = ..., index: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[SearchQuality, _Mapping]]] = ..., **kwargs) -> None: ...
+
+class Parameter(_message.Message):
+    __slots__ = ("number", "numbers")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    number: float
+    numbers: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, number: _Optional[float] = ..., numbers: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class SearchOptions(_message.Message):
+    __slots__ = ("k", "nprobe", "rescore", "overfetch", "ef_search", "exclude_own_documents", "exclude_documents")
+    K_FIELD_NUMBER: _ClassVar[int]
+    NPROBE_FIELD_NUMBER: _ClassVar[int]
+    RESCORE_FIELD_NUMBER: _ClassVar[int]
+    OVERFETCH_FIELD_NUMBER: _ClassVar[int]
+    EF_SEARCH_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_OWN_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    k: int
+    nprobe: int
+    rescore: bool
+    overfetch: float
+    ef_search: int
+    exclude_own_documents: bool
+    exclude_documents: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, k: _Optional[int] = ..., nprobe: _Optional[int] = ..., rescore: _Optional[bool] = ..., overfetch: _Optional[float] = ..., ef_search: _Optional[int] = ..., exclude_own_documents: _Optional[bool] = ..., exclude_documents: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SearchQuality(_message.Message):
+    __slots__ = ("name", "search", "perplexity", "queries_per_second", "chosen")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_FIELD_NUMBER: _ClassVar[int]
+    PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    search: SearchOptions
+    perplexity: float
+    queries_per_second: float
+    chosen: bool
+    def __init__(self, name: _Optional[str] = ..., search: _Optional[_Union[SearchOptions, _Mapping]] = ..., perplexity: _Optional[float] = ..., queries_per_second: _Optional[float] = ..., chosen: _Optional[bool] = ...) -> None: ...
 
 class Domain(_message.Message):
     __slots__ = ("domain", "version", "versions", "state", "entries", "documents", "key_dim", "key_dtype", "key_function", "index", "model_id", "weights_sha256", "tokenizer_sha256", "tuning", "indexes", "memory", "context_length", "min_context")

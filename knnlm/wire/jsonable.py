@@ -17,17 +17,20 @@ from knnlm.messages import (
     Memory,
     ModelInfo,
     Passage,
+    SearchQuality,
     SearchRequest,
     SearchResult,
     Tuning,
 )
 from knnlm.neighbors import Neighbors
+from knnlm.options import SEARCH_OPTIONS, SearchOptions
 from knnlm.wire.arrays import FLOATS, INT32, INT64, Array, ListBudget, array_from_json, array_to_json
 
 __all__ = [
     "domain_from_json", "domain_to_json", "forward_request_from_json", "forward_request_to_json",
     "forward_result_from_json", "forward_result_to_json", "model_from_json", "model_to_json",
     "search_request_from_json", "search_request_to_json", "search_result_from_json", "search_result_to_json",
+    "tuning_to_json",
 ]  # fmt: skip
 
 Json = Mapping[str, Any]  # what json.loads gives: any type, checked field by field below
@@ -107,9 +110,9 @@ def search_request_to_json(request: SearchRequest, encoding: str) -> dict[str, o
     """Without the domain, which is in the path."""
     budget, queries = ListBudget(), request.queries
     packed = queries if queries.dtype == np.float16 else queries.astype(np.float32, copy=False)
-    fields = {name: value for name, value in vars(request).items() if name not in ("domain", "queries")}
+    fields = {name: value for name, value in vars(request).items() if name not in ("domain", "queries", "options")}
     fields["exclude_entries"] = _array(request.exclude_entries, encoding, budget)
-    fields["exclude_documents"] = list(request.exclude_documents)
+    fields |= search_options_to_json(request.options)
     return {"queries": array_to_json(packed, encoding, budget), **fields, "encoding": encoding}
 
 
@@ -117,19 +120,26 @@ def search_request_from_json(domain: str, given: Json) -> SearchRequest:
     return SearchRequest(
         domain=domain,
         queries=_required(given, "queries", FLOATS, 2),
-        k=_get(given, "k", int),
+        options=search_options_from_json(given),
         version=_get(given, "version", str, None),
-        nprobe=_get(given, "nprobe", int, None),
-        rescore=_get(given, "rescore", bool, None),
-        overfetch=_get(given, "overfetch", float, None),
         ids=_get(given, "ids", bool, False),
         passages=_get(given, "passages", int, 0),
         passage_tokens=_get(given, "passage_tokens", int, SearchRequest.passage_tokens),
-        ef_search=_get(given, "ef_search", int, None),
         exclude_entries=_optional(given, "exclude_entries", INT64, 1),
-        exclude_own_documents=_get(given, "exclude_own_documents", bool, False),
-        exclude_documents=_strings(given, "exclude_documents"),
     )
+
+
+def search_options_to_json(options: SearchOptions) -> dict[str, object]:
+    """What is asked for."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in options.asked().items()}
+
+
+def search_options_from_json(given: Json) -> SearchOptions:
+    values = {
+        name: _strings(given, name) if option.kind is tuple else _get(given, name, option.kind, None)
+        for name, option in SEARCH_OPTIONS.items()
+    }
+    return SearchOptions.of(values)
 
 
 def search_result_to_json(result: SearchResult, encoding: str) -> dict[str, object]:
@@ -160,12 +170,17 @@ def search_result_from_json(given: Json) -> SearchResult:
 
 
 def domain_to_json(info: DomainInfo) -> dict[str, object]:
-    tuning = None
-    if info.tuning is not None:
-        tuning = {"lambda" if name == "lmbda" else name: value for name, value in vars(info.tuning).items()}
+    tuning = None if info.tuning is None else tuning_to_json(info.tuning)
     memory = None if info.memory is None else dict(vars(info.memory))
     lists = {"versions": list(info.versions), "indexes": list(info.indexes)}
     return {**vars(info), **lists, "tuning": tuning, "memory": memory}
+
+
+def tuning_to_json(tuning: Tuning) -> dict[str, object]:
+    fields = {"lambda" if name == "lmbda" else name: value for name, value in vars(tuning).items()}
+    lists = {n: v if isinstance(v, int | float) else list(v) for n, v in tuning.parameters.items()}
+    quality = [{**vars(row), "search": search_options_to_json(row.search)} for row in tuning.quality]
+    return {**fields, "parameters": lists, "search": search_options_to_json(tuning.search), "quality": quality}
 
 
 def domain_from_json(given: Json) -> DomainInfo:
@@ -184,6 +199,7 @@ def domain_from_json(given: Json) -> DomainInfo:
 
 
 def _tuning(given: Json) -> Tuning:
+    """The fields after `documents` are optional: services made before there were any leave them out."""
     return Tuning(
         temperature=_get(given, "temperature", float),
         lmbda=_get(given, "lambda", float),
@@ -192,6 +208,23 @@ def _tuning(given: Json) -> Tuning:
         knn_perplexity=_get(given, "knn_perplexity", float),
         tokens=_get(given, "tokens", int),
         documents=_get(given, "documents", int),
+        rule=_get(given, "rule", str, Tuning.rule),
+        parameters={
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in _get(given, "parameters", dict, {}).items()
+        },
+        search=search_options_from_json(_get(given, "search", dict, {})),
+        index=_get(given, "index", str, None),
+        quality=[
+            SearchQuality(
+                name=_get(row, "name", str),
+                search=search_options_from_json(_get(row, "search", dict, {})),
+                perplexity=_get(row, "perplexity", float),
+                queries_per_second=_get(row, "queries_per_second", float, None),
+                chosen=_get(row, "chosen", bool, False),
+            )
+            for row in _get(given, "quality", list, [])
+        ],
     )
 
 

@@ -16,11 +16,13 @@ from knnlm.messages import (
     Memory,
     ModelInfo,
     Passage,
+    SearchQuality,
     SearchRequest,
     SearchResult,
     Tuning,
 )
 from knnlm.neighbors import Neighbors
+from knnlm.options import SEARCH_OPTIONS, SearchOptions
 from knnlm.v1 import common_pb2, datastore_pb2, lm_pb2
 from knnlm.wire.arrays import FLOATS, INT32, INT64, Array, array_from_tensor, array_to_tensor
 
@@ -128,18 +130,12 @@ def search_request_to_proto(request: SearchRequest) -> datastore_pb2.SearchReque
         datastore_pb2.SearchRequest,
         domain=request.domain,
         queries=array_to_tensor(queries if queries.dtype == np.float16 else queries.astype(np.float32, copy=False)),
-        k=_int32(request.k, "k"),
         version=request.version,
-        nprobe=None if request.nprobe is None else _int32(request.nprobe, "nprobe"),
-        rescore=request.rescore,
-        overfetch=request.overfetch,
         ids=request.ids,
         passages=_int32(request.passages, "passages"),
         passage_tokens=_int32(request.passage_tokens, "passage_tokens"),
-        ef_search=None if request.ef_search is None else _int32(request.ef_search, "ef_search"),
         exclude_entries=_tensor(request.exclude_entries),
-        exclude_own_documents=request.exclude_own_documents,
-        exclude_documents=request.exclude_documents,
+        **_options_to_fields(request.options),
     )
 
 
@@ -147,19 +143,28 @@ def search_request_from_proto(message: datastore_pb2.SearchRequest) -> SearchReq
     return SearchRequest(
         domain=message.domain,
         queries=_required(message, "queries", FLOATS, 2),
-        k=message.k,
+        options=_options_from_message(message),
         version=message.version if message.HasField("version") else None,
-        nprobe=message.nprobe if message.HasField("nprobe") else None,
-        rescore=message.rescore if message.HasField("rescore") else None,
-        overfetch=message.overfetch if message.HasField("overfetch") else None,
         ids=message.ids,
         passages=message.passages,
         passage_tokens=message.passage_tokens,
-        ef_search=message.ef_search if message.HasField("ef_search") else None,
         exclude_entries=_optional(message, "exclude_entries", INT64, 1),
-        exclude_own_documents=message.exclude_own_documents,
-        exclude_documents=list(message.exclude_documents),
     )
+
+
+def _options_to_fields(options: SearchOptions) -> dict[str, Any]:  # Any: values of protobuf fields
+    """The fields of the same names; what is not asked for is left out."""
+    return {name: _int32(v, name) if type(v) is int else v for name, v in options.asked().items()}
+
+
+def _options_from_message(message: datastore_pb2.SearchRequest | datastore_pb2.SearchOptions) -> SearchOptions:
+    """From the fields that have the options' names. A field without presence that is 0 was given as 0."""
+    given = {}
+    for name in SEARCH_OPTIONS:
+        if not message.DESCRIPTOR.fields_by_name[name].has_presence or message.HasField(name):
+            value = getattr(message, name)
+            given[name] = list(value) if SEARCH_OPTIONS[name].kind is tuple else value
+    return SearchOptions.of(given)
 
 
 def search_result_to_proto(result: SearchResult) -> datastore_pb2.SearchResponse:
@@ -192,27 +197,61 @@ def search_result_from_proto(message: datastore_pb2.SearchResponse) -> SearchRes
 
 
 def domain_to_proto(info: DomainInfo) -> datastore_pb2.Domain:
-    tuning = None
-    if info.tuning is not None:
-        fields = dict(vars(info.tuning))
-        tuning = datastore_pb2.Tuning(**{"lambda": fields.pop("lmbda")}, **fields)
+    tuning = None if info.tuning is None else _tuning_to_proto(info.tuning)
     memory = None if info.memory is None else datastore_pb2.Memory(**vars(info.memory))
     return datastore_pb2.Domain(**{**vars(info), "tuning": tuning, "memory": memory})
 
 
-def domain_from_proto(message: datastore_pb2.Domain) -> DomainInfo:
-    tuning = None
-    if message.HasField("tuning"):
-        given = message.tuning
-        tuning = Tuning(
-            temperature=given.temperature,
-            lmbda=getattr(given, "lambda"),
-            k=given.k,
-            lm_perplexity=given.lm_perplexity,
-            knn_perplexity=given.knn_perplexity,
-            tokens=given.tokens,
-            documents=given.documents,
+def _tuning_to_proto(tuning: Tuning) -> datastore_pb2.Tuning:
+    fields = dict(vars(tuning))
+    parameters = {
+        name: datastore_pb2.Parameter(number=value)
+        if isinstance(value, int | float)
+        else datastore_pb2.Parameter(numbers=value)
+        for name, value in fields.pop("parameters").items()
+    }
+    quality = [
+        datastore_pb2.SearchQuality(
+            **{**vars(row), "search": datastore_pb2.SearchOptions(**_options_to_fields(row.search))}
         )
+        for row in fields.pop("quality")
+    ]
+    search = datastore_pb2.SearchOptions(**_options_to_fields(fields.pop("search")))
+    return datastore_pb2.Tuning(
+        **{"lambda": fields.pop("lmbda")}, **fields, parameters=parameters, search=search, quality=quality
+    )
+
+
+def _tuning_from_proto(message: datastore_pb2.Tuning) -> Tuning:
+    return Tuning(
+        temperature=message.temperature,
+        lmbda=getattr(message, "lambda"),
+        k=message.k,
+        lm_perplexity=message.lm_perplexity,
+        knn_perplexity=message.knn_perplexity,
+        tokens=message.tokens,
+        documents=message.documents,
+        rule=message.rule or Tuning.rule,
+        parameters={
+            name: value.number if value.HasField("number") else tuple(value.numbers)
+            for name, value in message.parameters.items()
+        },
+        search=_options_from_message(message.search),
+        index=message.index if message.HasField("index") else None,
+        quality=[
+            SearchQuality(
+                name=row.name,
+                search=_options_from_message(row.search),
+                perplexity=row.perplexity,
+                queries_per_second=row.queries_per_second if row.HasField("queries_per_second") else None,
+                chosen=row.chosen,
+            )
+            for row in message.quality
+        ],
+    )
+
+
+def domain_from_proto(message: datastore_pb2.Domain) -> DomainInfo:
     memory = None
     if message.HasField("memory"):
         held = message.memory
@@ -231,7 +270,7 @@ def domain_from_proto(message: datastore_pb2.Domain) -> DomainInfo:
         model_id=message.model_id,
         weights_sha256=message.weights_sha256,
         tokenizer_sha256=message.tokenizer_sha256,
-        tuning=tuning,
+        tuning=_tuning_from_proto(message.tuning) if message.HasField("tuning") else None,
         indexes=list(message.indexes),
         memory=memory,
         context_length=message.context_length if message.HasField("context_length") else None,

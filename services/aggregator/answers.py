@@ -14,7 +14,9 @@ from knnlm.messages import DomainInfo
 from knnlm.mixer import NextTokens, Score
 from knnlm.tokenizer import Tokenizer
 from knnlm.wire import array_to_json
+from knnlm.wire.jsonable import tuning_to_json
 from services.aggregator import schemas
+from services.runtime.fields import TuningAnswer
 
 __all__ = ["domain_shape", "domain_status_shape", "finite", "next_tokens", "scored_tokens", "used_domains"]
 
@@ -74,7 +76,7 @@ def scored_tokens(score: Score, tokenizer: Tokenizer) -> list[schemas.ScoredToke
 
 
 def used_domains(answer: NextTokens | Score) -> list[schemas.UsedDomain]:
-    return [schemas.UsedDomain(**asdict(used)) for used in answer.domains]
+    return [schemas.UsedDomain.model_validate(used, from_attributes=True) for used in answer.domains]
 
 
 def domain_shape(info: DomainInfo) -> schemas.Domain:
@@ -97,10 +99,10 @@ def finite(value: float) -> float | None:
 
 
 def _domain_fields(info: DomainInfo) -> dict[str, Any]:  # of any type: they are checked by the shape
-    tuning = None if info.tuning is None else schemas.Tuning(**asdict(info.tuning))
+    tuning = None if info.tuning is None else TuningAnswer.model_validate(tuning_to_json(info.tuning))
     memory = None if info.memory is None else schemas.Memory(**asdict(info.memory))
     lists = {"versions": list(info.versions), "indexes": list(info.indexes)}
-    return {**asdict(info), **lists, "tuning": tuning, "memory": memory}
+    return {**vars(info), **lists, "tuning": tuning, "memory": memory}
 
 
 def _neighbors(answer: NextTokens, row: int, count: int, tokenizer: Tokenizer) -> list[schemas.Neighbor]:

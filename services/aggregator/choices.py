@@ -1,11 +1,27 @@
 """Which domains a request chooses and how: the model id and the `knn` object together, as options of the mixer."""
 
-from knnlm.errors import InvalidRequest, TooLarge, UnknownModel
-from knnlm.options import DomainOptions, KnnOptions
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, UnknownModel
+from knnlm.options import SEARCH_OPTIONS, DomainOptions, KnnOptions, SearchOptions
 from services.aggregator.schemas import DomainChoice, Knn, Request
 from services.aggregator.settings import AggregatorSettings
 
-__all__ = ["choose", "domain_of", "short_name"]
+__all__ = ["choose", "domain_of", "named_as_asked", "short_name"]
+
+KNN = {*SEARCH_OPTIONS, "domain", "domains", "version", "lambda", "temperature", "combine", "rule"}
+RENAMED = {"passages": "neighbors", "passage_tokens": "neighbor_tokens", **{name: f"knn.{name}" for name in KNN}}
+
+
+@contextmanager
+def named_as_asked() -> Iterator[None]:
+    """Errors name the field of the request, as the caller wrote it, whichever service or record refused its value."""
+    try:
+        yield
+    except KnnlmError as err:
+        err.param = RENAMED.get(err.param or "", err.param)
+        raise
 
 
 def short_name(model_id: str) -> str:
@@ -38,24 +54,18 @@ def choose(request: Request, model_id: str, settings: AggregatorSettings) -> tup
     knn = Knn() if knn is None else knn
     if named is not None and (knn.domains is not None or knn.domain not in (None, named)):
         raise InvalidRequest(
-            f"model {request.model} names domain {named}, knn names another: give one of the two", param="knn.domain"
+            f"model {request.model} names domain {named}, knn names another: give one of the two", param="domain"
         )
     choices = _choices(knn, knn.domain if named is None else named)
     if len(choices) > settings.max_domains:
-        raise TooLarge(
-            f"at most {settings.max_domains} domains in one request, got {len(choices)}", param="knn.domains"
-        )
-    if knn.k is not None and knn.k > settings.max_k:
-        raise TooLarge(f"k must be at most {settings.max_k}, got {knn.k}", param="knn.k")
+        raise TooLarge(f"at most {settings.max_domains} domains in one request, got {len(choices)}", param="domains")
+    search = SearchOptions.of(vars(knn))
+    if search.k is not None and search.k > settings.max_k:
+        raise TooLarge(f"k must be at most {settings.max_k}, got {search.k}", param="k")
     options = KnnOptions(
         domains=tuple(choices),
-        k=knn.k,
+        search=search,
         combine=knn.combine,
-        nprobe=knn.nprobe,
-        ef_search=knn.ef_search,
-        rescore=knn.rescore,
-        overfetch=knn.overfetch,
-        exclude_documents=tuple(knn.exclude_documents),
         rule=knn.rule,
         on_datastore_error=request.on_datastore_error or settings.on_datastore_error,
     )
@@ -64,11 +74,11 @@ def choose(request: Request, model_id: str, settings: AggregatorSettings) -> tup
 
 def _choices(knn: Knn, domain: str | None) -> list[DomainOptions]:
     if (domain is None) == (knn.domains is None):
-        raise InvalidRequest("knn needs a domain: give either knn.domain or knn.domains", param="knn.domain")
+        raise InvalidRequest("knn needs a domain: give either knn.domain or knn.domains", param="domain")
     if domain is not None:
         return [DomainOptions(domain, knn.version, knn.lmbda, knn.temperature)]
     if knn.version is not None:
-        raise InvalidRequest("knn.version goes with knn.domain; give each of knn.domains its own", param="knn.version")
+        raise InvalidRequest("knn.version goes with knn.domain; give each of knn.domains its own", param="version")
     several = [DomainChoice(domain=d) if isinstance(d, str) else d for d in knn.domains or []]
     return [
         DomainOptions(

@@ -5,6 +5,7 @@ import time
 from fastapi import APIRouter, Depends
 
 from services.aggregator import schemas
+from services.aggregator.choices import named_as_asked
 from services.aggregator.core import AggregatorCore
 from services.runtime import calls
 from services.runtime.auth import admin_only
@@ -18,14 +19,16 @@ def routes(core: AggregatorCore) -> APIRouter:
     @router.post("/v1/next_token", tags=["kNN-LM"], summary="Contexts to next-token distributions")
     async def next_token(request: schemas.NextTokenRequest) -> schemas.NextTokenResponse:
         """The mixture's likeliest tokens with p, p_lm and p_knn; on request the whole distribution and neighbors."""
-        response, timings = await core.aggregator.next_token(request)
+        with named_as_asked():
+            response, timings = await core.aggregator.next_token(request)
         calls.current().timings.update(timings)
         return response
 
     @router.post("/v1/score", tags=["kNN-LM"], summary="Log-probability of every token of a text of any length")
     async def score(request: schemas.ScoreRequest) -> schemas.ScoreResponse:
         """The text is scored in windows; one version of a domain answers for all of them."""
-        response, timings = await core.aggregator.score(request)
+        with named_as_asked():
+            response, timings = await core.aggregator.score(request)
         calls.current().timings.update(timings)
         return response
 

@@ -2,17 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, Field, StrictBool, StrictInt, StrictStr
 
-from services.runtime.fields import Text, encodable
+from services.runtime.fields import Strict, Text, TuningAnswer, encodable, search_fields
 
-Lambda = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="Weight of what is retrieved.")]
-Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False, description="Divides squared distances.")]
+Lambda = Annotated[
+    float, Field(strict=True, ge=0, le=1, allow_inf_nan=False, description="Weight of what is retrieved.")
+]
+Temperature = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description="Divides squared distances.")]
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True)
 
 
 class DomainChoice(Strict):
@@ -24,7 +22,7 @@ class DomainChoice(Strict):
     temperature: Temperature | None = None
 
 
-class Knn(Strict):
+class Knn(search_fields("SearchFields", public=True)):  # type: ignore[misc]  # a class made of the table of options
     """Retrieval. Name a domain and nothing else, and its fitted temperature, lambda and k are used."""
 
     domain: Text | None = Field(None, description="The one domain to retrieve from.")
@@ -35,22 +33,8 @@ class Knn(Strict):
         "mixture", description="Several domains: each its own softmax and weight, or one softmax over all neighbors."
     )
     version: Text | None = Field(None, description="With `domain`: answer from this version or not at all.")
-    k: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Neighbors per domain.")
     lmbda: Lambda | None = Field(None, alias="lambda")
     temperature: Temperature | None = None
-    nprobe: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Lists to visit in an IVF index.")
-    ef_search: Annotated[StrictInt, Field(ge=1)] | None = Field(
-        None, description="Candidates a search of a graph index keeps."
-    )
-    rescore: StrictBool | None = Field(
-        None, description="By the stored keys, or not; by default see the datastore service."
-    )
-    overfetch: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = Field(
-        None, description="Candidates per neighbor before rescoring."
-    )
-    exclude_documents: list[Text] = Field(
-        [], description="Ids of documents whose entries do not count, which every domain must have."
-    )
     rule: Text = Field("fixed", description="How lambda follows from what was found.")
 
 
@@ -170,16 +154,6 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-class Tuning(BaseModel):
-    temperature: float
-    lmbda: float = Field(serialization_alias="lambda")
-    k: int
-    lm_perplexity: float
-    knn_perplexity: float
-    tokens: int
-    documents: int
-
-
 class Memory(BaseModel):
     """Where a loaded version lies: resident (held by the process), mapped (files), device, or none."""
 
@@ -203,7 +177,7 @@ class Domain(BaseModel):
     model_id: str
     weights_sha256: str
     tokenizer_sha256: str
-    tuning: Tuning | None
+    tuning: TuningAnswer | None
     indexes: list[str]
     memory: Memory | None
     context_length: int | None = Field(None, description="Tokens of a window that its keys were made with.")

@@ -182,12 +182,8 @@ class Engine:
 
 
 def _group(search: _Search) -> tuple[object, ...]:
-    request = search.request
-    options = (request.version, request.k, request.nprobe, request.rescore, request.overfetch, request.ids)
-    excluded = (request.exclude_own_documents, tuple(request.exclude_documents))
-    passages = (request.passages, request.passage_tokens)
-    shape = (request.queries.shape[1], request.queries.dtype)
-    return (id(search.loaded), *options, request.ef_search, *excluded, *passages, *shape)
+    """What one search can answer together: of one loaded version, and equal in all but the rows."""
+    return (id(search.loaded), *search.request.batch_key)
 
 
 def _excluded(searches: Sequence[_Search]) -> npt.NDArray[np.int64] | None:

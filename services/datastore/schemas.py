@@ -1,38 +1,21 @@
 """What the datastore service's HTTP face takes and gives."""
 
-from typing import Annotated
-
 from pydantic import BaseModel, Field, StrictBool, StrictInt
 
-from services.runtime.fields import Array, Encoding, Strict, Text
+from services.runtime.fields import Array, Encoding, Strict, Text, TuningAnswer, search_fields
 
 
-class SearchBody(Strict):
+class SearchBody(search_fields("SearchFields", public=False)):  # type: ignore[misc]  # a class made of the table of search options
+    """knnlm.options.SearchOptions, and what is searched for."""
+
     queries: Array = Field(description="(n, key_dim) float32 or float16, finite")
     k: StrictInt = Field(description="Neighbors per query.")
     version: Text | None = Field(None, description="Answer from this version or not at all.")
-    nprobe: StrictInt | None = Field(None, description="Lists to visit, for indexes that have lists.")
-    rescore: StrictBool | None = Field(
-        None,
-        description="By distances to the stored keys, or not at all; by default to what the index keeps reduced.",
-    )
-    overfetch: Annotated[float, Field(strict=True)] | None = Field(
-        None, description="Candidates per neighbor before rescoring, at least 1."
-    )
     ids: StrictBool = Field(False, description="Also return entry numbers.")
-    passages: StrictInt = Field(0, description="Text around so many nearest neighbors of each query.")
+    passages: StrictInt = Field(0, description="Text around this many nearest neighbors of each query.")
     passage_tokens: StrictInt = Field(24, description="Tokens on each side of it.")
-    ef_search: StrictInt | None = Field(
-        None, description="Candidates a graph search keeps, for indexes that are graphs."
-    )
     exclude_entries: Array | None = Field(
         None, description="(n,) int64, an entry for each query that is no neighbor of it, -1 = none"
-    )
-    exclude_own_documents: StrictBool = Field(
-        False, description="With exclude_entries: not that entry alone, but all of its document."
-    )
-    exclude_documents: list[Text] = Field(
-        [], description="Ids of documents that hold no neighbors: at most 1024, of 4096 characters each."
     )
     encoding: Encoding = "list"
 
@@ -55,18 +38,6 @@ class SearchAnswer(BaseModel):
     ids: Array | None = Field(description="(n, k') int64, when asked for")
     passages: list[list[PassageAnswer]] = Field(description="One list per query, when asked for.")
     timings: dict[str, float] = Field(description="Seconds per stage.")
-
-
-class TuningAnswer(BaseModel):
-    """Fitted on documents that are in neither the datastore nor any reported figure."""
-
-    temperature: float
-    lmbda: float = Field(alias="lambda")
-    k: int
-    lm_perplexity: float
-    knn_perplexity: float
-    tokens: int
-    documents: int
 
 
 class MemoryAnswer(BaseModel):

@@ -2,12 +2,23 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+    create_model,
+)
 from pydantic_core import PydanticCustomError
 
+from knnlm.options import SEARCH_OPTIONS, SearchOptions
 from services.runtime.packed import PROTOBUF
 
-__all__ = ["PROTOBUF_TOO", "Array", "Encoding", "Strict", "Text", "encodable"]
+__all__ = ["PROTOBUF_TOO", "Array", "Encoding", "Strict", "Text", "TuningAnswer", "encodable", "search_fields"]
 
 Given = TypeVar("Given")
 
@@ -52,6 +63,53 @@ class Strict(BaseModel):
     """A request body: what is not known is refused, nothing is accepted and ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def search_fields(name: str, *, public: bool) -> type[Strict]:
+    """A base for schemas that hold the fields of knnlm.options.SearchOptions; public: only what any caller may give."""
+    kinds: dict[type, Any] = {  # Any: types as pydantic annotates them
+        int: StrictInt,
+        float: Annotated[float, Field(strict=True, allow_inf_nan=False)],
+        bool: StrictBool,
+        tuple: list[Text],
+    }
+    fields: dict[str, Any] = {}
+    for option_name, option in SEARCH_OPTIONS.items():
+        default = getattr(SearchOptions, option_name)
+        kind = kinds[option.kind]
+        if option.minimum is not None:
+            kind = Annotated[kind, Field(ge=option.minimum)]
+        if option.public or not public:
+            described = Field(list(default) if option.kind is tuple else default, description=option.description)
+            fields[option_name] = (kind if default is not None else kind | None, described)
+    return create_model(name, __base__=Strict, **fields)
+
+
+class SearchQualityAnswer(BaseModel):
+    """One way to search that was measured while tuning."""
+
+    name: str
+    search: dict[str, Any] = Field(description="The search options that it differs by.")
+    perplexity: float
+    queries_per_second: float | None
+    chosen: bool
+
+
+class TuningAnswer(BaseModel):
+    """Fitted on documents that are in neither the datastore nor any reported figure."""
+
+    temperature: float
+    lmbda: float = Field(alias="lambda")
+    k: int
+    lm_perplexity: float
+    knn_perplexity: float
+    tokens: int
+    documents: int
+    rule: str = Field(description="The lambda rule.")
+    parameters: dict[str, float | list[float]] = Field(description="What was fitted for the rule.")
+    search: dict[str, Any] = Field(description="Search options that were fitted; asked-for ones go before them.")
+    index: str | None = Field(description="The index that `search` was fitted for.")
+    quality: list[SearchQualityAnswer] = Field(description="What was measured to choose `search`.")
 
 
 # for openapi_extra of routes that have a PackedRoute

@@ -16,6 +16,7 @@ from knnlm.evaluation.splits import Part, part_of
 from knnlm.index.searcher import Searcher
 from knnlm.lm.model import LanguageModel
 from knnlm.messages import ForwardRequest, SearchRequest
+from knnlm.options import SearchOptions
 
 NUMBERED = [Document(f"d{i}", "x" * (1 + i % 7)) for i in range(400)]
 
@@ -95,7 +96,7 @@ def test_queries_and_log_probs_are_what_the_model_says(prepared: data.Prepared) 
 def test_it_can_be_searched(prepared: data.Prepared) -> None:
     searcher = Searcher.open(prepared.path)
     try:
-        found = searcher.search(SearchRequest(prepared.domain, prepared.queries, k=8)).neighbors
+        found = searcher.search(SearchRequest(prepared.domain, prepared.queries, SearchOptions(k=8))).neighbors
     finally:
         searcher.close()
     assert found.values.shape == (64, 8)

@@ -13,13 +13,14 @@ from benchmarks.load import GrpcCallers, HttpCallers, keep
 from knnlm.datastore.catalog import Catalog
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.testing import toy_datastore
 from services.datastore.app import service
 from services.datastore.settings import DatastoreSettings
 from services.runtime.lifecycle import Host, running
 
 QUERIES = np.random.default_rng(0).standard_normal((4, 16)).astype(np.float32)
-REQUESTS = [SearchRequest("toy", QUERIES, k=3), SearchRequest("toy", QUERIES[:1], k=3)]
+REQUESTS = [SearchRequest("toy", QUERIES, SearchOptions(k=3)), SearchRequest("toy", QUERIES[:1], SearchOptions(k=3))]
 
 
 @asynccontextmanager
@@ -49,7 +50,7 @@ async def test_every_call_that_is_counted_was_answered(tmp_path: Path) -> None:
 
 
 async def test_a_call_that_is_refused_ends_the_measurement(tmp_path: Path) -> None:
-    wrong = [SearchRequest("nowhere", QUERIES, k=3)]
+    wrong = [SearchRequest("nowhere", QUERIES, SearchOptions(k=3))]
     async with (
         datastore(tmp_path) as host,
         HttpCallers(f"http://127.0.0.1:{host.port}", wrong, 1) as http,
@@ -96,7 +97,9 @@ def test_two_domains_are_the_same_entries_under_two_names(tmp_path: Path) -> Non
     for domain in catalog.domains():
         version = catalog.current(domain)
         assert version is not None
-        found = Searcher.open(catalog.path(domain, version)).search(SearchRequest(domain, QUERIES, k=3, ids=True))
+        found = Searcher.open(catalog.path(domain, version)).search(
+            SearchRequest(domain, QUERIES, SearchOptions(k=3), ids=True)
+        )
         assert found.domain == domain
-        expected = Searcher.open(path).search(SearchRequest("toy", QUERIES, k=3, ids=True))
+        expected = Searcher.open(path).search(SearchRequest("toy", QUERIES, SearchOptions(k=3), ids=True))
         assert np.array_equal(found.neighbors.values, expected.neighbors.values)

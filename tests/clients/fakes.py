@@ -17,6 +17,7 @@ from knnlm.clients.resolve import Address, Name
 from knnlm.errors import KnnlmError, Unavailable, UnknownDomain, UnknownVersion
 from knnlm.messages import DomainInfo, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
+from knnlm.options import SearchOptions
 from knnlm.v1 import datastore_pb2, datastore_pb2_grpc
 from knnlm.wire import protos
 from services.runtime import errors
@@ -176,7 +177,7 @@ async def listening(*replicas: Replica) -> AsyncIterator[str]:
 
 
 def search(domain: str = "law", version: str | None = None) -> SearchRequest:
-    return SearchRequest(domain, np.zeros((1, 1), np.float32), k=1, version=version)
+    return SearchRequest(domain, np.zeros((1, 1), np.float32), SearchOptions(k=1), version=version)
 
 
 def number(result: SearchResult) -> int:

@@ -16,6 +16,7 @@ from knnlm.clients.http import HttpDatastore, HttpLanguageModel
 from knnlm.clients.rpc import GrpcDatastore, GrpcLanguageModel
 from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, Overloaded, TooLarge, Unavailable, UnknownDomain
 from knnlm.messages import Document, ForwardRequest, SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.v1 import lm_pb2, lm_pb2_grpc
 from services.runtime.lifecycle import running
 from tests.services.echo import EchoCore, EchoSettings, echo_service
@@ -96,7 +97,7 @@ async def test_domains_are_quoted_in_paths() -> None:
 
     async with over_http(answer) as client:
         with pytest.raises(UnknownDomain):
-            await client.search(SearchRequest("a/b?c", np.zeros((1, 2), np.float32), k=1))
+            await client.search(SearchRequest("a/b?c", np.zeros((1, 2), np.float32), SearchOptions(k=1)))
     assert seen == ["/v1/domains/a%2Fb%3Fc/search"]
 
 
@@ -120,7 +121,7 @@ async def test_the_request_id_and_what_is_left_of_its_time_go_with_every_call() 
 
 
 NAMES: list[Callable[[HttpDatastore | GrpcDatastore, str], Awaitable[object]]] = [
-    lambda client, name: client.search(SearchRequest(name, np.zeros((1, 2), np.float32), k=1)),
+    lambda client, name: client.search(SearchRequest(name, np.zeros((1, 2), np.float32), SearchOptions(k=1))),
     lambda client, name: client.get_domain(name),
     lambda client, name: client.get_domain("toy", name),
     lambda client, name: client.activate(name, "v1"),
@@ -137,7 +138,17 @@ def test_names_that_are_not_unicode_are_refused_before_anything_is_sent() -> Non
                     with pytest.raises(InvalidRequest, match="Unicode") as raised:
                         await call(client, "half a pair: \ud800")
                     assert raised.value.param in ("domain", "version")
-            request = SearchRequest("toy", np.zeros((1, 2), np.float32), k=1, exclude_documents=["0", "\ud800"])
+            request = SearchRequest(
+                "toy",
+                np.zeros((1, 2), np.float32),
+                SearchOptions(
+                    k=1,
+                    exclude_documents=(
+                        "0",
+                        "\ud800",
+                    ),
+                ),
+            )
             with pytest.raises(InvalidRequest) as raised:
                 await over_grpc.search(request)
             assert raised.value.param == "exclude_documents"

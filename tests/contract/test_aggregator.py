@@ -10,7 +10,7 @@ import pytest
 
 from knnlm.datastore.catalog import Catalog
 from knnlm.index.searcher import Searcher
-from knnlm.options import DomainOptions, KnnOptions
+from knnlm.options import DomainOptions, KnnOptions, SearchOptions
 from knnlm.pipeline import Pipeline
 from knnlm.testing import TEXTS, ToyLanguageModel
 from tests.contract.system import TEXT, System, store, with_system
@@ -28,10 +28,13 @@ CHOICES: list[tuple[dict[str, Any], KnnOptions | None]] = [
     ({}, None),
     ({"model": "toy"}, None),
     ({"model": "toy+cat"}, KnnOptions((DomainOptions("cat"),))),
-    ({"knn": {"domain": "dog", "k": 3, "lambda": 0.7}}, KnnOptions((DomainOptions("dog", None, 0.7),), k=3)),
+    (
+        {"knn": {"domain": "dog", "k": 3, "lambda": 0.7}},
+        KnnOptions((DomainOptions("dog", None, 0.7),), search=SearchOptions(k=3)),
+    ),
     (
         {"knn": {"domain": "raw", "lambda": 1.0, "temperature": 0.5, "rescore": True}},
-        KnnOptions((DomainOptions("raw", None, 1.0, 0.5),), rescore=True),
+        KnnOptions((DomainOptions("raw", None, 1.0, 0.5),), search=SearchOptions(rescore=True)),
     ),
     (
         {"knn": {"domains": ["cat", {"domain": "dog", "lambda": 0.1}]}},
@@ -39,7 +42,7 @@ CHOICES: list[tuple[dict[str, Any], KnnOptions | None]] = [
     ),
     (
         {"knn": {"domain": "cat", "exclude_documents": ["0", "3"]}},
-        KnnOptions((DomainOptions("cat"),), exclude_documents=("0", "3")),
+        KnnOptions((DomainOptions("cat"),), search=SearchOptions(exclude_documents=("0", "3"))),
     ),
     (
         {"knn": {"domains": ["cat", "dog"], "combine": "union", "lambda": 0.4}},

@@ -12,18 +12,20 @@ from knnlm.datastore.catalog import Catalog
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, UnknownDomain, UnknownVersion
 from knnlm.index.searcher import Searcher
 from knnlm.messages import DatastoreClient, SearchRequest, SearchResult
+from knnlm.options import SearchOptions
 from knnlm.testing import TEXTS, toy_datastore
 from services.datastore.app import service
 from services.datastore.loaded import Opener
 from services.datastore.settings import DatastoreSettings
 from services.runtime.service import Service
 from tests.grown import emptied
+from tests.searching import asking
 from tests.services.faces import datastore_faces
 from tests.services.waiting import Slow, held, until
 
 DIM = 16
 QUERIES = np.random.default_rng(0).standard_normal((5, DIM)).astype(np.float32)
-REQUEST = SearchRequest("toy", QUERIES, k=4)
+REQUEST = SearchRequest("toy", QUERIES, SearchOptions(k=4))
 
 
 @pytest.fixture
@@ -64,15 +66,15 @@ async def test_every_face_answers_as_the_searcher_does(store: Path) -> None:
     requests = [
         REQUEST,
         replace(REQUEST, queries=QUERIES.astype(np.float16)),
-        replace(REQUEST, k=4000),
+        asking(REQUEST, k=4000),
         replace(REQUEST, ids=True, version="v1"),
         replace(REQUEST, passages=2, passage_tokens=3),
-        replace(REQUEST, rescore=True, overfetch=2.0),
+        asking(REQUEST, rescore=True, overfetch=2.0),
         replace(REQUEST, domain="empty"),
         replace(REQUEST, ids=True, exclude_entries=np.array([0, 7, -1, 250, 289])),
-        replace(REQUEST, ids=True, exclude_entries=np.array([0, 7, -1, 250, 289]), exclude_own_documents=True),
-        replace(REQUEST, ids=True, exclude_documents=["0", "3"]),
-        replace(REQUEST, ids=True, exclude_documents=["0", "1", "2", "3"]),
+        asking(REQUEST, ids=True, exclude_entries=np.array([0, 7, -1, 250, 289]), exclude_own_documents=True),
+        asking(REQUEST, ids=True, exclude_documents=("0", "3")),
+        asking(REQUEST, ids=True, exclude_documents=("0", "1", "2", "3")),
     ]
 
     catalog = Catalog(store)
@@ -111,23 +113,18 @@ BAD = {
     "wrong dimension": (replace(REQUEST, queries=QUERIES[:, :7]), InvalidRequest, "queries"),
     "not a number": (replace(REQUEST, queries=with_nan()), InvalidRequest, "queries"),
     "infinite": (replace(REQUEST, queries=QUERIES * np.float32(np.inf)), InvalidRequest, "queries"),
-    "k zero": (replace(REQUEST, k=0), InvalidRequest, "k"),
-    "k negative": (replace(REQUEST, k=-3), InvalidRequest, "k"),
-    "k too large": (replace(REQUEST, k=5000), TooLarge, "k"),
+    "k too large": (asking(REQUEST, k=5000), TooLarge, "k"),
     "too many queries": (replace(REQUEST, queries=np.zeros((200, DIM), np.float32)), TooLarge, "queries"),
-    "answer too large": (replace(REQUEST, queries=np.zeros((90, DIM), np.float32), k=4000), TooLarge, "queries"),
+    "answer too large": (asking(REQUEST, queries=np.zeros((90, DIM), np.float32), k=4000), TooLarge, "queries"),
     "unknown domain": (replace(REQUEST, domain="nowhere"), UnknownDomain, "domain"),
     "a domain that is a path": (replace(REQUEST, domain="../toy"), UnknownDomain, "domain"),
     "unknown version": (replace(REQUEST, version="v9"), UnknownVersion, "version"),
-    "ef_search without a graph": (replace(REQUEST, ef_search=64), InvalidRequest, "ef_search"),
+    "ef_search without a graph": (asking(REQUEST, ef_search=64), InvalidRequest, "ef_search"),
     "an entry too few": (replace(REQUEST, exclude_entries=np.zeros(4, np.int64)), InvalidRequest, "exclude_entries"),
     "no such entry": (replace(REQUEST, exclude_entries=np.full(5, 290)), InvalidRequest, "exclude_entries"),
-    "own documents of nothing": (replace(REQUEST, exclude_own_documents=True), InvalidRequest, "exclude_own_documents"),
-    "no such document": (replace(REQUEST, exclude_documents=["0", "x"]), InvalidRequest, "exclude_documents"),
-    "too many documents": (replace(REQUEST, exclude_documents=["0"] * 1025), InvalidRequest, "exclude_documents"),
-    "too long a document": (replace(REQUEST, exclude_documents=["x" * 4097]), InvalidRequest, "exclude_documents"),
-    "nprobe without lists": (replace(REQUEST, nprobe=3), InvalidRequest, "nprobe"),
-    "overfetch below one": (replace(REQUEST, rescore=True, overfetch=0.5), InvalidRequest, "overfetch"),
+    "own documents of nothing": (asking(REQUEST, exclude_own_documents=True), InvalidRequest, "exclude_own_documents"),
+    "no such document": (asking(REQUEST, exclude_documents=("0", "x")), InvalidRequest, "exclude_documents"),
+    "nprobe without lists": (asking(REQUEST, nprobe=3), InvalidRequest, "nprobe"),
     "too many passages": (replace(REQUEST, passages=10**6), TooLarge, "passages"),
     "passages negative": (replace(REQUEST, passages=-1), InvalidRequest, "passages"),
 }
@@ -162,8 +159,8 @@ async def test_exclusions_that_run_together_are_answered_as_alone(store: Path) -
     plain = [replace(REQUEST, queries=QUERIES[i:], ids=True) for i in range(4)]
     nearest = [searcher.search(r).neighbors.ids for r in plain]
     entries = [replace(r, exclude_entries=ids[:, 0]) for r, ids in zip(plain, nearest, strict=True) if ids is not None]
-    own = [replace(r, exclude_own_documents=True) for r in entries]
-    named = [replace(r, exclude_documents=["1"]) for r in [*plain, *entries]]
+    own = [asking(r, exclude_own_documents=True) for r in entries]
+    named = [asking(r, exclude_documents=("1",)) for r in [*plain, *entries]]
     requests = [*plain, *entries, *own, *named]
     slow = Slow()
     async with datastore_faces(datastore_service(store, slow)) as (host, clients):
@@ -180,27 +177,27 @@ async def test_exclusions_that_run_together_are_answered_as_alone(store: Path) -
 async def test_what_cannot_be_answered_is_refused_among_others_too(store: Path) -> None:
     """Each beside one that can, of the same k, so that they would be joined if they could be."""
     given = np.arange(5)
-    entries, own = replace(REQUEST, k=5, exclude_entries=given), replace(REQUEST, k=6, exclude_entries=given)
+    entries, own = asking(REQUEST, k=5, exclude_entries=given), asking(REQUEST, k=6, exclude_entries=given)
     asked: list[tuple[SearchRequest, tuple[str, str | None]]] = [
         (entries, ("ok", None)),  # two wrong sizes that together are the right one
         (replace(entries, exclude_entries=given[:4]), ("invalid_request", "exclude_entries")),
         (replace(entries, exclude_entries=np.arange(6)), ("invalid_request", "exclude_entries")),
-        (replace(own, exclude_own_documents=True), ("ok", None)),
+        (asking(own, exclude_own_documents=True), ("ok", None)),
         (
-            replace(own, exclude_entries=None, exclude_own_documents=True),
+            asking(own, exclude_entries=None, exclude_own_documents=True),
             ("invalid_request", "exclude_own_documents"),
         ),
-        (replace(entries, k=7), ("ok", None)),
-        (replace(entries, k=7, exclude_entries=given + 290), ("invalid_request", "exclude_entries")),
-        (replace(REQUEST, k=8), ("ok", None)),
-        (replace(REQUEST, k=8, ef_search=7), ("invalid_request", "ef_search")),
-        (replace(REQUEST, k=9, exclude_documents=["0"]), ("ok", None)),
-        (replace(REQUEST, k=9, exclude_documents=["x"]), ("invalid_request", "exclude_documents")),
+        (asking(entries, k=7), ("ok", None)),
+        (asking(entries, k=7, exclude_entries=given + 290), ("invalid_request", "exclude_entries")),
+        (asking(REQUEST, k=8), ("ok", None)),
+        (asking(REQUEST, k=8, ef_search=7), ("invalid_request", "ef_search")),
+        (asking(REQUEST, k=9, exclude_documents=("0",)), ("ok", None)),
+        (asking(REQUEST, k=9, exclude_documents=("x",)), ("invalid_request", "exclude_documents")),
     ]
 
     slow = Slow()
     async with datastore_faces(datastore_service(store, slow)) as (host, clients):
-        before = [asyncio.create_task(outcome(clients["grpc"], replace(REQUEST, k=k))) for k in (1, 2, 3, 4)]
+        before = [asyncio.create_task(outcome(clients["grpc"], asking(REQUEST, k=k))) for k in (1, 2, 3, 4)]
         await until(lambda: asyncio.sleep(0, held(host) == 20))  # and nothing else is begun
         tasks: list[asyncio.Task[tuple[str, str | None]]] = []
 

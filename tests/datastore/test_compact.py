@@ -20,6 +20,7 @@ from knnlm.index.build import build_index
 from knnlm.index.compact import compact
 from knnlm.index.searcher import Searcher
 from knnlm.messages import Document, SearchRequest, Tuning
+from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore
 from tests.datastore.growing import forget, grow, listed, live, sound, toy_catalog
 
@@ -82,7 +83,7 @@ def test_it_answers_as_the_version_it_was_made_of(catalog: Catalog) -> None:
     parent = forget(catalog, "0", "b")
     made = folded(catalog)
     queries = np.random.default_rng(0).standard_normal((9, 16)).astype(np.float32)
-    request = SearchRequest("toy", queries, k=20)
+    request = SearchRequest("toy", queries, SearchOptions(k=20))
     old, new = (Searcher.open(p).search(request).neighbors for p in (parent.path, made.path))
     np.testing.assert_array_equal(old.distances, new.distances)
     np.testing.assert_array_equal(old.values, new.values)
@@ -125,7 +126,7 @@ def test_fewer_entries_than_the_index_had_lists(catalog: Catalog) -> None:
     made = folded(catalog)
     assert Manifest.load(made.path).entries < 100
     assert sound(made.path)
-    request = SearchRequest("toy", np.zeros((1, 16), np.float32), k=3)
+    request = SearchRequest("toy", np.zeros((1, 16), np.float32), SearchOptions(k=3))
     assert Searcher.open(made.path).search(request).neighbors.distances.shape == (1, 3)
 
 

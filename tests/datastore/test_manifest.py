@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from knnlm.datastore.manifest import IndexRecord, Manifest
+from knnlm.datastore.manifest import IndexRecord, Manifest, TuningRecord
 from knnlm.datastore.text import Document
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreIncomplete
+from knnlm.messages import SearchQuality, Tuning
+from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore
 from tests.grown import grow
 
@@ -232,3 +235,34 @@ def test_a_manifest_too_large_to_be_read_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(Conflict, match=r"would have \d+ bytes, at most 8388608 are read: `knnlm compact toy`"):
         manifest.model_copy(update={"files": files}).save(path)
     assert Manifest.load(path) == manifest
+
+
+def test_a_tuning_with_a_rule_and_fitted_search_options_comes_back(path: Path, tmp_path: Path) -> None:
+    fitted = SearchOptions(nprobe=3, overfetch=2.5, rescore=True)
+    tuning = Tuning(
+        10.0, 0.25, 64, 20.0, 15.0, 1000, 10, rule="other", parameters={"slope": 0.5, "edges": (1.0, 2.0)},
+        search=fitted, index="ivf4", quality=(SearchQuality("default", SearchOptions(), 15.5, 900.0),
+                                              SearchQuality("chosen", fitted, 15.0, None, chosen=True)),
+    )  # fmt: skip
+    manifest = Manifest.load(path).model_copy(update={"tuning": TuningRecord.of(tuning)})
+    manifest.save(tmp_path)
+    read = Manifest.load(tmp_path).tuning
+    assert read is not None
+    assert read.message() == tuning
+
+
+def test_a_tuning_without_them_is_written_as_before_there_were_any(path: Path, tmp_path: Path) -> None:
+    manifest = Manifest.load(path).model_copy(
+        update={"tuning": TuningRecord.of(Tuning(10.0, 0.25, 64, 20.0, 15.0, 1000, 10))}
+    )
+    manifest.save(tmp_path)
+    assert list(json.loads((tmp_path / "manifest.json").read_text())["tuning"]) == [
+        "temperature", "lmbda", "k", "lm_perplexity", "knn_perplexity", "tokens", "documents",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("search", [{"beam": 3}, {"nprobe": 0}])
+def test_search_options_that_none_can_have_are_no_manifest(search: dict[str, object]) -> None:
+    fields = TuningRecord.of(Tuning(10.0, 0.25, 64, 20.0, 15.0, 1000, 10)).model_dump()
+    with pytest.raises(ValidationError):
+        TuningRecord.model_validate({**fields, "search": search})

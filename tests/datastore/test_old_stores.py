@@ -23,6 +23,7 @@ from knnlm.index.build import build_index
 from knnlm.index.compact import compact
 from knnlm.index.searcher import Searcher
 from knnlm.messages import Document, SearchRequest, Tuning
+from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel
 from tests.datastore.growing import live, sound
 from tests.grown import some_documents
@@ -73,7 +74,7 @@ def test_every_version_is_sound(catalog: Catalog) -> None:
 def test_searches_find_what_they_found_then(catalog: Catalog, domain: str, index: str | None) -> None:
     expected = answers(catalog)[f"{domain} {index or 'default'}"]
     searcher = Searcher.open(current(catalog, domain), index=index, expect=ToyLanguageModel().info, check="all")
-    found = searcher.search(SearchRequest(domain, QUERIES, k=6, ids=True, passages=1, passage_tokens=3))
+    found = searcher.search(SearchRequest(domain, QUERIES, SearchOptions(k=6), ids=True, passages=1, passage_tokens=3))
     assert found.neighbors.ids is not None
     np.testing.assert_array_equal(found.neighbors.ids, expected["ids"])
     np.testing.assert_array_equal(found.neighbors.values, expected["values"])
@@ -115,7 +116,7 @@ def test_they_grow(catalog: Catalog, domain: str) -> None:
     assert sound(current(catalog, domain))
     datastore = Datastore.open(current(catalog, domain))
     last = np.array(datastore.segments[-1].keys[-1:], np.float32)  # of document n1
-    found = Searcher.open(datastore.path).search(SearchRequest(domain, last, k=1, ids=True))
+    found = Searcher.open(datastore.path).search(SearchRequest(domain, last, SearchOptions(k=1), ids=True))
     assert found.neighbors.ids is not None
     assert found.neighbors.ids.tolist() == [[datastore.entries - 1]]
     compact(catalog, domain, activate=catalog.activate)

@@ -17,7 +17,7 @@ from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
 from knnlm.messages import ForwardRequest, SearchRequest
 from knnlm.neighbors import Neighbors
-from knnlm.options import DomainOptions, KnnOptions
+from knnlm.options import DomainOptions, KnnOptions, SearchOptions
 from knnlm.pipeline import Pipeline
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 
@@ -42,7 +42,7 @@ def test_loss_of_the_collected_equals_the_loss_of_scoring(tmp_path: Path, temper
     path = toy_datastore(tmp_path, LM)
     with Pipeline(LM, {"toy": Searcher.open(path)}) as pipeline:
         observations = collect(Searcher.open(path), DOCUMENTS, 9)
-        knn = KnnOptions((DomainOptions("toy", lmbda=lmbda, temperature=temperature),), k=9)
+        knn = KnnOptions((DomainOptions("toy", lmbda=lmbda, temperature=temperature),), search=SearchOptions(k=9))
         scored = np.concatenate([pipeline.score(d.tokens, knn).log_probs for d in DOCUMENTS])
     assert mean_loss(observations, temperature, lmbda) == pytest.approx(-scored.mean(), rel=1e-9)
     assert len(observations.targets) == sum(len(d.tokens) - 1 for d in DOCUMENTS)
@@ -87,7 +87,7 @@ def test_what_is_found_is_what_a_request_with_that_k_is_answered(tmp_path: Path,
     build_index(path, "pq2x4fs")
     held_out = observe(LM, DOCUMENTS)
     searcher = Searcher.open(path)
-    answered = searcher.search(SearchRequest("toy", held_out.queries, k)).neighbors
+    answered = searcher.search(SearchRequest("toy", held_out.queries, SearchOptions(k=k))).neighbors
     found = find(searcher, "toy", held_out, k).neighbors
     np.testing.assert_array_equal(found.values, answered.values)
     np.testing.assert_array_equal(found.distances, answered.distances)

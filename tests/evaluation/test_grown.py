@@ -12,7 +12,7 @@ from knnlm.evaluation.index_candidates import candidates
 from knnlm.evaluation.index_report import index_report
 from knnlm.evaluation.splits import encode, unseen
 from knnlm.index.searcher import Searcher
-from knnlm.options import DomainOptions, KnnOptions
+from knnlm.options import DomainOptions, KnnOptions, SearchOptions
 from knnlm.pipeline import Pipeline
 from knnlm.testing import ToyLanguageModel, toy_datastore
 from tests.grown import base, grow, some_documents
@@ -58,7 +58,7 @@ def test_a_report_compares_indexes_beside_what_was_added(path: Path, tmp_path: P
 def test_a_pipeline_over_it_predicts_as_over_one_built_of_the_rest(path: Path, tmp_path: Path) -> None:
     rest = [BASE[0], BASE[2], ADDED[0][0]]
     twin = toy_datastore(tmp_path / "twin", LM, texts=[d.text for d in rest])
-    knn = KnnOptions((DomainOptions("toy", temperature=3.0, lmbda=0.5),), k=20)
+    knn = KnnOptions((DomainOptions("toy", temperature=3.0, lmbda=0.5),), search=SearchOptions(k=20))
     scores = []
     for version in (path, twin):
         with Pipeline(LM, {"toy": Searcher.open(version, expect=LM.info)}) as pipeline:

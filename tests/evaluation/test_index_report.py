@@ -21,6 +21,7 @@ from knnlm.index.ivf import Ivf
 from knnlm.index.searcher import Searcher
 from knnlm.index.table import family
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 from tests.index.helpers import Floats, brute_force, clustered, datastore
 
 ENTRIES, DIM, QUERIES = 1200, 16, 48
@@ -96,7 +97,7 @@ def test_recall_is_that_of_a_search_with_these_options(
     parameters = ivf.build(keys, file, 0, lambda *_: None)
     searcher = Searcher.open(path)
     searcher = Searcher(searcher._datastore, ivf.open(keys, file, parameters, resident=False), recipe="ivf8,flat")
-    request = SearchRequest("toy", held_out.queries, k=32, nprobe=1, ids=True)
+    request = SearchRequest("toy", held_out.queries, SearchOptions(k=32, nprobe=1), ids=True)
     found = searcher.search(request).neighbors.ids
     assert found is not None
     _, expected = brute_force(keys, held_out.queries, 32)
@@ -195,23 +196,23 @@ def test_the_report_is_json(report: IndexReport) -> None:
 
 def test_candidates_have_options() -> None:
     assert Candidate.parse("ivf4,sq8@nprobe=3,overfetch=1.5") == Candidate(
-        "ivf4,sq8@nprobe=3,overfetch=1.5", "ivf4,sq8", nprobe=3, overfetch=1.5
+        "ivf4,sq8@nprobe=3,overfetch=1.5", "ivf4,sq8", SearchOptions(nprobe=3, overfetch=1.5)
     )
-    assert Candidate.parse("hnsw8@ef_search=9").ef_search == 9
+    assert Candidate.parse("hnsw8@ef_search=9").search == SearchOptions(ef_search=9)
     assert Candidate.parse("flat") == Candidate("flat", "flat")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("flat@", "no option=number"),
-        ("flat@nprobe", "no option=number"),
-        ("flat@nprobe=x", "no option=number"),
-        ("flat@probes=3", "there are nprobe, ef_search and overfetch"),
-        ("ivf4@nprobe=0", "nprobe must be a whole number >= 1"),
+        ("flat@", "unknown option ''"),
+        ("flat@nprobe", "nprobe must be a whole number >= 1, got ''"),
+        ("flat@nprobe=x", "nprobe must be a whole number >= 1, got 'x'"),
+        ("flat@probes=3", "there are nprobe, ef_search, overfetch"),
+        ("ivf4@nprobe=0", "nprobe must be >= 1, got 0"),
         ("ivf4@nprobe=1.5", "nprobe must be a whole number >= 1"),
-        ("ivf4@overfetch=0.5", "overfetch must be a number >= 1"),
-        ("ivf4@overfetch=nan", "overfetch must be a number >= 1"),
+        ("ivf4@overfetch=0.5", "overfetch must be >= 1"),
+        ("ivf4@overfetch=nan", "overfetch must be >= 1"),
         ("ivf9999,flat", "does not suit"),
         ("nothing", "unknown index recipe"),
     ],

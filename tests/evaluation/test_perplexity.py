@@ -15,13 +15,13 @@ from knnlm.errors import InvalidRequest
 from knnlm.evaluation.perplexity import DocumentFigures, Report, evaluate
 from knnlm.evaluation.splits import encode
 from knnlm.index.searcher import Searcher
-from knnlm.options import DomainOptions, KnnOptions
+from knnlm.options import DomainOptions, KnnOptions, SearchOptions
 from knnlm.pipeline import Pipeline
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 
 LM = ToyLanguageModel()
 DOCUMENTS = encode([Document("one", "the dög sat on the log"), Document("two", "so did the cat")], LM.tokenizer)
-KNN = KnnOptions((DomainOptions("toy", lmbda=0.3, temperature=3.0),), k=8)
+KNN = KnnOptions((DomainOptions("toy", lmbda=0.3, temperature=3.0),), search=SearchOptions(k=8))
 
 
 @pytest.fixture

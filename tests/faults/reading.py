@@ -11,6 +11,7 @@ from knnlm.datastore.verify import verify
 from knnlm.errors import KnnlmError
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.wire import jsonable, protos
 from tests.faults.damage import QUERIES
 
@@ -57,7 +58,7 @@ def _use(searcher: Searcher) -> None:
     protos.domain_to_proto(info)
     jsonable.domain_to_json(info)
     for rescore in (None, True):
-        request = SearchRequest("toy", QUERIES, k=400, ids=True, passages=3, rescore=rescore)
+        request = SearchRequest("toy", QUERIES, SearchOptions(k=400, rescore=rescore), ids=True, passages=3)
         result = searcher.search(request)
         found = result.neighbors.values != -1
         assert np.isfinite(result.neighbors.distances[found]).all()

@@ -26,6 +26,7 @@ from knnlm.index.build import build_index
 from knnlm.index.compact import compact
 from knnlm.index.searcher import Searcher
 from knnlm.messages import Document, SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 from tests.faults.damage import QUERIES
 from tests.faults.figures import report
@@ -75,7 +76,7 @@ def served(store: Path) -> tuple[str, list[float]]:
     assert version is not None
     searcher = Searcher.open(catalog.path("toy", version), check="all")
     try:
-        found = searcher.search(SearchRequest("toy", QUERIES, k=10))
+        found = searcher.search(SearchRequest("toy", QUERIES, SearchOptions(k=10)))
         return version, np.asarray(found.neighbors.distances).ravel().tolist()
     finally:
         searcher.close()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.wire.protos import search_request_to_proto
 from tests.faults.damage import indexed
 from tests.faults.figures import Held, held, report, span
@@ -26,7 +27,9 @@ pytestmark = pytest.mark.faults
 SWITCHES = int(500 * span(120) / 120)
 REQUESTS = int(100_000 * span(120) / 120)
 CLIENTS = 16
-SEARCH = search_request_to_proto(SearchRequest("toy", np.zeros((1, 16), np.float32), k=4)).SerializeToString()
+SEARCH = search_request_to_proto(
+    SearchRequest("toy", np.zeros((1, 16), np.float32), SearchOptions(k=4))
+).SerializeToString()
 PATH = "/v1/domains/toy/search"
 GRPC_PATH = "/knnlm.v1.Datastore/Search"
 SOON = ["--watch-interval-s", "0.02", "--grace-s", "0"]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.wire.protos import search_request_to_proto
 from tests.faults.figures import Held, held, percentile, report, span
 from tests.faults.fleet import Fleet, Replica, fleet
@@ -50,7 +51,7 @@ def _bodies() -> list[tuple[str, bytes]]:
 def _search(store: Path) -> bytes:
     keys = np.load(store / "licence" / "v1" / "keys.npy", mmap_mode="r")
     queries = np.resize(np.asarray(keys, np.float32), (BATCH, keys.shape[1]))
-    return search_request_to_proto(SearchRequest("licence", queries, k=64)).SerializeToString()
+    return search_request_to_proto(SearchRequest("licence", queries, SearchOptions(k=64))).SerializeToString()
 
 
 def _overloaded(asks: AbstractAsyncContextManager[Ask], replicas: list[Replica], most_inside: int, name: str) -> None:

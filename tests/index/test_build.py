@@ -17,6 +17,7 @@ from knnlm.index.faiss_family import sample_rows
 from knnlm.index.ivf import default_nprobe, visited
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 from tests.index.helpers import clustered, datastore
 
 KEYS = clustered(1000, 8)
@@ -54,7 +55,7 @@ def test_new_index_replaces_the_former_file(path: Path) -> None:
 def test_opened_index_survives_its_replacement(path: Path) -> None:
     build_index(path, "ivf4")
     searcher = Searcher.open(path)
-    request = SearchRequest("toy", KEYS[:5], 10)
+    request = SearchRequest("toy", KEYS[:5], SearchOptions(k=10))
     before = searcher.search(request).neighbors
     build_index(path, "ivf8,sq8")
     after = searcher.search(request).neighbors
@@ -76,7 +77,7 @@ def test_interrupted_indexing_leaves_the_version_as_it_was(path: Path, monkeypat
         build_index(path, "ivf8", on_progress=killed)
     assert Manifest.load(path) == before
     assert index_files(path) == [before.index.file]
-    Searcher.open(path).search(SearchRequest("toy", KEYS[:5], 10))
+    Searcher.open(path).search(SearchRequest("toy", KEYS[:5], SearchOptions(k=10)))
 
 
 def test_what_a_killed_indexing_left_is_removed_by_the_next(path: Path) -> None:
@@ -141,7 +142,7 @@ def test_several_indexes_answer_beside_each_other(path: Path) -> None:
         searcher = Searcher.open(path, index=recipe)
         assert searcher.info(()).index == (recipe or "ivf4,sq8")
         assert searcher.info(()).indexes == ("ivf4,sq8", "ivf8", "hnsw8")
-        assert (searcher.search(SearchRequest("toy", KEYS[:5], 1)).neighbors.distances == 0).all()
+        assert (searcher.search(SearchRequest("toy", KEYS[:5], SearchOptions(k=1))).neighbors.distances == 0).all()
     with pytest.raises(InvalidRequest, match=r"has no index 'ivf9': it has flat, hnsw8, ivf4,sq8, ivf8"):
         Searcher.open(path, index="ivf9")
 
@@ -252,9 +253,11 @@ def test_default_nprobe_visits_enough(entries: int, nlist: int) -> None:
 
 def test_searches_while_indexing(path: Path) -> None:
     searcher = Searcher.open(path)
-    expected = searcher.search(SearchRequest("toy", KEYS[:5], 10)).neighbors.values
+    expected = searcher.search(SearchRequest("toy", KEYS[:5], SearchOptions(k=10))).neighbors.values
     indexing = threading.Thread(target=build_index, args=(path, "ivf8,sq8"))
     indexing.start()
     while indexing.is_alive():
-        np.testing.assert_array_equal(searcher.search(SearchRequest("toy", KEYS[:5], 10)).neighbors.values, expected)
+        np.testing.assert_array_equal(
+            searcher.search(SearchRequest("toy", KEYS[:5], SearchOptions(k=10))).neighbors.values, expected
+        )
     indexing.join()

@@ -11,6 +11,7 @@ from knnlm.errors import DatastoreCorrupt, InvalidRequest
 from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel
 from tests.grown import base, grow
 
@@ -51,7 +52,9 @@ def outcome(path: Path, queries: np.typing.NDArray[np.floating]) -> str:
     try:
         for k, rescore in ((3, None), (1000, None), (1000, False)):
             result = searcher.search(
-                SearchRequest("toy", queries, k, ids=True, passages=50, rescore=rescore, passage_tokens=9)
+                SearchRequest(
+                    "toy", queries, SearchOptions(k=k, rescore=rescore), ids=True, passages=50, passage_tokens=9
+                )
             )
             found = result.neighbors
             assert np.isfinite(found.distances).all()
@@ -143,6 +146,6 @@ def test_a_key_that_is_no_number_stops_no_version_from_being_served(path: Path) 
     np.save(path / "keys.npy", keys)
     searcher = Searcher.open(path)
     searcher.warm()
-    found = searcher.search(SearchRequest("toy", asked, 1000, ids=True)).neighbors
+    found = searcher.search(SearchRequest("toy", asked, SearchOptions(k=1000), ids=True)).neighbors
     assert np.isfinite(found.distances).all()
     np.testing.assert_array_equal(found.distances[:, 0], 0)

@@ -18,6 +18,7 @@ from knnlm.index.contract import SearchParameters
 from knnlm.index.device import DeviceIndex, _two_halves, open_on_device, pick_device
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 from tests.index.helpers import brute_force, clustered, datastore
 
 Floats = npt.NDArray[np.floating]
@@ -229,7 +230,7 @@ def test_a_searcher_over_it_answers_as_over_flat(tmp_path: Path, queries: Float3
     path = datastore(tmp_path, keys, key_dtype="float16")
     stored = Datastore.open(path)
     searcher = Searcher(stored, open_on_device(stored.keys, "cpu"), recipe="flat")
-    request = SearchRequest("toy", queries, k=60, ids=True)
+    request = SearchRequest("toy", queries, SearchOptions(k=60), ids=True)
     found, expected = searcher.search(request).neighbors, Searcher.open(path, index="flat").search(request).neighbors
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_array_equal(found.values, expected.values)
@@ -258,9 +259,9 @@ def test_lists_on_a_gpu_need_another_faiss_and_it_says_which(tmp_path: Path) -> 
 def test_lists_on_a_gpu_find_what_they_find_on_the_cpu(tmp_path: Path, queries: Float32) -> None:
     path = datastore(tmp_path, clustered(3000, DIM), key_dtype="float16")
     build_index(path, "ivf16,sq8")
-    request = SearchRequest("toy", queries, k=50, nprobe=16, ids=True)
+    request = SearchRequest("toy", queries, SearchOptions(k=50, nprobe=16), ids=True)
     found = Searcher.open(path, device="cuda").search(request).neighbors
     expected = Searcher.open(path).search(request).neighbors
     np.testing.assert_array_equal(found.ids, expected.ids)
     with pytest.raises(InvalidRequest, match="at most 2048"):
-        Searcher.open(path, device="cuda").search(SearchRequest("toy", queries, k=2500))
+        Searcher.open(path, device="cuda").search(SearchRequest("toy", queries, SearchOptions(k=2500)))

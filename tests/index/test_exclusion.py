@@ -20,6 +20,7 @@ from knnlm.messages import SearchRequest
 from knnlm.neighbors import Neighbors, neighbor_log_probs
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 from tests.index.helpers import brute_force, clustered
+from tests.searching import asking, search
 
 DIM = 4
 Int64 = npt.NDArray[np.int64]
@@ -211,7 +212,7 @@ def spans(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def asked(n: int = 4, **fields: Any) -> SearchRequest:  # Any: of the field's type
-    return replace(SearchRequest("toy", clustered(n, 16, seed=2), 5, ids=True), **fields)
+    return asking(search("toy", clustered(n, 16, seed=2), 5, ids=True), **fields)
 
 
 def entries(*numbers: int) -> Int64:
@@ -220,7 +221,7 @@ def entries(*numbers: int) -> Int64:
 
 def test_documents_are_resolved_to_their_entries(path: Path) -> None:
     at = spans(path)
-    found = Exclusion.of(asked(exclude_documents=["4", "0", "4", "3"]), Datastore.open(path))
+    found = Exclusion.of(asked(exclude_documents=("4", "0", "4", "3")), Datastore.open(path))
     assert found is not None
     assert list(zip(found.starts, found.ends, strict=True)) == [at["0"], at["4"]]
     np.testing.assert_array_equal(found.lows, found.highs)
@@ -245,9 +246,9 @@ def test_entries_are_resolved_to_their_documents_when_asked(path: Path) -> None:
     "fields",
     [
         {},
-        {"exclude_documents": ["3"]},
+        {"exclude_documents": ("3",)},
         {"exclude_entries": entries(-1, -1, -1, -1)},
-        {"exclude_entries": entries(-1, -1, -1, -1), "exclude_own_documents": True, "exclude_documents": ["3"]},
+        {"exclude_entries": entries(-1, -1, -1, -1), "exclude_own_documents": True, "exclude_documents": ("3",)},
     ],
 )
 def test_what_excludes_no_entry_is_none(path: Path, fields: dict[str, Any]) -> None:
@@ -258,15 +259,15 @@ def test_documents_of_one_id_are_all_excluded(tmp_path: Path) -> None:
     path = toy_datastore(tmp_path, texts=TEXTS[:2])
     file = path / "documents.jsonl"
     file.write_bytes(file.read_bytes().replace(b'"id": "1"', b'"id": "0"'))
-    found = Exclusion.of(asked(exclude_documents=["0"]), Datastore.open(path))
+    found = Exclusion.of(asked(exclude_documents=("0",)), Datastore.open(path))
     assert found is not None
     assert found.counts()[0] == Datastore.open(path).manifest.entries
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"exclude_documents": ["0", "17"]}, "exclude_documents", "names '17', which is no document of toy v1"),
-    ({"exclude_documents": ["0"] * 1025}, "exclude_documents", "at most 1024 documents, got 1025"),
-    ({"exclude_documents": ["0", "x" * 4097]}, "exclude_documents", "at most 4096 characters, got one of 4097"),
+    ({"exclude_documents": ("0", "17")}, "exclude_documents", "names '17', which is no document of toy v1"),
+    ({"exclude_documents": ("0",) * 1025}, "exclude_documents", "at most 1024 documents, got 1025"),
+    ({"exclude_documents": ("0", "x" * 4097)}, "exclude_documents", "at most 4096 characters, got one of 4097"),
     ({"exclude_entries": entries(0, 1)}, "exclude_entries", r"int64 of shape \(4,\).*got int64 of shape \(2,\)"),
     ({"exclude_entries": entries(0, 1, 2, 3)[:, None]}, "exclude_entries", r"got int64 of shape \(4, 1\)"),
     ({"exclude_entries": np.zeros(4, np.int32)}, "exclude_entries", "got int32"),
@@ -288,9 +289,9 @@ def test_what_cannot_be_excluded_is_refused_by_name(
 SEARCHES: list[dict[str, Any]] = [
     {"exclude_entries": entries(3, 4, -1, 289)},
     {"exclude_entries": entries(0, 100, 200, 289), "exclude_own_documents": True},
-    {"exclude_documents": ["1"]},
-    {"exclude_documents": ["0", "4"], "exclude_entries": entries(0, -1, 100, 101), "exclude_own_documents": True},
-    {"exclude_documents": ["0", "1", "2", "4"]},
+    {"exclude_documents": ("1",)},
+    {"exclude_documents": ("0", "4"), "exclude_entries": entries(0, -1, 100, 101), "exclude_own_documents": True},
+    {"exclude_documents": ("0", "1", "2", "4")},
 ]
 
 
@@ -363,7 +364,7 @@ def test_a_searcher_answers_a_query_alone_as_in_a_batch(tmp_path: Path, recipe: 
             assert alone.ids is not None
             np.testing.assert_array_equal(together.ids[row], alone.ids[0])
             np.testing.assert_array_equal(together.distances[row], alone.distances[0])
-        unexcluded = searcher.search(replace(request, exclude_entries=None, exclude_own_documents=False)).neighbors
+        unexcluded = searcher.search(asking(request, exclude_entries=None, exclude_own_documents=False)).neighbors
         assert unexcluded.ids is not None
         assert together.ids is not None
         np.testing.assert_array_equal(together.ids[1], unexcluded.ids[1])

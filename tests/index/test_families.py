@@ -20,7 +20,9 @@ from knnlm.index.searcher import Searcher
 from knnlm.index.table import FAMILIES, family
 from knnlm.messages import SearchRequest
 from knnlm.neighbors import Neighbors
+from knnlm.options import SearchOptions
 from tests.index.helpers import brute_force, clustered, datastore
+from tests.searching import search
 
 # 40 dimensions: no multiple of 16 or 32, so that every loop over them has a tail. So many queries that each is searched
 # in a batch of another size than alone, by all threads.
@@ -108,7 +110,7 @@ def knobs(searcher: Searcher, *, most: bool) -> dict[str, Any]:
 
 
 def find(searcher: Searcher, queries: npt.NDArray[np.floating], k: int = K, **options: Any) -> Neighbors:
-    return searcher.search(SearchRequest("toy", queries, k, ids=True, **options)).neighbors
+    return searcher.search(search("toy", queries, k, ids=True, **options)).neighbors
 
 
 def assert_same(one: Neighbors, other: Neighbors) -> None:
@@ -235,7 +237,7 @@ def test_answer_does_not_depend_on_the_batch(made: Made) -> None:
 def test_search_with_padding_says_so(made: Made) -> None:
     """k far over what is found: FAISS gives id -1, which must never be looked up."""
     searcher = made.open()
-    request = SearchRequest("toy", QUERIES[:4], N + 5, ids=True, passages=N, passage_tokens=1)
+    request = SearchRequest("toy", QUERIES[:4], SearchOptions(k=N + 5), ids=True, passages=N, passage_tokens=1)
     result = searcher.search(replace(request, **knobs(searcher, most=False)))
     neighbors = result.neighbors
     assert neighbors.ids is not None

@@ -17,6 +17,7 @@ from knnlm.index.freeing import drop_maps, drop_pages
 from knnlm.index.searcher import Searcher
 from knnlm.index.table import family
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel
 from tests.grown import base, grow, some_documents
 from tests.index.helpers import clustered, datastore
@@ -41,7 +42,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_every_family_can_be_closed_twice_and_not_be_searched_again(path: Path, resident: bool) -> None:
     searcher = Searcher.open(path, resident=resident)
     index = searcher._index
-    request = SearchRequest("toy", clustered(3, 32, seed=1), 5)
+    request = SearchRequest("toy", clustered(3, 32, seed=1), SearchOptions(k=5))
     searcher.search(request)
     searcher.warm()
     searcher.close()
@@ -83,7 +84,7 @@ def test_no_map_of_a_version_that_has_grown_is_left(tmp_path: Path, segments: in
 
 def test_closing_an_index_leaves_others_of_the_same_file_alone(path: Path) -> None:
     first, second = Searcher.open(path), Searcher.open(path)
-    request = SearchRequest("toy", clustered(3, 32, seed=1), 5, ids=True)
+    request = SearchRequest("toy", clustered(3, 32, seed=1), SearchOptions(k=5), ids=True)
     before = second.search(request).neighbors
     first.close()
     after = second.search(request).neighbors
@@ -152,7 +153,7 @@ def test_a_dropped_map_is_read_again_from_its_file(tmp_path: Path) -> None:
 
 def test_versions_are_closed_while_others_are_searched(path: Path) -> None:
     serving = Searcher.open(path)
-    request = SearchRequest("toy", clustered(3, 32, seed=1), 5, ids=True)
+    request = SearchRequest("toy", clustered(3, 32, seed=1), SearchOptions(k=5), ids=True)
     expected = serving.search(request).neighbors.ids
     failures: list[BaseException] = []
 

@@ -15,6 +15,7 @@ from knnlm.index.build import build_index
 from knnlm.index.kernels import project, squared_distances
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 from tests.grown import base, grow
 from tests.index.growths import (
     ADDED,
@@ -31,6 +32,7 @@ from tests.index.growths import (
     remaining,
 )
 from tests.index.helpers import brute_force
+from tests.searching import asking, search
 
 
 @pytest.fixture(scope="module", params=["float16", "float32"])
@@ -57,10 +59,10 @@ def test_exact_search_is_bit_for_bit_that_of_a_version_built_of_the_rest(
     searcher, numbers = Searcher.open(path), live(path)
     for k in (1, 5, 100, 10_000):
         for rescore in (None, True):
-            request = SearchRequest("toy", queries(), k, ids=True, rescore=rescore)
+            request = SearchRequest("toy", queries(), SearchOptions(k=k, rescore=rescore), ids=True)
             assert_same(searcher.search(request).neighbors, twin.search(request).neighbors, numbers)
     assert searcher.search(request).neighbors.values.shape == (12, len(numbers))
-    raw = searcher.search(replace(request, rescore=False)).neighbors
+    raw = searcher.search(asking(request, rescore=False)).neighbors
     assert raw.ids is not None
     assert sorted(raw.ids[0].tolist()) == numbers.tolist()
     np.testing.assert_allclose(raw.distances, twin.search(request).neighbors.distances, rtol=1e-4, atol=1e-4)
@@ -72,8 +74,8 @@ def test_an_index_that_visits_all_is_as_exact(half: Path, tmp_path: Path, recipe
     twin = Searcher.open(base(tmp_path, remaining(GROWTHS["both"]), LM))
     searcher, numbers = Searcher.open(path, index=recipe), live(path)
     for k in (5, 200):
-        request = SearchRequest("toy", queries(), k, ids=True)
-        found = searcher.search(replace(request, **generous(recipe))).neighbors
+        request = SearchRequest("toy", queries(), SearchOptions(k=k), ids=True)
+        found = searcher.search(asking(request, **generous(recipe))).neighbors
         assert_same(found, twin.search(request).neighbors, numbers)
 
 
@@ -93,7 +95,7 @@ def test_reduced_distances_are_those_of_brute_force_among_reduced_keys(half: Pat
     everything = np.tile(numbers, (len(asked), 1))
     distances = squared_distances(halves, asked, everything)
     order = np.argsort(distances, axis=1, kind="stable")[:, :50]  # of equal ones the lower number first
-    request = SearchRequest("toy", queries(), 50, **generous(recipe))
+    request = search("toy", queries(), 50, **generous(recipe))
     found = Searcher.open(path, index=recipe).search(request).neighbors
     np.testing.assert_array_equal(found.distances, np.take_along_axis(distances, order, axis=1))
     np.testing.assert_array_equal(found.ids, numbers[order])
@@ -105,8 +107,8 @@ def test_reduced_distances_are_those_of_brute_force_among_reduced_keys(half: Pat
 def test_stored_keys_are_rescored_by_in_both_parts(half: Path, tmp_path: Path, recipe: str) -> None:
     path = grow(half, LM, *GROWTHS["both"], version=f"stored-{REDUCED.index(recipe)}")
     twin = Searcher.open(base(tmp_path, remaining(GROWTHS["both"]), LM))
-    request = SearchRequest("toy", queries(), 50, rescore=True, ids=True)
-    found = Searcher.open(path, index=recipe).search(replace(request, **generous(recipe))).neighbors
+    request = SearchRequest("toy", queries(), SearchOptions(k=50, rescore=True), ids=True)
+    found = Searcher.open(path, index=recipe).search(asking(request, **generous(recipe))).neighbors
     assert_same(found, twin.search(request).neighbors, live(path))
 
 
@@ -118,7 +120,7 @@ def test_without_rescoring_added_entries_have_their_distance_in_the_space_of_the
     made, asked = in_space(path, recipe, store.added_keys())
     keys = made.astype(np.float16) if recipe.endswith("+fp16") else made
     fields = {name: value for name, value in generous(recipe).items() if name != "overfetch"}
-    request = SearchRequest("toy", queries(), store.entries, rescore=False, **fields)
+    request = search("toy", queries(), store.entries, rescore=False, **fields)
     found = Searcher.open(path, index=recipe).search(request).neighbors
     assert found.ids is not None
     added = found.ids >= first
@@ -138,7 +140,7 @@ def test_without_rescoring_added_entries_have_their_distance_in_the_space_of_the
 def test_an_added_copy_is_as_far_as_what_it_copies_and_comes_behind_it(half: Path, recipe: str) -> None:
     path = grow(half, LM, [BASE], version=f"copy-{recipe.replace(',', '-').replace('+', '-')}")
     n = Datastore.open(half).entries
-    request = SearchRequest("toy", queries(), 2 * n, **generous(recipe))
+    request = search("toy", queries(), 2 * n, **generous(recipe))
     found = Searcher.open(path, index=recipe).search(request).neighbors
     assert found.ids is not None
     for row, distances in zip(found.ids, found.distances, strict=True):
@@ -155,7 +157,7 @@ def test_the_answer_to_a_query_is_the_same_alone_and_in_any_batch(
 ) -> None:
     path = half.with_name("batch")
     searcher = Searcher.open(path if path.exists() else grow(half, LM, *GROWTHS["both"], version="batch"), index=recipe)
-    request = SearchRequest("toy", queries(), 20, ids=True, rescore=rescore)
+    request = SearchRequest("toy", queries(), SearchOptions(k=20, rescore=rescore), ids=True)
     together = searcher.search(request).neighbors
     for lo, hi in ((0, 1), (3, 5), (4, 12), (11, 12)):
         some = searcher.search(replace(request, queries=request.queries[lo:hi])).neighbors
@@ -176,7 +178,7 @@ def test_removed_entries_are_never_found_even_where_all_that_is_near_was_removed
     asked = np.concatenate([store.keys, store.added_keys()])[removed[::40]]  # each the nearest of itself
     searcher = Searcher.open(path, index=recipe)
     for k in (1, 7, 3000):
-        found = searcher.search(SearchRequest("toy", asked, k, ids=True, rescore=rescore)).neighbors
+        found = searcher.search(SearchRequest("toy", asked, SearchOptions(k=k, rescore=rescore), ids=True)).neighbors
         assert found.ids is not None
         assert not np.isin(found.ids, removed).any()
         assert found.values.shape == (len(asked), min(k, len(numbers)))
@@ -188,11 +190,11 @@ def test_what_a_request_excludes_is_excluded_beside_what_was_removed(parent: Pat
     store, numbers = Datastore.open(path), live(path)
     rest = [d for d in remaining(GROWTHS["both"]) if d.id not in ("base5", "first2")]
     twin = Searcher.open(base(tmp_path, rest, LM, key_dtype=store.manifest.key_dtype))
-    request = SearchRequest("toy", queries(), 60, ids=True)
+    request = SearchRequest("toy", queries(), SearchOptions(k=60), ids=True)
     table = store.documents
     excluded = np.concatenate([np.arange(*(int(x[0]) for x in table.spans(table.numbers(name))))
                                for name in ("base5", "first2")])  # fmt: skip
-    found = Searcher.open(path).search(replace(request, exclude_documents=["base5", "first2"])).neighbors
+    found = Searcher.open(path).search(asking(request, exclude_documents=("base5", "first2"))).neighbors
     assert_same(found, twin.search(request).neighbors, np.setdiff1d(numbers, excluded))
 
 
@@ -200,7 +202,7 @@ def test_a_removed_document_is_unknown_and_its_replacement_is_not(parent: Path) 
     again = [Document("base0", "abc abc abc"), Document("base0", "abc abd")]
     path = grow(parent, LM, [again], [0], version="again")
     store, searcher = Datastore.open(path), Searcher.open(path)
-    request = SearchRequest("toy", queries(), 3000, ids=True, exclude_documents=["base0"])
+    request = SearchRequest("toy", queries(), SearchOptions(k=3000, exclude_documents=("base0",)), ids=True)
     found = searcher.search(request).neighbors
     assert found.ids is not None
     assert (found.ids[found.ids >= 0] < store.manifest.base_entries).all()
@@ -215,13 +217,13 @@ def test_an_entry_that_was_removed_excludes_nothing_more(parent: Path, own: bool
     searcher, numbers = Searcher.open(path), live(path)
     store = Datastore.open(path)
     removed = np.setdiff1d(np.arange(store.entries), numbers)
-    request = SearchRequest("toy", queries(), 40, ids=True)
+    request = SearchRequest("toy", queries(), SearchOptions(k=40), ids=True)
     plain = searcher.search(request).neighbors
     given = np.resize(removed[::50], 12).astype(np.int64)
-    found = searcher.search(replace(request, exclude_entries=given, exclude_own_documents=own)).neighbors
+    found = searcher.search(asking(request, exclude_entries=given, exclude_own_documents=own)).neighbors
     np.testing.assert_array_equal(found.ids, plain.ids)
     added = np.full(12, store.entries - 1)  # of the last document, which was added
-    without = searcher.search(replace(request, exclude_entries=added, exclude_own_documents=own)).neighbors
+    without = searcher.search(asking(request, exclude_entries=added, exclude_own_documents=own)).neighbors
     assert plain.ids is not None
     assert without.ids is not None
     document = store.document_of(added[:1])[0]
@@ -239,7 +241,7 @@ def test_a_base_without_entries(tmp_path: Path, removed: tuple[int, ...]) -> Non
     twin = Searcher.open(base(tmp_path / "twin", [d for segment in ADDED for d in segment], LM))
     searcher = Searcher.open(path)
     searcher.warm()
-    request = SearchRequest("toy", queries(), 30, ids=True)
+    request = SearchRequest("toy", queries(), SearchOptions(k=30), ids=True)
     assert_same(searcher.search(request).neighbors, twin.search(request).neighbors, live(path))
 
 
@@ -247,6 +249,6 @@ def test_when_all_was_removed_nothing_is_found(parent: Path) -> None:
     path = grow(parent, LM, ADDED, tuple(range(11)), version="nothing")
     searcher = Searcher.open(path)
     searcher.warm()
-    found = searcher.search(SearchRequest("toy", queries(), 5, ids=True, passages=1))
+    found = searcher.search(SearchRequest("toy", queries(), SearchOptions(k=5), ids=True, passages=1))
     assert found.neighbors.values.shape == (12, 0)
     assert searcher.info(["v1"]).entries == 0

@@ -1,6 +1,5 @@
 """A version that has grown, opened: what it says of itself, what it takes, and that it is indexed as before."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from knnlm.index.device import open_on_device
 from knnlm.index.searcher import Searcher
 from knnlm.index.table import family
 from knnlm.messages import Memory, SearchRequest
+from knnlm.options import SearchOptions
 from tests.grown import base, grow
 from tests.index.growths import (
     ADDED,
@@ -30,6 +30,7 @@ from tests.index.growths import (
     remaining,
 )
 from tests.index.helpers import Given, brute_force, datastore
+from tests.searching import asking
 
 
 @pytest.fixture(scope="module", params=["float16", "float32"])
@@ -55,7 +56,9 @@ def test_info_tells_what_can_be_found(parent: Path) -> None:
 def test_passages_of_added_entries_are_shown(parent: Path) -> None:
     path = grow(parent, LM, ADDED, version="passages")
     asked = np.asarray(Datastore.open(path).added_keys()[150:152])
-    result = Searcher.open(path).search(SearchRequest("toy", asked, 1, ids=True, passages=1, passage_tokens=5))
+    result = Searcher.open(path).search(
+        SearchRequest("toy", asked, SearchOptions(k=1), ids=True, passages=1, passage_tokens=5)
+    )
     assert [row[0].document for row in result.passages] == ["first2"] * 2
     for i, value in enumerate(result.neighbors.values[:, 0]):
         assert result.passages[i][0].after[0] == value
@@ -96,7 +99,7 @@ def test_resident_answers_as_mapped(half: Path, recipe: str) -> None:
     path = half.with_name("resident")
     if not path.exists():
         grow(half, LM, *GROWTHS["both"], version="resident")
-    request = SearchRequest("toy", queries(), 30, ids=True)
+    request = SearchRequest("toy", queries(), SearchOptions(k=30), ids=True)
     mapped, resident = (
         Searcher.open(path, index=recipe, resident=resident).search(request).neighbors for resident in (False, True)
     )
@@ -111,7 +114,7 @@ def test_an_index_on_a_device_is_searched_beside_what_was_added(half: Path, tmp_
     searcher = Searcher(store, open_on_device(store.keys, "cpu"), recipe="flat")
     searcher.warm()
     twin = Searcher.open(base(tmp_path, remaining(GROWTHS["both"]), LM))
-    request = SearchRequest("toy", queries(), 60, ids=True)
+    request = SearchRequest("toy", queries(), SearchOptions(k=60), ids=True)
     found, expected = (s.search(request).neighbors for s in (searcher, twin))
     np.testing.assert_allclose(found.distances, expected.distances, rtol=1e-5, atol=1e-5)
     assert found.ids is not None
@@ -123,14 +126,14 @@ def test_an_index_on_a_device_is_searched_beside_what_was_added(half: Path, tmp_
 
 def test_indexing_takes_the_base_and_answers_as_before(parent: Path) -> None:
     path = grow(parent, LM, *GROWTHS["both"], version="indexed")
-    request = SearchRequest("toy", queries(), 30, ids=True)
+    request = SearchRequest("toy", queries(), SearchOptions(k=30), ids=True)
     before = Searcher.open(path).search(request).neighbors
     assert suited(path, "ivf8").recipe == "ivf8"
     assert suited(path, f"ivf{Datastore.open(path).manifest.base_entries + 1}").recipe != "ivf8"
     build_index(path, "ivf8")
     searcher = Searcher.open(path)
     assert searcher.info(["indexed"]).index == "ivf8"
-    assert_same(searcher.search(replace(request, nprobe=8)).neighbors, before, np.arange(10_000))
+    assert_same(searcher.search(asking(request, nprobe=8)).neighbors, before, np.arange(10_000))
 
 
 def test_a_value_that_is_no_token_is_never_answered(parent: Path) -> None:
@@ -142,7 +145,7 @@ def test_a_value_that_is_no_token_is_never_answered(parent: Path) -> None:
         np.save(path / name, values)
         searcher = Searcher.open(path)
         with pytest.raises(DatastoreCorrupt, match=rf"has value {value} at entry \d+, expected \[0, 258\)"):
-            searcher.search(SearchRequest("toy", queries(), 10_000))
+            searcher.search(SearchRequest("toy", queries(), SearchOptions(k=10_000)))
 
 
 @pytest.mark.parametrize("rescore", [None, False])
@@ -155,5 +158,9 @@ def test_rounding_of_products_does_not_decide_which_added_entries_are_nearest(
     parent = datastore(tmp_path / "store", keys[:1])
     path = grow(parent, Given(keys[1:]), [[Document("many", "a" * 3000)]])
     asked = keys[1:200] + np.float32(0.01)
-    found = Searcher.open(path).search(SearchRequest("toy", asked, 20, ids=True, rescore=rescore)).neighbors
+    found = (
+        Searcher.open(path)
+        .search(SearchRequest("toy", asked, SearchOptions(k=20, rescore=rescore), ids=True))
+        .neighbors
+    )
     np.testing.assert_array_equal(found.ids, brute_force(keys, asked, 20)[1])

@@ -16,7 +16,9 @@ from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
 from knnlm.index.table import family
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 from tests.index.helpers import brute_force, clustered, datastore
+from tests.searching import search
 
 N, DIM, K = 1500, 32, 20
 KEYS = clustered(N, DIM)
@@ -39,12 +41,12 @@ def reduced(path: Path, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.floa
 
 
 def everything(**options: bool) -> SearchRequest:
-    return SearchRequest("toy", QUERIES, K, overfetch=N / K, ids=True, **options)  # type: ignore[arg-type]
+    return search("toy", QUERIES, K, overfetch=N / K, ids=True, **options)
 
 
 def test_distances_are_those_of_reduced_keys(path: Path) -> None:
     nprobe = 8 if "ivf" in Manifest.load(path).index.recipe else None
-    request = SearchRequest("toy", QUERIES, K, overfetch=N / K, ids=True, nprobe=nprobe)
+    request = SearchRequest("toy", QUERIES, SearchOptions(k=K, overfetch=N / K, nprobe=nprobe), ids=True)
     found = Searcher.open(path).search(request).neighbors
     halves = reduced(path, KEYS).astype(np.float16).astype(np.float32)
     distances, ids = brute_force(halves, reduced(path, QUERIES), K)
@@ -66,10 +68,10 @@ def test_stored_keys_are_rescored_by_when_asked_for(path: Path) -> None:
 
 def test_answer_does_not_depend_on_the_batch(path: Path) -> None:
     searcher = Searcher.open(path)
-    together = searcher.search(SearchRequest("toy", QUERIES, K, ids=True)).neighbors
+    together = searcher.search(SearchRequest("toy", QUERIES, SearchOptions(k=K), ids=True)).neighbors
     assert together.ids is not None
     for i in range(len(QUERIES)):
-        alone = searcher.search(SearchRequest("toy", QUERIES[i : i + 1], K, ids=True)).neighbors
+        alone = searcher.search(SearchRequest("toy", QUERIES[i : i + 1], SearchOptions(k=K), ids=True)).neighbors
         np.testing.assert_array_equal(alone.distances[0], together.distances[i])
         assert alone.ids is not None
         np.testing.assert_array_equal(alone.ids[0], together.ids[i])
@@ -77,7 +79,9 @@ def test_answer_does_not_depend_on_the_batch(path: Path) -> None:
 
 def test_resident_answers_as_mapped_and_both_say_where_they_lie(path: Path) -> None:
     mapped, resident = Searcher.open(path), Searcher.open(path, resident=True)
-    first, second = (s.search(SearchRequest("toy", QUERIES, K, ids=True)).neighbors for s in (mapped, resident))
+    first, second = (
+        s.search(SearchRequest("toy", QUERIES, SearchOptions(k=K), ids=True)).neighbors for s in (mapped, resident)
+    )
     np.testing.assert_array_equal(first.distances, second.distances)
     np.testing.assert_array_equal(first.ids, second.ids)
     assert (mapped.memory.keys, resident.memory.keys) == ("mapped", "resident")

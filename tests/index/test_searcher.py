@@ -17,8 +17,10 @@ from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest, Tuning
 from knnlm.neighbors import Neighbors, merge
+from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore
 from tests.index.helpers import brute_force, clustered, datastore
+from tests.searching import search
 
 DIM = 16
 
@@ -39,13 +41,15 @@ def queries(n: int = 3, dtype: type = np.float32) -> npt.NDArray[np.floating]:
 
 
 def test_answer_holds_what_was_asked_for(path: Path, searcher: Searcher) -> None:
-    result = searcher.search(SearchRequest("toy", queries(), 5))
+    result = searcher.search(SearchRequest("toy", queries(), SearchOptions(k=5)))
     assert (result.domain, result.version) == ("toy", "v1")
     assert result.neighbors.distances.shape == (3, 5)
     assert result.neighbors.ids is None
     assert list(result.passages) == []
     assert set(result.timings) == {"search", "rescore"}
-    full = searcher.search(SearchRequest("toy", queries(), 5, version="v1", ids=True, passages=2, passage_tokens=4))
+    full = searcher.search(
+        SearchRequest("toy", queries(), SearchOptions(k=5), version="v1", ids=True, passages=2, passage_tokens=4)
+    )
     assert full.neighbors.ids is not None
     values = np.load(path / "values.npy")
     np.testing.assert_array_equal(full.neighbors.values, values[full.neighbors.ids])
@@ -55,7 +59,7 @@ def test_answer_holds_what_was_asked_for(path: Path, searcher: Searcher) -> None
 
 def test_stored_context_finds_itself(path: Path, searcher: Searcher) -> None:
     keys = np.load(path / "keys.npy")[:50]
-    result = searcher.search(SearchRequest("toy", keys, 3, rescore=True, ids=True)).neighbors
+    result = searcher.search(SearchRequest("toy", keys, SearchOptions(k=3, rescore=True), ids=True)).neighbors
     np.testing.assert_array_equal(result.distances[:, 0], 0)
     assert result.ids is not None
     # equal keys are allowed: the text repeats itself
@@ -66,25 +70,29 @@ def test_stored_context_finds_itself(path: Path, searcher: Searcher) -> None:
 def test_half_and_single_queries_equal_brute_force(path: Path, searcher: Searcher, dtype: type) -> None:
     asked = queries(20, dtype)
     distances, _ = brute_force(np.load(path / "keys.npy"), asked, 9)
-    result = searcher.search(SearchRequest("toy", asked, 9)).neighbors
+    result = searcher.search(SearchRequest("toy", asked, SearchOptions(k=9))).neighbors
     np.testing.assert_allclose(result.distances, distances, rtol=1e-5, atol=1e-4)
 
 
 def test_more_than_there_is_gives_all(searcher: Searcher) -> None:
-    result = searcher.search(SearchRequest("toy", queries(), 100_000, ids=True)).neighbors
+    result = searcher.search(SearchRequest("toy", queries(), SearchOptions(k=100_000), ids=True)).neighbors
     assert result.values.shape == (3, 290)
     assert result.ids is not None
     assert [sorted(row) for row in result.ids.tolist()] == [list(range(290))] * 3
 
 
 def test_no_queries_give_no_rows(searcher: Searcher) -> None:
-    assert searcher.search(SearchRequest("toy", queries()[:0], 5, passages=1)).neighbors.values.shape == (0, 5)
+    assert searcher.search(
+        SearchRequest("toy", queries()[:0], SearchOptions(k=5), passages=1)
+    ).neighbors.values.shape == (0, 5)
 
 
 @pytest.mark.parametrize("rescoring", [None, True, False])
 def test_empty_datastore_finds_nothing(tmp_path: Path, rescoring: bool | None) -> None:
     searcher = Searcher.open(datastore(tmp_path, np.empty((0, DIM), np.float32)))
-    result = searcher.search(SearchRequest("toy", queries(), 5, ids=True, passages=2, rescore=rescoring))
+    result = searcher.search(
+        SearchRequest("toy", queries(), SearchOptions(k=5, rescore=rescoring), ids=True, passages=2)
+    )
     assert result.neighbors.values.shape == (3, 0)
     assert not result.neighbors.present.any()
     assert list(result.passages) == [[], [], []]
@@ -93,9 +101,9 @@ def test_empty_datastore_finds_nothing(tmp_path: Path, rescoring: bool | None) -
 
 def test_domain_and_version_are_pinned(searcher: Searcher) -> None:
     with pytest.raises(UnknownDomain, match="'law', this is toy"):
-        searcher.search(SearchRequest("law", queries(), 5))
+        searcher.search(SearchRequest("law", queries(), SearchOptions(k=5)))
     with pytest.raises(UnknownVersion, match="answers from version v1, version 'v2' was asked for"):
-        searcher.search(SearchRequest("toy", queries(), 5, version="v2"))
+        searcher.search(SearchRequest("toy", queries(), SearchOptions(k=5), version="v2"))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +118,7 @@ def test_domain_and_version_are_pinned(searcher: Searcher) -> None:
 )
 def test_wrong_queries_are_refused(searcher: Searcher, asked: npt.NDArray[np.floating], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message) as caught:
-        searcher.search(SearchRequest("toy", asked, 5))
+        searcher.search(SearchRequest("toy", asked, SearchOptions(k=5)))
     assert caught.value.param == "queries"
 
 
@@ -127,21 +135,20 @@ def test_wrong_queries_are_refused(searcher: Searcher, asked: npt.NDArray[np.flo
     ],
 )
 def test_wrong_parameters_are_refused_by_name(searcher: Searcher, name: str, value: float) -> None:
-    request = dataclasses.replace(SearchRequest("toy", queries(), 5), **{name: value})  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest) as caught:
-        searcher.search(request)
+        searcher.search(search("toy", queries(), **{"k": 5, name: value}))  # type: ignore[arg-type]  # a float for all
     assert caught.value.param == name
 
 
 @pytest.mark.parametrize("overfetch", [0.5, float("nan"), float("inf")])
 def test_overfetch_is_at_least_one(searcher: Searcher, overfetch: float) -> None:
     with pytest.raises(InvalidRequest, match="overfetch must be >= 1"):
-        searcher.search(SearchRequest("toy", queries(), 5, rescore=True, overfetch=overfetch))
+        searcher.search(SearchRequest("toy", queries(), SearchOptions(k=5, rescore=True, overfetch=overfetch)))
 
 
 def test_overfetch_without_rescoring_is_refused(searcher: Searcher) -> None:
     with pytest.raises(InvalidRequest, match="candidates for rescoring, which is off here"):
-        searcher.search(SearchRequest("toy", queries(), 5, rescore=False, overfetch=2.0))
+        searcher.search(SearchRequest("toy", queries(), SearchOptions(k=5, rescore=False, overfetch=2.0)))
 
 
 def test_raw_distances_come_only_when_asked_for(tmp_path: Path) -> None:
@@ -151,7 +158,7 @@ def test_raw_distances_come_only_when_asked_for(tmp_path: Path) -> None:
     searcher, asked = Searcher.open(path), clustered(20, DIM, seed=2)
 
     def errors(rescoring: bool | None) -> npt.NDArray[np.float64]:
-        found = searcher.search(SearchRequest("toy", asked, 20, ids=True, rescore=rescoring)).neighbors
+        found = searcher.search(SearchRequest("toy", asked, SearchOptions(k=20, rescore=rescoring), ids=True)).neighbors
         assert found.ids is not None
         true = np.square(asked[:, None].astype(np.float64) - keys[found.ids]).sum(axis=2)
         error: npt.NDArray[np.float64] = abs(found.distances - true) / true
@@ -170,7 +177,9 @@ def test_more_candidates_find_more(tmp_path: Path) -> None:
     _, true = brute_force(keys, asked, 50)
 
     def hits(overfetch: float) -> int:
-        found = searcher.search(SearchRequest("toy", asked, 50, ids=True, overfetch=overfetch)).neighbors.ids
+        found = searcher.search(
+            SearchRequest("toy", asked, SearchOptions(k=50, overfetch=overfetch), ids=True)
+        ).neighbors.ids
         assert found is not None
         return sum(len(set(f) & set(t)) for f, t in zip(found.tolist(), true.tolist(), strict=True))
 
@@ -182,14 +191,16 @@ def test_nprobe_is_at_least_one_and_more_than_all_lists_is_all(tmp_path: Path) -
     build_index(path, "ivf4")
     searcher = Searcher.open(path)
     with pytest.raises(InvalidRequest, match="nprobe must be >= 1, got 0"):
-        searcher.search(SearchRequest("toy", queries(), 5, nprobe=0))
-    assert (searcher.search(SearchRequest("toy", queries(), 500, nprobe=10**6)).neighbors.values >= 0).all()
+        searcher.search(SearchRequest("toy", queries(), SearchOptions(k=5, nprobe=0)))
+    assert (
+        searcher.search(SearchRequest("toy", queries(), SearchOptions(k=500, nprobe=10**6))).neighbors.values >= 0
+    ).all()
 
 
 def test_queries_far_beyond_float32_squares_still_answer(searcher: Searcher) -> None:
     asked = np.full((2, DIM), 3e38, np.float32)
     for rescoring in (True, False):
-        result = searcher.search(SearchRequest("toy", asked, 5, rescore=rescoring)).neighbors
+        result = searcher.search(SearchRequest("toy", asked, SearchOptions(k=5, rescore=rescoring))).neighbors
         assert np.isfinite(result.distances).all()
 
 
@@ -206,7 +217,7 @@ def test_entry_that_does_not_exist_is_never_looked_up(tmp_path: Path, rescoring:
     faiss.write_index(index, str(file))
     searcher = Searcher.open(path)
     with pytest.raises(DatastoreCorrupt, match=r"found entry \d+ of 500"):
-        searcher.search(SearchRequest("toy", keys[:5], 500, rescore=rescoring))
+        searcher.search(SearchRequest("toy", keys[:5], SearchOptions(k=500, rescore=rescoring)))
 
 
 def test_datastore_of_another_model_is_not_opened(path: Path) -> None:
@@ -231,7 +242,8 @@ def test_threads_get_what_they_would_get_alone(tmp_path: Path) -> None:
     build_index(path, "ivf16,sq8")
     searcher = Searcher.open(path)
     requests = [
-        SearchRequest("toy", clustered(1 + i % 7, DIM, seed=i), 1 + i, nprobe=1 + i % 16, ids=True) for i in range(40)
+        SearchRequest("toy", clustered(1 + i % 7, DIM, seed=i), SearchOptions(k=1 + i, nprobe=1 + i % 16), ids=True)
+        for i in range(40)
     ]
     alone = [searcher.search(r).neighbors for r in requests]
     with ThreadPoolExecutor(4) as pool:
@@ -253,7 +265,7 @@ def test_shards_merged_equal_the_whole(
 
     def search(part: npt.NDArray[np.float32], version: str) -> Neighbors:
         searcher = Searcher.open(datastore(store, part, version=version))
-        request = SearchRequest("toy", asked, k, rescore=True, overfetch=100.0, ids=True)
+        request = SearchRequest("toy", asked, SearchOptions(k=k, rescore=True, overfetch=100.0), ids=True)
         return searcher.search(request).neighbors
 
     whole = search(keys, "whole")

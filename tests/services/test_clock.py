@@ -20,6 +20,7 @@ from knnlm.datastore.growth import add
 from knnlm.datastore.verify import verify
 from knnlm.errors import DeadlineExceeded, UnknownVersion
 from knnlm.messages import Document, SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore
 from services.aggregator.app import service as aggregator_service
 from services.aggregator.settings import AggregatorSettings
@@ -32,7 +33,7 @@ from tests.faults.serving import opened_at_last
 from tests.services.waiting import Slow, held, until
 
 YEARS = 10 * 365 * 86_400.0
-REQUEST = SearchRequest("toy", np.zeros((3, 16), np.float32), k=4)
+REQUEST = SearchRequest("toy", np.zeros((3, 16), np.float32), SearchOptions(k=4))
 
 
 # gRPC's Python makes of a timeout a time of day, for its C core to compare with the system's clock, and the other way

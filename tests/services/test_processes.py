@@ -12,6 +12,7 @@ import pytest
 
 from knnlm.clients.rpc import GrpcDatastore, GrpcLanguageModel
 from knnlm.messages import ForwardRequest, SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.testing import toy_datastore
 from tests.services.processes import Running, finished, process
 
@@ -48,7 +49,7 @@ def test_the_datastore_service_starts_serves_and_ends_on_sigterm(tmp_path: Path)
 
         async def search() -> None:
             async with GrpcDatastore(running.grpc) as datastore:
-                await datastore.search(SearchRequest("toy", np.zeros((1, 16), np.float32), k=1))
+                await datastore.search(SearchRequest("toy", np.zeros((1, 16), np.float32), SearchOptions(k=1)))
 
         asyncio.run(search())
         log = end(running, signal.SIGTERM)

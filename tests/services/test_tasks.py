@@ -1,7 +1,6 @@
 """Requests that end well, badly, early or never leave no task, no lease and no place behind."""
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -10,14 +9,16 @@ import numpy as np
 from knnlm.clients.rpc import GrpcDatastore
 from knnlm.errors import InvalidRequest
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.testing import toy_datastore
 from services.datastore.app import service
 from services.datastore.settings import DatastoreSettings
 from services.runtime.lifecycle import Host, running
 from tests.faults.serving import opened_at_last
+from tests.searching import asking
 from tests.services.waiting import Slow, held, until
 
-REQUEST = SearchRequest("toy", np.zeros((2, 16), np.float32), k=4)
+REQUEST = SearchRequest("toy", np.zeros((2, 16), np.float32), SearchOptions(k=4))
 BODY = {"queries": [[0.0] * 16], "k": 4}
 ROUNDS = 40
 
@@ -47,7 +48,7 @@ async def test_no_task_is_left_behind(tmp_path: Path) -> None:
                 assert (await http.post("/v1/domains/toy/search", json=BODY)).status_code == 200
                 await client.activate("toy", f"v{number % 2 + 1}")
                 try:
-                    await client.search(replace(REQUEST, k=0))
+                    await client.search(asking(REQUEST, k=0))
                 except InvalidRequest:
                     pass
                 else:

@@ -32,6 +32,7 @@ from knnlm.errors import (
     UnknownDomain,
 )
 from knnlm.messages import Document, ForwardRequest, ForwardResult, SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore
 from services.datastore.app import service
 from services.datastore.settings import DatastoreSettings
@@ -92,7 +93,7 @@ async def nearest(client: GrpcDatastore, text: str) -> str:
     last = np.array([len(tokens) - 2], np.int32)
     keys = lm.forward(ForwardRequest(tokens=[tokens], positions=[last], keys=True)).keys
     assert keys is not None
-    found = await client.search(SearchRequest("toy", keys.astype(np.float32), k=1, passages=1))
+    found = await client.search(SearchRequest("toy", keys.astype(np.float32), SearchOptions(k=1), passages=1))
     return found.passages[0][0].document
 
 

@@ -18,6 +18,7 @@ from knnlm.errors import DatastoreError, InsufficientMemory, KnnlmError, Unavail
 from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
 from knnlm.messages import DomainInfo, SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.testing import TEXTS, toy_datastore
 from services.datastore.app import service
 from services.datastore.loaded import Loaded, Opener
@@ -26,7 +27,7 @@ from services.runtime.lifecycle import Host, running
 from services.runtime.settings import load_settings
 from tests.services.waiting import QUICK, until
 
-REQUEST = SearchRequest("toy", np.random.default_rng(0).standard_normal((3, 16)).astype(np.float32), k=4)
+REQUEST = SearchRequest("toy", np.random.default_rng(0).standard_normal((3, 16)).astype(np.float32), SearchOptions(k=4))
 VERSIONS = {"v1": TEXTS, "v2": TEXTS[:2], "v3": TEXTS[:1]}
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from knnlm.clients.http import HttpDatastore
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.testing import toy_datastore
 from knnlm.v1 import datastore_pb2
 from knnlm.wire import protos
@@ -19,7 +20,7 @@ from services.datastore.settings import DatastoreSettings
 from services.runtime.lifecycle import Host, running
 from tests.services.waiting import Slow, held, until
 
-REQUEST = SearchRequest("toy", np.random.default_rng(0).standard_normal((3, 16)).astype(np.float32), k=4)
+REQUEST = SearchRequest("toy", np.random.default_rng(0).standard_normal((3, 16)).astype(np.float32), SearchOptions(k=4))
 PATH = "/v1/domains/toy/search"
 
 

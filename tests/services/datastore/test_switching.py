@@ -22,6 +22,7 @@ from knnlm.errors import (
 )
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
 from knnlm.testing import TEXTS, toy_datastore
 from services.datastore.app import service
 from services.datastore.loaded import Opener
@@ -31,7 +32,9 @@ from services.runtime.service import Service
 from tests.services.waiting import QUICK, Slow, held, until
 
 DIM = 16
-REQUEST = SearchRequest("toy", np.random.default_rng(0).standard_normal((3, DIM)).astype(np.float32), k=4, ids=True)
+REQUEST = SearchRequest(
+    "toy", np.random.default_rng(0).standard_normal((3, DIM)).astype(np.float32), SearchOptions(k=4), ids=True
+)
 
 
 @pytest.fixture
