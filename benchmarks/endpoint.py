@@ -24,7 +24,7 @@ from knnlm.clients.rpc import GrpcDatastore
 from knnlm.index.searcher import Searcher
 from knnlm.messages import DatastoreClient, SearchRequest
 from knnlm.options import SearchOptions
-from services.runtime.allocation import keep_buffers
+from services.runtime.process import configure_malloc
 
 BATCH, K = 64, 1024
 IN_FLIGHT = 4
@@ -53,7 +53,7 @@ def as_the_service_is() -> None:
     if not wanted.items() <= os.environ.items():
         again = [sys.executable, "-m", "benchmarks.endpoint", *sys.argv[1:]]
         os.execve(sys.executable, again, {**os.environ, **wanted})  # noqa: S606
-    keep_buffers(os.environ)
+    configure_malloc(os.environ)
 
 
 def measure(prepared: Prepared, running: Running, in_flight: int, rounds: int) -> None:

@@ -32,7 +32,7 @@ from knnlm.testing import ToyLanguageModel
 from services.datastore.app import service
 from services.datastore.engine import Engine
 from services.datastore.settings import DatastoreSettings
-from services.runtime.calls import Call
+from services.runtime.context import RequestContext
 from services.runtime.lifecycle import running
 
 DIM = 256
@@ -106,7 +106,8 @@ async def switched(switches: int, entries: int) -> dict[str, float]:
         async def searching() -> None:
             while not stop.is_set():
                 await engine.search(
-                    SearchRequest("big", queries, SearchOptions(k=64)), Call("bench", "none", time.monotonic() + 60)
+                    SearchRequest("big", queries, SearchOptions(k=64)),
+                    RequestContext("bench", "none", time.monotonic() + 60),
                 )
 
         client = asyncio.create_task(searching())
@@ -115,7 +116,7 @@ async def switched(switches: int, entries: int) -> dict[str, float]:
         async with Beat() as busy:
             for number in range(switches):
                 version = ("v2", "v1")[number % 2]
-                call = Call("bench", "none", time.monotonic() + 600, admin=True)
+                call = RequestContext("bench", "none", time.monotonic() + 600, admin=True)
                 assert (await engine.activate("big", version, call)).entries == entries
                 await asyncio.sleep(1.5)  # until the former one is let go
         stop.set()

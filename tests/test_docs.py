@@ -16,7 +16,7 @@ from services.lm.app import service as lm
 from services.lm.settings import LmSettings
 from services.runtime import errors
 from services.runtime.http import build_app
-from services.runtime.service import Door, Service
+from services.runtime.service import Admission, Service
 from services.runtime.settings import HttpSettings
 from tests.test_errors import every_error
 
@@ -41,7 +41,7 @@ def page(name: str) -> str:
 
 
 def routes(service: Service) -> Iterator[str]:
-    app = build_app(service, Door(service)).app  # type: ignore[attr-defined]  # the FastAPI app inside the edge
+    app = build_app(service, Admission(service)).app  # type: ignore[attr-defined]  # the FastAPI app inside the edge
     for path, methods in app.openapi()["paths"].items():
         for method in methods:
             yield f"{method.upper()} {path}"

@@ -16,7 +16,7 @@ from knnlm.tokenizer import Tokenizer
 from knnlm.wire import array_to_json
 from knnlm.wire.jsonable import tuning_to_json
 from services.aggregator import schemas
-from services.runtime.fields import TuningAnswer
+from services.runtime.schemas import TuningAnswer
 
 __all__ = ["domain_shape", "domain_status_shape", "finite", "next_tokens", "scored_tokens", "used_domains"]
 

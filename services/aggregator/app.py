@@ -4,7 +4,7 @@ from services.aggregator.core import AggregatorCore
 from services.aggregator.rest import routes
 from services.aggregator.settings import AggregatorSettings
 from services.aggregator.upstream import UpstreamMetrics
-from services.runtime.metrics import Metrics
+from services.runtime.observability import Metrics
 from services.runtime.service import Service
 
 

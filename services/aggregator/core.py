@@ -11,7 +11,7 @@ from knnlm.messages import LanguageModelClient
 from services.aggregator.engine import Aggregator, Datastore
 from services.aggregator.settings import AggregatorSettings
 from services.aggregator.upstream import Upstream, UpstreamMetrics
-from services.runtime.logs import event
+from services.runtime.observability import event
 
 LOG = logging.getLogger(__name__)
 RETRY_SECONDS = 0.5

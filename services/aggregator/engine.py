@@ -29,7 +29,7 @@ from services.aggregator.answers import (
 )
 from services.aggregator.choices import choose, domain_of, short_name
 from services.aggregator.settings import AggregatorSettings
-from services.runtime.documents import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
+from services.runtime.schemas import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
 
 Ids = npt.NDArray[np.int32]
 

@@ -7,9 +7,9 @@ from fastapi import APIRouter, Depends
 from services.aggregator import schemas
 from services.aggregator.choices import named_as_asked
 from services.aggregator.core import AggregatorCore
-from services.runtime import calls
-from services.runtime.auth import admin_only
-from services.runtime.documents import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
+from services.runtime.context import current
+from services.runtime.schemas import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
+from services.runtime.security import admin_only
 
 
 def routes(core: AggregatorCore) -> APIRouter:
@@ -21,7 +21,7 @@ def routes(core: AggregatorCore) -> APIRouter:
         """The mixture's likeliest tokens with p, p_lm and p_knn; on request the whole distribution and neighbors."""
         with named_as_asked():
             response, timings = await core.aggregator.next_token(request)
-        calls.current().timings.update(timings)
+        current().timings.update(timings)
         return response
 
     @router.post("/v1/score", tags=["kNN-LM"], summary="Log-probability of every token of a text of any length")
@@ -29,7 +29,7 @@ def routes(core: AggregatorCore) -> APIRouter:
         """The text is scored in windows; one version of a domain answers for all of them."""
         with named_as_asked():
             response, timings = await core.aggregator.score(request)
-        calls.current().timings.update(timings)
+        current().timings.update(timings)
         return response
 
     @router.get("/v1/models", tags=["models"], summary="The LM, and the LM with each of the domains")

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, StrictBool, StrictInt, StrictStr
 
-from services.runtime.fields import Strict, Text, TuningAnswer, encodable, search_fields
+from services.runtime.schemas import Strict, Text, TuningAnswer, encodable, search_fields
 
 Lambda = Annotated[
     float, Field(strict=True, ge=0, le=1, allow_inf_nan=False, description="Weight of what is retrieved.")

@@ -11,8 +11,7 @@ from knnlm.clients.rpc import GrpcDatastore, GrpcLanguageModel
 from knnlm.clients.secrets import ApiKey, SecretFile
 from knnlm.clients.tls import Tls
 from services.aggregator.settings import AggregatorSettings
-from services.runtime.logs import event
-from services.runtime.metrics import SECONDS, Metrics
+from services.runtime.observability import SECONDS, Metrics, event
 
 __all__ = ["Upstream", "UpstreamMetrics"]
 

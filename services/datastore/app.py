@@ -6,7 +6,7 @@ from services.datastore.loaded import Opener
 from services.datastore.rest import packed, routes
 from services.datastore.rpc import rpc_service
 from services.datastore.settings import DatastoreSettings
-from services.runtime.metrics import Metrics
+from services.runtime.observability import Metrics
 from services.runtime.service import Service
 
 __all__ = ["service"]
@@ -27,5 +27,5 @@ def service(
         metrics=metrics,
         routers=[routes(engine)],
         rpc=[rpc_service(engine)],
-        packed=packed(engine),
+        protobuf=packed(engine),
     )

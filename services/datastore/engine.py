@@ -24,9 +24,8 @@ from services.datastore.loaded import Loaded, Opener, opener
 from services.datastore.pool import Pool
 from services.datastore.settings import DatastoreSettings
 from services.runtime.batching import Batcher
-from services.runtime.calls import Call
-from services.runtime.logs import event
-from services.runtime.metrics import SECONDS, Metrics
+from services.runtime.context import RequestContext
+from services.runtime.observability import SECONDS, Metrics, event
 
 __all__ = ["Engine"]
 
@@ -77,8 +76,8 @@ class Engine:
             self._process,
             size=lambda search: len(search.request.queries),
             group=_group,
-            lane=lambda search: search.request.domain,
-            turn=TURN,
+            flow=lambda search: search.request.domain,
+            quantum=TURN,
             max_queue=self._settings.max_queue_queries,
             max_batch=self._settings.max_batch_queries,
             metrics=self._metrics,
@@ -99,7 +98,7 @@ class Engine:
             await self._batcher.close()
         await self._pool.close()
 
-    async def search(self, request: SearchRequest, call: Call) -> SearchResult:
+    async def search(self, request: SearchRequest, call: RequestContext) -> SearchResult:
         """The neighbors; timings are those of the batch it was in, and the time in the queue.
 
         Raises TooLarge over a limit of this service, what Pool.get, Batcher.submit and Searcher.search raise.
@@ -119,7 +118,7 @@ class Engine:
     async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
         return await self._pool.describe(domain, version)
 
-    async def activate(self, domain: str, version: str, call: Call) -> DomainInfo:
+    async def activate(self, domain: str, version: str, call: RequestContext) -> DomainInfo:
         """Switch a domain; see Pool.activate. Raises DeadlineExceeded when loading takes longer: it goes on then."""
         switch = asyncio.create_task(self._pool.activate(domain, version))
         self._switches.add(switch)

@@ -23,9 +23,8 @@ from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
 from knnlm.messages import Document, DomainChange
 from services.datastore.pool import Pool
 from services.datastore.settings import DatastoreSettings
-from services.runtime.calls import Call
-from services.runtime.logs import event
-from services.runtime.metrics import Metrics
+from services.runtime.context import RequestContext
+from services.runtime.observability import Metrics, event
 
 __all__ = ["EncoderOpener", "Growth"]
 
@@ -53,7 +52,9 @@ class Growth:
             ["domain", "change"], registry=metrics.registry,
         )  # fmt: skip
 
-    async def add(self, domain: str, documents: Sequence[Document], *, replace: bool, call: Call) -> DomainChange:
+    async def add(
+        self, domain: str, documents: Sequence[Document], *, replace: bool, call: RequestContext
+    ) -> DomainChange:
         """What became of the domain; it answers from that version now.
 
         Raises InvalidRequest or TooLarge for documents that cannot be taken, Unavailable without an lm service,
@@ -76,7 +77,7 @@ class Growth:
 
         return await self._finished(work, call)
 
-    async def remove(self, domain: str, ids: Sequence[str], call: Call) -> DomainChange:
+    async def remove(self, domain: str, ids: Sequence[str], call: RequestContext) -> DomainChange:
         """What became of the domain. Raises NotFound for an id that is no document, and as `add` does."""
         self._check(domain, ids, "ids")
         return await self._finished(lambda activate: remove(ids, self._catalog, domain, activate=activate), call)
@@ -99,7 +100,7 @@ class Growth:
                     f"an id must have 1 to {ID_CHARACTERS} characters, number {number} has {len(name)}", param=param
                 )
 
-    async def _finished(self, work: Callable[[Activate], Change], call: Call) -> DomainChange:
+    async def _finished(self, work: Callable[[Activate], Change], call: RequestContext) -> DomainChange:
         try:
             async with asyncio.timeout(call.remaining()):
                 await self._turn.acquire()
@@ -114,7 +115,7 @@ class Growth:
         except TimeoutError as err:
             raise DeadlineExceeded("the change is still being made: ask for the domain to see when it is done") from err
 
-    async def _change(self, work: Callable[[Activate], Change], call: Call) -> DomainChange:
+    async def _change(self, work: Callable[[Activate], Change], call: RequestContext) -> DomainChange:
         """Make the change whose turn it is, and give the turn on."""
         loop = asyncio.get_running_loop()
 

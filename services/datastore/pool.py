@@ -20,8 +20,7 @@ from knnlm.errors import DatastoreError, KnnlmError, NotFound, Unavailable, Unkn
 from knnlm.messages import DomainInfo, Memory
 from services.datastore.loaded import Loaded, Opener, Stamp, stamp
 from services.datastore.settings import DatastoreSettings
-from services.runtime.logs import event
-from services.runtime.metrics import Metrics
+from services.runtime.observability import Metrics, event
 
 __all__ = ["Pool"]
 

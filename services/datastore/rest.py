@@ -11,11 +11,10 @@ from knnlm.v1 import datastore_pb2
 from knnlm.wire import growth, jsonable, protos
 from services.datastore.engine import Engine
 from services.datastore.schemas import ActivateBody, DomainAnswer, DomainsAnswer, SearchAnswer, SearchBody
-from services.runtime.auth import admin_only
-from services.runtime.calls import current
-from services.runtime.documents import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
-from services.runtime.fields import PROTOBUF_TOO
-from services.runtime.packed import PackedRoute, decoded
+from services.runtime.context import current
+from services.runtime.protobuf_routes import PROTOBUF_TOO, ProtobufRoute, parse
+from services.runtime.schemas import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
+from services.runtime.security import admin_only
 
 __all__ = ["packed", "routes"]
 
@@ -78,11 +77,11 @@ def routes(engine: Engine) -> APIRouter:
     return router
 
 
-def packed(engine: Engine) -> list[PackedRoute]:
+def packed(engine: Engine) -> list[ProtobufRoute]:
     """The search with knnlm.v1.SearchRequest as its body; the domain is in the path, in the message it may be empty."""
 
     async def search(parts: Mapping[str, str], body: bytes) -> bytes:
-        message = decoded(body, datastore_pb2.SearchRequest.FromString)
+        message = parse(body, datastore_pb2.SearchRequest.FromString)
         if message.domain not in ("", parts["domain"]):
             raise InvalidRequest(
                 f"domain must be empty or that of the path, {parts['domain']!r}, got {message.domain!r}", param="domain"
@@ -91,4 +90,4 @@ def packed(engine: Engine) -> list[PackedRoute]:
         result = await engine.search(protos.search_request_from_proto(message), current())
         return protos.search_result_to_proto(result).SerializeToString()
 
-    return [PackedRoute(SEARCH, search)]
+    return [ProtobufRoute(SEARCH, search)]

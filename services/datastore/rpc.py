@@ -7,8 +7,8 @@ import grpc
 from knnlm.v1 import datastore_pb2, datastore_pb2_grpc
 from knnlm.wire import growth, protos
 from services.datastore.engine import Engine
-from services.runtime.auth import admin_only
-from services.runtime.calls import current
+from services.runtime.context import current
+from services.runtime.security import admin_only
 from services.runtime.service import RpcService
 
 __all__ = ["rpc_service"]

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, Field, StrictBool, StrictInt
 
-from services.runtime.fields import Array, Encoding, Strict, Text, TuningAnswer, search_fields
+from services.runtime.schemas import Array, Encoding, Strict, Text, TuningAnswer, search_fields
 
 
 class SearchBody(search_fields("SearchFields", public=False)):  # type: ignore[misc]  # a class made of the table of search options

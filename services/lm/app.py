@@ -6,7 +6,7 @@ from services.lm.engine import Engine, Model
 from services.lm.rest import packed, routes
 from services.lm.rpc import rpc_service
 from services.lm.settings import LmSettings
-from services.runtime.metrics import Metrics
+from services.runtime.observability import Metrics
 from services.runtime.service import Service
 
 __all__ = ["service"]
@@ -24,5 +24,5 @@ def service(settings: LmSettings, load: Callable[[LmSettings], Model] | None = N
         metrics=metrics,
         routers=[routes(engine)],
         rpc=[rpc_service(engine)],
-        packed=packed(engine),
+        protobuf=packed(engine),
     )

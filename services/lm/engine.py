@@ -17,8 +17,8 @@ from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
 from knnlm.tokenizer import Tokenizer
 from services.lm.settings import LmSettings
 from services.runtime.batching import Batcher
-from services.runtime.calls import Call
-from services.runtime.metrics import SECONDS, Metrics
+from services.runtime.context import RequestContext
+from services.runtime.observability import SECONDS, Metrics
 
 __all__ = ["Engine", "Model"]
 
@@ -81,7 +81,7 @@ class Engine:
             raise Unavailable("the model is being loaded")
         return self._model
 
-    async def forward(self, request: ForwardRequest, call: Call) -> ForwardResult:
+    async def forward(self, request: ForwardRequest, call: RequestContext) -> ForwardResult:
         """The model's answer; its timings are those of the batch it ran in, and the time in the queue.
 
         Raises TooLarge over a limit of this service, what Batcher.submit raises, and what the model raises.

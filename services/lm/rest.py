@@ -9,9 +9,8 @@ from knnlm.v1 import lm_pb2
 from knnlm.wire import jsonable, protos
 from services.lm.engine import Engine
 from services.lm.schemas import ForwardAnswer, ForwardBody, ModelAnswer
-from services.runtime.calls import current
-from services.runtime.fields import PROTOBUF_TOO
-from services.runtime.packed import PackedRoute, decoded
+from services.runtime.context import current
+from services.runtime.protobuf_routes import PROTOBUF_TOO, ProtobufRoute, parse
 
 __all__ = ["packed", "routes"]
 
@@ -45,12 +44,12 @@ def routes(engine: Engine) -> APIRouter:
     return router
 
 
-def packed(engine: Engine) -> list[PackedRoute]:
+def packed(engine: Engine) -> list[ProtobufRoute]:
     """Forward with knnlm.v1.ForwardRequest as its body."""
 
     async def forward(parts: Mapping[str, str], body: bytes) -> bytes:  # noqa: ARG001  the path has none
-        message = decoded(body, lm_pb2.ForwardRequest.FromString)
+        message = parse(body, lm_pb2.ForwardRequest.FromString)
         result = await engine.forward(protos.forward_request_from_proto(message), current())
         return protos.forward_result_to_proto(result).SerializeToString()
 
-    return [PackedRoute(FORWARD, forward)]
+    return [ProtobufRoute(FORWARD, forward)]

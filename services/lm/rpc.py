@@ -7,7 +7,7 @@ import grpc
 from knnlm.v1 import lm_pb2, lm_pb2_grpc
 from knnlm.wire import protos
 from services.lm.engine import Engine
-from services.runtime.calls import current
+from services.runtime.context import current
 from services.runtime.service import RpcService
 
 __all__ = ["rpc_service"]

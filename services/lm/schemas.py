@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, Field, StrictBool, StrictInt
 
-from services.runtime.fields import Array, Encoding, Strict
+from services.runtime.schemas import Array, Encoding, Strict
 
 MAX_SEQUENCES = 65_536  # each is an array to be made on the event loop
 

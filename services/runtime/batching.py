@@ -4,8 +4,8 @@ No timer: a lone request is never held back, and batches grow by themselves unde
 (rows, tokens) at entry and refuses at once when full. Work whose caller has left or whose time is over is dropped
 before it is begun. It knows neither models nor indexes.
 
-Who asks much does not keep others waiting: requests of different lanes (domains, say) are taken in turn, and no lane
-may fill the queue alone; see Batcher.
+Fair queueing: a heavy caller does not delay the others. Requests of different flows (domains, say) are taken in turn,
+and no flow may fill the queue alone; see Batcher.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from knnlm.errors import DeadlineExceeded, Overloaded, Unavailable
-from services.runtime.calls import Call, Stage
-from services.runtime.metrics import Metrics
+from services.runtime.context import RequestContext, Stage
+from services.runtime.observability import Metrics
 
 __all__ = ["Batcher"]
 
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 class _Waiting(Generic[Item, Result]):
     item: Item
     size: int
-    lane: Hashable
+    flow: Hashable
     group: Hashable
     future: "asyncio.Future[Result]"
     since: float = field(default_factory=time.perf_counter)
@@ -44,17 +44,17 @@ class _Waiting(Generic[Item, Result]):
 class Batcher(Generic[Item, Result]):
     """Made and used in one event loop; the worker thread takes its work itself, and never waits for the loop.
 
-    process: called in the worker thread with items of one lane and group; one result per item, in order. When it raises
+    process: called in the worker thread with items of one flow and group; one result per item, in order. When it raises
     for several items, each is tried alone, so that nobody fails by what a stranger asked. size: what an item counts.
     group: items may share a call of `process` when these are equal. max_queue, max_batch: in sizes; a single larger
     item still runs, alone, but one over max_queue can never be admitted.
 
-    lane: None, or whose an item is. Lanes that wait are served in turn, one batch each, of at most `turn` in size: also
-    when no other lane waits at the moment, but one was served just before, whose callers may be about to ask again.
-    Only a lane that follows itself may fill a batch. Within a lane the oldest item decides what group is next. Of the
-    queue, a lane may hold the share it had if there were one lane more than there are: half of it alone, a third beside
-    another. So there is room for who comes next, and a flood is refused before it fills the queue. A lane that holds
-    nothing is admitted wherever the queue has room.
+    flow: None, or the flow an item belongs to. Flows that wait are served in turn, one batch each, of at most `quantum`
+    in size: also when no other flow waits at the moment, but one was served just before, whose callers may be about to
+    ask again. Only a flow that follows itself may fill a batch. Within a flow the oldest item decides what group is
+    next. Of the queue, a flow may hold the share it had if there were one flow more than there are: half of it alone, a
+    third beside another. So there is room for the next one to come, and a flood is refused before it fills the queue. A
+    flow that holds nothing is admitted wherever the queue has room.
     """
 
     def __init__(
@@ -66,21 +66,21 @@ class Batcher(Generic[Item, Result]):
         max_queue: int,
         max_batch: int,
         metrics: Metrics,
-        lane: Callable[[Item], Hashable] | None = None,
-        turn: int | None = None,
+        flow: Callable[[Item], Hashable] | None = None,
+        quantum: int | None = None,
     ) -> None:
         self._process = process
         self._size = size
         self._group = group
-        self._lane = lane
+        self._flow = flow
         self._max_queue = max_queue
         self._max_batch = max_batch
-        self._turn = max_batch if turn is None else min(turn, max_batch)
+        self._quantum = max_batch if quantum is None else min(quantum, max_batch)
         self._metrics = metrics
-        self._held: Counter[Hashable] = Counter()  # per lane, until the caller has its result; for the loop alone
+        self._held: Counter[Hashable] = Counter()  # per flow, until the caller has its result; for the loop alone
         self._total = 0
         self._queues: dict[Hashable, deque[_Waiting[Item, Result]]] = {}  # whose turn is next stands first
-        self._served: Hashable = None  # the lane of the last batch; for the worker alone
+        self._served: Hashable = None  # the flow of the last batch; for the worker alone
         self._rate = 0.0  # size per second of work, of late; 0: nothing known yet. For the loop alone
         self._closing = False
         self._filled = threading.Condition()  # guards the queues and that it is closing
@@ -88,21 +88,21 @@ class Batcher(Generic[Item, Result]):
         self._thread = threading.Thread(target=self._run, name="batch", daemon=True)
         self._thread.start()
 
-    async def submit(self, item: Item, call: Call) -> Result:
+    async def submit(self, item: Item, call: RequestContext) -> Result:
         """Wait for the item's result, at most for the time the call has left; adds the `queue` stage to its timings.
 
-        Raises Overloaded when the queue or its lane's share of it is full, DeadlineExceeded, Unavailable when closing,
+        Raises Overloaded when the queue or its flow's share of it is full, DeadlineExceeded, Unavailable when closing,
         and what process raised.
         """
-        size, lane = self._size(item), None if self._lane is None else self._lane(item)
+        size, flow = self._size(item), None if self._flow is None else self._flow(item)
         left = call.remaining()
         if self._closing:
             raise Unavailable("the service is shutting down")
-        self._admit(size, lane)
-        waiting = _Waiting[Item, Result](item, size, lane, self._group(item), self._loop.create_future())
-        self._hold(lane, size)
+        self._admit(size, flow)
+        waiting = _Waiting[Item, Result](item, size, flow, self._group(item), self._loop.create_future())
+        self._hold(flow, size)
         with self._filled:
-            self._queues.setdefault(lane, deque()).append(waiting)
+            self._queues.setdefault(flow, deque()).append(waiting)
             self._filled.notify()
         try:
             async with asyncio.timeout(left):
@@ -114,7 +114,7 @@ class Batcher(Generic[Item, Result]):
             self._metrics.rejected.labels("disconnected").inc()
             raise
         finally:
-            self._hold(lane, -size)
+            self._hold(flow, -size)
             call.timings["queue"] = call.timings.get("queue", 0.0) + waiting.waited
             call.stages.append(Stage("queue", waiting.since, waiting.waited))
             if waiting.worked:
@@ -127,14 +127,14 @@ class Batcher(Generic[Item, Result]):
             self._filled.notify()
         await asyncio.to_thread(self._thread.join)
 
-    def _admit(self, size: int, lane: Hashable) -> None:
-        held = self._held[lane]
+    def _admit(self, size: int, flow: Hashable) -> None:
+        held = self._held[flow]
         if self._total + size > self._max_queue:
             problem = f"the queue is full: {self._total} of {self._max_queue} items wait, this request has {size}"
             before = self._total + size - self._max_queue
-        elif self._lane is not None and held and held + size > (share := self._share(lane)):
+        elif self._flow is not None and held and held + size > (share := self._share(flow)):
             problem = (
-                f"{lane} has its share of the queue: {held} items wait, this request has {size}, "
+                f"{flow} has its share of the queue: {held} items wait, this request has {size}, "
                 f"at most {share} of {self._max_queue} may wait beside those of others"
             )
             before = (held + size - share) * len(self._held)  # the others have their turns meanwhile
@@ -144,17 +144,17 @@ class Batcher(Generic[Item, Result]):
         raise Overloaded(problem, retry_after=self._seconds_for(before))
 
     def _seconds_for(self, size: int) -> float:
-        """Until so much will have been worked on, at the rate of late: from 1 to 30."""
+        """Seconds until `size` will have been worked on, at the recent rate: from 1 to 30."""
         return min(max(size / self._rate, 1.0), 30.0) if self._rate else 1.0
 
-    def _share(self, lane: Hashable) -> int:
-        return self._max_queue // (len(self._held.keys() | {lane}) + 1)
+    def _share(self, flow: Hashable) -> int:
+        return self._max_queue // (len(self._held.keys() | {flow}) + 1)
 
-    def _hold(self, lane: Hashable, size: int) -> None:
+    def _hold(self, flow: Hashable, size: int) -> None:
         self._total += size
-        self._held[lane] += size
-        if not self._held[lane]:
-            del self._held[lane]
+        self._held[flow] += size
+        if not self._held[flow]:
+            del self._held[flow]
         self._metrics.queue_items.set(self._total)
 
     def _run(self) -> None:
@@ -179,14 +179,14 @@ class Batcher(Generic[Item, Result]):
         return batch
 
     def _take(self) -> list[_Waiting[Item, Result]]:
-        """Of the lane whose turn it is: the oldest item somebody still waits for, and all later ones of its group that
-        fit beside it."""
+        """The next batch, of the flow whose turn it is: the oldest item somebody still waits for, and all later ones of
+        its group that fit beside it."""
         batch: list[_Waiting[Item, Result]] = []
         rows = 0
         while self._queues and not batch:
-            lane = next(iter(self._queues))
-            queue = self._queues.pop(lane)
-            room = self._turn if self._queues or lane != self._served else self._max_batch
+            flow = next(iter(self._queues))
+            queue = self._queues.pop(flow)
+            room = self._quantum if self._queues or flow != self._served else self._max_batch
             others: list[_Waiting[Item, Result]] = []
             while queue and (not batch or rows < room):
                 waiting = queue.popleft()
@@ -199,9 +199,9 @@ class Batcher(Generic[Item, Result]):
                 rows += waiting.size
             queue.extendleft(reversed(others))
             if queue:
-                self._queues[lane] = queue  # behind all other lanes
+                self._queues[flow] = queue  # behind all other flows
             if batch:
-                self._served = lane
+                self._served = flow
         return batch
 
     def _work(self, items: Sequence[Item]) -> list[Result | Exception]:

@@ -1,9 +1,12 @@
-"""The HTTP face of any service: its routers, the standard routes, and the one error shape.
+"""The HTTP face of any service: its routers, the standard routes, the page at /docs, and the one error shape.
 
-What happens to a request before FastAPI sees it (keys, limits, request ids, metrics) is in edge.py.
+What happens to a request before FastAPI sees it (keys, limits, request ids, metrics) is in middleware.py.
 """
 
+import json
 import platform
+from collections.abc import Iterator, Mapping
+from html import escape
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,15 +18,14 @@ from starlette.types import ASGIApp
 import knnlm
 from knnlm.errors import InvalidRequest, KnnlmError, NotFound
 from services.runtime import errors
-from services.runtime.calls import current
-from services.runtime.docs import page
-from services.runtime.edge import Edge
-from services.runtime.service import Door, Readiness, Service
+from services.runtime.context import current
+from services.runtime.middleware import HttpMiddleware
+from services.runtime.service import Admission, Readiness, Service
 
-__all__ = ["build_app"]
+__all__ = ["build_app", "docs_page"]
 
 
-def build_app(service: Service, door: Door) -> ASGIApp:
+def build_app(service: Service, admission: Admission) -> ASGIApp:
     """The ASGI application of a service: uvicorn runs it, tests call it through httpx.ASGITransport."""
     app = FastAPI(
         title=service.title,
@@ -40,8 +42,8 @@ def build_app(service: Service, door: Door) -> ASGIApp:
     )
     for router in service.routers:
         app.include_router(router)
-    _add_standard_routes(app, service, door.readiness)
-    return Edge(app, service, door)
+    _add_standard_routes(app, service, admission.readiness)
+    return HttpMiddleware(app, service, admission)
 
 
 _ERROR_SCHEMA = {
@@ -83,7 +85,7 @@ def _add_standard_routes(app: FastAPI, service: Service, readiness: Readiness) -
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(page(app.openapi()))
+        return HTMLResponse(docs_page(app.openapi()))
 
 
 def _response(err: KnnlmError) -> JSONResponse:
@@ -117,3 +119,57 @@ async def _answer_http(request: Request, exc: Exception) -> Response:
 
 async def _answer_internal(request: Request, exc: Exception) -> Response:  # noqa: ARG001  FastAPI's handler signature
     return _response(errors.Internal("internal error; the log has it under the id in X-Request-Id"))
+
+
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
+summary{cursor:pointer;padding:.4rem 0}code,pre{font:14px/1.45 ui-monospace,monospace}
+pre{background:#f4f4f2;padding:.8rem;overflow:auto}b.m{display:inline-block;min-width:4rem}
+@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}pre{background:#242424}}
+"""
+
+
+def docs_page(openapi: Mapping[str, Any]) -> str:
+    """The page at /docs: every route with its fields, without a script from elsewhere. openapi: the document of
+    /openapi.json, whose values are of any JSON type.
+    """
+    title = escape(f"{openapi['info']['title']} {openapi['info']['version']}")
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"
+        f"<p>The same for programs: <a href=openapi.json>openapi.json</a></p>"
+        f"{''.join(_routes(openapi))}</html>"
+    )
+
+
+def _routes(openapi: Mapping[str, Any]) -> Iterator[str]:
+    for path, methods in openapi["paths"].items():
+        for method, operation in methods.items():
+            summary = escape(operation.get("summary", ""))
+            yield f"<details><summary><b class=m>{method.upper()}</b> <code>{escape(path)}</code> {summary}</summary>"
+            yield f"<p>{escape(operation.get('description', ''))}</p>"
+            if "requestBody" in operation:
+                yield _block("Request", _schema(operation["requestBody"]["content"], openapi))
+            for status, response in operation.get("responses", {}).items():
+                yield _block(f"{status}: {response['description']}", _schema(response.get("content", {}), openapi))
+            yield "</details>"
+
+
+def _block(title: str, schema: object) -> str:
+    return f"<h4>{escape(title)}</h4><pre>{escape(json.dumps(schema, indent=2, ensure_ascii=False))}</pre>"
+
+
+def _schema(content: Mapping[str, Any], openapi: Mapping[str, Any]) -> object:
+    media: Any = next(iter(content.values()), {})
+    return _resolved(media.get("schema", {}), openapi, depth=4)
+
+
+def _resolved(schema: Any, openapi: Mapping[str, Any], depth: int) -> Any:  # any JSON
+    if isinstance(schema, list):
+        return [_resolved(part, openapi, depth) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return name if depth == 0 else _resolved(openapi["components"]["schemas"][name], openapi, depth - 1)
+    return {key: _resolved(part, openapi, depth) for key, part in schema.items() if key != "title"}

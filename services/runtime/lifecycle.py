@@ -1,8 +1,8 @@
 """A service's life in one process and one event loop: listen, load, serve, drain, end.
 
 The faces listen from the first moment: /livez answers and /readyz says "loading" while models are read in a thread. On
-SIGTERM or SIGINT readiness goes first, then the doors close, accepted work is finished, and the process ends with 0.
-A second signal ends it at once.
+SIGTERM or SIGINT readiness goes first, then nothing new is accepted, accepted work is finished, and the process ends
+with 0. A second signal ends it at once.
 """
 
 import asyncio
@@ -10,27 +10,22 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import NoReturn
-
-import uvicorn
 
 import knnlm
 from knnlm.errors import KnnlmError
-from services.runtime.allocation import keep_buffers
-from services.runtime.auth import is_loopback
-from services.runtime.heads import head_bounded
 from services.runtime.http import build_app
-from services.runtime.logs import configure, event
-from services.runtime.renewal import Renewable, Renewal
+from services.runtime.http_server import HttpServer, StartupFailed, bind
+from services.runtime.observability import configure_logs, event
+from services.runtime.process import configure_malloc, set_omp_wait_policy
 from services.runtime.rpc import RpcServer, address
-from services.runtime.service import Door, Service
+from services.runtime.security import FileReloader, Reloadable, is_loopback
+from services.runtime.service import Admission, Service
 from services.runtime.settings import GrpcSettings, described, unknown_variables
-from services.runtime.threads import wait_passively
 from services.runtime.tls import server_tls
 
 __all__ = ["Host", "StartupFailed", "main", "running", "until_signal"]
@@ -39,19 +34,15 @@ LOG = logging.getLogger(__name__)
 FLUSH_SECONDS = 5.0  # for the last traces, at the end
 
 
-class StartupFailed(Exception):
-    """One sentence that the operator sees before the process ends with 1."""
-
-
 def main(service: Service) -> NoReturn:
     """The whole process of a service: logs, life, end. Ends by SystemExit with 0, or 1 when it could not start.
 
     Its settings come from `load_settings`, which has ended the process with 2 where they are bad.
     """
     settings = service.settings
-    configure(settings.log_format, settings.log_level)
-    keep_buffers(os.environ)
-    wait_passively(os.environ)
+    configure_logs(settings.log_format, settings.log_level)
+    configure_malloc(os.environ)
+    set_omp_wait_policy(os.environ)
     for name in unknown_variables(type(settings), os.environ):
         event(LOG, "unknown_setting", logging.WARNING, variable=name)
     event(LOG, "starting", service=service.name, version=knnlm.__version__, **described(settings))
@@ -86,48 +77,34 @@ class Host:
     def __init__(self, service: Service) -> None:
         self.service = service
         self._tls = server_tls(service.settings)
-        self.door = Door(service)
-        renewable: list[Renewable] = [self.door.keys] if self.door.keys.watched else []
-        self._renewal = Renewal([*renewable, *([] if self._tls is None else [self._tls])])
-        self.app = build_app(service, self.door)
+        self.admission = Admission(service)
+        watched: list[Reloadable] = [self.admission.keys] if self.admission.keys.watched else []
+        self._reloader = FileReloader([*watched, *([] if self._tls is None else [self._tls])])
+        self.app = build_app(service, self.admission)
         self.port = 0
         self.grpc_port: int | None = None
-        self._rpc = RpcServer(service, self.door) if service.rpc else None
-        settings = service.settings
-        self._http = _Http(
-            uvicorn.Config(
-                self.app,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                lifespan="off",
-                ws="none",
-                http=head_bounded(settings.request_timeout_s),
-                timeout_keep_alive=settings.keep_alive_timeout_s,
-                timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
-                ssl_context_factory=None if (tls := self._tls) is None else lambda _config, _default: tls.context,
-            )
-        )
+        self._rpc = RpcServer(service, self.admission) if service.rpc else None
+        self._http = HttpServer(self.app, service.settings, None if self._tls is None else self._tls.context)
         self._serving: asyncio.Task[None] | None = None
 
     async def listen(self) -> None:
         """Open both ports. Raises StartupFailed when one is taken."""
         settings = self.service.settings
         with contextlib.ExitStack() as undo:
-            listener = undo.enter_context(_bind(settings.host, settings.port, "--port"))
+            listener = undo.enter_context(bind(settings.host, settings.port, "--port"))
             self.port = listener.getsockname()[1]
             if self._rpc is not None and isinstance(settings, GrpcSettings):
                 self.grpc_port = await self._listen_grpc(self._rpc, settings)
             undo.pop_all()
         self._serving = asyncio.create_task(self._http.serve(sockets=[listener]))
-        self._renewal.start()
+        self._reloader.start()
         faces = {"http": self.port, "grpc": self.grpc_port}
         addresses = {face: address(settings.host, port) for face, port in faces.items() if port is not None}
         secured = {} if self._tls is None else {"tls": "mutual" if self._tls.mutual else "server"}
         event(LOG, "listening", **addresses, **secured)
 
     async def _listen_grpc(self, rpc: RpcServer, settings: GrpcSettings) -> int:
-        _bind(settings.host, settings.grpc_port, "--grpc-port").close()  # gRPC's own message hides the reason
+        bind(settings.host, settings.grpc_port, "--grpc-port").close()  # gRPC's own message hides the reason
         try:
             credentials = None if self._tls is None else self._tls.credentials
             return await rpc.start(settings.host, settings.grpc_port, credentials)
@@ -138,7 +115,7 @@ class Host:
         """Load and start the core, then take requests."""
         await _in_daemon_thread(self.service.core.load, "load")
         await self.service.core.start()
-        self.door.readiness.enter("ready")
+        self.admission.readiness.enter("ready")
         if self._rpc is not None:
             await self._rpc.serving()
         event(LOG, "ready", service=self.service.name)
@@ -149,27 +126,20 @@ class Host:
         settings = self.service.settings
         if self._rpc is not None:
             await self._rpc.draining()
-        self.door.readiness.enter("draining")
+        self.admission.readiness.enter("draining")
         self._http.should_exit = True
         stopping = [self._serving] if self._serving is not None else []
         if self._rpc is not None:
             stopping.append(asyncio.ensure_future(self._rpc.stop(settings.drain_timeout_s)))
         await asyncio.gather(*stopping)
         await self.service.core.close()
-        await self._renewal.close()
+        await self._reloader.close()
         try:
             async with asyncio.timeout(FLUSH_SECONDS):
-                await _in_daemon_thread(self.door.tracing.close, "flush")
+                await _in_daemon_thread(self.admission.tracing.close, "flush")
         except TimeoutError:
             event(LOG, "traces_lost", logging.WARNING, reason="the collector did not take them in time")
         event(LOG, "stopped", service=self.service.name)
-
-
-class _Http(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals are for the whole process, not for one of its faces."""
-        yield
 
 
 async def until_signal(service: Service) -> None:
@@ -208,19 +178,6 @@ def _raise_load_failure(loading: "asyncio.Task[None]") -> None:
     except Exception as err:  # the process edge
         event(LOG, "unhandled", logging.ERROR)
         raise StartupFailed(f"{type(err).__name__} while loading") from err
-
-
-def _bind(host: str, port: int, flag: str) -> socket.socket:
-    try:
-        listener = socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
-        )
-    except OSError as err:
-        raise StartupFailed(f"cannot listen on {host}:{port} ({flag}): {err.strerror or err}") from err
-    # connections inherit it. Without, the second part of an answer waits 40 ms for the caller to acknowledge the first;
-    # asyncio sets it for sockets of its own making only
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
 
 
 async def _in_daemon_thread(work: Callable[[], None], name: str) -> None:

@@ -19,12 +19,12 @@ from knnlm.clients.context import PROBE
 from knnlm.clients.rpc import HTTP2
 from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, Overloaded
 from services.runtime import errors
-from services.runtime.calls import Call, entered, new_id
-from services.runtime.logs import event
-from services.runtime.packed import decoded
-from services.runtime.service import Door, Received, Service
+from services.runtime.context import RequestContext, entered, new_id
+from services.runtime.observability import event
+from services.runtime.protobuf_routes import parse
+from services.runtime.service import Admission, Received, Service
 from services.runtime.settings import GrpcSettings
-from services.runtime.traces import Outcome
+from services.runtime.tracing import Outcome
 
 __all__ = ["RpcServer", "address"]
 
@@ -52,12 +52,12 @@ Answer: TypeAlias = Callable[[Any, Any], Any]
 class RpcServer:
     """A grpc.aio server over the rpcs of one service; NOT_SERVING until told otherwise."""
 
-    def __init__(self, service: Service, door: Door) -> None:
+    def __init__(self, service: Service, admission: Admission) -> None:
         settings = service.settings
         if not isinstance(settings, GrpcSettings):
             raise TypeError(f"{type(settings).__name__} has no gRPC port: derive it from GrpcSettings")
         self._server = grpc.aio.server(
-            interceptors=[_Interceptor(service, door)],
+            interceptors=[_Interceptor(service, admission)],
             options=[
                 ("grpc.max_send_message_length", settings.grpc_max_message_bytes),
                 ("grpc.max_receive_message_length", settings.grpc_max_message_bytes),
@@ -158,8 +158,8 @@ class _ReceiveSlots:
 
 
 class _Interceptor(grpc.aio.ServerInterceptor):
-    def __init__(self, service: Service, door: Door) -> None:
-        self._door = door
+    def __init__(self, service: Service, admission: Admission) -> None:
+        self._admission = admission
         self._metrics = service.metrics
         self._limit = service.settings.request_timeout_s
         settings = service.settings
@@ -201,19 +201,19 @@ class _Interceptor(grpc.aio.ServerInterceptor):
             given = _metadata(context)
             left = cast("float | None", context.time_remaining())  # the stubs forget calls without a deadline
             seconds = self._limit if left is None else min(left, self._limit)
-            call = Call(new_id(given.get("x-request-id")), "grpc", started + seconds, probe=PROBE in given)
-            self._door.tracing.begin(call, given.get("traceparent"), given.get("tracestate"))
+            call = RequestContext(new_id(given.get("x-request-id")), "grpc", started + seconds, probe=PROBE in given)
+            self._admission.tracing.begin(call, given.get("traceparent"), given.get("tracestate"))
             context.set_trailing_metadata((("x-request-id", call.id),))
             code = grpc.StatusCode.CANCELLED
             with entered(call):
                 try:
-                    self._door.authenticate(call, given.get("authorization"))
-                    with self._door.receive() as received:
+                    self._admission.authenticate(call, given.get("authorization"))
+                    with self._admission.receive() as received:
                         if handler.request_streaming:
                             request: Any = self._stream(messages, handler, call, received)
                         elif (request := await self._message(messages, handler, call, received)) is None:
                             raise InvalidRequest("the call ended without a message, expected one")
-                        with self._door.inside():
+                        with self._admission.admit():
                             result = answer(request, context)
                             if handler.response_streaming:
                                 await _send_all(result, context, call)
@@ -237,7 +237,9 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         made = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
         return made(guarded, request_deserializer=None, response_serializer=handler.response_serializer)
 
-    async def _message(self, messages: AsyncIterator[bytes], handler: Handler, call: Call, received: Received) -> Any:
+    async def _message(
+        self, messages: AsyncIterator[bytes], handler: Handler, call: RequestContext, received: Received
+    ) -> Any:
         """The caller's next message, parsed; None when it has sent all. Raises DeadlineExceeded, Overloaded,
         InvalidRequest.
         """
@@ -251,24 +253,24 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         if raw is None:
             return None
         received.hold(len(raw))
-        parse = handler.request_deserializer
-        return raw if parse is None else decoded(raw, parse)
+        decode = handler.request_deserializer
+        return raw if decode is None else parse(raw, decode)
 
     async def _stream(
-        self, messages: AsyncIterator[bytes], handler: Handler, call: Call, received: Received
+        self, messages: AsyncIterator[bytes], handler: Handler, call: RequestContext, received: Received
     ) -> AsyncIterator[Any]:
         while (message := await self._message(messages, handler, call, received)) is not None:
             yield message
 
-    def _note(self, method: str, code: grpc.StatusCode, call: Call, seconds: float) -> None:
+    def _note(self, method: str, code: grpc.StatusCode, call: RequestContext, seconds: float) -> None:
         self._metrics.requests.labels("grpc", method, code.name).inc()
         self._metrics.duration.labels("grpc", method).observe(seconds)
         level = logging.DEBUG if call.probe else logging.INFO
         event(LOG, "request", level, face="grpc", route=method, status=code.name, seconds=seconds, **call.logged())
-        self._door.tracing.end(call, _outcome(method, code))
+        self._admission.tracing.end(call, _outcome(method, code))
 
 
-async def _send_all(replies: AsyncIterator[Any], context: Context, call: Call) -> None:
+async def _send_all(replies: AsyncIterator[Any], context: Context, call: RequestContext) -> None:
     """Send what an async generator gives. Raises DeadlineExceeded when the call's time is over before its end."""
     try:
         async with asyncio.timeout(call.remaining()), aclosing(replies):  # type: ignore[type-var]
@@ -294,6 +296,6 @@ def _metadata(context: Context) -> dict[str, str]:
     return {key: value for key, value in pairs if isinstance(value, str)}
 
 
-async def _abort(context: Context, call: Call, err: KnnlmError) -> None:
+async def _abort(context: Context, call: RequestContext, err: KnnlmError) -> None:
     trailing = (("x-request-id", call.id), *errors.metadata(err))
     await context.abort(errors.row(err).grpc, err.message, trailing)

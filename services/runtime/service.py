@@ -1,4 +1,4 @@
-"""What a service is to the runtime: a core, the routes and rpcs over it, and the door every request passes."""
+"""What a service is to the runtime: a core, the routes and rpcs over it, and the admission every request passes."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,14 +10,14 @@ import grpc
 from fastapi import APIRouter
 
 from knnlm.errors import Overloaded, Unavailable
-from services.runtime.auth import Keys
-from services.runtime.calls import Call
-from services.runtime.metrics import Metrics
-from services.runtime.packed import PackedRoute
+from services.runtime.context import RequestContext
+from services.runtime.observability import Metrics
+from services.runtime.protobuf_routes import ProtobufRoute
+from services.runtime.security import Keys
 from services.runtime.settings import HttpSettings
-from services.runtime.traces import tracing
+from services.runtime.tracing import make_tracing
 
-__all__ = ["Core", "Door", "Readiness", "Received", "RpcService", "Service"]
+__all__ = ["Admission", "Core", "Readiness", "Received", "RpcService", "Service"]
 
 
 class Core(Protocol):
@@ -52,7 +52,7 @@ class RpcService:
 class Service:
     """All that the runtime needs to know of a service.
 
-    name: one word ("datastore"). rpc: needs GrpcSettings; without any, no gRPC port is opened. packed: routes of the
+    name: one word ("datastore"). rpc: needs GrpcSettings; without any, no gRPC port is opened. protobuf: routes of the
     routers that take protobuf, too. public_paths: exact HTTP paths that need no key and take no body, beside /livez,
     /readyz and /metrics; they answer while loading, too.
     """
@@ -64,7 +64,7 @@ class Service:
     metrics: Metrics
     routers: Sequence[APIRouter]
     rpc: Sequence[RpcService] = ()
-    packed: Sequence[PackedRoute] = ()
+    protobuf: Sequence[ProtobufRoute] = ()
     public_paths: frozenset[str] = frozenset()
 
 
@@ -90,8 +90,8 @@ class Readiness:
         return list(self._core.problems())
 
 
-class Door:
-    """What every request passes, whichever face it knocks at: its key, the service's state, room for one more.
+class Admission:
+    """Admission shared by HTTP and gRPC: authentication, readiness, limits of requests and of their bytes.
 
     Raises InvalidRequest that names the setting when the files of keys, or what traces need, cannot be used.
     """
@@ -99,23 +99,23 @@ class Door:
     def __init__(self, service: Service) -> None:
         self.readiness = Readiness(service.core)
         self.keys = Keys(service.settings)
-        self.tracing = tracing(service.name, service.settings)
-        self._most = service.settings.max_concurrent_requests
-        self._most_bytes = service.settings.max_inflight_bytes
+        self.tracing = make_tracing(service.name, service.settings)
+        self._max_requests = service.settings.max_concurrent_requests
+        self._max_bytes = service.settings.max_inflight_bytes
         self._metrics = service.metrics
-        self._inside = 0
+        self._admitted = 0
         self._receiving = 0
         self._bytes = 0
 
-    def authenticate(self, call: Call, authorization: str | None) -> None:
-        """Note on the call whether it is an admin's. Raises Unauthenticated."""
-        call.admin = self.keys.admits(authorization)
+    def authenticate(self, request: RequestContext, authorization: str | None) -> None:
+        """Note on the request whether it is an admin's. Raises Unauthenticated."""
+        request.admin = self.keys.admits(authorization)
 
     @contextmanager
     def receive(self) -> Iterator["Received"]:
-        """Count the bytes of one request from their arrival to its answer; it holds no place among those in work yet.
+        """Count the bytes of one request from their arrival to its answer; it holds no slot among those in work yet.
 
-        Raises Unavailable while loading or draining, and Overloaded when no place is free: then nothing is received.
+        Raises Unavailable while loading or draining, and Overloaded when no slot is free: then nothing is received.
         """
         self._check()
         received = Received(self)
@@ -127,23 +127,23 @@ class Door:
             self._hold(-received.size)
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
-        """Hold a place during the work. Raises Unavailable while loading or draining, Overloaded when full."""
+    def admit(self) -> Iterator[None]:
+        """Hold a slot during the work. Raises Unavailable while loading or draining, Overloaded when full."""
         self._check()
-        self._inside += 1
-        self._metrics.inflight.set(self._inside)
+        self._admitted += 1
+        self._metrics.inflight.set(self._admitted)
         try:
             yield
         finally:
-            self._inside -= 1
-            self._metrics.inflight.set(self._inside)
+            self._admitted -= 1
+            self._metrics.inflight.set(self._admitted)
 
     def _check(self) -> None:
         if self.readiness.phase != "ready":
             raise Unavailable(f"the service is {self.readiness.phase}")
-        if self._inside >= self._most:
+        if self._admitted >= self._max_requests:
             self._metrics.rejected.labels("queue_full").inc()
-            raise Overloaded(f"{self._inside} requests are in work, the most this service takes at once")
+            raise Overloaded(f"{self._admitted} requests are in work, the most this service takes at once")
 
     def _count_receiving(self, more: int) -> None:
         self._receiving += more
@@ -151,10 +151,10 @@ class Door:
 
     def _hold(self, size: int) -> None:
         """Count bytes of requests in work. Raises Overloaded when they are too many together."""
-        if size > 0 and self._bytes + size > self._most_bytes:
+        if size > 0 and self._bytes + size > self._max_bytes:
             self._metrics.rejected.labels("bytes_full").inc()
             raise Overloaded(
-                f"the requests in work hold {self._bytes} of {self._most_bytes} bytes (--max-inflight-bytes), "
+                f"the requests in work hold {self._bytes} of {self._max_bytes} bytes (--max-inflight-bytes), "
                 f"there is no room for {size} more"
             )
         self._bytes += size
@@ -162,10 +162,10 @@ class Door:
 
 
 class Received:
-    """What one request was sent, held until it is answered. size: bytes, counted as they come."""
+    """The bytes one request was sent, held until it is answered. size: bytes, counted as they come."""
 
-    def __init__(self, door: Door) -> None:
-        self._door = door
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
         self._complete = False
         self.size = 0
 
@@ -173,9 +173,9 @@ class Received:
         """All of it has arrived. May be called twice."""
         if not self._complete:
             self._complete = True
-            self._door._count_receiving(-1)
+            self._admission._count_receiving(-1)
 
     def hold(self, size: int) -> None:
-        """Count so many bytes more. Raises Overloaded when the requests in work have too many together."""
-        self._door._hold(size)
+        """Count `size` bytes more. Raises Overloaded when the requests in work have too many together."""
+        self._admission._hold(size)
         self.size += size

@@ -16,7 +16,7 @@ import grpc
 
 from knnlm.clients.tls import load_authorities, load_pair, read_pem
 from knnlm.errors import InvalidRequest
-from services.runtime.logs import event
+from services.runtime.observability import event
 from services.runtime.settings import HttpSettings, named
 
 __all__ = ["ServerTls", "server_tls"]
@@ -43,9 +43,10 @@ class _Content:
 
 
 class ServerTls:
-    """`context` is for HTTP, `credentials` for gRPC: TLS 1.2 or later. Keeps runtime.renewal.Renewable.
+    """`context` is for HTTP, `credentials` for gRPC: TLS 1.2 or later. A runtime.security.Reloadable.
 
-    client_ca_file: who vouches for clients; with one, those who present no certificate are refused before any request.
+    client_ca_file: authorities that vouch for clients; with one, callers without a certificate are refused before any
+    request.
     Raises InvalidRequest that names the file which cannot be used.
     """
 

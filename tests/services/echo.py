@@ -14,11 +14,11 @@ from pydantic_settings import SettingsConfigDict
 
 from knnlm.errors import KnnlmError
 from knnlm.v1 import lm_pb2, lm_pb2_grpc
-from services.runtime.auth import admin_only
-from services.runtime.calls import current
+from services.runtime.context import current
 from services.runtime.http import build_app
-from services.runtime.metrics import Metrics
-from services.runtime.service import Door, RpcService, Service
+from services.runtime.observability import Metrics
+from services.runtime.security import admin_only
+from services.runtime.service import Admission, RpcService, Service
 from services.runtime.settings import GrpcSettings
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -145,7 +145,7 @@ def echo_service(core: EchoCore, settings: EchoSettings | None = None) -> Servic
 async def echo_http(core: EchoCore, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
     """A client of its HTTP face alone, ready from the start, without a socket."""
     echo = echo_service(core, EchoSettings(**settings))
-    door = Door(echo)
+    door = Admission(echo)
     door.readiness.enter("ready")
     transport = httpx.ASGITransport(build_app(echo, door), raise_app_exceptions=False)
     async with httpx.AsyncClient(base_url="http://test", transport=transport) as client:

@@ -26,10 +26,11 @@ from services.datastore.app import service as datastore_service
 from services.datastore.settings import DatastoreSettings
 from services.lm.app import service as lm_service
 from services.lm.settings import LmSettings
-from services.runtime import logs
+from services.runtime import observability
+from services.runtime.context import RequestContext
 from services.runtime.lifecycle import StartupFailed, running, until_signal
 from services.runtime.settings import load_settings
-from services.runtime.traces import carried
+from services.runtime.tracing import make_tracing
 from tests.services.collector import Sent, collecting
 from tests.services.echo import EchoCore, EchoSettings, echo_http, echo_service
 from tests.services.processes import ROOT
@@ -190,22 +191,25 @@ def test_with_a_collector_the_services_own_span_is_handed_on() -> None:
 @pytest.mark.parametrize(
     ("traceparent", "handed"),
     [
-        (PARENT, True),
-        (f"cc-{TRACE}-{SPAN}-01-what-comes-later", True),
-        (f"00-{TRACE}-{SPAN}-01-too-long", False),
-        (f"ff-{TRACE}-{SPAN}-01", False),
-        (f"00-{'0' * 32}-{SPAN}-01", False),
-        (f"00-{TRACE}-{'0' * 16}-01", False),
-        (f"00-{TRACE.upper()}-{SPAN}-01", False),
-        (f"cc-{TRACE}-{SPAN}-01-\x07", False),
-        (f"cc-{TRACE}-{SPAN}-01-{'x' * 600}", False),
-        ("nonsense", False),
-        ("", False),
+        (PARENT, PARENT),
+        (f"cc-{TRACE}-{SPAN}-01-what-comes-later", PARENT),
+        (f"cc-{TRACE}-{SPAN}-01-\x07", PARENT),
+        (f"00-{TRACE}-{SPAN}-01-too-long", None),
+        (f"ff-{TRACE}-{SPAN}-01", None),
+        (f"00-{'0' * 32}-{SPAN}-01", None),
+        (f"00-{TRACE}-{'0' * 16}-01", None),
+        (f"00-{TRACE.upper()}-{SPAN}-01", None),
+        (f"cc-{TRACE}-{SPAN}-01-{'x' * 600}", None),
+        ("nonsense", None),
+        ("", None),
     ],
 )
-def test_what_is_no_trace_is_not_handed_on(traceparent: str, handed: bool) -> None:
-    assert carried(traceparent, None) == ((("traceparent", traceparent),) if handed else ())
-    assert carried(traceparent, "a=\x07") == ((("traceparent", traceparent),) if handed else ())
+def test_what_is_no_trace_is_not_handed_on(traceparent: str, handed: str | None) -> None:
+    for tracestate in (None, "a=\x07"):
+        request = RequestContext("id", "http", 0.0)
+        make_tracing("echo", EchoSettings()).begin(request, traceparent, tracestate)
+        assert request.carried == ((("traceparent", handed),) if handed else ())
+        assert request.trace_id == (TRACE if handed else None)
 
 
 async def test_http_clients_send_what_rides_with_a_request() -> None:
@@ -236,7 +240,7 @@ def test_log_lines_name_the_trace(capsys: pytest.CaptureFixture[str], lines: Non
             await client.get("/version", headers={"traceparent": PARENT})
             await client.get("/version", headers={"traceparent": "nonsense"})
 
-    logs.configure("json", "info")
+    observability.configure_logs("json", "info")
     asyncio.run(check())
     first, second = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert first["trace_id"] == TRACE
@@ -264,7 +268,6 @@ def test_an_endpoint_that_cannot_be_used_is_refused_and_not_shown(
 
 
 def test_without_the_package_the_start_fails_and_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "services.runtime.otlp", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)  # as if it were not installed
     settings = EchoSettings(port=0, grpc_port=0, otlp_endpoint="http://127.0.0.1:1")
     with pytest.raises(StartupFailed, match=r"--otlp-endpoint.*pip install 'knnlm\[tracing\]'"):

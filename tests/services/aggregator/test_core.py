@@ -10,7 +10,7 @@ from services.aggregator.engine import Aggregator
 from services.aggregator.schemas import NextTokenRequest
 from services.aggregator.settings import AggregatorSettings
 from services.aggregator.upstream import UpstreamMetrics
-from services.runtime.metrics import Metrics
+from services.runtime.observability import Metrics
 
 
 class Lm:

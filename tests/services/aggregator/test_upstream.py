@@ -13,7 +13,7 @@ from services.aggregator.upstream import Upstream, UpstreamMetrics
 from services.lm.app import service as lm_service
 from services.lm.settings import LmSettings
 from services.runtime.lifecycle import running
-from services.runtime.metrics import Metrics
+from services.runtime.observability import Metrics
 from tests.services.certificates import Authority
 
 

@@ -14,7 +14,7 @@ from knnlm.testing import TEXTS, toy_datastore
 from services.datastore.loaded import Opener
 from services.datastore.pool import Pool
 from services.datastore.settings import DatastoreSettings
-from services.runtime.metrics import Metrics
+from services.runtime.observability import Metrics
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ async def is_ready(datastore: GrpcDatastore) -> bool:
 
 async def test_domains_come_and_go_with_the_store(tmp_path: Path) -> None:
     async with running(datastore(tmp_path / "store")) as host, client(host) as datastore_:
-        assert host.door.readiness.reasons() == []
+        assert host.admission.readiness.reasons() == []
         assert await datastore_.list_domains() == []
         with pytest.raises(UnknownDomain):
             await datastore_.search(REQUEST)

@@ -7,8 +7,8 @@ import pytest
 
 from knnlm.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from services.runtime.batching import Batcher
-from services.runtime.calls import Call
-from services.runtime.metrics import Metrics
+from services.runtime.context import RequestContext
+from services.runtime.observability import Metrics
 
 Item = tuple[str, int]  # group, number
 
@@ -34,23 +34,23 @@ def batcher(
     work: Callable[[Sequence[Item]], list[int]],
     max_queue: int = 100,
     max_batch: int = 100,
-    lane: Callable[[Item], str] | None = None,
-    turn: int | None = None,
+    flow: Callable[[Item], str] | None = None,
+    quantum: int | None = None,
 ) -> Batcher[Item, int]:
     return Batcher(
         work,
         size=lambda item: max(1, abs(item[1])),
         group=lambda item: item[0],
-        lane=lane,
-        turn=turn,
+        flow=flow,
+        quantum=quantum,
         max_queue=max_queue,
         max_batch=max_batch,
         metrics=Metrics("test"),
     )
 
 
-def call(seconds: float = 30.0) -> Call:
-    return Call("id", "test", time.monotonic() + seconds)
+def call(seconds: float = 30.0) -> RequestContext:
+    return RequestContext("id", "test", time.monotonic() + seconds)
 
 
 async def entered(worker: Worker) -> None:
@@ -155,27 +155,27 @@ async def test_a_call_that_is_out_of_time_is_not_begun() -> None:
 
 
 def first_letter(item: Item) -> str:
-    """The lane of an item: the rest of its group is its options."""
+    """The flow of an item: the rest of its group is its options."""
     return item[0][0]
 
 
 async def test_lanes_are_served_in_turn_however_much_one_of_them_asks() -> None:
     worker = Worker()
-    queue = batcher(worker, max_batch=4, lane=first_letter, turn=2)
+    queue = batcher(worker, max_batch=4, flow=first_letter, quantum=2)
     first = await submitted(queue, [("a", 1)])
     await entered(worker)
     rest = await submitted(queue, [("a", 1)] * 12 + [("b", 1)] * 4 + [("c", 1)])
     worker.gate.set()
     await asyncio.gather(*first, *rest)
     lanes = [(batch[0][0], len(batch)) for batch in worker.batches[1:]]
-    # a lane that follows itself may fill a batch; after another's turn it may not, though nobody else waits
+    # a flow that follows itself may fill a batch; after another's turn it may not, though nobody else waits
     assert lanes == [("a", 2), ("b", 2), ("c", 1), ("a", 2), ("b", 2), ("a", 2), ("a", 4), ("a", 2)]
     await queue.close()
 
 
 async def test_items_without_lanes_fill_every_batch() -> None:
     worker = Worker()
-    queue = batcher(worker, max_batch=4, turn=2)
+    queue = batcher(worker, max_batch=4, quantum=2)
     first = await submitted(queue, [("a", 1)])
     await entered(worker)
     rest = await submitted(queue, [("a", 1)] * 6)
@@ -187,7 +187,7 @@ async def test_items_without_lanes_fill_every_batch() -> None:
 
 async def test_a_lane_that_came_late_waits_for_one_batch_of_each_other() -> None:
     worker = Worker()
-    queue = batcher(worker, max_batch=2, lane=first_letter)
+    queue = batcher(worker, max_batch=2, flow=first_letter)
     first = await submitted(queue, [("a", 1)])
     await entered(worker)
     rest = await submitted(queue, [("a", 2)] * 20 + [("b", 2)])
@@ -199,7 +199,7 @@ async def test_a_lane_that_came_late_waits_for_one_batch_of_each_other() -> None
 
 async def test_within_a_lane_the_oldest_is_next_whatever_its_options() -> None:
     worker = Worker()
-    queue = batcher(worker, max_batch=3, lane=first_letter)
+    queue = batcher(worker, max_batch=3, flow=first_letter)
     first = await submitted(queue, [("a", 1)])
     await entered(worker)
     rest = await submitted(queue, [("a1", 1), ("a1", 1), ("a2", 1), ("a1", 1), ("a1", 1), ("a1", 3), ("a2", 1)])
@@ -216,7 +216,7 @@ async def test_within_a_lane_the_oldest_is_next_whatever_its_options() -> None:
 
 async def test_no_lane_fills_the_queue_alone_and_there_is_room_for_who_comes_next() -> None:
     worker = Worker()
-    queue = batcher(worker, max_queue=12, lane=first_letter)
+    queue = batcher(worker, max_queue=12, flow=first_letter)
     tasks = await submitted(queue, [("a", 6)])
     with pytest.raises(Overloaded, match="a has its share of the queue: 6 items wait, this request has 1, at most 6"):
         await queue.submit(("a", 1), call())
@@ -234,7 +234,7 @@ async def test_no_lane_fills_the_queue_alone_and_there_is_room_for_who_comes_nex
 
 async def test_a_lane_whose_callers_have_left_takes_no_turn() -> None:
     worker = Worker()
-    queue = batcher(worker, max_queue=4, lane=first_letter)
+    queue = batcher(worker, max_queue=4, flow=first_letter)
     first = await submitted(queue, [("a", 1)])
     await entered(worker)
     (left,) = await submitted(queue, [("b", 1)])

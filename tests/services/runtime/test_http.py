@@ -9,11 +9,10 @@ from pydantic import SecretStr
 from starlette.types import Message
 
 from knnlm.errors import Overloaded, UnknownDomain
-from services.runtime import logs
-from services.runtime.docs import page
-from services.runtime.http import build_app
+from services.runtime import observability
+from services.runtime.http import build_app, docs_page
 from services.runtime.lifecycle import running
-from services.runtime.service import Door
+from services.runtime.service import Admission
 from tests.services.echo import EchoCore, EchoSettings, echo_http, echo_service
 
 GOOD = {"count": 1}
@@ -140,7 +139,7 @@ async def test_more_requests_than_there_is_room_for_are_429() -> None:
 async def test_a_caller_that_hangs_up_cancels_its_request() -> None:
     core = EchoCore()
     echo = echo_service(core)
-    door = Door(echo)
+    door = Admission(echo)
     door.readiness.enter("ready")
     hang_up = asyncio.Event()
     messages: Iterator[Message] = iter([{"type": "http.request", "body": b""}])
@@ -181,7 +180,7 @@ async def test_a_stream_is_passed_on_piece_by_piece_and_stops_when_its_caller_le
 async def test_readiness_says_why_not_and_loading_services_refuse_with_503() -> None:
     core = EchoCore()
     echo = echo_service(core)
-    door = Door(echo)
+    door = Admission(echo)
     transport = httpx.ASGITransport(build_app(echo, door))
     async with httpx.AsyncClient(base_url="http://test", transport=transport) as client:
         assert (await client.get("/livez")).status_code == 200
@@ -212,7 +211,7 @@ async def test_the_description_needs_nothing_from_elsewhere() -> None:
 
 def test_the_description_escapes_what_it_shows() -> None:
     route = {"get": {"summary": "<script>", "responses": {"200": {"description": "<b>"}}}}
-    html = page({"info": {"title": "<t>", "version": "1"}, "paths": {"/<x>": route}})
+    html = docs_page({"info": {"title": "<t>", "version": "1"}, "paths": {"/<x>": route}})
     assert not any(tag in html for tag in ("<script>", "<b>", "<t>", "<x>"))
 
 
@@ -247,7 +246,7 @@ def test_one_line_per_request_with_its_id_none_for_probes_and_no_content(
             body = {"count": 1, "word": "a secret prompt"}
             await client.post("/echo/a", json=body, headers={"x-request-id": "abc", "authorization": "Bearer hush"})
 
-    logs.configure("json", "info")
+    observability.configure_logs("json", "info")
     asyncio.run(check())
     (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert line["event"] == "request"
@@ -256,8 +255,8 @@ def test_one_line_per_request_with_its_id_none_for_probes_and_no_content(
 
 
 def test_log_lines_cannot_be_forged(capsys: pytest.CaptureFixture[str], log_lines: list[str]) -> None:
-    logs.configure("text", "info")
-    logs.event(logging.getLogger("test"), "happened", reason='a\nlevel=error "b"', seconds=0.25)
+    observability.configure_logs("text", "info")
+    observability.event(logging.getLogger("test"), "happened", reason='a\nlevel=error "b"', seconds=0.25)
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert 'reason="a\\nlevel=error \\"b\\"" seconds=0.25' in err

@@ -14,10 +14,9 @@ from pydantic import SecretStr
 
 from knnlm.errors import InvalidRequest, PermissionDenied, Unauthenticated
 from knnlm.v1 import lm_pb2, lm_pb2_grpc
-from services.runtime import calls
-from services.runtime.auth import Keys, admin_only
+from services.runtime.context import RequestContext, entered
 from services.runtime.lifecycle import Host, StartupFailed, running, until_signal
-from services.runtime.renewal import Renewal
+from services.runtime.security import FileReloader, Keys, admin_only
 from tests.services.echo import EchoCore, EchoSettings, echo_service
 from tests.services.waiting import until
 
@@ -72,8 +71,8 @@ def test_both_places_count(tmp_path: Path) -> None:
 
 
 def test_a_file_with_admin_keys_alone_makes_admin_calls_need_them(tmp_path: Path) -> None:
-    call = calls.Call("id", "http", 0.0, admin=Keys(settings(tmp_path, None, "z")).admits(None))
-    with calls.entered(call), pytest.raises(PermissionDenied):
+    call = RequestContext("id", "http", 0.0, admin=Keys(settings(tmp_path, None, "z")).admits(None))
+    with entered(call), pytest.raises(PermissionDenied):
         asyncio.run(admin_only())
 
 
@@ -214,7 +213,7 @@ def test_what_cannot_be_read_again_is_logged_once_until_it_can(
         await until(enough)
 
     async def check() -> None:
-        renewal = Renewal([Counted()], seconds=0.001)
+        renewal = FileReloader([Counted()], seconds=0.001)
         renewal.start()
         path.unlink()
         await looked(3)
@@ -242,7 +241,7 @@ def test_a_renewal_outlives_what_nobody_foresaw(caplog: pytest.LogCaptureFixture
             raise ZeroDivisionError
 
     async def check() -> None:
-        renewal = Renewal([Broken()], seconds=0.001)
+        renewal = FileReloader([Broken()], seconds=0.001)
         renewal.start()
 
         async def twice() -> bool:
@@ -259,5 +258,5 @@ async def test_nothing_is_followed_where_no_file_is_named() -> None:
     before = asyncio.all_tasks()
     host = Host(echo_service(EchoCore(), EchoSettings(port=0, grpc_port=0, api_keys=(SecretStr("a"),))))
     await host.listen()
-    assert not [t for t in asyncio.all_tasks() - before if "Renewal" in str(t.get_coro())]
+    assert not [t for t in asyncio.all_tasks() - before if "FileReloader" in str(t.get_coro())]
     await host.shut()

@@ -53,7 +53,7 @@ async def test_shutting_finishes_what_was_accepted_on_both_faces() -> None:
         over_grpc = asyncio.ensure_future(lm_pb2_grpc.LanguageModelStub(channel).Forward(lm_pb2.ForwardRequest()))
         await core.entered.wait()
         shutting = asyncio.create_task(host.shut())
-        while host.door.readiness.phase != "draining":  # noqa: ASYNC110  nobody else needs an event for it
+        while host.admission.readiness.phase != "draining":  # noqa: ASYNC110  nobody else needs an event for it
             await asyncio.sleep(0.01)
         assert "close" not in core.happened
         core.gate.set()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.runtime import logs
+from services.runtime import observability
 from tests.services.echo import EchoCore, echo_http
 
 
@@ -27,7 +27,7 @@ def test_a_bug_is_one_json_line_with_its_traceback_and_its_request(capsys: pytes
         async with echo_http(core) as (client, _):
             await client.get("/fail", headers={"x-request-id": "abc"})
 
-    logs.configure("json", "debug")
+    observability.configure_logs("json", "debug")
     asyncio.run(check())
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     (bug,) = [line for line in lines if line["event"] == "unhandled"]
@@ -42,7 +42,7 @@ def test_every_value_gives_json_that_strict_readers_take(value: object, capsys: 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
 
-    logs.configure("json", "info")
-    logs.event(logging.getLogger("test"), "happened", value=value)
+    observability.configure_logs("json", "info")
+    observability.event(logging.getLogger("test"), "happened", value=value)
     (line,) = capsys.readouterr().err.splitlines()
     assert json.loads(line, parse_constant=refuse)["event"] == "happened"

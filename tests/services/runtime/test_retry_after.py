@@ -11,11 +11,11 @@ import pytest
 from knnlm.errors import Overloaded
 from services.runtime import batching
 from services.runtime.batching import RATE_WEIGHT, Batcher
-from services.runtime.calls import Call
-from services.runtime.metrics import Metrics
+from services.runtime.context import RequestContext
+from services.runtime.observability import Metrics
 
 QUEUE = 100
-Item = tuple[str, int]  # lane, size
+Item = tuple[str, int]  # flow, size
 Queue: TypeAlias = Batcher[Item, None]
 
 
@@ -37,8 +37,8 @@ class Worker:
         return [None for _ in items]
 
 
-def call() -> Call:
-    return Call("id", "test", time.monotonic() + 30)
+def call() -> RequestContext:
+    return RequestContext("id", "test", time.monotonic() + 30)
 
 
 async def refused(queue: Queue, item: Item) -> float:
@@ -55,7 +55,7 @@ def checked(monkeypatch: pytest.MonkeyPatch, check: Callable[[Worker, Queue], Aw
             worker,
             size=lambda item: item[1],
             group=lambda item: item[0],
-            lane=(lambda item: item[0]) if lanes else None,
+            flow=(lambda item: item[0]) if lanes else None,
             max_queue=QUEUE,
             max_batch=QUEUE,
             metrics=Metrics("test"),

@@ -14,13 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, TooLarge
 from services.runtime import errors
-from services.runtime.calls import Call, entered, new_id, seconds_allowed
-from services.runtime.logs import event
-from services.runtime.packed import PROTOBUF, is_protobuf
-from services.runtime.service import Door, Received, Service
-from services.runtime.traces import Outcome
+from services.runtime.context import RequestContext, entered, new_id, seconds_allowed
+from services.runtime.observability import event
+from services.runtime.protobuf_routes import PROTOBUF, is_protobuf
+from services.runtime.service import Admission, Received, Service
+from services.runtime.tracing import Outcome
 
-__all__ = ["PROBES", "Edge"]
+__all__ = ["PROBES", "HttpMiddleware"]
 
 LOG = logging.getLogger(__name__)
 PROBES = frozenset({"/livez", "/readyz", "/metrics"})  # no key, no log line
@@ -33,15 +33,15 @@ class _CallerLeft(Exception):
     pass
 
 
-class Edge:
+class HttpMiddleware:
     """Wraps the FastAPI application of a service."""
 
-    def __init__(self, app: ASGIApp, service: Service, door: Door) -> None:
+    def __init__(self, app: ASGIApp, service: Service, admission: Admission) -> None:
         self.app = app
         self._settings = service.settings
         self._metrics = service.metrics
-        self._door = door
-        self._packed_routes = service.packed
+        self._admission = admission
+        self._protobuf_routes = service.protobuf
         self._public = PROBES | service.public_paths
         self._always = self._public | DESCRIPTIONS
 
@@ -53,15 +53,17 @@ class Edge:
             raise RuntimeError(f"{scope['type']} connections are not served")  # so none can pass by the keys
         headers = Headers(scope=scope)
         started = time.monotonic()
-        call, problem = self._call(headers, started)
+        request, problem = self._call(headers, started)
         if scope["path"] not in PROBES:
-            self._door.tracing.begin(call, headers.get("traceparent"), ",".join(headers.getlist("tracestate")) or None)
-        answer = _Answer(send, call, started)
-        with entered(call):
+            self._admission.tracing.begin(
+                request, headers.get("traceparent"), ",".join(headers.getlist("tracestate")) or None
+            )
+        answer = _Answer(send, request, started)
+        with entered(request):
             try:
                 if problem is not None:
                     raise problem
-                await self._pass(scope, receive, answer, call, headers)
+                await self._pass(scope, receive, answer, request, headers)
             except _CallerLeft:
                 pass
             except KnnlmError as err:
@@ -70,31 +72,33 @@ class Edge:
                 event(LOG, "unhandled", logging.ERROR, path=scope["path"])
                 await answer.error(errors.Internal("internal error; the log has it under the id in X-Request-Id"))
             finally:
-                self._note(scope, call, answer, time.monotonic() - started)
+                self._note(scope, request, answer, time.monotonic() - started)
 
-    def _call(self, headers: Headers, started: float) -> tuple[Call, KnnlmError | None]:
-        """The call, and what is wrong with how it was asked for: to be told once it can be logged and answered."""
+    def _call(self, headers: Headers, started: float) -> tuple[RequestContext, KnnlmError | None]:
+        """The request, and what is wrong with how it was asked for: to be told once it can be logged and answered."""
         seconds = limit = self._settings.request_timeout_s
         problem: KnnlmError | None = None
         try:
             seconds = seconds_allowed(headers.get("x-request-timeout"), limit)
         except InvalidRequest as err:
             problem = err
-        return Call(new_id(headers.get("x-request-id")), "http", deadline=started + seconds), problem
+        return RequestContext(new_id(headers.get("x-request-id")), "http", deadline=started + seconds), problem
 
-    async def _pass(self, scope: Scope, receive: Receive, answer: "_Answer", call: Call, headers: Headers) -> None:
+    async def _pass(
+        self, scope: Scope, receive: Receive, answer: "_Answer", request: RequestContext, headers: Headers
+    ) -> None:
         path = scope["path"]
         if path not in self._public:
-            self._door.authenticate(call, headers.get("authorization"))
+            self._admission.authenticate(request, headers.get("authorization"))
         if path in self._always:
             await self._run(scope, b"", receive, answer)
             return
-        with self._door.receive() as received:
-            body = await self._body(headers, receive, call, received)  # before the place: a slow sender holds none
-            with self._door.inside():
-                await self._run(scope, body, receive, answer, packed=is_protobuf(headers.get("content-type")))
+        with self._admission.receive() as received:
+            body = await self._body(headers, receive, request, received)  # before the slot: a slow sender holds none
+            with self._admission.admit():
+                await self._run(scope, body, receive, answer, protobuf=is_protobuf(headers.get("content-type")))
 
-    async def _body(self, headers: Headers, receive: Receive, call: Call, received: Received) -> bytes:
+    async def _body(self, headers: Headers, receive: Receive, request: RequestContext, received: Received) -> bytes:
         """All of it, refused as soon as it is known to be too large, whatever the headers promise, or has no room."""
         most = self._settings.max_body_bytes
         announced = headers.get("content-length", "0")
@@ -104,7 +108,7 @@ class Edge:
             raise too_large
         body = bytearray()
         try:
-            async with asyncio.timeout(call.remaining()):
+            async with asyncio.timeout(request.remaining()):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -122,7 +126,7 @@ class Edge:
             raise DeadlineExceeded("the request's time was over before its body had arrived") from err
 
     async def _run(
-        self, scope: Scope, body: bytes, receive: Receive, answer: "_Answer", *, packed: bool = False
+        self, scope: Scope, body: bytes, receive: Receive, answer: "_Answer", *, protobuf: bool = False
     ) -> None:
         """Answer a request whose body is already here, and stop when the caller hangs up."""
         gone = asyncio.Event()
@@ -137,7 +141,7 @@ class Edge:
 
         watcher = asyncio.create_task(watch())
         try:
-            if not (packed and await self._packed(scope, body, answer)):
+            if not (protobuf and await self._answer_protobuf(scope, body, answer)):
                 await self.app(scope, _replay(body, gone), answer.send)
         except asyncio.CancelledError:
             if gone.is_set() and worker is not None and worker.uncancel() == 0:
@@ -146,11 +150,11 @@ class Edge:
         finally:
             watcher.cancel()
 
-    async def _packed(self, scope: Scope, body: bytes, answer: "_Answer") -> bool:
+    async def _answer_protobuf(self, scope: Scope, body: bytes, answer: "_Answer") -> bool:
         """Answer from a route that takes protobuf. False when there is none."""
         if scope["method"] != "POST":
             return False
-        for route in self._packed_routes:
+        for route in self._protobuf_routes:
             parts = route.match(scope["path"])
             if parts is not None:
                 scope["route"] = route
@@ -158,15 +162,15 @@ class Edge:
                 return True
         return False
 
-    def _note(self, scope: Scope, call: Call, answer: "_Answer", seconds: float) -> None:
+    def _note(self, scope: Scope, request: RequestContext, answer: "_Answer", seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unrouted")  # the template: a bounded set of label values
         status = answer.status or HUNG_UP
         self._metrics.requests.labels("http", route, str(status)).inc()
         self._metrics.duration.labels("http", route).observe(seconds)
         if scope["path"] not in PROBES:
             fields = {"face": "http", "method": scope["method"], "route": route, "status": status}
-            event(LOG, "request", **fields, seconds=seconds, **call.logged())
-            self._door.tracing.end(call, _outcome(scope["method"], route, status))
+            event(LOG, "request", **fields, seconds=seconds, **request.logged())
+            self._admission.tracing.end(request, _outcome(scope["method"], route, status))
 
 
 def _outcome(method: str, route: str, status: int) -> Outcome:
@@ -178,9 +182,9 @@ def _outcome(method: str, route: str, status: int) -> Outcome:
 class _Answer:
     """The way back: adds headers to the first message, remembers what was sent."""
 
-    def __init__(self, send: Send, call: Call, started: float) -> None:
+    def __init__(self, send: Send, request: RequestContext, started: float) -> None:
         self._send = send
-        self._call = call
+        self._call = request
         self._started = started
         self.status = 0
         self.complete = False

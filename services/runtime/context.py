@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from knnlm.clients.context import outgoing
 from knnlm.errors import DeadlineExceeded, InvalidRequest
 
-__all__ = ["Call", "Stage", "current", "entered", "new_id", "seconds_allowed"]
+__all__ = ["RequestContext", "Stage", "current", "entered", "new_id", "seconds_allowed"]
 
-_CURRENT: ContextVar["Call | None"] = ContextVar("call", default=None)
+_CURRENT: ContextVar["RequestContext | None"] = ContextVar("request", default=None)
 _ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
 
 
@@ -31,7 +31,7 @@ class Stage:
 
 
 @dataclass
-class Call:
+class RequestContext:
     """deadline: on the clock of time.monotonic. admin: came with an admin key. probe: another service looks how this
     one is, every second. timings: seconds per stage; those whose beginning is known are stages, too. error: the code of
     the error it was answered with. carried: pairs that its own calls to other services carry. started, began_ns: one
@@ -74,29 +74,30 @@ class Call:
             self.stages.append(Stage(name, started, seconds))
 
 
-def current() -> Call:
-    """The call being answered. Only inside a request."""
-    call = _CURRENT.get()
-    if call is None:
+def current() -> RequestContext:
+    """The request being answered. Raises RuntimeError outside one."""
+    request = _CURRENT.get()
+    if request is None:
         raise RuntimeError("no request is being answered here")
-    return call
+    return request
 
 
 def ids() -> dict[str, str]:
-    """What names the call being answered in a log line: its id, and its trace where it has one. Empty outside."""
-    call = _CURRENT.get()
-    if call is None:
+    """Fields that name the request being answered in a log line: its id, and its trace if it has one. Empty outside."""
+    request = _CURRENT.get()
+    if request is None:
         return {}
-    return {"request_id": call.id} if call.trace_id is None else {"request_id": call.id, "trace_id": call.trace_id}
+    trace = {} if request.trace_id is None else {"trace_id": request.trace_id}
+    return {"request_id": request.id, **trace}
 
 
 @contextmanager
-def entered(call: Call) -> Iterator[Call]:
-    """Inside, `current()` is the call, and clients of other services pass on its id, deadline and what it carries."""
-    token = _CURRENT.set(call)
+def entered(request: RequestContext) -> Iterator[RequestContext]:
+    """Make it `current()` inside, where clients of other services pass on its id, deadline and what it carries."""
+    token = _CURRENT.set(request)
     try:
-        with outgoing(request_id=call.id, deadline=call.deadline, metadata=call.carried):
-            yield call
+        with outgoing(request_id=request.id, deadline=request.deadline, metadata=request.carried):
+            yield request
     finally:
         _CURRENT.reset(token)
 
@@ -107,7 +108,7 @@ def new_id(given: str | None) -> str:
 
 
 def seconds_allowed(asked: str | None, most: float) -> float:
-    """How long a request may take: what its X-Request-Timeout header asks, at most what the service allows."""
+    """Seconds a request may take: what its X-Request-Timeout header asks, at most what the service allows."""
     if asked is None:
         return most
     try:

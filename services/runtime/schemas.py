@@ -1,4 +1,4 @@
-"""Kinds of fields that the schemas of several services share."""
+"""JSON bodies and kinds of fields that several services share."""
 
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,9 +16,20 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from knnlm.options import SEARCH_OPTIONS, SearchOptions
-from services.runtime.packed import PROTOBUF
 
-__all__ = ["PROTOBUF_TOO", "Array", "Encoding", "Strict", "Text", "TuningAnswer", "encodable", "search_fields"]
+__all__ = [
+    "AddDocumentsBody",
+    "Array",
+    "ChangeAnswer",
+    "DocumentBody",
+    "Encoding",
+    "RemoveDocumentsBody",
+    "Strict",
+    "Text",
+    "TuningAnswer",
+    "encodable",
+    "search_fields",
+]
 
 Given = TypeVar("Given")
 
@@ -51,7 +62,7 @@ def encodable(value: Given) -> Given:
     return value
 
 
-Text = Annotated[StrictStr, AfterValidator(encodable)]  # of every text that comes in
+Text = Annotated[StrictStr, AfterValidator(encodable)]  # every text that comes in
 
 Encoding = Annotated[
     Literal["list", "base64"],
@@ -60,13 +71,13 @@ Encoding = Annotated[
 
 
 class Strict(BaseModel):
-    """A request body: what is not known is refused, nothing is accepted and ignored."""
+    """A request body: unknown fields are refused, nothing is accepted and ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def search_fields(name: str, *, public: bool) -> type[Strict]:
-    """A base for schemas that hold the fields of knnlm.options.SearchOptions; public: only what any caller may give."""
+    """A base for schemas with the fields of knnlm.options.SearchOptions; public: only what any caller may give."""
     kinds: dict[type, Any] = {  # Any: types as pydantic annotates them
         int: StrictInt,
         float: Annotated[float, Field(strict=True, allow_inf_nan=False)],
@@ -112,8 +123,28 @@ class TuningAnswer(BaseModel):
     quality: list[SearchQualityAnswer] = Field(description="What was measured to choose `search`.")
 
 
-# for openapi_extra of routes that have a PackedRoute
-PROTOBUF_TOO: dict[str, Any] = {
-    "requestBody": {"content": {PROTOBUF: {"schema": {"type": "string", "format": "binary"}}}},
-    "responses": {"200": {"content": {PROTOBUF: {"schema": {"type": "string", "format": "binary"}}}}},
-}
+class DocumentBody(Strict):
+    id: Text = Field(description="1 to 4096 characters, the name it is removed by.")
+    text: Text = Field(description="Not empty.")
+
+
+class AddDocumentsBody(Strict):
+    documents: list[DocumentBody]
+    replace: StrictBool = Field(
+        False, description="Documents of these ids that exist are removed in the same step; otherwise they are refused."
+    )
+
+
+class RemoveDocumentsBody(Strict):
+    ids: list[Text] = Field(description="Ids of documents; when one does not exist, nothing is removed.")
+
+
+class ChangeAnswer(BaseModel):
+    domain: str
+    version: str = Field(description="The version that answers now.")
+    parent: str = Field(description="The version that answered before.")
+    added_documents: int
+    added_entries: int
+    removed_documents: int
+    removed_entries: int
+    advice: str | None = Field(description="When compacting is worth while.")

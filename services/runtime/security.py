@@ -1,4 +1,4 @@
-"""Who may call what: API keys, compared in constant time, deny by default.
+"""Who may call what: API keys, compared in constant time, deny by default; and files that are read again.
 
 | keys set             | ordinary calls        | admin calls                                   |
 |----------------------|-----------------------|-----------------------------------------------|
@@ -7,35 +7,39 @@
 | admin_api_keys       | anyone                | an admin key                                  |
 | both                 | an API or admin key   | an admin key                                  |
 
-Keys come from the settings themselves and from files, which are read again while the service runs: a key that is new
-there is good, and one that is gone from there is not, within some seconds. Which row of the table holds is decided at
-start and never changes: a file that can no longer be read leaves the keys as they were.
+Keys come from the settings themselves and from files, which FileReloader reads again every second, as it does with
+certificates: a key that is new there is good, and one that is gone from there is not, within some seconds. Which row of
+the table holds is decided at start and never changes: a file that can no longer be read leaves the keys as they were.
 
 Where ordinary calls are open, an Authorization header that is no admin key is ignored: clients send empty ones.
 """
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Protocol
 
 from pydantic import SecretStr
 
 from knnlm.clients.secrets import SecretLines
 from knnlm.errors import InvalidRequest, PermissionDenied, Unauthenticated
-from services.runtime import calls
-from services.runtime.logs import event
+from services.runtime.context import current
+from services.runtime.observability import event
 from services.runtime.settings import HttpSettings, named
 
-__all__ = ["Keys", "admin_only", "is_loopback"]
+__all__ = ["FileReloader", "Keys", "Reloadable", "admin_only", "is_loopback"]
 
 LOG = logging.getLogger(__name__)
+RELOAD_SECONDS = 1.0
 
 
 class Keys:
-    """The keys of one service, as digests. Keeps runtime.renewal.Renewable.
+    """The keys of one service, as digests. A Reloadable.
 
     Raises InvalidRequest that names the setting whose file cannot be read or holds no key.
     """
@@ -112,7 +116,7 @@ class _Group:
 
 async def admin_only() -> None:
     """A FastAPI dependency and a check for rpcs: raises PermissionDenied unless the call came with an admin key."""
-    if not calls.current().admin:
+    if not current().admin:
         raise PermissionDenied("this call needs a key of admin_api_keys (or a service on loopback without any key)")
 
 
@@ -137,3 +141,57 @@ def _holds(digests: Sequence[bytes], digest: bytes) -> bool:
     for known in digests:  # every one, so that the time tells nothing
         found |= hmac.compare_digest(known, digest)
     return found
+
+
+class Reloadable(Protocol):
+    @property
+    def name(self) -> str:
+        """One word for the log: `keys`, `certificates`."""
+        ...
+
+    def refresh(self) -> Callable[[], None] | None:
+        """Read the files, in a thread, and take over what they say now. What must be done in the event loop, between
+        requests, is returned. Raises InvalidRequest when the files cannot be used: all stays as it was.
+        """
+        ...
+
+
+class FileReloader:
+    """Refreshes the parts off the hot path until it is closed. What cannot be read is logged once, until it can be."""
+
+    def __init__(self, parts: Sequence[Reloadable], seconds: float = RELOAD_SECONDS) -> None:
+        self._parts = parts
+        self._seconds = seconds
+        self._problems: dict[str, str] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """In the event loop; does nothing when there is nothing to refresh."""
+        if self._parts:
+            self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._seconds)
+            for part in self._parts:
+                await self._refresh(part)
+
+    async def _refresh(self, part: Reloadable) -> None:
+        try:
+            finish = await asyncio.to_thread(part.refresh)
+            if finish is not None:
+                finish()
+        except InvalidRequest as err:
+            if self._problems.get(part.name) != err.message:
+                event(LOG, f"{part.name}_kept", logging.WARNING, reason=err.message)
+            self._problems[part.name] = err.message
+        except Exception:  # noqa: BLE001  the edge of a task that must outlive what nobody foresaw
+            event(LOG, f"{part.name}_failed", logging.ERROR)
+        else:
+            self._problems.pop(part.name, None)

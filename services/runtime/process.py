@@ -1,0 +1,37 @@
+"""What is set for the whole process of a service, before torch or FAISS is loaded."""
+
+import ctypes
+from collections.abc import Mapping, MutableMapping
+
+__all__ = ["configure_malloc", "set_omp_wait_policy"]
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+MMAP_THRESHOLD_BYTES = 32 << 20  # glibc allows no more
+TRIM_THRESHOLD_BYTES = 256 << 20
+OMP_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def configure_malloc(environ: Mapping[str, str]) -> bool:
+    """Let glibc keep freed memory: an answer's buffers of some 100 KiB would otherwise be given back to the system
+    after each request and faulted in for the next, which takes more time than filling them. False where nothing was
+    changed: another C library, or MALLOC_ variables that set it already.
+    """
+    if any(name.startswith("MALLOC_") for name in environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl and macOS have none; Windows has no CDLL(None)
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)) and bool(
+        mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
+    )
+
+
+def set_omp_wait_policy(environ: MutableMapping[str, str]) -> bool:
+    """Let OpenMP threads sleep until there is work. By default they spin, and take the cores from the other services.
+    False where the environment sets a policy already.
+    """
+    if any(name in environ for name in OMP_WAIT_VARIABLES):
+        return False
+    environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    return True

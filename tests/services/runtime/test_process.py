@@ -1,0 +1,68 @@
+"""What is set for the whole process, as the libraries themselves report it."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from services.runtime.process import configure_malloc, set_omp_wait_policy
+
+ROOT = Path(__file__).parents[3]
+FAULTS = """
+import resource, sys
+from services.runtime.process import configure_malloc
+if sys.argv[1] == "kept":
+    assert configure_malloc({})
+buffers = [bytearray(4 << 20) for _ in range(4)]
+del buffers
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    buffers = [bytearray(4 << 20) for _ in range(4)]
+    del buffers
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
+def test_buffers_that_are_freed_are_not_faulted_in_again() -> None:
+    pages = {}
+    for how in ("kept", "plain"):
+        ended = subprocess.run(
+            [sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True, env={}, cwd=ROOT
+        )
+        pages[how] = int(ended.stdout)
+    assert pages["kept"] < pages["plain"] / 10  # 20 times 16 MiB are 80,000 pages
+
+
+def test_what_the_environment_says_about_malloc_is_left_alone() -> None:
+    assert not configure_malloc({"MALLOC_TRIM_THRESHOLD_": "1"})
+
+
+PROGRAM = """
+import os
+from services.runtime.process import set_omp_wait_policy
+set_omp_wait_policy(os.environ)
+import torch
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OMP_DISPLAY_ENV as libgomp prints it")
+@pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_what_is_said_reaches_the_library_that_torch_loads(given: dict[str, str], expected: str) -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    environment = {**kept, "OMP_DISPLAY_ENV": "TRUE", "PYTHONPATH": os.getcwd(), **given}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
+    assert f"OMP_WAIT_POLICY = '{expected}'" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
+def test_what_the_environment_says_is_kept(name: str) -> None:
+    environ = {name: "1"}
+    assert not set_omp_wait_policy(environ)
+    assert environ == {name: "1"}
+    other: dict[str, str] = {}
+    assert set_omp_wait_policy(other)
+    assert other == {"OMP_WAIT_POLICY": "PASSIVE"}
