@@ -53,7 +53,8 @@ def grow(
     lengths = document_entries(parent)
     for number, documents in zip(numbers or range(1, len(segments) + 1), segments, strict=True):
         catalog = Catalog(parent.parent.parent / "parts")
-        part = build(documents, lm, catalog, f"{version}-{number}", key_dtype=old.key_dtype)
+        whole = lm.info.context_length
+        part = build(documents, lm, catalog, f"{version}-{number}", context_length=whole, key_dtype=old.key_dtype)
         for stem, suffix in (("keys", "npy"), ("values", "npy"), ("tokens", "npy"), ("documents", "jsonl")):
             shutil.copyfile(part / f"{stem}.{suffix}", path / f"{stem}.{number}.{suffix}")
         made = Manifest.load(part)

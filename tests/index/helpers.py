@@ -30,7 +30,10 @@ def datastore(store: Path, keys: Floats, *, key_dtype: str = "float32", version:
     text = "".join(chr(33 + i % 90) for i in range(len(keys)))
     documents = [Document("only", text)] if len(keys) else []
     lm = Given(np.asarray(keys, np.float32))
-    return build(documents, lm, Catalog(store), "toy", version=version, key_dtype=key_dtype, batch_tokens=1 << 30)
+    return build(
+        documents, lm, Catalog(store), "toy",
+        version=version, context_length=lm.info.context_length, key_dtype=key_dtype, batch_tokens=1 << 30,
+    )  # fmt: skip
 
 
 def clustered(n: int, dim: int, seed: int = 0) -> npt.NDArray[np.float32]:
