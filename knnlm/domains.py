@@ -31,10 +31,11 @@ class UsedDomain:
 def used_domain(options: DomainOptions, search: SearchOptions, info: DomainInfo, model: ModelInfo) -> UsedDomain:
     """The values that hold for a domain: asked for, else those of its tuning.
 
-    Raises DatastoreMismatch, with both values, for a domain that another model, tokenizer or key function made, and
-    InvalidRequest for a value that is neither asked for nor tuned.
+    Raises DatastoreMismatch, with both values, for a domain that another model, configuration, tokenizer or key
+    function made, and InvalidRequest for a value that is neither asked for nor tuned.
     """
-    for name in ("weights_sha256", "tokenizer_sha256", "key_function", "key_dim"):
+    recorded = ("config_sha256", "bos_token_id") if info.config_sha256 is not None else ()
+    for name in ("weights_sha256", "tokenizer_sha256", "key_function", "key_dim", *recorded):
         theirs, ours = getattr(info, name), getattr(model, name)
         if theirs != ours:
             raise DatastoreMismatch(

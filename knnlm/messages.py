@@ -72,6 +72,7 @@ class ForwardResult:
 class ModelInfo:
     """A loaded model, as its users and the manifests of datastores know it.
 
+    config_sha256: of the part of the model's configuration that its answers depend on (knnlm.lm.loading.config_sha256).
     vocab_size: the width of the logits. context_length: tokens of the longest sequence. bos_token_id: put before every
     document once; None when the tokenizer has none.
     """
@@ -80,6 +81,7 @@ class ModelInfo:
     architecture: str
     weights_sha256: str
     tokenizer_sha256: str
+    config_sha256: str
     vocab_size: int
     context_length: int
     key_function: str
@@ -91,8 +93,11 @@ class ModelInfo:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that differ when answers could: other weights, tokenizer or key function."""
-        parts = (self.weights_sha256, self.tokenizer_sha256, self.key_function)
+        """16 hexadecimal digits that differ when answers could: other weights, configuration, tokenizer, BOS token or
+        key function."""
+        parts = (
+            self.weights_sha256, self.tokenizer_sha256, self.key_function, self.config_sha256, str(self.bos_token_id),
+        )  # fmt: skip
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
@@ -206,6 +211,8 @@ class DomainInfo:
 
     state: "ready", "loading v2", or "stale: REASON" when the version that is current on disk cannot be loaded.
     context_length, min_context: the windows its keys were made with, in tokens; None from a service that does not say.
+    config_sha256, bos_token_id, model_dtype: of the model that made the keys, as in ModelInfo. config_sha256 and
+    model_dtype are None where they were not recorded; bos_token_id then says nothing.
     """
 
     domain: str
@@ -226,6 +233,9 @@ class DomainInfo:
     memory: Memory | None = None
     context_length: int | None = None
     min_context: int | None = None
+    config_sha256: str | None = None
+    model_dtype: str | None = None
+    bos_token_id: int | None = None
 
 
 @dataclass(frozen=True)

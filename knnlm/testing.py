@@ -62,6 +62,7 @@ class ToyLanguageModel:
             architecture="toy",
             weights_sha256=hashlib.sha256(weights).hexdigest(),
             tokenizer_sha256=self.tokenizer.sha256,
+            config_sha256=hashlib.sha256(b"toy").hexdigest(),
             vocab_size=vocab_size,
             context_length=context_length,
             key_function="toy",

@@ -252,7 +252,7 @@ PASSAGES = st.lists(st.lists(st.builds(Passage, TEXT, INT, INT, TOKENS, TOKENS),
 SEARCH_RESULTS = st.builds(SearchResult, TEXT, TEXT, NEIGHBORS, PASSAGES, TIMINGS)
 MODELS = st.builds(
     ModelInfo,
-    *[TEXT] * 4, INT, INT, TEXT, INT, TEXT, TEXT, maybe(INT), maybe(INT),
+    *[TEXT] * 5, INT, INT, TEXT, INT, TEXT, TEXT, maybe(INT), maybe(INT),
 )  # fmt: skip
 DOMAINS = st.builds(
     DomainInfo,
@@ -260,7 +260,7 @@ DOMAINS = st.builds(
     maybe(TUNING),
     st.lists(TEXT, max_size=3),
     maybe(st.builds(Memory, TEXT, st.integers(0, 2**40), TEXT, st.integers(0, 2**40))),
-    maybe(INT), maybe(INT),
+    maybe(INT), maybe(INT), maybe(TEXT), maybe(TEXT), maybe(INT),
 )  # fmt: skip
 
 

@@ -109,6 +109,13 @@ def _growth(m: "Manifest", added: int) -> list[tuple[str, str]]:
     return rows if m.parent is None else [*rows, ("grown from", m.parent)]
 
 
+def _made_with(m: "Manifest") -> str:
+    made = m.model
+    if made.config_sha256 is None:
+        return "a configuration and a dtype that were not recorded: whether another model's differ cannot be checked"
+    return f"configuration {made.config_sha256[:12]}, {made.dtype}, BOS {made.bos_token_id}"
+
+
 def _summary(m: "Manifest", memory: Mapping[str, int | None], added: int) -> list[tuple[str, str]]:
     """(what, value) of everything that a person decides by. added: bytes in memory of what was added."""
     tuned = "no: run `knnlm tune`"
@@ -125,6 +132,7 @@ def _summary(m: "Manifest", memory: Mapping[str, int | None], added: int) -> lis
         ("keys", f"{m.key_function}, {m.key_dim} x {m.key_dtype}"),
         ("windows", f"{m.windows.context_length} tokens, at least {m.windows.min_context} of context"),
         ("model", f"{m.model.model_id} ({m.model.architecture}), weights {m.model.weights_sha256[:12]}"),
+        ("made with", _made_with(m)),
         ("tokenizer", m.model.tokenizer_sha256[:12]),
         *[
             ("index" if i == 0 else "also indexed", recipe + ("" if held is None else f", {held:,} bytes in memory"))

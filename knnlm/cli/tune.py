@@ -100,7 +100,7 @@ def tune(
                 found = find(searcher, domain, observed, wanted)
                 update((i + 1) * len(observed.targets))
                 fits.append(fit(found))
-                leaked = leak(observed, found.neighbors, lm.info.dtype)
+                leaked = leak(observed, found.neighbors, lm.info.dtype, manifest.model.dtype)
     finally:
         searcher.close()
     result = smallest_k(fits)

@@ -75,10 +75,10 @@ def add(
     batch_tokens, part_entries: as in `build`. Documents without tokens to predict are listed and have no entries.
 
     Stopped at any moment, the same call continues with the keys that are finished already. Raises UnknownDomain;
-    UnknownVersion when no version is current; DatastoreMismatch, with both values, for another model; InvalidRequest
-    when there is no document; Conflict when an id is given twice, or exists without `replace`, when another process is
-    changing the domain, or when it was switched meanwhile (then the version is published, not activated);
-    DatastoreError as `build` does; and what `activate` raises.
+    UnknownVersion when no version is current; DatastoreMismatch, with both values, for another model or dtype;
+    InvalidRequest when there is no document; Conflict when an id is given twice, or exists without `replace`, when
+    another process is changing the domain, or when it was switched meanwhile (then the version is published, not
+    activated); DatastoreError as `build` does; and what `activate` raises.
     """
     check_sizes(batch_tokens=batch_tokens, part_entries=part_entries)
     report = on_progress or silent
@@ -143,6 +143,12 @@ def _inherited(change: Changing, lm: KeyEncoder) -> Identity:
     """What the segment's keys are made by: the same as all others of the version."""
     check_tokenizer(lm)
     manifest = change.manifest
+    if manifest.model.dtype not in (None, lm.info.dtype):
+        raise DatastoreMismatch(
+            f"the keys of {change.path} were made in {manifest.model.dtype}, model {lm.info.model_id} runs in "
+            f"{lm.info.dtype}: documents are added in the dtype of all others",
+            param="dtype",
+        )
     if lm.info.context_length < manifest.windows.context_length:
         raise DatastoreMismatch(
             f"{change.path} was made with windows of {manifest.windows.context_length} tokens, "

@@ -50,13 +50,20 @@ class Record(BaseModel):
 
 
 class ModelRecord(Record):
-    """What made the keys. Another model's keys, or another tokenizer's tokens, mean nothing here."""
+    """What made the keys. Another model's keys, or another tokenizer's tokens, mean nothing here.
+
+    config_sha256, dtype: None in versions from before they were recorded; bos_token_id then says nothing, else None
+    means that the model has no BOS.
+    """
 
     model_id: str
     architecture: str
     weights_sha256: str
     tokenizer_sha256: str
     vocab_size: int = Field(ge=1, lt=1 << 31)
+    config_sha256: str | None = None
+    dtype: str | None = None
+    bos_token_id: int | None = Field(None, ge=0, lt=1 << 31)
 
     @classmethod
     def of(cls, info: ModelInfo) -> Self:
@@ -66,6 +73,9 @@ class ModelRecord(Record):
             weights_sha256=info.weights_sha256,
             tokenizer_sha256=info.tokenizer_sha256,
             vocab_size=info.vocab_size,
+            config_sha256=info.config_sha256,
+            dtype=info.dtype,
+            bos_token_id=info.bos_token_id,
         )
 
 
@@ -327,6 +337,7 @@ class Manifest(Record):
         for name in ("other_indexes", "segments", "removed", "parent"):  # without them as before there were any
             if not fields[name]:
                 del fields[name]
+        fields["model"] = {name: value for name, value in fields["model"].items() if value is not None}
         return (json.dumps({**fields, "checksum": _checksum(fields)}, indent=2) + "\n").encode()
 
 

@@ -198,16 +198,13 @@ def _sizes(manifest: Manifest) -> list[Sizes]:
 
 
 def _refuse_other_model(path: Path, manifest: Manifest, info: ModelInfo) -> None:
-    for name, made, wanted in (
-        ("weights_sha256", manifest.model.weights_sha256, info.weights_sha256),
-        ("tokenizer_sha256", manifest.model.tokenizer_sha256, info.tokenizer_sha256),
-        ("key_function", manifest.key_function, info.key_function),
-        ("key_dim", manifest.key_dim, info.key_dim),
-        ("vocab_size", manifest.model.vocab_size, info.vocab_size),
-    ):
-        if made != wanted:
+    made = manifest.model
+    recorded = ("config_sha256", "bos_token_id") if made.config_sha256 is not None else ()
+    for name in ("weights_sha256", "tokenizer_sha256", "key_function", "key_dim", "vocab_size", *recorded):
+        stored, wanted = getattr(manifest if name.startswith("key_") else made, name), getattr(info, name)
+        if stored != wanted:
             raise DatastoreMismatch(
-                f"{path} was made by model {manifest.model.model_id} with {name} {made}, "
+                f"{path} was made by model {made.model_id} with {name} {stored}, "
                 f"model {info.model_id} has {name} {wanted}",
                 param=name,
             )

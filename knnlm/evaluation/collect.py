@@ -24,7 +24,7 @@ __all__ = ["LEAK_ALARM", "HeldOut", "coincide", "find", "leak", "observe"]
 # How far, in squared norms of the query, a key lies from the same text's stored one. In float32 what is left is the
 # rounding to float16, 5e-8; other text was never nearer than 4e-5, even to a model that has hardly been trained. Halves
 # differ by up to their own rounding from one batch to the next.
-SAME_KEY = {"float32": 4e-6}
+SAME_KEY = 4e-6
 SAME_HALF_KEY = 1e-4
 LEAK_CONTEXT = 16  # tokens before a query that counts, where there are so long documents: many texts begin alike
 LEAK_ALARM = 0.05  # share of coinciding queries from which on a report warns
@@ -105,13 +105,14 @@ def find(
     return Observations(held_out.lm_log_probs, held_out.targets, Neighbors(distances, values), held_out.documents)
 
 
-def leak(held_out: HeldOut, neighbors: Neighbors, dtype: str) -> float:
-    """The share of the queries that coincide with a stored key; dtype: of the model that made the queries.
+def leak(held_out: HeldOut, neighbors: Neighbors, *dtypes: str | None) -> float:
+    """The share of the queries that coincide with a stored key.
 
-    Only those with LEAK_CONTEXT tokens before them count, unless there are none:
-    very short documents may all be copies.
+    dtypes: of the model that made the queries and of the one that made the keys; None, not recorded, may have been any.
+    What one of them rounded to a half is no nearer than that. Only queries with LEAK_CONTEXT tokens before them count,
+    unless there are none: very short documents may all be copies.
     """
-    hits = coincide(held_out.queries, neighbors, SAME_KEY.get(dtype, SAME_HALF_KEY))
+    hits = coincide(held_out.queries, neighbors, SAME_KEY if set(dtypes) == {"float32"} else SAME_HALF_KEY)
     counted = np.ones(len(hits), np.bool_) if held_out.depths is None else held_out.depths >= LEAK_CONTEXT
     return float(hits[counted].mean() if counted.any() else hits.mean())
 

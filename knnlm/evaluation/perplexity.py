@@ -168,7 +168,8 @@ def leaks(
     few = sample(documents, lm.tokenizer, LEAK_TOKENS)
     held_out = observe(lm, few, context_length=windows[0], min_context=windows[1])
     found = {domain: find(pipeline.searchers[domain], domain, held_out, k=1).neighbors for domain in domains}
-    return {domain: leak(held_out, neighbors, lm.info.dtype) for domain, neighbors in found.items()}
+    made = {domain: pipeline.searchers[domain].info(()).model_dtype for domain in domains}
+    return {domain: leak(held_out, neighbors, lm.info.dtype, made[domain]) for domain, neighbors in found.items()}
 
 
 def _figures_of(document: Encoded, score: Score) -> DocumentFigures:

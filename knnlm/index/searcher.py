@@ -193,6 +193,9 @@ class Searcher:
             memory=self.memory,
             context_length=manifest.windows.context_length,
             min_context=manifest.windows.min_context,
+            config_sha256=manifest.model.config_sha256,
+            model_dtype=manifest.model.dtype,
+            bos_token_id=manifest.model.bos_token_id,
         )
 
     def warm(self) -> None:

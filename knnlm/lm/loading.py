@@ -30,12 +30,18 @@ from knnlm.lm.architectures import find
 from knnlm.tokenizer import Tokenizer
 
 __all__ = [
-    "context_length", "load_config", "load_model", "load_tokenizer", "no_progress_bars", "output_head", "pick_device",
-    "pick_dtype", "resolve", "weights_sha256",
+    "config_sha256", "context_length", "load_config", "load_model", "load_tokenizer", "no_progress_bars", "output_head",
+    "pick_device", "pick_dtype", "resolve", "weights_sha256",
 ]  # fmt: skip
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CONTEXT_LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+UNUSED = frozenset(
+    ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map", "dtype",
+     "torch_dtype", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "initializer_range",
+     "gradient_checkpointing", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params"),
+)  # fmt: skip
+UNUSED_ENDINGS = ("_token_id", "dropout", "_pdrop")
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float32")}
 
 
@@ -151,6 +157,23 @@ def weights_sha256(folder: Path) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def config_sha256(config: Any) -> str:
+    """Of the canonical JSON of what the configuration says besides its class's defaults, and of what model it is.
+
+    Left out is what answers do not depend on: names, paths, versions, dtype, ids of special tokens, and what only
+    training or other heads use (see UNUSED). Defaults are left out so that an option which a later release of
+    transformers adds does not make the same model another.
+    """
+    default = type(config)().to_dict()
+    used = {
+        name: value
+        for name, value in config.to_dict().items()
+        if not (name in UNUSED or name.endswith(UNUSED_ENDINGS)) and (name not in default or default[name] != value)
+    }
+    canonical = json.dumps({**used, "model_type": config.model_type}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def context_length(config: Any) -> int:

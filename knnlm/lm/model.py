@@ -71,6 +71,7 @@ class LanguageModel:
         config = loading.load_config(folder)
         site = find(config).site(key_function)
         context_length = loading.context_length(config)
+        config_sha256 = loading.config_sha256(config)
         model = loading.load_model(folder, config, target, getattr(torch, dtype))  # what can be wrong is asked before
         vocab_size = loading.output_head(model).out_features
         tokenizer = loading.load_tokenizer(folder, vocab_size=vocab_size)
@@ -81,6 +82,7 @@ class LanguageModel:
             architecture=config.model_type,
             weights_sha256=loading.weights_sha256(folder),
             tokenizer_sha256=tokenizer.sha256,
+            config_sha256=config_sha256,
             vocab_size=vocab_size,
             context_length=context_length,
             key_function=key_function,

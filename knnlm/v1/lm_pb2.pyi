@@ -58,7 +58,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, include_tokenizer: _Optional[bool] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model_id", "architecture", "weights_sha256", "tokenizer_sha256", "vocab_size", "context_length", "key_function", "key_dim", "dtype", "device", "bos_token_id", "eos_token_id", "tokenizer_json")
+    __slots__ = ("model_id", "architecture", "weights_sha256", "tokenizer_sha256", "vocab_size", "context_length", "key_function", "key_dim", "dtype", "device", "bos_token_id", "eos_token_id", "tokenizer_json", "config_sha256")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +72,7 @@ class GetModelResponse(_message.Message):
     BOS_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_JSON_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_SHA256_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     architecture: str
     weights_sha256: str
@@ -85,4 +86,5 @@ class GetModelResponse(_message.Message):
     bos_token_id: int
     eos_token_id: int
     tokenizer_json: str
-    def __init__(self, model_id: _Optional[str] = ..., architecture: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., key_function: _Optional[str] = ..., key_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., bos_token_id: _Optional[int] = ..., eos_token_id: _Optional[int] = ..., tokenizer_json: _Optional[str] = ...) -> None: ...
+    config_sha256: str
+    def __init__(self, model_id: _Optional[str] = ..., architecture: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., key_function: _Optional[str] = ..., key_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., bos_token_id: _Optional[int] = ..., eos_token_id: _Optional[int] = ..., tokenizer_json: _Optional[str] = ..., config_sha256: _Optional[str] = ...) -> None: ...

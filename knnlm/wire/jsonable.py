@@ -186,7 +186,9 @@ def tuning_to_json(tuning: Tuning) -> dict[str, object]:
 def domain_from_json(given: Json) -> DomainInfo:
     tuning, memory = _get(given, "tuning", dict, None), _get(given, "memory", dict, None)
     kinds: dict[str, type] = {"entries": int, "documents": int, "key_dim": int, "versions": list}
-    apart = ("indexes", "tuning", "memory", "context_length", "min_context")
+    apart = (
+        "indexes", "tuning", "memory", "context_length", "min_context", "config_sha256", "model_dtype", "bos_token_id",
+    )  # fmt: skip
     fields: Any = {name: _get(given, name, kinds.get(name, str)) for name in _names(DomainInfo) if name not in apart}
     return DomainInfo(
         **fields,
@@ -195,6 +197,9 @@ def domain_from_json(given: Json) -> DomainInfo:
         memory=None if memory is None else _memory(memory),
         context_length=_get(given, "context_length", int, None),
         min_context=_get(given, "min_context", int, None),
+        config_sha256=_get(given, "config_sha256", str, None),
+        model_dtype=_get(given, "model_dtype", str, None),
+        bos_token_id=_get(given, "bos_token_id", int, None),
     )
 
 

@@ -113,6 +113,7 @@ def model_from_proto(message: lm_pb2.GetModelResponse) -> ModelInfo:
         architecture=message.architecture,
         weights_sha256=message.weights_sha256,
         tokenizer_sha256=message.tokenizer_sha256,
+        config_sha256=message.config_sha256,
         vocab_size=message.vocab_size,
         context_length=message.context_length,
         key_function=message.key_function,
@@ -275,6 +276,9 @@ def domain_from_proto(message: datastore_pb2.Domain) -> DomainInfo:
         memory=memory,
         context_length=message.context_length if message.HasField("context_length") else None,
         min_context=message.min_context if message.HasField("min_context") else None,
+        config_sha256=message.config_sha256 if message.HasField("config_sha256") else None,
+        model_dtype=message.model_dtype if message.HasField("model_dtype") else None,
+        bos_token_id=message.bos_token_id if message.HasField("bos_token_id") else None,
     )
 
 

@@ -68,6 +68,9 @@ class DomainAnswer(BaseModel):
     memory: MemoryAnswer | None
     context_length: int | None = Field(None, description="Tokens of a window that its keys were made with.")
     min_context: int | None = Field(None, description="Tokens that each of its keys has seen at least.")
+    config_sha256: str | None = Field(None, description="Of the configuration of the model that made its keys.")
+    model_dtype: str | None = Field(None, description="Of the model that made its keys; null: not recorded.")
+    bos_token_id: int | None = Field(None, description="Of that model; says nothing where config_sha256 is null.")
 
 
 class DomainsAnswer(BaseModel):

@@ -36,7 +36,7 @@ class ForwardAnswer(BaseModel):
     keys: Array | None = Field(description="(n, key_dim) float32, or float16 when the model runs in half precision")
     entropy: Array | None = Field(description="(n,) float32, nats")
     largest_log_prob: Array | None = Field(description="(n,) float32: the likeliest token's")
-    fingerprint: str = Field(description="Of the model: differs when weights, tokenizer or key function do.")
+    fingerprint: str = Field(description="Of the model: differs when answers could, see knnlm.v1.ForwardResponse.")
     timings: dict[str, float] = Field(description="Seconds per stage.")
 
 
@@ -45,6 +45,7 @@ class ModelAnswer(BaseModel):
     architecture: str
     weights_sha256: str
     tokenizer_sha256: str = Field(description="Of the text that /v1/tokenizer gives.")
+    config_sha256: str = Field(description="Of what the model's configuration says that answers depend on.")
     vocab_size: int = Field(description="The width of the logits.")
     context_length: int = Field(description="Tokens of the longest sequence.")
     key_function: str

@@ -191,6 +191,10 @@ def test_another_model_is_refused(catalog: Catalog) -> None:
     short.info = dataclasses.replace(short.info, context_length=31)
     with pytest.raises(DatastoreMismatch, match="windows of 32 tokens, model toy takes 31"):
         grow(catalog, NEW, short)
+    half = ToyLanguageModel()
+    half.info = dataclasses.replace(half.info, dtype="bfloat16")
+    with pytest.raises(DatastoreMismatch, match="were made in float32, model toy runs in bfloat16"):
+        grow(catalog, NEW, half)
     lying.tokenizer = Tokenizer(lying.tokenizer.json + " ", bos_token_id=0, eos_token_id=1)
     with pytest.raises(ModelError, match="the tokenizer of model toy"):
         grow(catalog, NEW, lying)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from knnlm.datastore.documents import DocumentTable, read_rows
+from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import DatastoreCorrupt, DatastoreIncomplete, DatastoreMismatch, InvalidRequest
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
@@ -29,6 +30,8 @@ def test_arrays_are_read_only_maps(path: Path) -> None:
     [
         ("weights_sha256", "0" * 64),
         ("tokenizer_sha256", "0" * 64),
+        ("config_sha256", "0" * 64),
+        ("bos_token_id", None),
         ("key_function", "other"),
         ("key_dim", 17),
         ("vocab_size", 9),
@@ -44,6 +47,15 @@ def test_datastore_of_another_model_is_refused_with_both_values(path: Path, fiel
 
 def test_what_does_not_change_keys_may_differ(path: Path) -> None:
     info = dataclasses.replace(ToyLanguageModel().info, model_id="renamed", device="cuda", dtype="bfloat16")
+    Datastore.open(path, expect=info)
+
+
+def test_what_was_not_recorded_is_not_compared(path: Path) -> None:
+    manifest = Manifest.load(path)
+    unknown = {"config_sha256": None, "dtype": None, "bos_token_id": None}
+    manifest.model_copy(update={"model": manifest.model.model_copy(update=unknown)}).save(path)
+    assert "config_sha256" not in (path / "manifest.json").read_text()
+    info = dataclasses.replace(ToyLanguageModel().info, config_sha256="other", bos_token_id=None)
     Datastore.open(path, expect=info)
 
 

@@ -225,6 +225,15 @@ def test_build_is_not_continued_as_another(
         run(tmp_path, lm, DOCUMENTS, **settings)
 
 
+def test_build_is_not_continued_in_another_dtype(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, Dying(3))
+    half = ToyLanguageModel()
+    half.info = dataclasses.replace(half.info, dtype="bfloat16")
+    with pytest.raises(Conflict, match=r"model\.dtype 'float32', asked for is 'bfloat16'"):
+        run(tmp_path, half)
+
+
 def test_build_is_not_continued_with_another_key_function(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run(tmp_path, Dying(3))

@@ -34,7 +34,7 @@ def collect(searcher: Searcher, documents: Sequence[Encoded], k: int) -> Observa
 
 def leaked(searcher: Searcher, documents: Sequence[Encoded]) -> float:
     held_out = observe(LM, documents)
-    return leak(held_out, find(searcher, "toy", held_out, 1).neighbors, LM.info.dtype)
+    return leak(held_out, find(searcher, "toy", held_out, 1).neighbors, LM.info.dtype, searcher.info(()).model_dtype)
 
 
 @pytest.mark.parametrize(("temperature", "lmbda"), [(2.0, 0.25), (50.0, 0.8)])
