@@ -13,8 +13,8 @@ from urllib.parse import quote, urlsplit
 
 import grpc
 
-from knnlm.clients.rpc import HTTP2, MAX_MESSAGE_BYTES
 from knnlm.messages import SearchRequest
+from knnlm.transport.context import HTTP2, MAX_MESSAGE_BYTES
 from knnlm.wire import protos
 
 __all__ = ["Callers", "GrpcCallers", "HttpCallers", "keep"]

@@ -74,7 +74,6 @@ ROWS: list[tuple[str, list[Panel]]] = [
             ("Calls by code", "ops", rate("knnlm_upstream_seconds_count", "service, code")),
             ("Replicas", "short", value("knnlm_upstream_replicas", "service, state")),
             ("Retries", "ops", rate("knnlm_upstream_retries_total", "service")),
-            ("Second requests (hedges)", "ops", rate("knnlm_hedges_total", "service, won")),
             ("Answers without retrieval", "ops", [(f"sum(rate(knnlm_knn_degraded_total{RATE}))", "degraded")]),
         ],
     ),

@@ -111,15 +111,17 @@ def _service(
     target: str | None, key_file: Path | None, tls_files: "tuple[Path | None, Path | None, Path | None]"
 ) -> "LanguageModelClient":
     """target: None for a service on this machine, which need not be waited for: it was not asked for by name."""
-    from knnlm.clients.rpc import GrpcLanguageModel
-    from knnlm.clients.tls import Tls
+    from knnlm.clients.rpc import Connection, GrpcLanguageModel
+    from knnlm.transport.security import Tls
 
     return GrpcLanguageModel(
-        target or LOCAL,
-        api_key=api_key(key_file),
-        timeout=CALL_SECONDS,
-        tls=Tls.of(*tls_files),
-        wait=0.0 if target is None else PATIENCE_SECONDS,
+        Connection(
+            target or LOCAL,
+            api_key=api_key(key_file),
+            timeout=CALL_SECONDS,
+            tls=Tls.of(*tls_files),
+            wait=0.0 if target is None else PATIENCE_SECONDS,
+        )
     )
 
 

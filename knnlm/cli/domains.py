@@ -13,8 +13,7 @@ from knnlm.cli.remote import TlsCaOption, TlsCertOption, TlsKeyOption, api_key, 
 from knnlm.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from knnlm.clients.rollout import DomainReplica
-    from knnlm.clients.rpc import GrpcDatastore
+    from knnlm.clients.rpc import DomainReplica, GrpcDatastore
 
 domains = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="List, activate and remove versions of domains."
@@ -113,12 +112,11 @@ def activate(
         raise InvalidRequest("expected either --store or --target, got both", param="target")
     if not 0 < timeout < float("inf"):
         raise InvalidRequest(f"--timeout must be a number of seconds > 0, got {timeout}", param="timeout")
-    from knnlm.clients.rpc import GrpcDatastore
-    from knnlm.clients.tls import Tls
+    from knnlm.clients.rpc import Connection, GrpcDatastore
+    from knnlm.transport.security import Tls
 
-    client = GrpcDatastore(
-        target, api_key=api_key(api_key_file), timeout=timeout, tls=Tls.of(tls_ca_file, tls_cert_file, tls_key_file)
-    )
+    tls = Tls.of(tls_ca_file, tls_cert_file, tls_key_file)
+    client = GrpcDatastore(Connection(target, api_key=api_key(api_key_file), timeout=timeout, tls=tls))
     replicas = asyncio.run(_through_service(client, domain, version, wait=wait))
     if as_json:
         print_json({"domain": domain, "version": version, "replicas": [asdict(r) for r in replicas]})
@@ -144,7 +142,7 @@ async def _through_service(
     client: "GrpcDatastore", domain: str, version: str, *, wait: bool
 ) -> "Sequence[DomainReplica]":
     """The replicas that have the domain, or do not answer, once it is done."""
-    from knnlm.clients.rollout import ABSENT
+    from knnlm.clients.rpc import ABSENT
 
     def having(replicas: "Sequence[DomainReplica]") -> "list[DomainReplica]":
         return [replica for replica in replicas if replica.state != ABSENT]

@@ -9,7 +9,7 @@ import typer
 from knnlm.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from knnlm.clients.secrets import ApiKey
+    from knnlm.transport.security import ApiKey
 
 __all__ = ["TlsCaOption", "TlsCertOption", "TlsKeyOption", "api_key", "is_given", "refuse_without"]
 
@@ -26,7 +26,7 @@ TlsKeyOption = Annotated[Path | None, typer.Option(help="PEM key of --tls-cert-f
 
 def api_key(file: Path | None) -> "ApiKey":
     """The key in the file, read again when it changes; else that of the environment, if any."""
-    from knnlm.clients.secrets import SecretFile
+    from knnlm.transport.security import SecretFile
 
     return os.environ.get(API_KEY) if file is None else SecretFile(file)
 

@@ -11,10 +11,7 @@ from urllib.parse import quote
 import httpx
 from google.protobuf.message import DecodeError, Message
 
-from knnlm.clients.context import outgoing_id, outgoing_metadata, time_limit
-from knnlm.clients.errors import rebuild
-from knnlm.clients.secrets import ApiKey
-from knnlm.clients.tls import Tls
+from knnlm.clients.failures import rebuild
 from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, Unavailable
 from knnlm.messages import (
     Document,
@@ -26,6 +23,8 @@ from knnlm.messages import (
     SearchRequest,
     SearchResult,
 )
+from knnlm.transport.context import outgoing_id, outgoing_metadata, time_limit
+from knnlm.transport.security import ApiKey, Tls
 from knnlm.v1 import datastore_pb2, lm_pb2
 from knnlm.wire import growth, jsonable, protos
 
@@ -36,13 +35,15 @@ PROTOBUF = "protobuf"
 Reply = TypeVar("Reply")
 
 
-class HttpLanguageModel:
-    """An lm service. base_url: http://host:port or https://. timeout: seconds per call; a request's deadline is kept
-    too. api_key: itself, or what tells it for each call (a knnlm.clients.secrets.SecretFile). tls: for https; None: the
-    certificates that the system trusts, and none of one's own.
+class _Client:
+    """A client of one service.
 
-    encoding: "protobuf", or JSON with arrays as "base64" or "list". transport: for tests, an httpx.ASGITransport. Every
-    method raises the KnnlmError the service raised, Unavailable when there is no service, DeadlineExceeded.
+    base_url: http://host:port or https://. api_key: the key, or a function that gives it for each call (a SecretFile).
+    timeout: seconds per call; the deadline of the request that is served holds too. encoding: "protobuf", or JSON with
+    arrays as "base64" or "list". transport: an httpx.ASGITransport in tests. tls: for https; None: the certificates
+    that the system trusts, and no certificate of the client.
+
+    Every method raises the KnnlmError that the service raised, Unavailable when there is no service, DeadlineExceeded.
     """
 
     def __init__(
@@ -55,104 +56,10 @@ class HttpLanguageModel:
         transport: httpx.AsyncBaseTransport | None = None,
         tls: Tls | None = None,
     ) -> None:
-        self._link = _Link(base_url, api_key, timeout, transport, tls)
-        self._encoding = encoding
-
-    async def forward(self, request: ForwardRequest) -> ForwardResult:
-        if self._encoding == PROTOBUF:
-            message = protos.forward_request_to_proto(request)
-            answer = await self._link.message("/v1/forward", message, lm_pb2.ForwardResponse.FromString)
-            return protos.forward_result_from_proto(answer)
-        body = jsonable.forward_request_to_json(request, self._encoding)
-        return jsonable.forward_result_from_json(await self._link.json("POST", "/v1/forward", body))
-
-    async def get_model(self) -> ModelInfo:
-        return jsonable.model_from_json(await self._link.json("GET", "/v1/model"))
-
-    async def get_tokenizer(self) -> str:
-        return (await self._link.call("GET", "/v1/tokenizer")).content.decode()
-
-    async def aclose(self) -> None:
-        await self._link.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.aclose()
-
-
-class HttpDatastore:
-    """A datastore service; see HttpLanguageModel. `activate` and changing documents need an admin key."""
-
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        api_key: ApiKey = None,
-        timeout: float = 60.0,
-        encoding: str = PROTOBUF,
-        transport: httpx.AsyncBaseTransport | None = None,
-        tls: Tls | None = None,
-    ) -> None:
-        self._link = _Link(base_url, api_key, timeout, transport, tls)
-        self._encoding = encoding
-
-    async def search(self, request: SearchRequest) -> SearchResult:
-        path = f"/v1/domains/{_quoted(request.domain, 'domain')}/search"
-        if self._encoding == PROTOBUF:
-            message = protos.search_request_to_proto(request)
-            answer = await self._link.message(path, message, datastore_pb2.SearchResponse.FromString)
-            return protos.search_result_from_proto(answer)
-        body = jsonable.search_request_to_json(request, self._encoding)
-        return jsonable.search_result_from_json(await self._link.json("POST", path, body))
-
-    async def list_domains(self) -> Sequence[DomainInfo]:
-        return [jsonable.domain_from_json(given) for given in (await self._link.json("GET", "/v1/domains"))["domains"]]
-
-    async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
-        query = "" if version is None else f"?version={_quoted(version, 'version')}"
-        return jsonable.domain_from_json(
-            await self._link.json("GET", f"/v1/domains/{_quoted(domain, 'domain')}{query}")
-        )
-
-    async def activate(self, domain: str, version: str) -> DomainInfo:
-        path = f"/v1/domains/{_quoted(domain, 'domain')}:activate"
-        return jsonable.domain_from_json(await self._link.json("POST", path, {"version": version}))
-
-    async def add_documents(self, domain: str, documents: Sequence[Document], *, replace: bool = False) -> DomainChange:
-        path = f"/v1/domains/{_quoted(domain, 'domain')}/documents"
-        body = growth.documents_to_json(documents, replace=replace)
-        return growth.change_from_json(await self._link.json("POST", path, body))
-
-    async def remove_documents(self, domain: str, ids: Sequence[str]) -> DomainChange:
-        path = f"/v1/domains/{_quoted(domain, 'domain')}/documents:remove"
-        return growth.change_from_json(await self._link.json("POST", path, {"ids": list(ids)}))
-
-    async def aclose(self) -> None:
-        await self._link.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.aclose()
-
-
-class _Link:
-    """One pool of connections to one service, and what every call over it has in common."""
-
-    def __init__(
-        self,
-        base_url: str,
-        api_key: ApiKey,
-        timeout: float,
-        transport: httpx.AsyncBaseTransport | None,
-        tls: Tls | None,
-    ) -> None:
         self._base_url = base_url
         self._timeout = timeout
         self._api_key = api_key
+        self._encoding = encoding
         self._http = httpx.AsyncClient(
             base_url=base_url,
             transport=transport,
@@ -161,17 +68,26 @@ class _Link:
             limits=httpx.Limits(keepalive_expiry=60.0),
         )
 
-    async def message(self, path: str, message: Message, decode: Callable[[bytes], Reply]) -> Reply:
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    async def _message(self, path: str, message: Message, decode: Callable[[bytes], Reply]) -> Reply:
         """Send a protobuf message, read another."""
-        response = await self.call("POST", path, message.SerializeToString(), "application/protobuf")
+        response = await self._call("POST", path, message.SerializeToString(), "application/protobuf")
         try:
             return decode(response.content)
         except DecodeError as err:
             raise KnnlmError(f"{self._base_url}{path} answered something that is not the message") from err
 
-    async def json(self, method: str, path: str, body: Mapping[str, object] | None = None) -> dict[str, Any]:
+    async def _json(self, method: str, path: str, body: Mapping[str, object] | None = None) -> dict[str, Any]:
         """The answer's JSON object; its fields are checked by those who read them."""
-        response = await self.call(method, path, None if body is None else _encoded(body), "application/json")
+        response = await self._call(method, path, None if body is None else _encoded(body), "application/json")
         try:
             answer = response.json()
         except ValueError as err:
@@ -180,7 +96,7 @@ class _Link:
             raise KnnlmError(f"{self._base_url}{path} answered {type(answer).__name__}, expected a JSON object")
         return answer
 
-    async def call(
+    async def _call(
         self, method: str, path: str, content: bytes | None = None, content_type: str = "application/json"
     ) -> httpx.Response:
         limit = time_limit(self._timeout)
@@ -203,8 +119,56 @@ class _Link:
             raise _translated(response)
         return response
 
-    async def aclose(self) -> None:
-        await self._http.aclose()
+
+class HttpLanguageModel(_Client):
+    """An lm service."""
+
+    async def forward(self, request: ForwardRequest) -> ForwardResult:
+        if self._encoding == PROTOBUF:
+            message = protos.forward_request_to_proto(request)
+            answer = await self._message("/v1/forward", message, lm_pb2.ForwardResponse.FromString)
+            return protos.forward_result_from_proto(answer)
+        body = jsonable.forward_request_to_json(request, self._encoding)
+        return jsonable.forward_result_from_json(await self._json("POST", "/v1/forward", body))
+
+    async def get_model(self) -> ModelInfo:
+        return jsonable.model_from_json(await self._json("GET", "/v1/model"))
+
+    async def get_tokenizer(self) -> str:
+        return (await self._call("GET", "/v1/tokenizer")).content.decode()
+
+
+class HttpDatastore(_Client):
+    """A datastore service. `activate` and changing documents need an admin key."""
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        path = f"/v1/domains/{_quoted(request.domain, 'domain')}/search"
+        if self._encoding == PROTOBUF:
+            message = protos.search_request_to_proto(request)
+            answer = await self._message(path, message, datastore_pb2.SearchResponse.FromString)
+            return protos.search_result_from_proto(answer)
+        body = jsonable.search_request_to_json(request, self._encoding)
+        return jsonable.search_result_from_json(await self._json("POST", path, body))
+
+    async def list_domains(self) -> Sequence[DomainInfo]:
+        return [jsonable.domain_from_json(given) for given in (await self._json("GET", "/v1/domains"))["domains"]]
+
+    async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
+        query = "" if version is None else f"?version={_quoted(version, 'version')}"
+        return jsonable.domain_from_json(await self._json("GET", f"/v1/domains/{_quoted(domain, 'domain')}{query}"))
+
+    async def activate(self, domain: str, version: str) -> DomainInfo:
+        path = f"/v1/domains/{_quoted(domain, 'domain')}:activate"
+        return jsonable.domain_from_json(await self._json("POST", path, {"version": version}))
+
+    async def add_documents(self, domain: str, documents: Sequence[Document], *, replace: bool = False) -> DomainChange:
+        path = f"/v1/domains/{_quoted(domain, 'domain')}/documents"
+        body = growth.documents_to_json(documents, replace=replace)
+        return growth.change_from_json(await self._json("POST", path, body))
+
+    async def remove_documents(self, domain: str, ids: Sequence[str]) -> DomainChange:
+        path = f"/v1/domains/{_quoted(domain, 'domain')}/documents:remove"
+        return growth.change_from_json(await self._json("POST", path, {"ids": list(ids)}))
 
 
 def _quoted(name: str, param: str) -> str:

@@ -1,26 +1,20 @@
-"""The services over gRPC: packed arrays, every replica known by itself, calls made again only where that is harmless.
+"""The services over gRPC: packed arrays, every replica known by itself, calls repeated only where that is harmless.
 
-caller.py says to whom a call goes, fleet.py who there is. A client belongs to the event loop in which it is first used;
-it connects then, never when it is made. What must not be done twice goes to one replica, once: ActivateVersion,
-AddDocuments and RemoveDocuments.
+call.py decides to which replica a call goes, fleet.py knows which there are. A client belongs to the event loop in
+which it is first used; it connects then, never when it is made.
 """
 
+import asyncio
 import time
-from collections.abc import Callable, Sequence
-from typing import Self, TypeAlias, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Self, TypeAlias, TypeVar
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from knnlm.clients.caller import Caller
-from knnlm.clients.context import time_limit
-from knnlm.clients.failure import Failed, Kind
-from knnlm.clients.observer import Observer
-from knnlm.clients.replica import HTTP2, MAX_MESSAGE_BYTES, Metadata, Method, Replica
-from knnlm.clients.request import Options, Service
-from knnlm.clients.rollout import DomainReplica, Progress, replica_says, until_all_serve
-from knnlm.clients.secrets import ApiKey
-from knnlm.clients.tls import Tls
+from knnlm.clients.call import Caller, Connection, Service
+from knnlm.clients.failures import unreachable
+from knnlm.clients.fleet import Metadata, Method, Replica
 from knnlm.errors import DeadlineExceeded, KnnlmError, Unavailable, UnknownDomain
 from knnlm.messages import (
     Document,
@@ -35,62 +29,74 @@ from knnlm.messages import (
 from knnlm.v1 import datastore_pb2, datastore_pb2_grpc, lm_pb2, lm_pb2_grpc
 from knnlm.wire import growth, protos
 
-__all__ = ["HTTP2", "MAX_MESSAGE_BYTES", "GrpcDatastore", "GrpcLanguageModel"]
+__all__ = ["ABSENT", "Connection", "DomainReplica", "GrpcDatastore", "GrpcLanguageModel", "Progress"]
 
-ASK_SECONDS = 5.0  # what one of several replicas gets to say how it is
-MARGIN_SECONDS = 0.1  # between knowing who is late and the deadline, to say it in
+ASK_SECONDS = 5.0  # for one of several replicas to say how it is
+MARGIN_SECONDS = 0.1  # before the deadline, to name the replicas that are late
+POLL_SECONDS = 0.25  # between two questions which version each replica serves
+MAX_SAID_CHARS = 200  # of what one replica says, in an error about several
+ABSENT, DOWN = "absent", "down"
 
+Stub = TypeVar("Stub")
 Message = TypeVar("Message")
 Reply = TypeVar("Reply")
-_Lm: TypeAlias = "Replica[lm_pb2_grpc.LanguageModelAsyncStub]"  # the stub over an aio channel, which types alone know
+_LmStub: TypeAlias = "lm_pb2_grpc.LanguageModelAsyncStub"  # the stub over an aio channel, which types alone know
 _Stub: TypeAlias = "datastore_pb2_grpc.DatastoreAsyncStub"
-_Replica: TypeAlias = "Replica[datastore_pb2_grpc.DatastoreAsyncStub]"
 
 LM = Service("knnlm.v1.LanguageModel", "lm", lm_pb2_grpc.LanguageModelStub)
 DATASTORE = Service("knnlm.v1.Datastore", "datastore", datastore_pb2_grpc.DatastoreStub)
 
 
-class GrpcLanguageModel:
-    """An lm service of any number of replicas. target: host:port, [IPv6]:port, dns:///host:port, or several of them
-    with commas between; a name stands for all its addresses, and is resolved again every few seconds.
+@dataclass(frozen=True)
+class DomainReplica:
+    """One replica of a datastore service, asked about a domain.
 
-    api_key: itself, or what tells it for each call (a knnlm.clients.secrets.SecretFile). timeout: seconds per call; a
-    request's deadline is kept too. wait: seconds for which a call is made again while nobody answers. hedge: ask a
-    second replica when the first takes unusually long. observer: hears how calls go.
-
-    Every method raises the KnnlmError the service raised, Unavailable when there is no service, DeadlineExceeded.
-    Making it raises InvalidRequest for a target that is none, and for files of TLS that cannot be used.
+    version: the one it answers from, None when it does not serve the domain or does not answer. state: as in
+    DomainInfo; "absent" when it does not serve the domain, "down" when it does not answer, else the code of its error.
+    problem: what it said then, None when all is well.
     """
+
+    address: str
+    version: str | None
+    state: str
+    problem: str | None
+
+    @classmethod
+    def of(cls, address: str, answer: DomainInfo | KnnlmError) -> "DomainReplica":
+        if isinstance(answer, DomainInfo):
+            return cls(
+                address, answer.version, answer.state, answer.state if answer.state.startswith("stale") else None
+            )
+        if isinstance(answer, UnknownDomain):
+            return cls(address, None, ABSENT, answer.message)
+        state = DOWN if isinstance(answer, Unavailable | DeadlineExceeded) else answer.code
+        return cls(address, None, state, answer.message)
+
+    def __str__(self) -> str:
+        said = (self.problem or self.state) if self.version is None else f"serves {self.version}, {self.state}"
+        return f"{self.address} ({said[:MAX_SAID_CHARS]})"
+
+
+Progress = Callable[[Sequence[DomainReplica]], None]
+
+
+class _Client(Generic[Stub]):
+    """A client of one service. Every method raises the KnnlmError that the service raised, Unavailable when no replica
+    answers, DeadlineExceeded. Making it raises InvalidRequest for an invalid target or unusable TLS files."""
 
     def __init__(
         self,
-        target: str,
-        *,
-        api_key: ApiKey = None,
-        timeout: float = 60.0,
-        tls: Tls | None = None,
-        wait: float = 1.0,
-        hedge: bool = True,
-        observer: Observer | None = None,
+        connection: Connection | str,
+        service: Service[Stub],
+        probe: Callable[[Replica[Stub], Metadata, float], Awaitable[None]],
     ) -> None:
-        self._caller = Caller(target, LM, Options(api_key, timeout, tls, wait, hedge, observer), _health)
+        connection = Connection(connection) if isinstance(connection, str) else connection
+        self._caller = Caller(connection, service, probe)
 
-    async def forward(self, request: ForwardRequest) -> ForwardResult:
-        message = protos.forward_request_to_proto(request)
-        tokens, rows = sum(map(len, request.tokens)), sum(map(len, request.positions))
-        kind = ("Forward", tokens.bit_length(), rows.bit_length(), request.full)
-        return protos.forward_result_from_proto(await self._caller.call(lambda stub: stub.Forward, message, kind))
-
-    async def get_model(self) -> ModelInfo:
-        return protos.model_from_proto(await self._get_model(tokenizer=False))
-
-    async def get_tokenizer(self) -> str:
-        return (await self._get_model(tokenizer=True)).tokenizer_json
-
-    async def _get_model(self, *, tokenizer: bool) -> lm_pb2.GetModelResponse:
-        return await self._caller.call(
-            lambda stub: stub.GetModel, lm_pb2.GetModelRequest(include_tokenizer=tokenizer), ("GetModel", tokenizer)
-        )
+    @property
+    def problem(self) -> str | None:
+        """Why no replica answers, as far as is known without asking; None when one may."""
+        return self._caller.fleet.problem
 
     async def aclose(self) -> None:
         await self._caller.aclose()
@@ -102,50 +108,52 @@ class GrpcLanguageModel:
         await self.aclose()
 
 
-class GrpcDatastore:
-    """A datastore service; see GrpcLanguageModel. Its replicas need not serve the same domains, or the same versions of
-    them for a while. `activate`, `add_documents` and `remove_documents` are made once, and need an admin key."""
+class GrpcLanguageModel(_Client["_LmStub"]):
+    """An lm service of any number of replicas. connection: or its target alone."""
 
-    def __init__(
-        self,
-        target: str,
-        *,
-        api_key: ApiKey = None,
-        timeout: float = 60.0,
-        tls: Tls | None = None,
-        wait: float = 1.0,
-        hedge: bool = True,
-        observer: Observer | None = None,
-    ) -> None:
-        self._caller = Caller(target, DATASTORE, Options(api_key, timeout, tls, wait, hedge, observer), _domains)
+    def __init__(self, connection: Connection | str) -> None:
+        super().__init__(connection, LM, _check_health)
 
-    @property
-    def problem(self) -> str | None:
-        """Why nobody answers, as far as is known without asking; None when somebody may."""
-        return self._caller.fleet.problem
+    async def forward(self, request: ForwardRequest) -> ForwardResult:
+        message = protos.forward_request_to_proto(request)
+        return protos.forward_result_from_proto(await self._caller.call(lambda stub: stub.Forward, message))
+
+    async def get_model(self) -> ModelInfo:
+        message = lm_pb2.GetModelRequest()
+        return protos.model_from_proto(await self._caller.call(lambda stub: stub.GetModel, message))
+
+    async def get_tokenizer(self) -> str:
+        message = lm_pb2.GetModelRequest(include_tokenizer=True)
+        return (await self._caller.call(lambda stub: stub.GetModel, message)).tokenizer_json
+
+
+class GrpcDatastore(_Client["_Stub"]):
+    """A datastore service; see GrpcLanguageModel. Its replicas need not serve the same domains, nor the same versions
+    of them for a while. `activate`, `add_documents` and `remove_documents` are sent to one replica, once, and need an
+    admin key."""
+
+    def __init__(self, connection: Connection | str) -> None:
+        super().__init__(connection, DATASTORE, _ask_domains)
 
     async def search(self, request: SearchRequest) -> SearchResult:
         message = protos.search_request_to_proto(request)
-        kind = ("Search", len(request.queries).bit_length(), request.k.bit_length(), request.passages > 0)
         reply = await self._caller.call(
-            lambda stub: stub.Search, message, kind, domain=request.domain, version=request.version
+            lambda stub: stub.Search, message, domain=request.domain, version=request.version
         )
         return protos.search_result_from_proto(reply)
 
     async def list_domains(self) -> Sequence[DomainInfo]:
-        """The domains of all replicas. Of one that several serve, what a replica says where it is ready, if any is."""
-        await self._caller.fleet.ready(time_limit(self._caller.timeout))
+        """The domains of all replicas. Of one that several serve, the answer of a ready replica, if there is one."""
+        await self._caller.fleet.ready(self._caller.time_limit())
         up = [replica for replica in self._caller.fleet.replicas if replica.up]
         message = datastore_pb2.ListDomainsRequest()
-        if len(up) < 2:
-            reply = await self._caller.call(lambda stub: stub.ListDomains, message, ("ListDomains",))
-            return [protos.domain_from_proto(domain) for domain in reply.domains]
-        limit = min(time_limit(self._caller.timeout), ASK_SECONDS)
-        answers = await self._caller.every(up, lambda stub: stub.ListDomains, message, limit)
-        given = [answer for answer in answers if not isinstance(answer, KnnlmError)]
+        given: list[datastore_pb2.ListDomainsResponse] = []
+        if len(up) > 1:
+            limit = min(self._caller.time_limit(), ASK_SECONDS)
+            answers = await self._caller.call_each(up, lambda stub: stub.ListDomains, message, limit)
+            given = [answer for answer in answers if not isinstance(answer, KnnlmError)]
         if not given:
-            reply = await self._caller.call(lambda stub: stub.ListDomains, message, ("ListDomains",))
-            given = [reply]
+            given = [await self._caller.call(lambda stub: stub.ListDomains, message)]
         found: dict[str, DomainInfo] = {}
         for domain in (protos.domain_from_proto(d) for reply in given for d in reply.domains):
             if domain.domain not in found or (domain.state == "ready" != found[domain.domain].state):
@@ -153,28 +161,23 @@ class GrpcDatastore:
         return [found[name] for name in sorted(found)]
 
     async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
-        reply = await self._caller.call(
-            lambda stub: stub.GetDomain,
-            protos.packed(datastore_pb2.GetDomainRequest, domain=domain, version=version),
-            ("GetDomain",),
-            domain=domain,
-            version=version,
-        )
+        message = protos.packed(datastore_pb2.GetDomainRequest, domain=domain, version=version)
+        reply = await self._caller.call(lambda stub: stub.GetDomain, message, domain=domain, version=version)
         return protos.domain_from_proto(reply.domain)
 
     async def replicas(self, domain: str) -> Sequence[DomainReplica]:
         """What each replica says of the domain now, those that are down included; every one is asked."""
-        return await self._rollout(domain, time_limit(self._caller.timeout))
+        return await self._rollout(domain, self._caller.time_limit())
 
     async def activate(
         self, domain: str, version: str, *, wait: bool = False, progress: Progress | None = None
     ) -> DomainInfo:
         """Switch a domain. One replica is told, and returns when it serves the version; the others see it in the store.
 
-        wait: return when every replica that serves the domain does. progress: told what they say, now and then. Raises
-        DeadlineExceeded that names the replicas that were not there in time, and what they say: the switch goes on.
+        wait: return when every replica that serves the domain does. progress: called with what the replicas say, now
+        and then. Raises DeadlineExceeded that names the replicas that are late and what they say: the switch goes on.
         """
-        deadline = time.monotonic() + time_limit(self._caller.timeout) - MARGIN_SECONDS
+        deadline = time.monotonic() + self._caller.time_limit() - MARGIN_SECONDS
         message = protos.packed(datastore_pb2.ActivateVersionRequest, domain=domain, version=version)
         try:
             reply = await self._change(domain, lambda stub: stub.ActivateVersion, message)
@@ -184,8 +187,7 @@ class GrpcDatastore:
         else:
             if not wait:
                 return protos.domain_from_proto(reply.domain)
-
-        await until_all_serve(domain, version, lambda limit: self._rollout(domain, limit), deadline, progress)
+        await self._until_all_serve(domain, version, deadline, progress)
         return await self.get_domain(domain, version)
 
     async def add_documents(self, domain: str, documents: Sequence[Document], *, replace: bool = False) -> DomainChange:
@@ -198,69 +200,80 @@ class GrpcDatastore:
         reply = await self._change(domain, lambda stub: stub.RemoveDocuments, message)
         return growth.change_from_proto(reply.change)
 
-    async def aclose(self) -> None:
-        await self._caller.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.aclose()
-
-    async def _say(self, domain: str, limit: float) -> list[tuple[_Replica, DomainInfo | KnnlmError]]:
+    async def _ask_each(self, domain: str, limit: float) -> list[tuple[Replica[_Stub], DomainInfo | KnnlmError]]:
         await self._caller.fleet.ready(limit)
         replicas = list(self._caller.fleet.replicas)
         message = protos.packed(datastore_pb2.GetDomainRequest, domain=domain)
-        answers = await self._caller.every(replicas, lambda stub: stub.GetDomain, message, limit)
+        limit = min(limit, ASK_SECONDS)
+        answers = await self._caller.call_each(replicas, lambda stub: stub.GetDomain, message, limit)
         given = [a if isinstance(a, KnnlmError) else protos.domain_from_proto(a.domain) for a in answers]
         return list(zip(replicas, given, strict=True))
 
-    async def _rollout(self, domain: str, limit: float) -> Sequence[DomainReplica]:
-        said = await self._say(domain, min(limit, ASK_SECONDS))
-        return [replica_says(replica.address.text, answer) for replica, answer in said]
+    async def _rollout(self, domain: str, limit: float) -> list[DomainReplica]:
+        answers = await self._ask_each(domain, limit)
+        return [DomainReplica.of(replica.address.text, answer) for replica, answer in answers]
 
-    async def _tellable(self, domain: str) -> Sequence[_Replica]:
-        """Who can be told to change a domain: who serves it, then who else answers.
+    async def _until_all_serve(self, domain: str, version: str, deadline: float, progress: Progress | None) -> None:
+        """Ask until every replica that has the domain answers from the version. Raises DeadlineExceeded."""
+        while True:
+            replicas = await self._rollout(domain, max(POLL_SECONDS, deadline - time.monotonic()))
+            if progress is not None:
+                progress(replicas)
+            having = [r for r in replicas if r.state != ABSENT]
+            late = [r for r in having if r.version != version]
+            if having and not late:
+                return
+            if time.monotonic() + POLL_SECONDS >= deadline:
+                if not having:
+                    raise DeadlineExceeded(f"no replica serves domain {domain}")
+                raise DeadlineExceeded(
+                    f"{domain} {version} is not served yet by {len(late)} of {len(having)} replicas: "
+                    + "; ".join(map(str, late))
+                )
+            await asyncio.sleep(POLL_SECONDS)
 
-        Raises what they say when all refuse to speak of it, Unavailable when nobody answers.
+    async def _able_to_change(self, domain: str) -> Sequence[Replica[_Stub]]:
+        """The replicas that can be told to change a domain: those that serve it, then the others that answer.
+
+        Raises what they answer when all refuse to speak of it, Unavailable when none answers.
         """
-        await self._caller.fleet.ready(time_limit(self._caller.timeout))
+        await self._caller.fleet.ready(self._caller.time_limit())
         if len(self._caller.fleet.replicas) == 1:
             return self._caller.fleet.replicas
-        said = await self._say(domain, min(time_limit(self._caller.timeout), ASK_SECONDS))
-        serving = [replica for replica, answer in said if isinstance(answer, DomainInfo)]
-        without = [replica for replica, answer in said if isinstance(answer, UnknownDomain)]
+        answers = await self._ask_each(domain, self._caller.time_limit())
+        serving = [replica for replica, answer in answers if isinstance(answer, DomainInfo)]
+        without = [replica for replica, answer in answers if isinstance(answer, UnknownDomain)]
         if serving or without:
             return [*serving, *without]
-        errors = [answer for _, answer in said if isinstance(answer, KnnlmError)]
+        errors = [answer for _, answer in answers if isinstance(answer, KnnlmError)]
         for error in errors:
             if not isinstance(error, Unavailable | DeadlineExceeded):
                 raise error
         problem = "; ".join(error.message for error in errors) or "it has no address now"
-        raise Unavailable(f"no replica of {DATASTORE.name} at {self._caller.target} answers: {problem}")
+        raise Unavailable(f"no replica of {DATASTORE.name} at {self._caller.connection.target} answers: {problem}")
 
     async def _change(
         self, domain: str, method: "Callable[[_Stub], Method[Message, Reply]]", message: Message
     ) -> Reply:
-        """Ask one replica to change the domain; another one only where it has refused because it never has that one."""
+        """Tell one replica to change the domain; another only where it refused because it does not have the domain."""
         refused: UnknownDomain | None = None
-        for replica in await self._tellable(domain):
+        for replica in await self._able_to_change(domain):
             try:
-                return await self._caller.once(replica, method, message, time_limit(self._caller.timeout))
+                return await self._caller.call_once(replica, method, message, self._caller.time_limit())
             except UnknownDomain as err:
                 refused = err
         raise refused or UnknownDomain(f"unknown domain {domain!r:.80}", param="domain")
 
 
-async def _health(replica: _Lm, metadata: Metadata, seconds: float) -> None:
-    """The standard health check, which needs no key and leaves no line in the service's log."""
+async def _check_health(replica: "Replica[_LmStub]", metadata: Metadata, seconds: float) -> None:
+    """The standard health check, which needs no key and which services do not log. Raises Failed."""
     stub = health_pb2_grpc.HealthStub(replica.channel)
-    reply = await replica.once(stub.Check, health_pb2.HealthCheckRequest(service=LM.name), seconds, metadata)
+    reply = await replica.bound(stub.Check, health_pb2.HealthCheckRequest(service=LM.name), seconds, metadata)
     if reply.status != health_pb2.HealthCheckResponse.SERVING:
-        raise Failed(Kind.AWAY, Unavailable(f"{replica.where} is starting or draining"), grpc.StatusCode.UNAVAILABLE)
+        raise unreachable(f"{replica.where} is starting or draining", heard=True)
 
 
-async def _domains(replica: _Replica, metadata: Metadata, seconds: float) -> None:
-    """What it serves, which is what it is chosen by."""
-    reply = await replica.once(replica.stub.ListDomains, datastore_pb2.ListDomainsRequest(), seconds, metadata)
-    replica.serves({domain.domain: domain.version for domain in reply.domains})
+async def _ask_domains(replica: "Replica[_Stub]", metadata: Metadata, seconds: float) -> None:
+    """Learn what the replica serves, by which it is chosen. Raises Failed."""
+    reply = await replica.bound(replica.stub.ListDomains, datastore_pb2.ListDomainsRequest(), seconds, metadata)
+    replica.domains = {domain.domain: domain.version for domain in reply.domains}

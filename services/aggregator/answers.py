@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.clients.rollout import ABSENT, DomainReplica
+from knnlm.clients.rpc import ABSENT, DomainReplica
 from knnlm.decoding import top_tokens
 from knnlm.messages import DomainInfo
 from knnlm.mixer import NextTokens, Score

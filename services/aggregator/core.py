@@ -5,9 +5,9 @@ import logging
 import time
 from collections.abc import Sequence
 
-from knnlm.clients.context import outgoing
 from knnlm.errors import DeadlineExceeded, KnnlmError, Unavailable
 from knnlm.messages import LanguageModelClient
+from knnlm.transport.context import outgoing
 from services.aggregator.engine import Aggregator, Datastore
 from services.aggregator.settings import AggregatorSettings
 from services.aggregator.upstream import Upstream, UpstreamMetrics

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.clients.rollout import DomainReplica
+from knnlm.clients.rpc import DomainReplica
 from knnlm.decoding import choose_windows
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, Unavailable
 from knnlm.messages import DatastoreClient, Document, DocumentsClient, DomainInfo, LanguageModelClient, ModelInfo

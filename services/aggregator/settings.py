@@ -5,7 +5,8 @@ from typing import Literal, Self
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from services.runtime.settings import HttpSettings, OptionalPath, named
+from services.runtime.settings import HttpSettings, OptionalPath
+from services.runtime.upstream import check_upstream
 
 
 class AggregatorSettings(HttpSettings):
@@ -51,9 +52,6 @@ class AggregatorSettings(HttpSettings):
     datastore_wait_s: float = Field(
         5.0, ge=0, description="seconds to try again while no replica of the datastore service answers"
     )
-    hedge: bool = Field(
-        True, description="ask a second replica where the first takes unusually long, for one call in twenty at most"
-    )
     on_datastore_error: Literal["fail", "lm_only"] = Field(
         "fail", description="when retrieval is down: fail with 503, or answer from the LM alone and say so"
     )
@@ -66,18 +64,7 @@ class AggregatorSettings(HttpSettings):
     score_batch_tokens: int = Field(4096, ge=1, description="tokens of windows sent to the lm service at once")
 
     @model_validator(mode="after")
-    def _keys_are_said_once(self) -> Self:
-        for name in ("lm_api_key", "datastore_api_key"):
-            if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
-                raise ValueError(f"give {named(self, name)} or {named(self, f'{name}_file')}, not both")
-        return self
-
-    @model_validator(mode="after")
-    def _certificates_have_keys(self) -> Self:
+    def _upstreams_are_consistent(self) -> Self:
         for service in ("lm", "datastore"):
-            pair = [f"{service}_tls_cert_file", f"{service}_tls_key_file"]
-            missing = [name for name in pair if getattr(self, name) is None]
-            if len(missing) == 1:
-                given = pair[1 - pair.index(missing[0])]
-                raise ValueError(f"{named(self, given)} needs {named(self, missing[0])} beside it")
+            check_upstream(self, service)
         return self

@@ -2,24 +2,22 @@
 
 import logging
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 from prometheus_client import Counter, Gauge, Histogram
-from pydantic import SecretStr
 
+from knnlm.clients.call import Observer
 from knnlm.clients.rpc import GrpcDatastore, GrpcLanguageModel
-from knnlm.clients.secrets import ApiKey, SecretFile
-from knnlm.clients.tls import Tls
 from services.aggregator.settings import AggregatorSettings
 from services.runtime.observability import SECONDS, Metrics, event
+from services.runtime.upstream import connection
 
 __all__ = ["Upstream", "UpstreamMetrics"]
 
 LOG = logging.getLogger(__name__)
 
 
-class UpstreamMetrics:
-    """An observer of the clients (knnlm.clients.observer). `degraded` is called by who answers without retrieval."""
+class UpstreamMetrics(Observer):
+    """Counts how the clients' calls go. `degraded` counts answers without retrieval."""
 
     def __init__(self, metrics: Metrics) -> None:
         registry = metrics.registry
@@ -30,10 +28,6 @@ class UpstreamMetrics:
         self._retries = Counter(
             "knnlm_upstream_retries_total", "Calls to another service made again after a failure.", ["service"],
             registry=registry,
-        )  # fmt: skip
-        self._hedges = Counter(
-            "knnlm_hedges_total", "Calls made to a second replica as well, and whether that one was first.",
-            ["service", "won"], registry=registry,
         )  # fmt: skip
         self._replicas = Gauge(
             "knnlm_upstream_replicas", "Replicas known, by state: up, down.", ["service", "state"], registry=registry
@@ -47,9 +41,6 @@ class UpstreamMetrics:
 
     def retried(self, service: str) -> None:
         self._retries.labels(service).inc()
-
-    def hedged(self, service: str, won: bool) -> None:
-        self._hedges.labels(service, "true" if won else "false").inc()
 
     def replica(self, service: str, address: str, problem: str | None) -> None:
         if problem is None:
@@ -66,38 +57,17 @@ class UpstreamMetrics:
 
 
 class Upstream:
-    """The clients; datastore is None without a target. Raises InvalidRequest for targets and files that are none."""
+    """The clients; datastore is None without a target. Raises InvalidRequest for invalid targets and unusable files."""
 
     def __init__(self, settings: AggregatorSettings, metrics: UpstreamMetrics) -> None:
-        self.lm = GrpcLanguageModel(
-            settings.lm_target,
-            api_key=_key(settings.lm_api_key, settings.lm_api_key_file),
-            tls=Tls.of(settings.lm_tls_ca_file, settings.lm_tls_cert_file, settings.lm_tls_key_file),
-            wait=settings.lm_wait_s,
-            hedge=settings.hedge,
-            observer=metrics,
-        )
+        self.lm = GrpcLanguageModel(connection(settings, "lm", wait=settings.lm_wait_s, observer=metrics))
         self.datastore: GrpcDatastore | None = None
         if settings.datastore_target:
-            self.datastore = GrpcDatastore(
-                settings.datastore_target,
-                api_key=_key(settings.datastore_api_key, settings.datastore_api_key_file),
-                tls=Tls.of(
-                    settings.datastore_tls_ca_file, settings.datastore_tls_cert_file, settings.datastore_tls_key_file
-                ),
-                wait=settings.datastore_wait_s,
-                hedge=settings.hedge,
-                observer=metrics,
-            )
+            wait = settings.datastore_wait_s
+            self.datastore = GrpcDatastore(connection(settings, "datastore", wait=wait, observer=metrics))
 
     async def aclose(self) -> None:
         async with AsyncExitStack() as both:
             both.push_async_callback(self.lm.aclose)
             if self.datastore is not None:
                 both.push_async_callback(self.datastore.aclose)
-
-
-def _key(secret: SecretStr | None, path: Path | None) -> ApiKey:
-    if path is not None:
-        return SecretFile(path)
-    return None if secret is None else secret.get_secret_value()

@@ -5,11 +5,10 @@ from contextlib import contextmanager
 
 from knnlm.clients.encoder import RemoteEncoder
 from knnlm.clients.rpc import GrpcLanguageModel
-from knnlm.clients.secrets import ApiKey, SecretFile
-from knnlm.clients.tls import Tls
 from knnlm.datastore.encode import KeyEncoder
 from services.datastore.growth import EncoderOpener
 from services.datastore.settings import DatastoreSettings
+from services.runtime.upstream import connection
 
 __all__ = ["encoder"]
 
@@ -21,16 +20,12 @@ def encoder(settings: DatastoreSettings) -> EncoderOpener | None:
     gives raises what the lm service's client raises."""
     if not settings.lm_target:
         return None
-    target = settings.lm_target
-    key: ApiKey = settings.lm_api_key.get_secret_value() if settings.lm_api_key else None
-    if settings.lm_api_key_file is not None:
-        key = SecretFile(settings.lm_api_key_file)
-    tls = Tls.of(settings.lm_tls_ca_file, settings.lm_tls_cert_file, settings.lm_tls_key_file)
+    lm_service = connection(settings, "lm", wait=WAIT_SECONDS)
 
     @contextmanager
     def opened() -> Iterator[KeyEncoder]:
         # made for each change: its connections belong to the event loop of the encoder, and end with it
-        with RemoteEncoder(GrpcLanguageModel(target, api_key=key, tls=tls, wait=WAIT_SECONDS)) as lm:
+        with RemoteEncoder(GrpcLanguageModel(lm_service)) as lm:
             yield lm
 
     return opened

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 
 from prometheus_client import Counter
 
-from knnlm.clients.context import outgoing
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.change import Activate
 from knnlm.datastore.encode import KeyEncoder
@@ -21,6 +20,7 @@ from knnlm.datastore.growth import Change, add, remove
 from knnlm.datastore.progress import Progress
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
 from knnlm.messages import Document, DomainChange
+from knnlm.transport.context import outgoing
 from services.datastore.pool import Pool
 from services.datastore.settings import DatastoreSettings
 from services.runtime.context import RequestContext

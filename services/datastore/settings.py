@@ -7,6 +7,7 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.runtime.settings import GrpcSettings, Names, OptionalPath
+from services.runtime.upstream import check_upstream
 
 
 class DatastoreSettings(GrpcSettings):
@@ -46,6 +47,11 @@ class DatastoreSettings(GrpcSettings):
     lm_tls_key_file: OptionalPath = Field(None, description="private key of that certificate")
     watch_interval_s: float = Field(1.0, gt=0, description="how often the store is looked at for changes")
     grace_s: float = Field(60.0, ge=0, description="how long a version that was replaced still answers who pins it")
+
+    @model_validator(mode="after")
+    def _upstream_is_consistent(self) -> Self:
+        check_upstream(self, "lm")
+        return self
 
     @model_validator(mode="after")
     def _largest_request_fits_the_queue(self) -> Self:

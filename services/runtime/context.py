@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from knnlm.clients.context import outgoing
 from knnlm.errors import DeadlineExceeded, InvalidRequest
+from knnlm.transport.context import outgoing
 
 __all__ = ["RequestContext", "Stage", "current", "entered", "new_id", "seconds_allowed"]
 

@@ -15,9 +15,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from knnlm.clients.context import PROBE
-from knnlm.clients.rpc import HTTP2
 from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, Overloaded
+from knnlm.transport.context import HTTP2, PROBE
 from services.runtime import errors
 from services.runtime.context import RequestContext, entered, new_id
 from services.runtime.observability import event

@@ -26,8 +26,8 @@ from typing import Protocol
 
 from pydantic import SecretStr
 
-from knnlm.clients.secrets import SecretLines
 from knnlm.errors import InvalidRequest, PermissionDenied, Unauthenticated
+from knnlm.transport.security import SecretLines
 from services.runtime.context import current
 from services.runtime.observability import event
 from services.runtime.settings import HttpSettings, named

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import grpc
 
-from knnlm.clients.tls import load_authorities, load_pair, read_pem
 from knnlm.errors import InvalidRequest
+from knnlm.transport.security import load_authorities, load_pair, read_pem
 from services.runtime.observability import event
 from services.runtime.settings import HttpSettings, named
 

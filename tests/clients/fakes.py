@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 
 import grpc
 import numpy as np
-import pytest
 
-from knnlm.clients import fleet
+from knnlm.clients.call import Connection, Observer
 from knnlm.clients.resolve import Address, Name
+from knnlm.clients.rpc import GrpcDatastore
 from knnlm.errors import KnnlmError, Unavailable, UnknownDomain, UnknownVersion
 from knnlm.messages import DomainInfo, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
@@ -204,13 +204,12 @@ class Names:
         return None if self.away else tuple(Address(text, f"ipv4:{text}", name) for text in texts) or None
 
 
-class Recorder:
+class Recorder(Observer):
     """An observer that writes everything down."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str, float]] = []
         self.retries: list[str] = []
-        self.hedges: list[bool] = []
         self.problems: list[tuple[str, str | None]] = []
         self.counts: tuple[int, int] = (0, 0)
 
@@ -220,9 +219,6 @@ class Recorder:
     def retried(self, service: str) -> None:
         self.retries.append(service)
 
-    def hedged(self, service: str, won: bool) -> None:  # noqa: ARG002
-        self.hedges.append(won)
-
     def replica(self, service: str, address: str, problem: str | None) -> None:  # noqa: ARG002
         self.problems.append((address, problem))
 
@@ -230,12 +226,14 @@ class Recorder:
         self.counts = (up, down)
 
 
-@pytest.fixture
-def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replicas and names are looked at twenty times as often."""
-    monkeypatch.setattr(fleet, "LOOK_SECONDS", LOOK_SECONDS)
-    monkeypatch.setattr(fleet, "FIRST_LOOK_SECONDS", LOOK_SECONDS)
-    monkeypatch.setattr(fleet, "RESOLVE_SECONDS", LOOK_SECONDS)
+def quick(target: str, **options: Any) -> GrpcDatastore:  # Any: what Connection takes
+    """A client that looks at its replicas twenty times as often."""
+    return GrpcDatastore(Connection(target, look_seconds=LOOK_SECONDS, **options))
+
+
+def probed(*replicas: Replica) -> bool:
+    """Whether the first probe of each was answered: the second follows it."""
+    return all(replica.asked["ListDomains"] > 1 for replica in replicas)
 
 
 async def together(*calls: Awaitable[SearchResult]) -> list[int]:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import grpc
 import pytest
 
-from knnlm.clients.context import outgoing
-from knnlm.clients.rpc import GrpcDatastore
+from knnlm.clients.rpc import Connection, GrpcDatastore
 from knnlm.errors import (
     DatastoreCorrupt,
     InvalidRequest,
@@ -21,9 +20,8 @@ from knnlm.errors import (
     UnknownVersion,
 )
 from knnlm.messages import Document
-from tests.clients.fakes import DRAINING, Recorder, Replica, listening, now, number, quick_looks, search, until
-
-__all__ = ["quick_looks"]
+from knnlm.transport.context import outgoing
+from tests.clients.fakes import DRAINING, Recorder, Replica, listening, now, number, probed, quick, search, until
 
 PATIENCE = 20.0
 
@@ -32,13 +30,13 @@ def searches(replicas: Sequence[Replica]) -> list[int]:
     return [replica.asked["Search"] for replica in replicas]
 
 
-async def test_domains_may_lie_on_different_replicas(quick_looks: None) -> None:
+async def test_domains_may_lie_on_different_replicas() -> None:
     replicas = [Replica(0, law=("v1",)), Replica(1, med=("v1",)), Replica(2, law=("v1",), med=("v1",))]
-    async with listening(*replicas) as target, GrpcDatastore(target) as client:
+    async with listening(*replicas) as target, quick(target) as client:
         for _ in range(6):  # before anything is known of them
             assert number(await client.search(search("law"))) in (0, 2)
             assert number(await client.search(search("med"))) in (1, 2)
-        await until(lambda: all(replica.domains is not None for replica in client._caller.fleet.replicas))
+        await until(lambda: probed(*replicas))
         before = searches(replicas)
         answered = [number(await client.search(search("law"))) for _ in range(10)]
         assert sorted(set(answered)) == [0, 2]
@@ -46,14 +44,14 @@ async def test_domains_may_lie_on_different_replicas(quick_looks: None) -> None:
         assert [info.domain for info in await client.list_domains()] == ["law", "med"]
 
 
-async def test_a_pinned_version_is_asked_for_where_it_is(quick_looks: None) -> None:
+async def test_a_pinned_version_is_asked_for_where_it_is() -> None:
     replicas = [Replica(i, law=("v1",)) for i in range(3)]
     replicas[2] = Replica(2, law=("v2", "v1"))
-    async with listening(*replicas) as target, GrpcDatastore(target) as client:
+    async with listening(*replicas) as target, quick(target) as client:
         for _ in range(4):  # before anything is known of them
             result = await client.search(search(version="v2"))
             assert (number(result), result.version) == (2, "v2")
-        await until(lambda: all(replica.domains is not None for replica in client._caller.fleet.replicas))
+        await until(lambda: probed(*replicas))
         before = sum(searches(replicas))
         assert [number(await client.search(search(version="v2"))) for _ in range(6)] == [2] * 6
         assert sum(searches(replicas)) - before == 6
@@ -71,11 +69,9 @@ async def test_a_pinned_version_is_asked_for_where_it_is(quick_looks: None) -> N
         (grpc.StatusCode.UNAVAILABLE, "Socket closed"),
     ],
 )
-async def test_a_call_that_is_broken_off_is_made_again_elsewhere(
-    quick_looks: None, status: tuple[grpc.StatusCode, str]
-) -> None:
+async def test_a_call_that_is_broken_off_is_made_again_elsewhere(status: tuple[grpc.StatusCode, str]) -> None:
     replicas = [Replica(i) for i in range(2)]
-    async with listening(*replicas) as target, GrpcDatastore(target) as client:
+    async with listening(*replicas) as target, quick(target) as client:
         replicas[0].broken = status
         assert [number(await client.search(search())) for _ in range(6)] == [1] * 6
         assert replicas[0].asked["Search"]
@@ -84,31 +80,31 @@ async def test_a_call_that_is_broken_off_is_made_again_elsewhere(
             await client.search(search())
 
 
-async def test_what_no_replica_has_is_unknown_after_each_was_asked_once(quick_looks: None) -> None:
+async def test_what_no_replica_has_is_unknown_after_each_was_asked_once() -> None:
     replicas = [Replica(i) for i in range(3)]
-    async with listening(*replicas) as target, GrpcDatastore(target, wait=PATIENCE) as client:
+    async with listening(*replicas) as target, quick(target, wait=PATIENCE) as client:
         begun = now()
         with pytest.raises(UnknownDomain):
             await client.search(search("cow"))
         with pytest.raises(UnknownVersion):
             await client.search(search(version="v7"))
         assert searches(replicas) == [2, 2, 2]
-        await until(lambda: all(replica.domains is not None for replica in client._caller.fleet.replicas))
+        await until(lambda: probed(*replicas))
         with pytest.raises(UnknownDomain):
             await client.search(search("cow"))
         assert sum(searches(replicas)) == 7  # by now it is known that nobody has it
         assert now() - begun < PATIENCE
 
 
-async def test_a_domain_whose_only_replica_restarts_is_waited_for(quick_looks: None) -> None:
+async def test_a_domain_whose_only_replica_restarts_is_waited_for() -> None:
     observer = Recorder()
     law, med = Replica(0, law=("v1",)), Replica(1, med=("v1",))
     async with (
         listening(law, med) as target,
-        GrpcDatastore(target, wait=PATIENCE, observer=observer) as client,
+        quick(target, wait=PATIENCE, observer=observer) as client,
     ):
         await client.search(search())
-        await until(lambda: all(replica.domains is not None for replica in client._caller.fleet.replicas))
+        await until(lambda: probed(law, med))
         await law.stop()
         call = asyncio.create_task(client.search(search("law")))
         await until(lambda: len(observer.retries) > 3)
@@ -116,11 +112,11 @@ async def test_a_domain_whose_only_replica_restarts_is_waited_for(quick_looks: N
         assert number(await call) == 0
 
 
-async def test_a_domain_whose_only_replica_stays_away_is_unavailable_not_unknown(quick_looks: None) -> None:
+async def test_a_domain_whose_only_replica_stays_away_is_unavailable_not_unknown() -> None:
     law, med = Replica(0, law=("v1",)), Replica(1, med=("v1",))
-    async with listening(law, med) as target, GrpcDatastore(target, wait=0.3) as client:
+    async with listening(law, med) as target, quick(target, wait=0.3) as client:
         await client.search(search())
-        await until(lambda: all(replica.domains is not None for replica in client._caller.fleet.replicas))
+        await until(lambda: probed(law, med))
         await law.stop()
         for _ in range(3):
             with pytest.raises(Unavailable, match=law.address):
@@ -135,7 +131,7 @@ async def test_a_domain_that_is_broken_on_one_replica_is_asked_for_on_another() 
     broken.refuse = Unavailable("domain law cannot be served: a checksum is wrong", param="domain")
     async with (
         listening(broken, sound) as target,
-        GrpcDatastore(target, wait=PATIENCE, observer=observer) as client,
+        GrpcDatastore(Connection(target, wait=PATIENCE, observer=observer)) as client,
     ):
         assert [number(await client.search(search())) for _ in range(4)] == [1] * 4
         sound.refuse = broken.refuse
@@ -154,7 +150,7 @@ async def test_what_every_replica_would_refuse_is_asked_once(error: KnnlmError) 
     replicas = [Replica(0), Replica(1)]
     for replica in replicas:
         replica.refuse = error
-    async with listening(*replicas) as target, GrpcDatastore(target, wait=PATIENCE) as client:
+    async with listening(*replicas) as target, GrpcDatastore(Connection(target, wait=PATIENCE)) as client:
         with pytest.raises(type(error), match="no"):
             await client.search(search())
     assert sum(searches(replicas)) == 1
@@ -164,14 +160,14 @@ async def test_a_full_queue_is_left_for_one_other_replica_and_no_more() -> None:
     replicas = [Replica(i) for i in range(3)]
     for replica in replicas:
         replica.refuse = Overloaded("the queue is full", retry_after=7.0)
-    async with listening(*replicas) as target, GrpcDatastore(target, wait=PATIENCE) as client:
+    async with listening(*replicas) as target, GrpcDatastore(Connection(target, wait=PATIENCE)) as client:
         with pytest.raises(Overloaded, match="the queue is full") as raised:
             await client.search(search())
         assert raised.value.retry_after == 7.0
         assert sum(searches(replicas)) == 2
         replicas[1].refuse = replicas[2].refuse = None
         assert all([number(await client.search(search())) in (1, 2) for _ in range(6)])
-    async with listening(replicas[0]) as target, GrpcDatastore(target, wait=PATIENCE) as client:
+    async with listening(replicas[0]) as target, GrpcDatastore(Connection(target, wait=PATIENCE)) as client:
         before = sum(searches(replicas))
         with pytest.raises(Overloaded):
             await client.search(search())
@@ -180,7 +176,7 @@ async def test_a_full_queue_is_left_for_one_other_replica_and_no_more() -> None:
 
 async def test_a_full_queue_is_not_left_for_a_replica_that_is_down() -> None:
     full, down = Replica(0), Replica(1)
-    async with listening(full, down) as target, GrpcDatastore(target, wait=PATIENCE) as client:
+    async with listening(full, down) as target, GrpcDatastore(Connection(target, wait=PATIENCE)) as client:
         down.refuse = DRAINING
         assert [number(await client.search(search())) for _ in range(2)] == [0, 0]
         before = down.asked["Search"]
@@ -193,7 +189,7 @@ async def test_a_full_queue_is_not_left_for_a_replica_that_is_down() -> None:
 
 async def test_what_changes_something_is_never_made_twice() -> None:
     replicas = [Replica(0), Replica(1)]
-    async with listening(*replicas) as target, GrpcDatastore(target, wait=PATIENCE) as client:
+    async with listening(*replicas) as target, GrpcDatastore(Connection(target, wait=PATIENCE)) as client:
         await client.search(search())
         for error in (Overloaded("full"), Unavailable("no lm service answers")):
 
@@ -231,7 +227,7 @@ async def test_documents_are_added_and_removed_by_one_replica() -> None:
 async def test_a_key_is_asked_for_with_every_call_and_what_rides_with_the_request_goes_along() -> None:
     keys = iter(["old", "new", *["later"] * 99])
     replica = Replica(0)
-    async with listening(replica) as target, GrpcDatastore(target, api_key=lambda: next(keys)) as client:
+    async with listening(replica) as target, GrpcDatastore(Connection(target, api_key=lambda: next(keys))) as client:
         with outgoing(request_id="abc", metadata=[("traceparent", "00-1-2-01")]):
             await client.search(search())
             await client.search(search())
@@ -241,9 +237,9 @@ async def test_a_key_is_asked_for_with_every_call_and_what_rides_with_the_reques
     assert {given["traceparent"] for given in sent} == {"00-1-2-01"}
 
 
-async def test_probes_carry_the_key_and_nothing_of_the_request_that_began_them(quick_looks: None) -> None:
+async def test_probes_carry_the_key_and_nothing_of_the_request_that_began_them() -> None:
     replica = Replica(0)
-    async with listening(replica) as target, GrpcDatastore(target, api_key="k") as client:
+    async with listening(replica) as target, quick(target, api_key="k") as client:
         with outgoing(request_id="abc", deadline=now() + 0.5, metadata=[("traceparent", "00-1-2-01")]):
             await client.search(search())
         await until(lambda: replica.asked["ListDomains"] > 15)  # also after that request's deadline
@@ -256,7 +252,7 @@ async def test_probes_carry_the_key_and_nothing_of_the_request_that_began_them(q
 async def test_an_observer_hears_how_calls_went() -> None:
     observer = Recorder()
     replica = Replica(0)
-    async with listening(replica) as target, GrpcDatastore(target, wait=0.1, observer=observer) as client:
+    async with listening(replica) as target, GrpcDatastore(Connection(target, wait=0.1, observer=observer)) as client:
         await client.search(search())
         assert observer.counts == (1, 0)
         with pytest.raises(UnknownDomain):

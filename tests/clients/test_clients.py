@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 
-from knnlm.clients.context import outgoing, time_limit
 from knnlm.clients.http import HttpDatastore, HttpLanguageModel
-from knnlm.clients.rpc import GrpcDatastore, GrpcLanguageModel
+from knnlm.clients.rpc import Connection, GrpcDatastore, GrpcLanguageModel
 from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, Overloaded, TooLarge, Unavailable, UnknownDomain
 from knnlm.messages import Document, ForwardRequest, SearchRequest
 from knnlm.options import SearchOptions
+from knnlm.transport.context import outgoing, time_limit
 from knnlm.v1 import lm_pb2, lm_pb2_grpc
 from services.runtime.lifecycle import running
 from tests.services.echo import EchoCore, EchoSettings, echo_service
@@ -186,7 +186,7 @@ async def test_grpc_waits_no_longer_than_it_was_told() -> None:
     request = ForwardRequest([np.zeros(1, np.int32)], [np.zeros(1, np.int32)], keys=True)
     async with (
         running(echo_service(EchoCore())) as host,
-        GrpcLanguageModel(f"127.0.0.1:{host.grpc_port}", timeout=0.1) as client,
+        GrpcLanguageModel(Connection(f"127.0.0.1:{host.grpc_port}", timeout=0.1)) as client,
     ):
         with pytest.raises(DeadlineExceeded):
             await client.forward(request)  # the echo service never answers it
@@ -253,7 +253,7 @@ async def test_a_key_is_sent_over_both() -> None:
     async with running(echo_service(EchoCore(), settings)) as host:
         for key, grpc_code, http_code in ((None, "unauthenticated", "unauthenticated"), ("k", "ok", "not_found")):
             async with (
-                GrpcLanguageModel(f"127.0.0.1:{host.grpc_port}", api_key=key) as over_grpc,
+                GrpcLanguageModel(Connection(f"127.0.0.1:{host.grpc_port}", api_key=key)) as over_grpc,
                 HttpLanguageModel(f"http://127.0.0.1:{host.port}", api_key=key) as http,
             ):
                 assert await call(over_grpc.get_model) == grpc_code

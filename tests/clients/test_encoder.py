@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from knnlm.clients import encoder as module
-from knnlm.clients.context import outgoing, outgoing_id
 from knnlm.clients.encoder import RemoteEncoder
 from knnlm.clients.rpc import GrpcLanguageModel
 from knnlm.datastore.build import build
@@ -20,6 +19,7 @@ from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest, ModelError, Overloaded, TooLarge, Unavailable
 from knnlm.messages import Document, ForwardRequest, ForwardResult, ModelInfo
 from knnlm.testing import TEXTS, ToyLanguageModel
+from knnlm.transport.context import outgoing, outgoing_id
 from services.lm.app import service
 from services.lm.settings import LmSettings
 from services.runtime.lifecycle import running

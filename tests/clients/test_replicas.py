@@ -7,12 +7,10 @@ from collections import Counter
 import pytest
 
 from knnlm.clients import fleet
-from knnlm.clients.context import outgoing
-from knnlm.clients.rpc import GrpcDatastore
+from knnlm.clients.rpc import Connection, GrpcDatastore
 from knnlm.errors import DeadlineExceeded, Unavailable
-from tests.clients.fakes import DRAINING, Names, Recorder, Replica, listening, now, number, quick_looks, search, until
-
-__all__ = ["quick_looks"]
+from knnlm.transport.context import outgoing
+from tests.clients.fakes import DRAINING, Names, Recorder, Replica, listening, now, number, quick, search, until
 
 PATIENCE = 20.0
 
@@ -27,7 +25,7 @@ async def test_calls_go_to_the_replicas_in_turn() -> None:
 async def test_a_call_goes_where_the_fewest_are_under_way() -> None:
     busy, idle = Replica(0), Replica(1)
     busy.slow = True
-    async with listening(busy, idle) as target, GrpcDatastore(target, hedge=False) as client:
+    async with listening(busy, idle) as target, GrpcDatastore(target) as client:
         held: list[asyncio.Task[object]] = []
         while not busy.asked["Search"]:
             held.append(asyncio.create_task(client.search(search())))
@@ -43,7 +41,7 @@ async def test_what_is_under_way_on_a_replica_that_is_killed_is_asked_elsewhere(
     killed.slow = True
     async with (
         listening(killed, other) as target,
-        GrpcDatastore(target, hedge=False, observer=observer) as client,
+        GrpcDatastore(Connection(target, observer=observer)) as client,
     ):
         calls = [asyncio.create_task(client.search(search())) for _ in range(8)]
         await until(lambda: killed.asked["Search"] == 4)
@@ -55,13 +53,13 @@ async def test_what_is_under_way_on_a_replica_that_is_killed_is_asked_elsewhere(
     assert [code for _, code, _ in observer.calls] == ["OK"] * 11
 
 
-async def test_what_is_under_way_on_a_silent_replica_is_asked_elsewhere(quick_looks: None) -> None:
+async def test_what_is_under_way_on_a_silent_replica_is_asked_elsewhere() -> None:
     observer = Recorder()
     hanging, other = Replica(0), Replica(1)
     hanging.hang = True
     async with (
         listening(hanging, other) as target,
-        GrpcDatastore(target, hedge=False, observer=observer) as client,
+        quick(target, observer=observer) as client,
     ):
         calls = [client.search(search()) for _ in range(4)]
         assert {number(result) for result in await asyncio.gather(*calls)} == {1}
@@ -71,13 +69,13 @@ async def test_what_is_under_way_on_a_silent_replica_is_asked_elsewhere(quick_lo
         assert hanging.asked["Search"] == 2
 
 
-async def test_a_replica_that_is_only_slow_is_not_taken_for_dead(quick_looks: None) -> None:
+async def test_a_replica_that_is_only_slow_is_not_taken_for_dead() -> None:
     """Searches that take longer than silence may, while probes are answered."""
 
     observer = Recorder()
     slow = Replica(0)
     slow.slow = True
-    async with listening(slow) as target, GrpcDatastore(target, observer=observer) as client:
+    async with listening(slow) as target, quick(target, observer=observer) as client:
         call = asyncio.create_task(client.search(search()))
         await until(lambda: slow.asked["ListDomains"] > 20)  # a look each, four times as many as silence takes
         slow.let_go.set()
@@ -86,13 +84,11 @@ async def test_a_replica_that_is_only_slow_is_not_taken_for_dead(quick_looks: No
     assert observer.problems == []
 
 
-async def test_a_silent_replica_comes_back(quick_looks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "PROBE_SECONDS", 0.2)
-
+async def test_a_silent_replica_comes_back() -> None:
     observer = Recorder()
     replica = Replica(0)
     replica.hang = True
-    async with listening(replica) as target, GrpcDatastore(target, observer=observer, wait=PATIENCE) as client:
+    async with listening(replica) as target, quick(target, observer=observer, wait=PATIENCE) as client:
         call = asyncio.create_task(client.search(search()))
         await until(lambda: observer.counts == (0, 1))
         assert client.problem == "nothing was heard from it for a while"
@@ -102,10 +98,10 @@ async def test_a_silent_replica_comes_back(quick_looks: None, monkeypatch: pytes
         assert client.problem is None
 
 
-async def test_a_client_that_was_held_up_itself_takes_nobody_for_dead(quick_looks: None) -> None:
+async def test_a_client_that_was_held_up_itself_takes_nobody_for_dead() -> None:
     observer = Recorder()
     replica = Replica(0)
-    async with listening(replica) as target, GrpcDatastore(target, observer=observer) as client:
+    async with listening(replica) as target, quick(target, observer=observer) as client:
         await client.search(search())
         for _ in range(3):
             before = replica.asked["ListDomains"]
@@ -117,10 +113,10 @@ async def test_a_client_that_was_held_up_itself_takes_nobody_for_dead(quick_look
     assert observer.problems == []
 
 
-async def test_a_draining_replica_gets_no_more_and_finishes_what_it_has(quick_looks: None) -> None:
+async def test_a_draining_replica_gets_no_more_and_finishes_what_it_has() -> None:
     draining, other = Replica(0), Replica(1)
     draining.slow = True
-    async with listening(draining, other) as target, GrpcDatastore(target, hedge=False) as client:
+    async with listening(draining, other) as target, quick(target) as client:
         calls = [asyncio.create_task(client.search(search())) for _ in range(2)]
         await until(lambda: bool(draining.asked["Search"] and other.asked["Search"]))
         draining.refuse = DRAINING
@@ -133,10 +129,10 @@ async def test_a_draining_replica_gets_no_more_and_finishes_what_it_has(quick_lo
         assert draining.asked["Search"] == before == 1
 
 
-async def test_a_replica_that_restarts_is_used_again(quick_looks: None) -> None:
+async def test_a_replica_that_restarts_is_used_again() -> None:
     observer = Recorder()
     first, second = Replica(0), Replica(1)
-    async with listening(first, second) as target, GrpcDatastore(target, observer=observer) as client:
+    async with listening(first, second) as target, quick(target, observer=observer) as client:
         await client.search(search())
         await first.stop()
         await until(lambda: observer.counts == (1, 1))
@@ -150,7 +146,7 @@ async def test_a_replica_that_restarts_is_used_again(quick_looks: None) -> None:
 
 
 async def test_a_replica_that_a_name_comes_to_mean_gets_calls_and_one_that_goes_gets_none(
-    quick_looks: None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = Names()
     monkeypatch.setattr(fleet, "resolve", names.resolve)
@@ -160,7 +156,7 @@ async def test_a_replica_that_a_name_comes_to_mean_gets_calls_and_one_that_goes_
     first.slow = True
     async with (
         listening(first, second),
-        GrpcDatastore("dns:///datastore:9002", observer=observer, hedge=False) as client,
+        quick("dns:///datastore:9002", observer=observer) as client,
     ):
         names.ports = [first.port]
         held = asyncio.create_task(client.search(search()))
@@ -182,15 +178,13 @@ async def test_a_replica_that_a_name_comes_to_mean_gets_calls_and_one_that_goes_
         assert first.asked["Search"] == 1
 
 
-async def test_who_answers_is_kept_while_names_cannot_be_resolved(
-    quick_looks: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_who_answers_is_kept_while_names_cannot_be_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     names = Names()
     monkeypatch.setattr(fleet, "resolve", names.resolve)
 
     observer = Recorder()
     stays, dies = Replica(0), Replica(1)
-    async with listening(stays, dies), GrpcDatastore("datastore:9002", observer=observer) as client:
+    async with listening(stays, dies), quick("datastore:9002", observer=observer) as client:
         names.ports = [stays.port, dies.port]
         await client.search(search())
         names.away = True
@@ -199,18 +193,18 @@ async def test_who_answers_is_kept_while_names_cannot_be_resolved(
         assert [number(await client.search(search())) for _ in range(3)] == [0, 0, 0]
 
 
-async def test_a_name_that_means_nothing_yet_is_waited_for(quick_looks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_name_that_means_nothing_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     names = Names()
     monkeypatch.setattr(fleet, "resolve", names.resolve)
 
     replica = Replica(0)
-    async with listening(replica), GrpcDatastore("datastore:9002", wait=PATIENCE) as client:
+    async with listening(replica), quick("datastore:9002", wait=PATIENCE) as client:
         call = asyncio.create_task(client.search(search()))
         await until(lambda: client.problem is not None)
         assert "datastore:9002 has no address" in str(client.problem)
         names.ports = [replica.port]
         assert number(await call) == 0
-    async with GrpcDatastore("datastore:9002", wait=0.1) as client:
+    async with quick("datastore:9002", wait=0.1) as client:
         names.ports = []
         with pytest.raises(Unavailable, match="datastore:9002 has no address"):
             await client.search(search())
@@ -222,7 +216,7 @@ async def test_a_name_server_that_is_slow_does_not_hold_a_call_beyond_its_time(m
 
     monkeypatch.setattr(fleet, "resolve", never)
 
-    async with GrpcDatastore("datastore:9002", wait=PATIENCE, timeout=0.3) as client:
+    async with GrpcDatastore(Connection("datastore:9002", wait=PATIENCE, timeout=0.3)) as client:
         async with asyncio.timeout(10):
             with pytest.raises(Unavailable, match="datastore:9002 has no address"):
                 await client.search(search())
@@ -233,31 +227,31 @@ async def test_nobody_there_is_waited_for_and_then_unavailable() -> None:
     replica = Replica(0)
     async with listening(replica) as target:
         await replica.stop()
-        async with GrpcDatastore(target, wait=PATIENCE, observer=observer) as client:
+        async with GrpcDatastore(Connection(target, wait=PATIENCE, observer=observer)) as client:
             call = asyncio.create_task(client.search(search()))
             await until(lambda: len(observer.retries) > 2)
             await replica.start()
             assert number(await call) == 0
             await replica.stop()
-        async with GrpcDatastore(target, wait=0.2) as client:
+        async with GrpcDatastore(Connection(target, wait=0.2)) as client:
             with pytest.raises(Unavailable, match=replica.address):
                 await client.search(search())
-        async with GrpcDatastore(target, wait=PATIENCE) as client:
+        async with GrpcDatastore(Connection(target, wait=PATIENCE)) as client:
             begun = now()
             with outgoing(deadline=begun + 0.3), pytest.raises(Unavailable, match=replica.address):
                 await client.search(search())
             assert now() - begun < PATIENCE
 
 
-async def test_every_attempt_gets_what_is_left_of_the_time(quick_looks: None) -> None:
+async def test_every_attempt_gets_what_is_left_of_the_time() -> None:
     hanging, other = Replica(0), Replica(1)
     hanging.hang = True
-    async with listening(hanging, other) as target, GrpcDatastore(target, timeout=30.0, hedge=False) as client:
+    async with listening(hanging, other) as target, quick(target, timeout=30.0) as client:
         calls = [client.search(search()) for _ in range(2)]
         assert {number(result) for result in await asyncio.gather(*calls)} == {1}
         first, moved = sorted(other.time_left[-2:], reverse=True)
         assert 0 < moved < first <= 31.0  # a deadline crosses the wire rounded, and clocks in it differ a little
-    async with listening(hanging) as target, GrpcDatastore(target, timeout=0.2) as client:
+    async with listening(hanging) as target, quick(target, timeout=0.2) as client:
         with pytest.raises(DeadlineExceeded, match=hanging.address):
             await client.search(search())
 
@@ -284,17 +278,16 @@ async def test_closing_leaves_no_task_and_takes_no_call() -> None:
         await client.aclose()
 
 
-async def test_a_caller_that_leaves_is_cancelled_there(quick_looks: None) -> None:
+async def test_a_caller_that_leaves_is_cancelled_there() -> None:
     replica = Replica(0)
     replica.slow = True
-    async with listening(replica) as target, GrpcDatastore(target) as client:
+    async with listening(replica) as target, quick(target) as client:
         call = asyncio.create_task(client.search(search()))
         await until(lambda: replica.asked["Search"] == 1)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
         await until(lambda: replica.cancelled == 1)
-        assert client._caller.fleet.replicas[0]._movable == set()
 
 
 async def test_a_caller_that_leaves_while_its_replica_falls_silent_has_left() -> None:
@@ -321,10 +314,8 @@ async def test_a_client_is_made_anywhere_and_used_where_the_loop_is() -> None:
     await idle.aclose()
 
 
-async def test_the_first_call_waits_for_no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "FIRST_LOOK_SECONDS", 3600.0)
-
+async def test_the_first_call_waits_for_no_probe() -> None:
     replica = Replica(0)
-    async with listening(replica) as target, GrpcDatastore(target) as client:
+    async with listening(replica) as target, GrpcDatastore(Connection(target, look_seconds=3600.0)) as client:
         await client.search(search())
     assert replica.asked == {"Search": 1}

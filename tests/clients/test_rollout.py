@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from knnlm.clients.context import outgoing
-from knnlm.clients.rollout import DomainReplica
-from knnlm.clients.rpc import GrpcDatastore
+from knnlm.clients.rpc import DomainReplica, GrpcDatastore
 from knnlm.errors import DeadlineExceeded, InvalidRequest, Unavailable, UnknownDomain
+from knnlm.transport.context import outgoing
 from tests.clients.fakes import DRAINING, Context, Replica, abort, listening, now, until
 
 

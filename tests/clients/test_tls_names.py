@@ -7,9 +7,9 @@ import pytest
 
 from knnlm.clients import fleet
 from knnlm.clients.resolve import Address, Name
-from knnlm.clients.rpc import GrpcDatastore
-from knnlm.clients.tls import Tls
+from knnlm.clients.rpc import Connection, GrpcDatastore
 from knnlm.errors import InvalidRequest, Unavailable
+from knnlm.transport.security import Tls
 from tests.clients.fakes import Replica, number, search
 from tests.services.certificates import Authority
 
@@ -30,7 +30,7 @@ async def test_the_certificate_must_be_that_of_the_name(
     monkeypatch.setattr(fleet, "resolve", resolve)
 
     await replica.start(grpc.ssl_server_credentials([(key_file.read_bytes(), cert_file.read_bytes())]))
-    async with GrpcDatastore("datastore:9002", tls=Tls(authority.file), wait=0.1) as client:
+    async with GrpcDatastore(Connection("datastore:9002", tls=Tls(authority.file), wait=0.1)) as client:
         if fits:
             assert number(await client.search(search())) == 7
         else:
@@ -45,9 +45,9 @@ async def test_an_address_shows_the_certificate_of_the_address(tmp_path: Path) -
     replica = Replica(7)
 
     await replica.start(grpc.ssl_server_credentials([(key_file.read_bytes(), cert_file.read_bytes())]))
-    async with GrpcDatastore(replica.address, tls=Tls(authority.file)) as client:
+    async with GrpcDatastore(Connection(replica.address, tls=Tls(authority.file))) as client:
         assert number(await client.search(search())) == 7
-    async with GrpcDatastore(replica.address, wait=0.1) as client:
+    async with GrpcDatastore(Connection(replica.address, wait=0.1)) as client:
         with pytest.raises(Unavailable):
             await client.search(search())
     await replica.stop()
@@ -55,4 +55,4 @@ async def test_an_address_shows_the_certificate_of_the_address(tmp_path: Path) -
 
 def test_files_that_cannot_be_used_are_refused_when_the_client_is_made(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"cannot read .*missing\.pem"):
-        GrpcDatastore("127.0.0.1:9002", tls=Tls(tmp_path / "missing.pem"))
+        GrpcDatastore(Connection("127.0.0.1:9002", tls=Tls(tmp_path / "missing.pem")))

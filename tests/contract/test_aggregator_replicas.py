@@ -114,7 +114,7 @@ def test_calls_to_other_services_are_counted(store: Path) -> None:
         assert counted(s, "knnlm_upstream_replicas", service="datastore", state="up") == 2
         assert counted(s, "knnlm_upstream_replicas", service="lm", state="up") == 1
         text = (await s.client.get("/metrics")).text
-        for name in ("knnlm_upstream_retries_total", "knnlm_hedges_total", "knnlm_knn_degraded_total"):
+        for name in ("knnlm_upstream_retries_total", "knnlm_knn_degraded_total"):
             assert f"# TYPE {name} counter" in text
 
     with_system(store, check, replicas=2)

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from knnlm.clients.rpc import GrpcDatastore
+from knnlm.clients.rpc import Connection, GrpcDatastore
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.growth import add
 from knnlm.datastore.verify import verify
@@ -149,7 +149,7 @@ def test_deadlines_and_queues_do_not_move_with_the_calendar(calendar: Calendar, 
             await until(lambda: asyncio.sleep(0, held(host) == 12))
             for _ in calendar.jumps():  # nobody's time is over by it, and nobody has time without end
                 assert not any(task.done() for task in waiting)
-                hasty = GrpcDatastore(f"127.0.0.1:{host.grpc_port}", timeout=0.1)
+                hasty = GrpcDatastore(Connection(f"127.0.0.1:{host.grpc_port}", timeout=0.1))
                 with pytest.raises(DeadlineExceeded):
                     await hasty.search(REQUEST)
                 await hasty.aclose()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from knnlm.clients.secrets import LOOK_SECONDS, SecretFile
 from knnlm.errors import InvalidRequest
+from knnlm.transport.security import LOOK_SECONDS, SecretFile
 
 
 class Clock:

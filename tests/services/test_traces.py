@@ -15,10 +15,10 @@ import grpc
 import httpx
 import pytest
 
-from knnlm.clients.context import outgoing, outgoing_metadata
 from knnlm.clients.http import HttpLanguageModel
 from knnlm.errors import Unavailable
 from knnlm.testing import ToyLanguageModel, toy_datastore
+from knnlm.transport.context import outgoing, outgoing_metadata
 from knnlm.v1 import lm_pb2, lm_pb2_grpc
 from services.aggregator.app import service as aggregator_service
 from services.aggregator.settings import AggregatorSettings

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 
-from knnlm.clients.context import outgoing
 from knnlm.clients.http import HttpDatastore
-from knnlm.clients.rpc import GrpcDatastore
+from knnlm.clients.rpc import Connection, GrpcDatastore
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.encode import KeyEncoder
 from knnlm.datastore.manifest import Manifest
@@ -34,6 +33,7 @@ from knnlm.errors import (
 from knnlm.messages import Document, ForwardRequest, ForwardResult, SearchRequest
 from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore
+from knnlm.transport.context import outgoing
 from services.datastore.app import service
 from services.datastore.settings import DatastoreSettings
 from services.lm.app import service as lm_service
@@ -204,8 +204,8 @@ def test_changes_need_an_admin_key(store: Path) -> None:
     async def check(host: Host, client: GrpcDatastore) -> None:
         target = f"127.0.0.1:{host.grpc_port}"
         async with (
-            GrpcDatastore(target, api_key="ordinary") as ordinary,
-            GrpcDatastore(target, api_key="admin") as admin,
+            GrpcDatastore(Connection(target, api_key="ordinary")) as ordinary,
+            GrpcDatastore(Connection(target, api_key="admin")) as admin,
         ):
             with pytest.raises(PermissionDenied):
                 await ordinary.add_documents("toy", [Document("heron", TEXT)])

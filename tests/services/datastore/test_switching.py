@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from knnlm.clients.rpc import GrpcDatastore
+from knnlm.clients.rpc import Connection, GrpcDatastore
 from knnlm.datastore.catalog import Catalog
 from knnlm.errors import (
     DatastoreError,
@@ -207,7 +207,7 @@ async def test_a_full_queue_and_a_late_answer_are_told_apart(store: Path) -> Non
     ):
         first = asyncio.create_task(datastore_.search(REQUEST))
         await asyncio.to_thread(slow.entered.wait, 10)
-        late = GrpcDatastore(f"127.0.0.1:{host.grpc_port}", timeout=0.1)
+        late = GrpcDatastore(Connection(f"127.0.0.1:{host.grpc_port}", timeout=0.1))
         with pytest.raises(DeadlineExceeded):
             await late.search(REQUEST)
         await late.aclose()

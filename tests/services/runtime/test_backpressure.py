@@ -9,7 +9,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from knnlm.clients.context import PROBE
+from knnlm.transport.context import PROBE
 from knnlm.v1 import common_pb2, lm_pb2, lm_pb2_grpc
 from services.runtime.lifecycle import Host, running
 from services.runtime.settings import load_settings

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 
 from knnlm import errors as core
-from knnlm.clients.errors import rebuild
+from knnlm.clients.failures import rebuild
 from services.runtime import errors
 
 

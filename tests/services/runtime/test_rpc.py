@@ -10,8 +10,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pydantic import SecretStr
 
-from knnlm.clients.context import PROBE
 from knnlm.errors import Overloaded, UnknownVersion
+from knnlm.transport.context import PROBE
 from knnlm.v1 import lm_pb2, lm_pb2_grpc
 from services.runtime.lifecycle import Host, running
 from tests.services.echo import EchoCore, EchoSettings, echo_service

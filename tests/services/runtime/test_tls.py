@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from knnlm.clients.http import HttpLanguageModel
-from knnlm.clients.tls import Tls
 from knnlm.errors import InvalidRequest, Unauthenticated, Unavailable
 from knnlm.testing import ToyLanguageModel
+from knnlm.transport.security import Tls
 from knnlm.v1 import lm_pb2, lm_pb2_grpc
 from services.lm.app import service as lm_service
 from services.lm.settings import LmSettings

@@ -1,7 +1,6 @@
-"""What a call to another service carries besides its message: the id of the request it serves, until when, and what
-else rides with it (the trace it is part of).
+"""What a call to another service carries besides its message: request id, deadline, and metadata such as the trace.
 
-A context variable, because a request fans out over code that has no business with any of it (the mixer, the pipeline).
+A context variable, because a request fans out over code that needs none of it (the mixer, the pipeline).
 """
 
 import time
@@ -12,29 +11,42 @@ from dataclasses import dataclass
 
 from knnlm.errors import DeadlineExceeded
 
-__all__ = ["PROBE", "Outgoing", "outgoing", "outgoing_id", "outgoing_metadata", "time_limit"]
+__all__ = [
+    "HTTP2",
+    "MAX_MESSAGE_BYTES",
+    "PROBE",
+    "Outgoing",
+    "outgoing",
+    "outgoing_id",
+    "outgoing_metadata",
+    "time_limit",
+]
 
-PROBE = "knnlm-probe"  # the name of a pair that rides with calls which nobody waits for: they fill no log
+PROBE = "knnlm-probe"  # metadata key of health probes, which services do not log
+MAX_MESSAGE_BYTES = 64 << 20  # of gRPC
+
+# gRPC options: an answer of 64 queries has 512 KiB: fewer, larger frames, and a window that need not grow to it first
+HTTP2 = (("grpc.http2.max_frame_size", 1 << 20), ("grpc.http2.lookahead_bytes", 4 << 20))
 
 
 @dataclass(frozen=True)
 class Outgoing:
     request_id: str | None
-    deadline: float | None  # of time.monotonic
+    deadline: float | None  # on the clock of time.monotonic
     metadata: tuple[tuple[str, str], ...]
 
 
-_NOTHING = Outgoing(None, None, ())
-_OUTGOING: ContextVar[Outgoing] = ContextVar("outgoing", default=_NOTHING)
+_NO_REQUEST = Outgoing(None, None, ())
+_OUTGOING: ContextVar[Outgoing] = ContextVar("outgoing", default=_NO_REQUEST)
 
 
 @contextmanager
 def outgoing(
     *, request_id: str | None = None, deadline: float | None = None, metadata: Sequence[tuple[str, str]] = ()
 ) -> Iterator[None]:
-    """Inside, every client sends this request id and waits no longer than the deadline (of time.monotonic).
+    """Clients that are called inside send this request id and wait no longer than the deadline (time.monotonic).
 
-    metadata: pairs that every call carries besides, as HTTP headers and as gRPC metadata: names in lower case, values
+    metadata: further pairs of every call, as HTTP headers and as gRPC metadata: names in lower case, values
     of printable ASCII.
     """
     token = _OUTGOING.set(Outgoing(request_id, deadline, tuple(metadata)))
