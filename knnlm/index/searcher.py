@@ -13,10 +13,9 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.datastore.checksums import Checksums
+from knnlm.datastore.layout import Checksums
 from knnlm.datastore.manifest import FLAT, Manifest
-from knnlm.datastore.reader import Datastore
-from knnlm.datastore.segments import Int32
+from knnlm.datastore.reader import Datastore, Int32
 from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest
 from knnlm.index.added import Added, added_bytes
 from knnlm.index.contract import FAR, Float32, Index, Int64, SearchParameters
