@@ -32,6 +32,7 @@ __all__ = ["Engine"]
 LOG = logging.getLogger(__name__)
 ENVELOPE_BYTES = 4096  # of an answer beside its arrays
 TURN = 64  # queries of a domain before it is another's turn: larger batches are hardly faster per query
+LIMITED_OPTIONS = ("k", "overfetch", "nprobe", "ef_search")  # each by the setting max_<name>
 PASSAGE_BYTES = 256  # of a passage beside its tokens; document names are short
 
 
@@ -152,7 +153,7 @@ class Engine:
         check_exclusion(request)
         for name, given, most in (
             ("queries", len(request.queries), limits.max_queries),
-            ("k", request.k, limits.max_k),
+            *((name, getattr(request.options, name) or 0, getattr(limits, f"max_{name}")) for name in LIMITED_OPTIONS),
             ("passages", request.passages, limits.max_passages),
             ("passage_tokens", request.passage_tokens, limits.max_passage_tokens),
         ):
