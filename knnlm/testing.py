@@ -40,6 +40,7 @@ def byte_tokenizer() -> Tokenizer:
     )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
     return Tokenizer(backend.to_str(), bos_token_id=BOS, eos_token_id=EOS)
 
 

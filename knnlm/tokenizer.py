@@ -2,9 +2,18 @@
 
 A document is encoded whole, without the tokenizer's own special-token template, and the BOS token is put before it once
 when the model has one. Tokenizing line by line, or letting the template decide, puts BOS tokens into datastores.
+
+Other threads run meanwhile: the tokenizers library lets go of the interpreter's lock while it encodes a batch, and what
+is done under the lock is done in portions.
 """
 
+import codecs
 import hashlib
+import json
+import re
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,40 +23,201 @@ from knnlm.errors import ModelError
 
 __all__ = ["Tokenizer"]
 
+PORTION_CHARACTERS = 1 << 16  # of a text encoded at a time, where it can be cut
+PORTIONS_TOGETHER = 32
+PORTION_TOKENS = 1 << 14
+CUT_CONTEXT = 256  # characters on either side of a cut by which it is judged
+CUT_TRIES = 32
+CUT = re.compile(r"(?<=\S)(?=[ \n]\S)")  # before a single space or line end, between words
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+Ids = npt.NDArray[np.int32]
+
 
 class Tokenizer:
     """`json` is the serialisation of the tokenizers library. Raises ModelError when it is none."""
 
     def __init__(self, json: str, *, bos_token_id: int | None, eos_token_id: int | None) -> None:
-        try:
-            self._backend = tokenizers.Tokenizer.from_str(json)
-        except Exception as err:  # the library raises bare Exception for every malformed file
-            raise ModelError(f"not a tokenizer of the tokenizers library: {err}") from err
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._backend = _backend(json)
+        self._plain: tokenizers.Tokenizer | None = None  # one that takes special tokens in a text for text
         self.json = json
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
+        self._shape = _Shape(json)
+        self._added = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items()}
+        self._bytes: dict[int, bytes] = {}  # of the tokens met so far
+        self._anchor = next((i for c in "aeo01" if (i := self._backend.token_to_id(c)) is not None), None)
 
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()
 
-    def encode(self, text: str) -> npt.NDArray[np.int32]:
-        """(t,) int32: BOS first when there is one, then the text, where special tokens are plain text's own."""
-        ids = self._backend.encode(text, add_special_tokens=False).ids
-        start = [] if self.bos_token_id is None else [self.bos_token_id]
-        return np.array(start + ids, np.int32)
+    def encode(self, text: str, *, parse_special: bool = False) -> Ids:
+        """(t,) int32: BOS first when there is one, then the text.
+
+        parse_special: special tokens that are written in the text, such as `</s>`, count as such; else they are text.
+        """
+        return self.encode_all([text], parse_special=parse_special)[0]
+
+    def encode_all(self, texts: Sequence[str], *, parse_special: bool = False) -> list[Ids]:
+        """Each text as `encode` gives it; several at the same time on a machine with several cores."""
+        backend = self._backend if parse_special else self._without_specials()
+        cut = [self._portions(backend, text) for text in texts]
+        start = [] if self.bos_token_id is None else [np.array([self.bos_token_id], np.int32)]
+        parts = iter(_encoded(backend, [portion for portions in cut for portion in portions]))
+        return [np.concatenate([np.empty(0, np.int32), *start, *islice(parts, len(portions))]) for portions in cut]
 
     def decode(self, ids: npt.NDArray[np.integer] | list[int]) -> str:
         """The text of several tokens, special tokens included; ids the tokenizer does not know give nothing."""
-        text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
-        return text
+        return "".join(self.pieces(ids))
+
+    def pieces(self, ids: npt.NDArray[np.integer] | Sequence[int], *, inside: bool = False) -> list[str]:
+        """What each token adds to the text; joined they are the text.
+
+        A character that is split over several tokens stands at the one that completes it, the others are empty; bytes
+        that never become a character show as U+FFFD. inside: the tokens stand inside a text. Else the first of them,
+        after special tokens, begins one: without the space that the tokenizer puts before every text, if it does.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        found: list[str] = []
+        begins = not inside
+        for start in range(0, len(ids), PORTION_TOKENS):
+            for token in np.asarray(ids[start : start + PORTION_TOKENS]).tolist():
+                raw = self._bytes.get(token)
+                if raw is None:
+                    raw = self._bytes[token] = self._bytes_of(token)
+                if begins and token not in self._added:
+                    begins = False
+                    if not self._shape.byte_level and raw.startswith(b" "):
+                        raw = self._backend.decode([token], skip_special_tokens=False).encode()
+                found.append(decoder.decode(raw))
+        rest = decoder.decode(b"", final=True)
+        if rest:
+            found[-1] += rest
+        return found
+
+    def passage(self, before: Ids, after: Ids, *, inside: bool) -> tuple[str, str]:
+        """The texts of tokens that follow one another; together they are the whole's. inside: as in `pieces`."""
+        pieces = self.pieces(np.concatenate([before, after]), inside=inside)
+        return "".join(pieces[: len(before)]), "".join(pieces[len(before) :])
 
     def token(self, token_id: int) -> str:
-        """The text of one token by itself. Bytes that are no character alone show as U+FFFD."""
-        return self.decode([token_id])
+        """The text of one token inside a text: with its leading space. Bytes that are no character alone are U+FFFD."""
+        return self.pieces([token_id], inside=True)[0]
 
     def __len__(self) -> int:
         size: int = self._backend.get_vocab_size(with_added_tokens=True)
         return size
+
+    def _without_specials(self) -> tokenizers.Tokenizer:
+        if self._plain is None:
+            plain = _backend(self.json)
+            plain.encode_special_tokens = True  # as any other text
+            self._plain = plain
+        return self._plain
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        """What a token inside a text stands for, which need not be whole characters."""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        if self._shape.byte_level:
+            known = [BYTES.get(character) for character in token]
+            return token.encode() if None in known else bytes(known)  # type: ignore[arg-type]  # just seen
+        if self._shape.byte_fallback and (byte := BYTE_TOKEN.fullmatch(token)):
+            return bytes.fromhex(byte[1])
+        # behind another token: a decoder may take the first space of a text away
+        anchor = [] if self._anchor is None else [self._anchor]
+        whole = self._backend.decode([*anchor, token_id], skip_special_tokens=False)
+        return whole[len(self._backend.decode(anchor, skip_special_tokens=False)) :].encode()
+
+    def _portions(self, backend: tokenizers.Tokenizer, text: str) -> list[str]:
+        """Parts of a long text that have, encoded one by one, the tokens of the whole; the text itself if in doubt."""
+        portions: list[str] = []
+        start = 0
+        while self._shape.splits and len(text) - start > 2 * PORTION_CHARACTERS:
+            at = self._cut(backend.pre_tokenizer, text, start + PORTION_CHARACTERS)
+            if at is None:
+                break
+            portions.append(text[start:at])
+            start = at
+        return [*portions, text[start:]]
+
+    def _cut(self, pre: Any, text: str, least: int) -> int | None:  # Any: any of the library's pre-tokenizers
+        """A place at or soon after `least` where the pre-tokenizer parts the text in any case.
+
+        No token reaches over such a place. Whether it is one is seen on the characters around it: pre-tokenizers that
+        look further do not count (see _Shape).
+        """
+        candidates = CUT.finditer(text, least, least + PORTION_CHARACTERS)
+        for at in islice((match.start() for match in candidates), CUT_TRIES):
+            left, right = text[max(0, at - CUT_CONTEXT) : at], text[at : at + CUT_CONTEXT]
+            apart = [piece for side in (left, right) for piece, _ in pre.pre_tokenize_str(side)]
+            if apart == [piece for piece, _ in pre.pre_tokenize_str(left + right)]:
+                return at
+        return None
+
+
+class _Shape:
+    """What the kind of a tokenizer says of its tokens.
+
+    byte_level: tokens are written in the alphabet of bytes. byte_fallback: tokens like <0xE2> are bytes. splits: the
+    text is parted by a regular expression, and tokens do not reach over its parts.
+    """
+
+    def __init__(self, serialised: str) -> None:
+        fields = json.loads(serialised)
+        decoders, pre = (_steps(fields.get(name), name) for name in ("decoder", "pre_tokenizer"))
+        self.byte_level = any(step["type"] == "ByteLevel" for step in decoders)
+        self.byte_fallback = any(step["type"] == "ByteFallback" for step in decoders)
+        parted = any(step["type"] == "Split" or step.get("use_regex") for step in pre)
+        local = all(step["type"] in ("Split", "ByteLevel", "Digits") for step in pre)
+        prefixed = any(step.get("add_prefix_space") for step in pre)
+        stable = all(step["type"] == "NFC" for step in _steps(fields.get("normalizer"), "normalizer"))
+        # an added token is looked for before all else: over a cut, or with the space beside it
+        added = fields.get("added_tokens") or []
+        apart = not any(t["lstrip"] or t["rstrip"] or CUT.search(t["content"]) for t in added)
+        self.splits = parted and local and not prefixed and stable and apart
+
+
+def _steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """What a part of a tokenizer's JSON consists of: the steps of a sequence, else itself."""
+    if part is None:
+        return []
+    steps = {"decoder": "decoders", "pre_tokenizer": "pretokenizers", "normalizer": "normalizers"}[name]
+    return [inner for step in part[steps] for inner in _steps(step, name)] if part["type"] == "Sequence" else [part]
+
+
+def _backend(json: str) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(json)
+    except Exception as err:  # the library raises bare Exception for every malformed file
+        raise ModelError(f"not a tokenizer of the tokenizers library: {err}") from err
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _encoded(backend: tokenizers.Tokenizer, portions: list[str]) -> list[Ids]:
+    """(t,) int32 of each. Encodings are large: they are let go of one at a time."""
+    found: list[Ids] = []
+    for start in range(0, len(portions), PORTIONS_TOGETHER):
+        encodings = backend.encode_batch_fast(portions[start : start + PORTIONS_TOGETHER], add_special_tokens=False)
+        encodings.reverse()
+        while encodings:
+            ids = encodings.pop().ids
+            blocks = [np.array(ids[at : at + PORTION_TOKENS], np.int32) for at in range(0, len(ids), PORTION_TOKENS)]
+            found.append(np.concatenate([np.empty(0, np.int32), *blocks]))
+    return found
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in byte-level tokenizers, as GPT-2 chose them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+BYTES = _byte_alphabet()

@@ -42,7 +42,8 @@ def test_the_python_block_runs_and_retrieval_helps(checkout: Path) -> None:
 
 
 def test_the_commands_run(checkout: Path) -> None:
-    out = run(["bash", "-euc", "".join(blocks("sh"))], checkout)
+    (block,) = blocks("sh")
+    out = run(["bash", "-euc", block], checkout)
     assert "kNN-LM" in out
 
 

@@ -20,7 +20,6 @@ from knnlm.cli.forget import forget
 from knnlm.cli.index import index
 from knnlm.cli.next_token import next_token
 from knnlm.cli.score import score
-from knnlm.cli.serve import serve
 from knnlm.cli.show import show
 from knnlm.cli.train import train
 from knnlm.cli.tune import tune
@@ -33,7 +32,7 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 EXTRAS = {
     "torch": "lm", "transformers": "lm", "safetensors": "lm", "faiss": "index",
     "llvmlite": "index", "numba": "index", "pyarrow": "parquet", "rich": "cli", "grpc": "clients",
-    "google": "clients", "fastapi": "serve",
+    "google": "clients",
 }  # fmt: skip
 
 app = typer.Typer(
@@ -56,7 +55,6 @@ app.command("eval")(evaluate)
 app.add_typer(domains, name="domains")
 app.command("next")(next_token)
 app.command()(score)
-app.command()(serve)
 
 
 def _print_version(wanted: bool) -> None:
@@ -71,7 +69,7 @@ def _root(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Nearest-neighbour language models: train, build datastores, tune, evaluate, ask, serve."""
+    """Nearest-neighbour language models: train, build datastores, tune, evaluate, ask."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -88,18 +88,23 @@ def _likeliest(result: "NextTokens", tokenizer: "Tokenizer", top: int) -> list[d
 
 def _nearest(result: "NextTokens", tokenizer: "Tokenizer") -> list[dict[str, Any]]:  # Any: JSON
     """Every neighbor that came with its text, by domain and then distance."""
-    return [
-        {
-            "domain": found.domain,
-            "entry": passage.entry,
-            "distance": float(distance),
-            "token": tokenizer.token(int(passage.after[0])),
-            "document": passage.document,
-            "position": passage.position,
-            "before": tokenizer.decode(passage.before),
-            "after": tokenizer.decode(passage.after),
-        }
-        for found in result.found
-        if found.passages
-        for passage, distance in zip(found.passages[0], found.neighbors.distances[0], strict=False)
-    ]
+    shown = []
+    for found in result.found:
+        for passage, distance in zip(
+            found.passages[0] if found.passages else (), found.neighbors.distances[0], strict=False
+        ):
+            inside = passage.position > len(passage.before)
+            before, after = tokenizer.passage(passage.before, passage.after, inside=inside)
+            shown.append(
+                {
+                    "domain": found.domain,
+                    "entry": passage.entry,
+                    "distance": float(distance),
+                    "token": tokenizer.token(int(passage.after[0])),
+                    "document": passage.document,
+                    "position": passage.position,
+                    "before": before,
+                    "after": after,
+                }
+            )
+    return shown

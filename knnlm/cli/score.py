@@ -39,7 +39,7 @@ def score(
     text = read_text(text)
     with Pipeline.load(model, store, domains, device=device, dtype=dtype) as pipeline:
         result = pipeline.score(text, knn, context_length=context_length, min_context=min_context)
-        pieces = [pipeline.tokenizer.token(token) for token in result.tokens]
+        pieces = pipeline.tokenizer.pieces(result.tokens)
     neighbors = [None] * len(pieces[1:]) if result.knn_log_probs is None else result.knn_log_probs.tolist()
     log_probs = list(zip(result.log_probs.tolist(), result.lm_log_probs.tolist(), neighbors, strict=True))
     if as_json:

@@ -61,14 +61,15 @@ def show(
 
 def _entry(datastore: "Datastore", tokenizer: "Tokenizer", number: int, around: int) -> dict[str, Any]:  # Any: JSON
     passage = datastore.passage(number, around, around)
+    before, after = tokenizer.passage(passage.before, passage.after, inside=passage.position > len(passage.before))
     return {
         "entry": number,
         "document": passage.document,
         "position": passage.position,
         "value": int(passage.after[0]),
         "token": tokenizer.token(int(passage.after[0])),
-        "before": tokenizer.decode(passage.before),
-        "after": tokenizer.decode(passage.after),
+        "before": before,
+        "after": after,
     }
 
 

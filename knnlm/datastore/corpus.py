@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from knnlm.datastore.arrays import ArrayStream
-from knnlm.datastore.document_table import Row
+from knnlm.datastore.documents import Row
 from knnlm.datastore.files import disk_errors, sync_folder, written
 from knnlm.datastore.layout import DOCUMENTS, TOKENS
 from knnlm.datastore.manifest import Record
@@ -43,8 +43,12 @@ def write_corpus(
     vocab_size: int,
     folder: Path,
     on_tokens: Callable[[int], None],
+    *,
+    parse_special: bool,
 ) -> Sources:
     """Tokenize `documents` into `folder`; `on_tokens` hears how many so far. Durable when it returns.
+
+    parse_special: as in `Tokenizer.encode`.
 
     Raises DatastoreError, naming the document, for a token outside [0, vocab_size): it could not be predicted;
     InvalidRequest for an id or a text that is not text.
@@ -55,7 +59,7 @@ def write_corpus(
     with ArrayStream(folder / TOKENS, "<i4") as tokens, written(table) as lines:
         for document in documents:
             digest.add(document)
-            ids = tokenizer.encode(document.text)  # (t,) int32
+            ids = tokenizer.encode(document.text, parse_special=parse_special)  # (t,) int32
             if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
                 raise DatastoreError(
                     f"document {document.id!r} has token {ids.max() if ids.min() >= 0 else ids.min()}, "

@@ -58,20 +58,20 @@ def next_tokens(
 
 def scored_tokens(score: Score, tokenizer: Tokenizer) -> list[schemas.ScoredToken]:
     """One for each token but the first."""
-    texts = {t: tokenizer.token(t) for t in np.unique(score.tokens).tolist()}
+    texts = tokenizer.pieces(score.tokens)[1:]
     tokens = score.tokens[1:].tolist()
     knn = [None] * len(tokens) if score.knn_log_probs is None else score.knn_log_probs.tolist()
     columns = (score.log_probs.tolist(), score.lm_log_probs.tolist(), knn, score.weight.tolist())
     return [
         schemas.ScoredToken(
             token_id=token,
-            token=texts[token],
+            token=text,
             log_p=finite(log_p),
             log_p_lm=log_p_lm,
             log_p_knn=None if log_p_knn is None else finite(log_p_knn),
             lmbda=weight,
         )
-        for token, log_p, log_p_lm, log_p_knn, weight in zip(tokens, *columns, strict=True)
+        for token, text, log_p, log_p_lm, log_p_knn, weight in zip(tokens, texts, *columns, strict=True)
     ]
 
 
@@ -116,6 +116,9 @@ def _neighbors(answer: NextTokens, row: int, count: int, tokenizer: Tokenizer) -
         weights = np.exp(log_weights - np.logaddexp.reduce(log_weights))
         for j, passage in enumerate(result.passages[row]):
             value = int(neighbors.values[row, j])
+            before, after = tokenizer.passage(
+                passage.before, passage.after, inside=passage.position > len(passage.before)
+            )
             shown.append(
                 schemas.Neighbor(
                     domain=result.domain,
@@ -125,8 +128,8 @@ def _neighbors(answer: NextTokens, row: int, count: int, tokenizer: Tokenizer) -
                     token=tokenizer.token(value),
                     document=passage.document,
                     position=passage.position,
-                    before=tokenizer.decode(passage.before),
-                    after=tokenizer.decode(passage.after),
+                    before=before,
+                    after=after,
                 )
             )
     return sorted(shown, key=lambda n: n.distance)[:count]

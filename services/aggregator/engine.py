@@ -191,22 +191,32 @@ class Aggregator:
         return domain_shape(await self._datastore.get_domain(name))
 
     async def tokenize(self, request: schemas.TokenizeRequest) -> schemas.TokenizeResponse:
-        """The ids of the text, where special tokens that are written out count as such; BOS first when asked for."""
+        """The ids of the text; BOS first when asked for."""
         self.check_model(request.model)
-        self._check_text(request.prompt, empty=True)
-        tokens = (await asyncio.to_thread(self.tokenizer.encode, request.prompt)).tolist()
+        self._check_texts([request.prompt], "prompt", empty=True)
+        return await asyncio.to_thread(self._tokenized, request)
+
+    def _tokenized(self, request: schemas.TokenizeRequest) -> schemas.TokenizeResponse:
+        tokens = self.tokenizer.encode(request.prompt, parse_special=request.parse_special)
         if not request.add_special_tokens and self.info.bos_token_id is not None:
             tokens = tokens[1:]
-        return schemas.TokenizeResponse(
+        return schemas.TokenizeResponse.model_construct(  # unchecked: it may be long
             count=len(tokens),
             max_model_len=self.info.context_length,
-            tokens=tokens,
-            token_strs=[self.tokenizer.token(t) for t in tokens] if request.return_token_strs else None,
+            tokens=tokens.tolist(),
+            token_strs=self.tokenizer.pieces(tokens) if request.return_token_strs else None,
         )
 
-    def detokenize(self, request: schemas.DetokenizeRequest) -> schemas.DetokenizeResponse:
+    async def detokenize(self, request: schemas.DetokenizeRequest) -> schemas.DetokenizeResponse:
+        """The text of the tokens."""
         self.check_model(request.model)
-        return schemas.DetokenizeResponse(prompt=self.tokenizer.decode(self._token_array(request.tokens)))
+        if len(request.tokens) > self._settings.max_text_bytes:
+            raise TooLarge(
+                f"tokens may hold {self._settings.max_text_bytes}, got {len(request.tokens)} (--max-text-bytes)",
+                param="tokens",
+            )
+        text = await asyncio.to_thread(lambda: self.tokenizer.decode(self._token_array(request.tokens)))
+        return schemas.DetokenizeResponse(prompt=text)
 
     def tokenizer_info(self) -> dict[str, object]:
         def text(token: int | None) -> str | None:
@@ -235,9 +245,8 @@ class Aggregator:
         if request.text is not None:
             texts = [request.text] if isinstance(request.text, str) else list(request.text)
             self._check_count(len(texts), "text")
-            for text in texts:
-                self._check_text(text)
-            return list(await asyncio.to_thread(lambda: [self.tokenizer.encode(t) for t in texts]))
+            self._check_texts(texts, "text")
+            return await asyncio.to_thread(self.tokenizer.encode_all, texts, parse_special=request.parse_special)
         rows: Sequence[object] = request.tokens or []
         many = [rows] if rows and isinstance(rows[0], int) else rows
         self._check_count(len(many), "tokens")
@@ -249,8 +258,9 @@ class Aggregator:
         if request.tokens is not None:
             tokens = self._token_array(request.tokens)
         else:
-            self._check_text(request.text or "")
-            tokens = await asyncio.to_thread(self.tokenizer.encode, request.text or "")
+            text = request.text or ""
+            self._check_texts([text], "text")
+            tokens = await asyncio.to_thread(self.tokenizer.encode, text, parse_special=request.parse_special)
         if len(tokens) > self._settings.max_score_tokens:
             raise TooLarge(
                 f"the text has {len(tokens)} tokens, at most {self._settings.max_score_tokens} are scored at once",
@@ -264,9 +274,14 @@ class Aggregator:
         if count > self._settings.max_texts:
             raise TooLarge(f"{param} may hold {self._settings.max_texts} contexts, got {count}", param=param)
 
-    def _check_text(self, text: str, *, empty: bool = False) -> None:
-        if not text and not empty:
-            raise InvalidRequest("text must not be empty", param="text")
+    def _check_texts(self, texts: Sequence[str], param: str, *, empty: bool = False) -> None:
+        if not (all(texts) or empty):
+            raise InvalidRequest(f"{param} must not be empty", param=param)
+        size = sum(len(text.encode()) for text in texts)
+        if size > self._settings.max_text_bytes:
+            raise TooLarge(
+                f"{param} may have {self._settings.max_text_bytes} bytes, got {size} (--max-text-bytes)", param=param
+            )
 
     def _token_array(self, tokens: Sequence[int]) -> Ids:
         largest = max(tokens, default=0)

@@ -1,8 +1,9 @@
 """The aggregator's HTTP face: decode, one call, encode."""
 
+import asyncio
 import time
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Response
 
 from services.aggregator import schemas
 from services.aggregator.choices import named_as_asked
@@ -90,13 +91,19 @@ def routes(core: AggregatorCore) -> APIRouter:
 def _add_tokenizer_routes(router: APIRouter, core: AggregatorCore, prefix: str) -> None:
     """vLLM's shapes, which evaluation harnesses know, at both places they look."""
 
-    @router.post(f"{prefix}/tokenize", tags=["tokenizer"], summary="Text to token ids")
-    async def tokenize(request: schemas.TokenizeRequest) -> schemas.TokenizeResponse:
-        return await core.aggregator.tokenize(request)
+    @router.post(
+        f"{prefix}/tokenize",
+        tags=["tokenizer"],
+        summary="Text to token ids",
+        response_model=schemas.TokenizeResponse,
+    )
+    async def tokenize(request: schemas.TokenizeRequest) -> Response:
+        answer = await core.aggregator.tokenize(request)
+        return Response(await asyncio.to_thread(answer.model_dump_json), media_type="application/json")
 
     @router.post(f"{prefix}/detokenize", tags=["tokenizer"], summary="Token ids to text")
     async def detokenize(request: schemas.DetokenizeRequest) -> schemas.DetokenizeResponse:
-        return core.aggregator.detokenize(request)
+        return await core.aggregator.detokenize(request)
 
     @router.get(f"{prefix}/tokenizer_info", tags=["tokenizer"], summary="What the tokenizer is")
     async def tokenizer_info() -> dict[str, object]:

@@ -10,6 +10,9 @@ Lambda = Annotated[
     float, Field(strict=True, ge=0, le=1, allow_inf_nan=False, description="Weight of what is retrieved.")
 ]
 Temperature = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description="Divides squared distances.")]
+ParseSpecial = Annotated[
+    StrictBool, Field(description="Special tokens written in the text count as such; else they are text.")
+]
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -44,6 +47,7 @@ class Request(Strict):
     on_datastore_error: Literal["fail", "lm_only"] | None = Field(
         None, description="When retrieval is down: fail with 503, or answer from the LM and say so in `degraded`."
     )
+    parse_special: ParseSpecial = False
 
 
 class NextTokenRequest(Request):
@@ -216,6 +220,7 @@ class TokenizeRequest(Strict):
     prompt: Text
     add_special_tokens: StrictBool = True
     return_token_strs: StrictBool = False
+    parse_special: ParseSpecial = False
 
 
 class TokenizeResponse(BaseModel):

@@ -60,6 +60,9 @@ class AggregatorSettings(HttpSettings):
     max_neighbors: int = Field(256, ge=0, description="neighbors shown per context, and tokens of text beside each")
     max_domains: int = Field(8, ge=1, description="domains in one request")
     max_k: int = Field(4096, ge=1, description="neighbors retrieved per query and domain")
+    max_text_bytes: int = Field(
+        1 << 20, ge=1, description="bytes (UTF-8) of the texts of a request, which are tokenized here"
+    )
     max_score_tokens: int = Field(131_072, ge=2, description="tokens of the longest text that is scored")
     score_batch_tokens: int = Field(4096, ge=1, description="tokens of windows sent to the lm service at once")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from knnlm.datastore.build import Progress, build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.document_table import Row
+from knnlm.datastore.documents import Row
 from knnlm.datastore.encode import plan_parts
 from knnlm.datastore.manifest import WindowsRecord
 from knnlm.datastore.reader import Datastore
@@ -77,7 +77,9 @@ def test_long_documents_are_cut_into_windows(tmp_path: Path, context_length: int
             expected = key(lm, tokens[window.start : target])
             np.testing.assert_array_equal(datastore.keys[first + target - 1], expected.astype(np.float32))
             assert datastore.values[first + target - 1] == tokens[target]
-    assert datastore.manifest.windows == WindowsRecord(context_length=context_length, min_context=min_context)
+    assert datastore.manifest.windows == WindowsRecord(
+        context_length=context_length, min_context=min_context, parse_special=False
+    )
 
 
 def test_bos_stands_once_before_every_document_and_is_no_value(tmp_path: Path) -> None:
@@ -92,7 +94,7 @@ def test_parts_cover_every_entry_once(lengths: list[int], context_length: int, d
     part_entries = data.draw(st.integers(1, 200))
     starts = np.cumsum([0, *lengths])
     rows = [Row(str(i), int(starts[i]), length) for i, length in enumerate(lengths)]
-    windows = WindowsRecord(context_length=context_length, min_context=min_context)
+    windows = WindowsRecord(context_length=context_length, min_context=min_context, parse_special=False)
     parts = list(plan_parts(rows, windows, part_entries))
     assert [p.number for p in parts] == list(range(len(parts)))
     assert [p.lo for p in parts] == [0, *(p.hi for p in parts)][: len(parts)]
