@@ -29,8 +29,8 @@ from knnlm.datastore.files import locked, sha256_of
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.progress import Progress
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.revise import with_tuning
 from knnlm.datastore.text import Document, read_documents
+from knnlm.datastore.updates.revise import with_tuning
 from knnlm.evaluation.collect import observe
 from knnlm.evaluation.splits import Part, encode, part_of, sample, unseen
 from knnlm.evaluation.tuning import Observations, fit

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.harness import ROOT, arguments, figure, table
 from knnlm.datastore.arrays import ArrayWriter
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.documents import Row
+from knnlm.datastore.document_table import Row
 from knnlm.datastore.files import sha256_of
 from knnlm.datastore.layout import DOCUMENTS, KEYS, TOKENIZER, TOKENS, VALUES
 from knnlm.datastore.manifest import FileRecord, Manifest, ModelRecord, WindowsRecord

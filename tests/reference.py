@@ -11,8 +11,8 @@ import numpy as np
 
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.revise import with_tuning
 from knnlm.datastore.text import Document
+from knnlm.datastore.updates.revise import with_tuning
 from knnlm.index.searcher import Searcher
 from knnlm.lm.model import LanguageModel
 from knnlm.messages import Tuning

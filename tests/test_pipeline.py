@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from knnlm.datastore.revise import with_tuning
+from knnlm.datastore.updates.revise import with_tuning
 from knnlm.errors import Conflict, InvalidRequest, KnnlmError, UnknownDomain, UnknownVersion
 from knnlm.index.searcher import Searcher
 from knnlm.messages import ForwardRequest, SearchRequest, Tuning

@@ -42,8 +42,7 @@ def test_the_python_block_runs_and_retrieval_helps(checkout: Path) -> None:
 
 
 def test_the_commands_run(checkout: Path) -> None:
-    (block,) = blocks("sh")
-    out = run(["bash", "-euc", block], checkout)
+    out = run(["bash", "-euc", "".join(blocks("sh"))], checkout)
     assert "kNN-LM" in out
 
 

@@ -67,9 +67,9 @@ def add(
 ) -> None:
     """Add documents to a domain, as a new version. Stopped additions continue with the same command."""
     from knnlm.datastore.catalog import Catalog
-    from knnlm.datastore.growth import add as run
     from knnlm.datastore.manifest import Manifest
     from knnlm.datastore.text import read_documents
+    from knnlm.datastore.updates.growth import add as run
     from knnlm.evaluation.splits import select
 
     catalog = Catalog(store)
@@ -104,7 +104,7 @@ def add(
     except KeyboardInterrupt:
         remark("stopped: the same command continues where it was")
         raise
-    print_change(change, active=activate, as_json=as_json)
+    print_change(catalog, change, active=activate, as_json=as_json)
 
 
 def _service(

@@ -55,9 +55,9 @@ def build(
 ) -> None:
     """Build a datastore from documents, index it and activate it. Stopped builds continue with the same command."""
     from knnlm.datastore.build import build as run
+    from knnlm.datastore.build import require_documents
     from knnlm.datastore.catalog import Catalog
     from knnlm.datastore.manifest import Manifest
-    from knnlm.datastore.phases import require_documents
     from knnlm.datastore.text import read_documents
     from knnlm.evaluation.splits import select
     from knnlm.index.table import family

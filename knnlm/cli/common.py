@@ -19,9 +19,9 @@ from knnlm.errors import InvalidRequest, UnknownVersion
 
 if TYPE_CHECKING:
     from knnlm.datastore.catalog import Catalog
-    from knnlm.datastore.change import Change
     from knnlm.datastore.progress import Progress, Report
     from knnlm.evaluation.splits import Part
+    from knnlm.messages import DomainChange
 
 DomainArgument = Annotated[str, typer.Argument(help="The domain: a-z, 0-9, '-', '_' and '.'.")]
 SourcesArgument = Annotated[
@@ -142,20 +142,19 @@ def showing() -> Iterator["Report"]:
         yield on_progress
 
 
-def print_change(change: "Change", *, active: bool, as_json: bool) -> None:
+def print_change(catalog: "Catalog", change: "DomainChange", *, active: bool, as_json: bool) -> None:
     """What adding, removing or compacting made of a domain."""
     from dataclasses import asdict
 
     from knnlm.datastore.manifest import Manifest
 
-    manifest = Manifest.load(change.path)
+    path = catalog.path(change.domain, change.version)
+    manifest = Manifest.load(path)
     if as_json:
         counts = {"entries": manifest.live_entries, "documents": manifest.live_documents}
-        print_json(
-            asdict(change) | {"path": str(change.path), "active": active, "index": manifest.index.recipe} | counts
-        )
+        print_json(asdict(change) | {"path": str(path), "active": active, "index": manifest.index.recipe} | counts)
         return
-    print(f"{change.path}: {manifest.live_entries:,} entries of {manifest.live_documents:,} documents")
+    print(f"{path}: {manifest.live_entries:,} entries of {manifest.live_documents:,} documents")
     for word, documents, entries in (
         ("added", change.added_documents, change.added_entries),
         ("removed", change.removed_documents, change.removed_entries),

@@ -54,10 +54,10 @@ def compact(
             print(f"{domain} {change.version} has nothing to fold: no document was added or removed")
         return
     old = Manifest.load(version_folder(catalog, domain, change.parent))
-    new = Manifest.load(change.path)
+    new = Manifest.load(catalog.path(domain, change.version))
     if new.tuning is not None and new.index.recipe != old.index.recipe:
         remark(f"the tuning was fitted to neighbors found by {old.index.recipe}: run `knnlm tune {domain}` again")
     for other in old.other_indexes:
         remark(f"{old.version} also has the index {other.recipe}: build it with `knnlm index {domain} --recipe "
                f"{other.recipe} --beside`, if it is wanted")  # fmt: skip
-    print_change(change, active=activate, as_json=as_json)
+    print_change(catalog, change, active=activate, as_json=as_json)

@@ -30,12 +30,12 @@ def forget(
 ) -> None:
     """Remove documents from a domain, as a new version. With an unknown id nothing is done."""
     from knnlm.datastore.catalog import Catalog
-    from knnlm.datastore.growth import remove
+    from knnlm.datastore.updates.growth import remove
 
     catalog = Catalog(store)
     wanted = [*(ids or ()), *([] if ids_file is None else _lines(ids_file))]
     change = remove(wanted, catalog, domain, activate=catalog.activate if activate else None, wait=wait)
-    print_change(change, active=activate, as_json=as_json)
+    print_change(catalog, change, active=activate, as_json=as_json)
 
 
 def _lines(file: Path) -> list[str]:

@@ -124,7 +124,7 @@ def _change(
 ) -> tuple["Manifest", str, list[str]]:
     """What was asked for. Returns (the version after it, the index it was about, why or what)."""
     from knnlm.datastore.manifest import Manifest
-    from knnlm.datastore.revise import with_default_index
+    from knnlm.datastore.updates.revise import with_default_index
     from knnlm.index.build import remove_index
 
     given = {

@@ -20,6 +20,7 @@ from knnlm.cli.forget import forget
 from knnlm.cli.index import index
 from knnlm.cli.next_token import next_token
 from knnlm.cli.score import score
+from knnlm.cli.serve import serve
 from knnlm.cli.show import show
 from knnlm.cli.train import train
 from knnlm.cli.tune import tune
@@ -32,7 +33,7 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 EXTRAS = {
     "torch": "lm", "transformers": "lm", "safetensors": "lm", "faiss": "index",
     "llvmlite": "index", "numba": "index", "pyarrow": "parquet", "rich": "cli", "grpc": "clients",
-    "google": "clients",
+    "google": "clients", "fastapi": "serve",
 }  # fmt: skip
 
 app = typer.Typer(
@@ -55,6 +56,7 @@ app.command("eval")(evaluate)
 app.add_typer(domains, name="domains")
 app.command("next")(next_token)
 app.command()(score)
+app.command()(serve)
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,7 +71,7 @@ def _root(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Nearest-neighbour language models: train, build datastores, tune, evaluate, ask."""
+    """Nearest-neighbour language models: train, build datastores, tune, evaluate, ask, serve."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -56,8 +56,8 @@ def tune(
     """
     from knnlm.datastore.catalog import Catalog
     from knnlm.datastore.manifest import Manifest
-    from knnlm.datastore.revise import with_tuning
     from knnlm.datastore.text import read_documents
+    from knnlm.datastore.updates.revise import with_tuning
     from knnlm.evaluation.collect import find, leak, observe
     from knnlm.evaluation.plots import write_tuning_page
     from knnlm.evaluation.splits import encode, sample, select, unseen

@@ -6,23 +6,29 @@ built is published, not activated: which version answers is decided with `Catalo
 `knnlm.index.build.build_index` gives it another index.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
+from knnlm.datastore.arrays import ArrayWriter, open_array
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.corpus import Sources, sources_digest
-from knnlm.datastore.encode import KeyEncoder
+from knnlm.datastore.corpus import Sources, sources_digest, write_corpus
+from knnlm.datastore.document_table import read_rows
+from knnlm.datastore.encode import Encoder, KeyEncoder, plan_parts
 from knnlm.datastore.files import write_atomic
-from knnlm.datastore.layout import MANIFEST, TOKENIZER
+from knnlm.datastore.layout import DOCUMENTS, KEYS, MANIFEST, TOKENIZER, TOKENS, VALUES, FileRecord
 from knnlm.datastore.manifest import Manifest, ModelRecord, WindowsRecord
-from knnlm.datastore.phases import check_sizes, check_tokenizer, encode, no_token, require_documents, tokenize
-from knnlm.datastore.progress import Progress, Report, silent
-from knnlm.datastore.workspace import Identity, Workspace, recorded, workspace
+from knnlm.datastore.progress import Clock, Progress, Report, silent
+from knnlm.datastore.workspace import Identity, Workspace, workspace
 from knnlm.decoding import choose_windows
-from knnlm.errors import InvalidRequest
+from knnlm.errors import InvalidRequest, ModelError
 from knnlm.messages import Document
 
-__all__ = ["KeyEncoder", "Progress", "build"]
+__all__ = [
+    "KeyEncoder", "Progress", "build", "check_sizes", "check_tokenizer", "encode", "require_documents", "tokenize",
+]  # fmt: skip
 
 KEY_DTYPES = ("float16", "float32")
 
@@ -61,7 +67,7 @@ def build(
         sources = _tokenized(documents, lm, space, report)
         if not sources.entries:
             space.abandon()
-            raise no_token()
+            raise _no_token()
         encode(lm, space, sources, batch_tokens=batch_tokens, part_entries=part_entries, report=report)
         report(Progress("publish", sources.entries, sources.entries, 0, 0.0))
         _publish(space, sources, target)
@@ -92,7 +98,7 @@ def _publish(space: Workspace, sources: Sources, target: Path) -> None:
         entries=sources.entries,
         documents=sources.documents,
         tokens=sources.tokens,
-        files={name: recorded(folder / name) for name in names},
+        files={name: FileRecord.of(folder / name) for name in names},
     )
     manifest.save(folder)
     space.publish(target)
@@ -113,3 +119,82 @@ def _identity(lm: KeyEncoder, context_length: int | None, min_context: int | Non
             "windows": WindowsRecord(context_length=length, min_context=least, parse_special=False),
         }
     )
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises InvalidRequest, naming it, for a size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise InvalidRequest(f"{name} must be >= 1, got {size}", param=name)
+
+
+def check_tokenizer(lm: KeyEncoder) -> None:
+    """Raises ModelError when the tokenizer is not the one that the model says it has."""
+    if lm.tokenizer.sha256 != lm.info.tokenizer_sha256:
+        raise ModelError(
+            f"the tokenizer of model {lm.info.model_id} has sha256 {lm.tokenizer.sha256}, "
+            f"it says {lm.info.tokenizer_sha256}"
+        )
+
+
+def require_documents(documents: Iterable[Document]) -> Iterator[Document]:
+    """The same documents, of which the first has been read. Raises InvalidRequest when there is none."""
+    rest = iter(documents)
+    for first in rest:
+        return chain((first,), rest)
+    raise _no_token()
+
+
+def _no_token() -> InvalidRequest:
+    """The error of a build that would make an empty version: a domain switched to it would find nothing."""
+    return InvalidRequest("no document with a token to predict: expected at least one", param="documents")
+
+
+def tokenize(
+    documents: Iterable[Document], lm: KeyEncoder, folder: Path, report: Report, *, parse_special: bool
+) -> Sources:
+    """Documents to tokens.npy and documents.jsonl in `folder`. Raises as `write_corpus` does."""
+    clock = Clock()
+
+    def on_tokens(tokens: int) -> None:
+        report(Progress("tokenize", 0, 0, tokens, clock.seconds))
+
+    return write_corpus(documents, lm.tokenizer, lm.info.vocab_size, folder, on_tokens, parse_special=parse_special)
+
+
+def encode(
+    lm: KeyEncoder, space: Workspace, sources: Sources, *, batch_tokens: int, part_entries: int, report: Report
+) -> None:
+    """The tokens of a workspace to its keys.npy and values.npy, part by part; what an earlier run finished stays."""
+    folder, identity = space.folder, space.state.identity
+    shape = (sources.entries, identity.key_dim)
+    key_dtype = np.dtype(identity.key_dtype).newbyteorder("<")
+    clock = Clock()
+    done = resumed = tokens = 0
+
+    def on_tokens(count: int) -> None:
+        nonlocal tokens
+        tokens += count
+        report(Progress("encode", done, sources.entries, tokens, clock.seconds, resumed))
+
+    with (
+        ArrayWriter(folder / KEYS, shape, key_dtype) as keys,
+        ArrayWriter(folder / VALUES, shape[:1], "<i4") as values,
+    ):
+        encoder = Encoder(
+            lm,
+            open_array(folder / TOKENS, (sources.tokens,), "<i4"),
+            keys,
+            values,
+            key_dtype=identity.key_dtype,
+            batch_tokens=batch_tokens,
+            records=space.records,
+        )
+        for part in plan_parts(read_rows(folder / DOCUMENTS), identity.windows, part_entries):
+            if encoder.finished(part):
+                resumed += part.hi - part.lo
+                clock = Clock()  # checking what is there says nothing about the speed of making more
+            else:
+                encoder.finish(part, on_tokens)
+            done = part.hi
+            on_tokens(0)

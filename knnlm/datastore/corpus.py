@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from knnlm.datastore.arrays import ArrayStream
-from knnlm.datastore.documents import Row
+from knnlm.datastore.document_table import Row
 from knnlm.datastore.files import disk_errors, sync_folder, written
 from knnlm.datastore.layout import DOCUMENTS, TOKENS
 from knnlm.datastore.manifest import Record

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from knnlm.datastore.arrays import ArrayWriter
-from knnlm.datastore.documents import Row
+from knnlm.datastore.document_table import Row
 from knnlm.datastore.files import write_atomic
 from knnlm.datastore.manifest import Record, WindowsRecord
 from knnlm.decoding import Window, plan_windows

@@ -1,7 +1,7 @@
 """manifest.json: what a version of a datastore is, and the checksum of every byte in it.
 
 The manifest is written last and checks itself: a version without a valid one does not exist. The file must be, byte for
-byte, what this module writes; so that no change goes unnoticed. What may change after publication: revise.py.
+byte, what this module writes; so that no change goes unnoticed. What may change after publication: updates/revise.py.
 """
 
 import hashlib
@@ -14,8 +14,6 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import (
     AfterValidator,
     AwareDatetime,
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -24,13 +22,13 @@ from pydantic import (
 )
 
 from knnlm.datastore.files import write_atomic
-from knnlm.datastore.layout import MANIFEST, REMOVED, segment_files
+from knnlm.datastore.layout import MANIFEST, REMOVED, Count, FileName, FileRecord, Record, segment_files
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreIncomplete, InvalidRequest
 from knnlm.messages import ModelInfo, SearchQuality, Tuning
 from knnlm.options import SEARCH_OPTIONS, SearchOptions
 
-__all__ = ["FORMAT_VERSION", "GROWN_VERSION", "FileRecord", "IndexRecord", "Manifest", "ModelRecord", "RemovedRecord",
-           "SegmentRecord", "TuningRecord", "WindowsRecord"]  # fmt: skip
+__all__ = ["FORMAT_VERSION", "GROWN_VERSION", "FileRecord", "IndexRecord", "Manifest", "ModelRecord", "Record",
+           "RemovedRecord", "SegmentRecord", "TuningRecord", "WindowsRecord"]  # fmt: skip
 
 FORMAT_VERSION: Final = 1
 GROWN_VERSION: Final = 2  # with segments added to it, or documents removed: what reads version 1 alone would be wrong
@@ -39,14 +37,6 @@ MAX_BYTES: Final = 8 << 20  # of a manifest: thousands of segments; reading it t
 SHOWN: Final = 100  # characters of what a damaged file says, in an error
 
 KeyDtype = Literal["float16", "float32"]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
-Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # exact in JSON wherever it is read
-
-
-class Record(BaseModel):
-    """Immutable, and nothing is accepted that is not known."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelRecord(Record):
@@ -98,11 +88,6 @@ class IndexRecord(Record):
     recipe: str
     file: str | None = None
     parameters: dict[str, Annotated[int | float, Field(ge=1, lt=1 << 31)]] = Field(default_factory=dict)
-
-
-class FileRecord(Record):
-    bytes: Count
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 def _known_options(values: dict[str, bool | int | float]) -> dict[str, bool | int | float]:

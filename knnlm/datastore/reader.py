@@ -9,7 +9,7 @@ number of threads.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Self
@@ -17,16 +17,30 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.datastore.checksums import Checksums, require_unchanged
-from knnlm.datastore.documents import DocumentTable, Int64, Row, Sizes, read_rows
-from knnlm.datastore.layout import segment_files
+from knnlm.datastore.arrays import open_array
+from knnlm.datastore.document_table import DocumentTable, Int64, Row, Sizes, read_rows
+from knnlm.datastore.layout import REMOVED, Checksums, require_unchanged, segment_files
 from knnlm.datastore.manifest import Manifest
-from knnlm.datastore.removed import entry_ranges, read_removed
-from knnlm.datastore.segments import Int32, Keys, Segment, open_segments, segment_numbers
 from knnlm.errors import DatastoreCorrupt, DatastoreMismatch, InvalidRequest
 from knnlm.messages import ModelInfo, Passage
 
-__all__ = ["Datastore"]
+__all__ = ["Datastore", "Int32", "Keys", "Segment", "open_segments"]
+
+Keys = npt.NDArray[np.floating]
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The arrays of one segment: 0 is the base, which a version was built from, the others were added to it.
+
+    keys: (n, d) float16 or float32. values: (n,) int32. tokens: (t,) int32. All read-only maps, numbered from 0.
+    """
+
+    number: int
+    keys: Keys
+    values: Int32
+    tokens: Int32
 
 
 class Datastore:
@@ -59,13 +73,13 @@ class Datastore:
         self._first_entries, self._first_tokens = np.cumsum([(0, 0), *parts], axis=0).T  # of each part, and the ends
         self.removed = (np.empty(0, np.int64), np.empty(0, np.int64))
         if len(self.removed_documents):
-            self.removed = entry_ranges(path, manifest, self.documents, self.removed_documents)
+            self.removed = _entry_ranges(path, manifest, self.documents, self.removed_documents)
 
     @classmethod
     def open(cls, path: Path, *, expect: ModelInfo | None = None, check: Checksums = "none") -> Self:
         """The version in folder `path`.
 
-        check: whose sha256 to compare before anything is read, see `checksums.require_unchanged`. Raises
+        check: whose sha256 to compare before anything is read, see `layout.require_unchanged`. Raises
         DatastoreIncomplete for one that is being built, DatastoreCorrupt where a file is missing, has another size or
         is no such array, and DatastoreMismatch, with both values, when the model `expect` did not make it.
         """
@@ -78,9 +92,9 @@ class Datastore:
             if size != record.bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise DatastoreCorrupt(f"{file} {found}, expected {record.bytes} bytes")
-        require_unchanged(path, manifest, check)
+        require_unchanged(path, manifest.files, check)
         base, *added = open_segments(path, manifest)
-        return cls(path, manifest, base.keys, base.values, base.tokens, added, read_removed(path, manifest))
+        return cls(path, manifest, base.keys, base.values, base.tokens, added, _read_tombstones(path, manifest))
 
     @property
     def entries(self) -> int:
@@ -92,7 +106,7 @@ class Datastore:
         """Of all segments, read on first use: a search that shows no text never needs it. Raises DatastoreCorrupt."""
         with self._lock:
             if self._documents is None:
-                files = [self.path / segment_files(number).documents for number in segment_numbers(self.manifest)]
+                files = [self.path / segment_files(number).documents for number in _segment_numbers(self.manifest)]
                 table = DocumentTable(*files, removed=self.removed_documents)
                 for file, found, expected in zip(files, table.sizes, _sizes(self.manifest), strict=True):
                     if found != expected:
@@ -148,7 +162,7 @@ class Datastore:
         gone = np.zeros(len(self.documents), np.bool_)
         gone[self.removed_documents] = True
         document = 0
-        for number, first in zip(segment_numbers(self.manifest), self._first_tokens.tolist(), strict=False):
+        for number, first in zip(_segment_numbers(self.manifest), self._first_tokens.tolist(), strict=False):
             for row in read_rows(self.path / segment_files(number).documents):
                 if not gone[document]:
                     yield document, replace(row, start=first + row.start)
@@ -191,10 +205,60 @@ class Datastore:
             raise InvalidRequest(f"no entry {wrong[0]}: expected [0, {self.entries})", param="entries")
 
 
+def open_segments(path: Path, manifest: Manifest) -> Iterator[Segment]:
+    """The base and all segments of the version in folder `path`. Raises DatastoreCorrupt as `open_array` does."""
+    sizes = [(manifest.base_entries, manifest.base_tokens), *((s.entries, s.tokens) for s in manifest.segments)]
+    key_dtype = np.dtype(manifest.key_dtype).newbyteorder("<")
+    for number, (entries, tokens) in zip(_segment_numbers(manifest), sizes, strict=True):
+        names = segment_files(number)
+        yield Segment(
+            number,
+            open_array(path / names.keys, (entries, manifest.key_dim), key_dtype),
+            open_array(path / names.values, (entries,), "<i4"),
+            open_array(path / names.tokens, (tokens,), "<i4"),
+        )
+
+
+def _segment_numbers(manifest: Manifest) -> tuple[int, ...]:
+    """0 for the base, then those that were added, in the order in which their entries are numbered."""
+    return (0, *(segment.number for segment in manifest.segments))
+
+
 def _sizes(manifest: Manifest) -> list[Sizes]:
     """What the file of documents of each part has to tell of."""
     base = Sizes(manifest.base_documents, manifest.base_tokens, manifest.base_entries)
     return [base, *(Sizes(s.documents, s.tokens, s.entries) for s in manifest.segments)]
+
+
+def _read_tombstones(path: Path, manifest: Manifest) -> Int64:
+    """(m,) int64 ascending and distinct: the removed documents of the version in folder `path`, numbered through all
+    segments. Raises DatastoreCorrupt when the file is not such an array."""
+    if manifest.removed is None:
+        return np.empty(0, np.int64)
+    file = path / REMOVED
+    numbers: Int64 = np.array(open_array(file, (manifest.removed.documents,), "<i8"))
+    wrong = numbers[(numbers < 0) | (numbers >= manifest.documents)]
+    if len(wrong):
+        raise DatastoreCorrupt(f"{file} names document {wrong[0]}, expected [0, {manifest.documents})")
+    falls = np.flatnonzero(np.diff(numbers) <= 0)
+    if len(falls):
+        at = int(falls[0])
+        raise DatastoreCorrupt(f"{file} has document {numbers[at + 1]} after {numbers[at]}, expected ascending ones")
+    return numbers
+
+
+def _entry_ranges(path: Path, manifest: Manifest, documents: DocumentTable, removed: Int64) -> tuple[Int64, Int64]:
+    """starts and ends, (r,) int64 each: the entries of removed documents as [start, end), ascending, disjoint, none
+    empty; neighboring documents make one range. Raises DatastoreCorrupt when the manifest counts others.
+    """
+    starts, ends = documents.spans(removed)
+    found, expected = int((ends - starts).sum()), 0 if manifest.removed is None else manifest.removed.entries
+    if found != expected:
+        raise DatastoreCorrupt(f"{path / REMOVED} removes {found} entries, expected {expected}")
+    some = ends > starts
+    starts, ends = starts[some], ends[some]
+    begins = np.append(True, starts[1:] != ends[:-1])[: len(starts)]
+    return starts[begins], ends[np.append(begins[1:], True)[: len(ends)]]
 
 
 def _refuse_other_model(path: Path, manifest: Manifest, info: ModelInfo) -> None:

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from knnlm.datastore.checksums import file_problem
-from knnlm.datastore.documents import read_rows
+from knnlm.datastore.document_table import read_rows
 from knnlm.datastore.files import sha256_of
 from knnlm.datastore.layout import MANIFEST, REMOVED, TOKENIZER, segment_files
 from knnlm.datastore.manifest import Manifest
-from knnlm.datastore.reader import Datastore
-from knnlm.datastore.segments import Segment
+from knnlm.datastore.reader import Datastore, Segment
 from knnlm.errors import DatastoreError
 
 __all__ = ["Check", "verify"]
@@ -45,7 +43,7 @@ def verify(path: Path) -> Iterator[Check]:
     yield Check(MANIFEST, None)
     sound = True
     for name, record in sorted(manifest.files.items()):
-        problem = file_problem(path / name, record)
+        problem = record.problem(path / name)
         sound = sound and problem is None
         yield Check(name, problem)
     listed = {MANIFEST, *manifest.files}

@@ -1,8 +1,8 @@
 """A folder that keys are made in, owned by one process at a time: what was finished stays when the process dies.
 
 store/<domain>/.<version>.building/ is a build, and becomes the version; .add-<digest>.building/ is documents that are
-being added (growth.py). Besides the files that will be published it holds `.build/`: the lock, build.json (what is
-being made, so that nobody continues it as something else) and the records of finished parts.
+being added (updates/growth.py). Besides the files that will be published it holds `.build/`: the lock, build.json (what
+is being made, so that nobody continues it as something else) and the records of finished parts.
 """
 
 import contextlib
@@ -15,11 +15,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from knnlm.datastore.corpus import Sources
-from knnlm.datastore.files import discard, disk_errors, locked, sha256_of, sync_folder, write_atomic
-from knnlm.datastore.manifest import FileName, FileRecord, KeyDtype, ModelRecord, Record, WindowsRecord
+from knnlm.datastore.files import discard, disk_errors, locked, sync_folder, write_atomic
+from knnlm.datastore.layout import FileName, FileRecord, Record
+from knnlm.datastore.manifest import KeyDtype, ModelRecord, WindowsRecord
 from knnlm.errors import Conflict, DatastoreCorrupt
 
-__all__ = ["BUILDING", "Identity", "Workspace", "recorded", "working_in", "workspace"]
+__all__ = ["BUILDING", "Identity", "Workspace", "working_in", "workspace"]
 
 BUILDING = ".building"  # how the names of all of them end
 
@@ -61,7 +62,7 @@ class Workspace:
 
     def complete_files(self, names: Sequence[str]) -> dict[str, FileRecord]:
         """All is done: from now on these files may be linked to, and are not written into any more."""
-        files = {name: recorded(self.folder / name) for name in names}
+        files = {name: FileRecord.of(self.folder / name) for name in names}
         self.state = self.state.model_copy(update={"files": files})
         self._save()
         return files
@@ -75,7 +76,7 @@ class Workspace:
         files = self.state.files
         if files is None:
             return None
-        wrong = [name for name, record in files.items() if not _is(self.folder / name, record)]
+        wrong = [name for name, record in files.items() if record.problem(self.folder / name) is not None]
         if not wrong:
             return dict(files)
         self.state = self.state.model_copy(update={"files": None})
@@ -152,18 +153,6 @@ def working_in(folder: Path, identity: Identity, *, doing: str) -> Iterator[Work
     _prepare(folder)
     with locked(_lock(folder), wait=False, doing=doing):
         yield Workspace(folder, identity)
-
-
-def recorded(file: Path) -> FileRecord:
-    """What a manifest says of a file. Reads all of it."""
-    return FileRecord(bytes=file.stat().st_size, sha256=sha256_of(file))
-
-
-def _is(file: Path, record: FileRecord) -> bool:
-    try:
-        return recorded(file) == record
-    except FileNotFoundError:
-        return False
 
 
 def _prepare(folder: Path) -> None:

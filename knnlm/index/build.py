@@ -10,7 +10,7 @@ from pathlib import Path
 from knnlm.datastore.files import disk_errors, locked, sha256_of, sync_file, sync_folder
 from knnlm.datastore.manifest import FileRecord, IndexRecord, Manifest
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.revise import with_index, without_index
+from knnlm.datastore.updates.revise import with_index, without_index
 from knnlm.errors import InvalidRequest
 from knnlm.index.choose import Choice, choose
 from knnlm.index.table import family

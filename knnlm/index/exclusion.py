@@ -27,6 +27,7 @@ Search = Callable[[Float32, int], tuple[Float32, Int64]]
 # query that meets more is searched again
 MARGIN = 4
 DEVIATIONS = 3
+BLOCK_CANDIDATES = 1 << 20  # of some queries together: what is looked through at once
 
 
 def check_exclusion(request: SearchRequest) -> None:
@@ -108,8 +109,8 @@ def without(search: Search, queries: Float32, k: int, exclusion: Exclusion, entr
     for a query whatever else is searched with it; so this is true of what is returned, too. queries: (n, d).
     entries: of the datastore; c is never more. A query that excludes e entries is searched with k + e candidates, or k
     + k if that is less, and with twice as many, up to k + e, as long as fewer than k are left of a full row; e is
-    rounded up to a power of two, so that queries of one batch are searched together. Of removed entries only so many
-    are reckoned with at first as are to be expected among the nearest.
+    rounded up to a power of two, so that queries of one batch are searched together, as many as have BLOCK_CANDIDATES.
+    Of removed entries only so many are reckoned with at first as are to be expected among the nearest.
     """
     distances, ids = np.full((len(queries), k), FAR, np.float32), np.full((len(queries), k), -1, np.int64)
     removed = exclusion.removed.count
@@ -120,14 +121,13 @@ def without(search: Search, queries: Float32, k: int, exclusion: Exclusion, entr
     waiting = np.arange(len(queries))
     while len(waiting):
         c = int(wanted[waiting[0]])
-        now = wanted[waiting] == c
-        rows = waiting[now]
+        rows = waiting[wanted[waiting] == c][: max(1, BLOCK_CANDIDATES // c)]
         near, found = search(queries[rows], c)
         kept = (found >= 0) & ~exclusion.holds(found, rows)
         distances[rows], ids[rows] = _first(near, found, kept, k)
         short = (kept.sum(axis=1) < k) & (found >= 0).all(axis=1) & (c < most[rows])
         wanted[rows] = np.minimum(2 * c, most[rows])
-        waiting = np.concatenate([waiting[~now], rows[short]])
+        waiting = np.concatenate([np.setdiff1d(waiting, rows, assume_unique=True), rows[short]])
     return distances, ids
 
 

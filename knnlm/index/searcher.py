@@ -7,17 +7,17 @@ What was added to a version is searched beside its index and merged; what was re
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.datastore.checksums import Checksums
+from knnlm.datastore.layout import Checksums
 from knnlm.datastore.manifest import FLAT, Manifest
-from knnlm.datastore.reader import Datastore
-from knnlm.datastore.segments import Int32
-from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest
+from knnlm.datastore.reader import Datastore, Int32
+from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest, TooLarge
 from knnlm.index.added import Added, added_bytes
 from knnlm.index.contract import FAR, Float32, Index, Int64, SearchParameters
 from knnlm.index.exclusion import Exclusion, without
@@ -35,20 +35,31 @@ from knnlm.options import SearchOptions
 __all__ = ["Searcher"]
 
 WARM_QUERIES = 16
-SPARE = 8  # candidates beyond those wanted: which one is the last must not hang on the rounding of its distance
+SPARE_CANDIDATES = 8  # beyond those wanted: which one is the last must not hang on the rounding of its distance
+BLOCK_BYTES = 1 << 26  # that finding and rescoring the candidates of some queries may take at once
+CANDIDATE_BYTES = 64  # of one candidate, in FAISS's heaps, in arrays and while they are sorted
+PROBE_BYTES = 64  # of one list that is visited: its number and distance, among more lists than are visited
 
 
 class Searcher:
     """Searches from any number of threads; `close` when none runs any more."""
 
     def __init__(
-        self, datastore: Datastore, index: Index, *, recipe: str | None = None, resident: bool = False
+        self,
+        datastore: Datastore,
+        index: Index,
+        *,
+        recipe: str | None = None,
+        resident: bool = False,
+        max_candidates: int | None = None,
     ) -> None:
         """index: opened for the keys of datastore, which are its base's, by the family of `recipe` (the default one's).
 
         resident: hold the keys that rescoring reads in this process's memory; reduced ones the index holds itself.
+        max_candidates: candidates that one query may have; None = as many as there are entries.
         """
         self._closed = False
+        self._max_candidates = max_candidates
         self._datastore = datastore
         self._index = index
         self._recipe = recipe or datastore.manifest.index.recipe
@@ -70,6 +81,7 @@ class Searcher:
         resident: bool = False,
         device: str = "cpu",
         memory_limit: int | None = None,
+        max_candidates: int | None = None,
         expect: ModelInfo | None = None,
         check: Checksums = "none",
     ) -> Self:
@@ -77,10 +89,11 @@ class Searcher:
 
         index: the recipe of one of its indexes; by default its default one. resident: read into memory what could be
         mapped, of the index and of the keys. device: where to search; cuda or cuda:N need torch or FAISS's GPU part.
-        memory_limit: bytes that it may hold; by default what the system has. check: files to compare with their
-        checksums before FAISS or anything else reads them: "small" = all but the keys, "all", or "none". Raises as
-        `Datastore.open` does, InvalidRequest for an index it does not have, DatastoreError for one that this program
-        does not know, and InsufficientMemory, before anything is loaded, when it would not fit.
+        memory_limit: bytes that it may hold; by default what the system has. max_candidates: what one query may have
+        while it is searched, over-fetched ones and those in place of excluded ones counted. check: files to compare
+        with their checksums before FAISS or anything else reads them: "small" = all but the keys, "all", or "none".
+        Raises as `Datastore.open` does, InvalidRequest for an index it does not have, DatastoreError for one that this
+        program does not know, and InsufficientMemory, before anything is loaded, when it would not fit.
         """
         datastore = Datastore.open(path, expect=expect, check=check)
         record = datastore.manifest.index_of(index)
@@ -91,7 +104,7 @@ class Searcher:
             held = datastore.keys.nbytes if resident else 0
             require(held + added_bytes(datastore, family(FLAT), resident=resident), path, limit=memory_limit)
             found = open_on_device(datastore.keys, device, record.recipe, file, record.parameters)
-            return cls(datastore, found, recipe=record.recipe, resident=resident)
+            return cls(datastore, found, recipe=record.recipe, resident=resident, max_candidates=max_candidates)
         try:
             chosen = family(record.recipe)
         except InvalidRequest as err:
@@ -101,7 +114,7 @@ class Searcher:
         held = datastore.keys.nbytes if resident and not chosen.reduced else 0
         require(needed + held, path, limit=memory_limit)
         opened = chosen.open(datastore.keys, file, record.parameters, resident=resident)
-        return cls(datastore, opened, recipe=record.recipe, resident=resident)
+        return cls(datastore, opened, recipe=record.recipe, resident=resident, max_candidates=max_candidates)
 
     @property
     def manifest(self) -> Manifest:
@@ -135,9 +148,11 @@ class Searcher:
     def search(self, request: SearchRequest) -> SearchResult:
         """The nearest entries of every query, distances ascending, padded with value -1 where too few were found.
 
-        Unless rescoring is switched off, the answer to a query does not depend on the others. Raises InvalidRequest,
-        naming the parameter, for what is out of range; UnknownDomain or UnknownVersion when the request means another
-        version than this one; DatastoreCorrupt for what is found damaged; DatastoreError when this was closed.
+        Unless rescoring is switched off, the answer to a query does not depend on the others. Beside the answer, memory
+        is bounded: queries with many candidates are searched a few at a time. Raises InvalidRequest, naming the
+        parameter, for what is out of range; TooLarge for more than max_candidates; UnknownDomain or UnknownVersion when
+        the request means another version than this one; DatastoreCorrupt for what is found damaged; DatastoreError when
+        this was closed.
         """
         if self._closed:
             raise DatastoreError(f"{self._datastore.path} was closed")
@@ -203,9 +218,10 @@ class Searcher:
         self._index.warm()
         keys = self._datastore.keys if self._base or self._added is None else self._datastore.added_keys()
         if len(keys):
-            stored = np.nan_to_num(keys[:WARM_QUERIES])  # of damaged ones is only to be spoken when they are asked for
+            stored = np.nan_to_num(keys[:WARM_QUERIES])  # damaged ones are reported by the search that meets them
             k = max(1, min(1024, self.manifest.live_entries))
-            self.search(SearchRequest(self.manifest.domain, stored, SearchOptions(k=k), passages=1))
+            with suppress(TooLarge):  # of a version of which nearly all was removed: fewer neighbors can be asked for
+                self.search(SearchRequest(self.manifest.domain, stored, SearchOptions(k=k), passages=1))
 
     def close(self) -> None:
         """Let go of the index and of the datastore's maps, while no search runs; other threads are not held up.
@@ -230,13 +246,47 @@ class Searcher:
     def _nearest(
         self, queries: Float32, k: int, request: SearchRequest, timings: dict[str, float]
     ) -> tuple[Float32, Int64]:
-        """Distances and ids (n, k), nearest first. Adds its seconds to timings."""
+        """Distances and ids (n, k) of queries (n, d), nearest first, found in blocks of rows that take BLOCK_BYTES.
+
+        Adds its seconds to timings. Raises TooLarge when a query would have more than max_candidates.
+        """
+        options, rescores = request.options, rescoring(request, self._index)
+        overfetch = self._index.overfetch if options.overfetch is None else options.overfetch
+        wanted = math.ceil(min(k * overfetch, self._datastore.entries))
+        self._refuse_too_many(wanted, options)
+        candidates = wanted + SPARE_CANDIDATES if rescores else k
+        probes = min(options.nprobe or self._index.nprobe or 0, self._base)
+        row_bytes = candidates * CANDIDATE_BYTES + probes * PROBE_BYTES
+        step = max(1, BLOCK_BYTES // row_bytes)
+        blocks = [
+            self._nearest_of_block(queries[lo : lo + step], k, candidates, request, timings)
+            for lo in range(0, len(queries), step)
+        ]
+        if len(blocks) == 1:
+            return blocks[0]
+        return np.concatenate([near for near, _ in blocks]), np.concatenate([ids for _, ids in blocks])
+
+    def _refuse_too_many(self, candidates: int, options: SearchOptions) -> None:
+        if self._max_candidates is None or candidates <= self._max_candidates:
+            return
+        if candidates <= math.ceil((options.k or 0) * (options.overfetch or self._index.overfetch)):
+            raise TooLarge(
+                f"k times overfetch must be at most {self._max_candidates} candidates, got {candidates}",
+                param="k" if options.overfetch is None else "overfetch",
+            )
+        raise TooLarge(
+            f"{options.k} neighbors beside those that are excluded or removed need {candidates} candidates, at most "
+            f"{self._max_candidates} are allowed: exclude fewer or smaller documents, or compact the version",
+            param="exclude_documents",
+        )
+
+    def _nearest_of_block(
+        self, queries: Float32, k: int, candidates: int, request: SearchRequest, timings: dict[str, float]
+    ) -> tuple[Float32, Int64]:
+        """`_nearest` of all queries at once, among so many candidates of the index for each."""
         begun = time.perf_counter()
         rescores = rescoring(request, self._index)
-        options = request.options
-        overfetch = self._index.overfetch if options.overfetch is None else options.overfetch
-        candidates = math.ceil(min(k * overfetch, self._datastore.entries)) + SPARE if rescores else k
-        asked = SearchParameters(min(candidates, self._base), options.nprobe, options.ef_search)
+        asked = SearchParameters(min(candidates, self._base), request.options.nprobe, request.options.ef_search)
         projected = self._index.project(queries)
         found, ids = _nothing(len(queries), 0)
         if self._base:
@@ -244,7 +294,8 @@ class Searcher:
             self._refuse_unknown(ids)
         searched = time.perf_counter()
         timings["search"] += searched - begun
-        in_space = not rescores or (self._index.reduced is not None and options.rescore is None)
+        # whether the answer's distances are those between keys as the index works on them, rather than stored ones
+        in_space = not rescores or (self._index.reduced is not None and request.options.rescore is None)
         if not rescores:
             found = np.nan_to_num(found, copy=False, nan=float(FAR))  # NaN: beyond float32
         elif in_space and self._index.reduced is not None:
@@ -252,7 +303,8 @@ class Searcher:
         else:
             found, ids = rescored(self._keys, queries, ids, k)
         if self._added is not None:
-            beside = self._added.search(queries, projected, k, max(candidates, k + SPARE), in_space=in_space)
+            wanted = max(candidates, k + SPARE_CANDIDATES)
+            beside = self._added.search(queries, projected, k, wanted, in_space=in_space)
             found, ids = np.concatenate([found, beside[0]], axis=1), np.concatenate([ids, beside[1]], axis=1)
         if self._added is not None or not rescores:
             found, ids = nearest_first(found, ids, k)

@@ -1,11 +1,11 @@
 """What the datastore service is to the runtime."""
 
 from services.datastore.engine import Engine
-from services.datastore.growth import EncoderOpener
 from services.datastore.loaded import Opener
 from services.datastore.rest import packed, routes
 from services.datastore.rpc import rpc_service
 from services.datastore.settings import DatastoreSettings
+from services.datastore.updates import EncoderOpener
 from services.runtime.observability import Metrics
 from services.runtime.service import Service
 

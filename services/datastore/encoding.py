@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from knnlm.clients.encoder import RemoteEncoder
 from knnlm.clients.rpc import GrpcLanguageModel
 from knnlm.datastore.encode import KeyEncoder
-from services.datastore.growth import EncoderOpener
 from services.datastore.settings import DatastoreSettings
+from services.datastore.updates import EncoderOpener
 from services.runtime.upstream import connection
 
 __all__ = ["encoder"]

@@ -19,10 +19,10 @@ from knnlm.index.exclusion import check_exclusion
 from knnlm.messages import DomainInfo, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
 from services.datastore.encoding import encoder
-from services.datastore.growth import EncoderOpener, Growth
 from services.datastore.loaded import Loaded, Opener, opener
 from services.datastore.pool import Pool
 from services.datastore.settings import DatastoreSettings
+from services.datastore.updates import DocumentUpdates, EncoderOpener
 from services.runtime.batching import Batcher
 from services.runtime.context import RequestContext
 from services.runtime.observability import SECONDS, Metrics, event
@@ -32,6 +32,7 @@ __all__ = ["Engine"]
 LOG = logging.getLogger(__name__)
 ENVELOPE_BYTES = 4096  # of an answer beside its arrays
 TURN = 64  # queries of a domain before it is another's turn: larger batches are hardly faster per query
+LIMITED_OPTIONS = ("k", "overfetch", "nprobe", "ef_search")  # each by the setting max_<name>
 PASSAGE_BYTES = 256  # of a passage beside its tokens; document names are short
 
 
@@ -54,7 +55,7 @@ class Engine:
         self._settings = settings
         self._metrics = metrics
         self._pool = Pool(settings, metrics, open_searcher or opener(settings))
-        self.growth = Growth(settings, metrics, self._pool, open_encoder)
+        self.updates = DocumentUpdates(settings, metrics, self._pool, open_encoder)
         self._batcher: Batcher[_Search, SearchResult] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._switches: set[asyncio.Task[DomainInfo]] = set()
@@ -67,8 +68,8 @@ class Engine:
         )
 
     def load(self) -> None:
-        if self.growth.open_encoder is None:
-            self.growth.open_encoder = encoder(self._settings)
+        if self.updates.open_encoder is None:
+            self.updates.open_encoder = encoder(self._settings)
         self._pool.load()
 
     async def start(self) -> None:
@@ -92,7 +93,7 @@ class Engine:
             self._watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watching
-        await self.growth.close()
+        await self.updates.close()
         await asyncio.gather(*self._switches, return_exceptions=True)
         if self._batcher is not None:
             await self._batcher.close()
@@ -152,7 +153,7 @@ class Engine:
         check_exclusion(request)
         for name, given, most in (
             ("queries", len(request.queries), limits.max_queries),
-            ("k", request.k, limits.max_k),
+            *((name, getattr(request.options, name) or 0, getattr(limits, f"max_{name}")) for name in LIMITED_OPTIONS),
             ("passages", request.passages, limits.max_passages),
             ("passage_tokens", request.passage_tokens, limits.max_passage_tokens),
         ):

@@ -49,6 +49,7 @@ def opener(settings: DatastoreSettings) -> Opener:
                 resident=settings.memory == "resident",
                 device=settings.device,
                 memory_limit=memory_limit,
+                max_candidates=settings.max_candidates,
                 check=settings.check,
             )
         except InvalidRequest as err:  # of ours, not of who asks for this version

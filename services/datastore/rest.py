@@ -61,7 +61,7 @@ def routes(engine: Engine) -> APIRouter:
         other replicas follow within a second or two."""
         documents = [Document(given.id, given.text) for given in body.documents]
         return JSONResponse(
-            growth.change_to_json(await engine.growth.add(domain, documents, replace=body.replace, call=current()))
+            growth.change_to_json(await engine.updates.add(domain, documents, replace=body.replace, call=current()))
         )
 
     @router.post(
@@ -72,7 +72,7 @@ def routes(engine: Engine) -> APIRouter:
     )
     async def remove_documents(domain: str, body: RemoveDocumentsBody) -> JSONResponse:
         """From the moment this returns, none of their entries is found here."""
-        return JSONResponse(growth.change_to_json(await engine.growth.remove(domain, body.ids, current())))
+        return JSONResponse(growth.change_to_json(await engine.updates.remove(domain, body.ids, current())))
 
     return router
 

@@ -69,7 +69,7 @@ class _Servicer(datastore_pb2_grpc.DatastoreServicer):
     ) -> datastore_pb2.AddDocumentsResponse:
         await admin_only()
         documents = growth.documents_from_proto(request)
-        change = await self._engine.growth.add(request.domain, documents, replace=request.replace, call=current())
+        change = await self._engine.updates.add(request.domain, documents, replace=request.replace, call=current())
         return datastore_pb2.AddDocumentsResponse(change=growth.change_to_proto(change))
 
     async def RemoveDocuments(  # noqa: N802
@@ -78,5 +78,5 @@ class _Servicer(datastore_pb2_grpc.DatastoreServicer):
         context: Context,  # noqa: ARG002
     ) -> datastore_pb2.RemoveDocumentsResponse:
         await admin_only()
-        change = await self._engine.growth.remove(request.domain, list(request.ids), current())
+        change = await self._engine.updates.remove(request.domain, list(request.ids), current())
         return datastore_pb2.RemoveDocumentsResponse(change=growth.change_to_proto(change))

@@ -30,6 +30,14 @@ class DatastoreSettings(GrpcSettings):
         None, ge=1, description="of loaded versions together, mapped files left out; none: what the system has"
     )
     max_k: int = Field(4096, ge=1, description="neighbors per query")
+    max_overfetch: float = Field(16.0, ge=1, description="candidates per neighbor that a request may ask for")
+    max_nprobe: int = Field(1024, ge=1, description="lists that a request may ask to visit")
+    max_ef_search: int = Field(8192, ge=1, description="candidates that a request may ask a graph search to keep")
+    max_candidates: int = Field(
+        1 << 20,
+        ge=1 << 12,
+        description="candidates of one query, over-fetched ones and those in place of excluded ones counted",
+    )
     max_queries: int = Field(4096, ge=1, description="queries in one request")
     max_passages: int = Field(64, ge=0, description="neighbors per query shown with their text")
     max_passage_tokens: int = Field(512, ge=0, description="tokens of text on each side of a shown neighbor")

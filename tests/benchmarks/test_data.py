@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import data
-from knnlm.datastore.documents import read_rows
+from knnlm.datastore.document_table import read_rows
 from knnlm.datastore.layout import DOCUMENTS, KEYS
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.text import Document

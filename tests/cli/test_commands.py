@@ -11,7 +11,7 @@ from knnlm.cli.index import print_index
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.manifest import IndexRecord, Manifest
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.revise import with_index
+from knnlm.datastore.updates.revise import with_index
 from knnlm.lm.model import LanguageModel
 from knnlm.messages import ForwardRequest, ForwardResult
 from tests.cli.conftest import Knnlm

@@ -10,8 +10,8 @@ import pytest
 from pydantic import SecretStr
 
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.change import changing
 from knnlm.datastore.manifest import Manifest
+from knnlm.datastore.updates.transaction import begin_update
 from knnlm.datastore.verify import verify
 from knnlm.lm.model import LanguageModel
 from knnlm.messages import ForwardRequest, ForwardResult
@@ -171,7 +171,7 @@ def test_compact_without_activation_leaves_what_answers(knnlm: Knnlm, store: Pat
 
 
 def test_another_change_is_a_conflict(knnlm: Knnlm, store: Path, new: Path) -> None:
-    with changing(Catalog(store), "toy", wait=False):
+    with begin_update(Catalog(store), "toy", wait=False):
         for command in (("add", "toy", new), ("forget", "toy", "d0"), ("compact", "toy")):
             answer = knnlm(*command)
             assert (answer.code, answer.out) == (1, "")

@@ -29,7 +29,7 @@ def test_help_lists_every_command_and_the_exit_codes(knnlm: Knnlm) -> None:
     answer = knnlm("--help")
     assert answer.code == 0
     for name in ("train", "build", "add", "forget", "compact", "index", "show", "verify", "tune", "eval", "domains",
-                 "next", "score"):  # fmt: skip
+                 "next", "score", "serve"):  # fmt: skip
         assert f"\n  {name} " in answer.out
     assert "Exit codes: 0 done; 1 failed" in answer.out
 

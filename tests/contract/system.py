@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from knnlm.datastore.revise import with_tuning
+from knnlm.datastore.updates.revise import with_tuning
 from knnlm.messages import Tuning
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 from services.aggregator.app import service as aggregator_service

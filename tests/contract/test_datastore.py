@@ -125,6 +125,9 @@ BAD = {
     "own documents of nothing": (asking(REQUEST, exclude_own_documents=True), InvalidRequest, "exclude_own_documents"),
     "no such document": (asking(REQUEST, exclude_documents=("0", "x")), InvalidRequest, "exclude_documents"),
     "nprobe without lists": (asking(REQUEST, nprobe=3), InvalidRequest, "nprobe"),
+    "overfetch too large": (asking(REQUEST, overfetch=1e9), TooLarge, "overfetch"),
+    "nprobe too large": (asking(REQUEST, nprobe=2**31 - 1), TooLarge, "nprobe"),
+    "ef_search too large": (asking(REQUEST, ef_search=2**31 - 1), TooLarge, "ef_search"),
     "too many passages": (replace(REQUEST, passages=10**6), TooLarge, "passages"),
     "passages negative": (replace(REQUEST, passages=-1), InvalidRequest, "passages"),
 }

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.growth import Change, add, remove
 from knnlm.datastore.reader import Datastore
+from knnlm.datastore.updates.growth import add, remove
 from knnlm.datastore.verify import verify
-from knnlm.messages import Document
+from knnlm.messages import Document, DomainChange
 from knnlm.testing import ToyLanguageModel, toy_datastore
 
 NEW = (
@@ -25,12 +25,17 @@ def toy_catalog(store: Path) -> Catalog:
 
 def grow(
     catalog: Catalog, documents: Iterable[Document] = NEW, lm: ToyLanguageModel | None = None, *, replace: bool = False
-) -> Change:
+) -> DomainChange:
     return add(documents, lm or ToyLanguageModel(), catalog, "toy", activate=catalog.activate, replace=replace)
 
 
-def forget(catalog: Catalog, *ids: str) -> Change:
+def forget(catalog: Catalog, *ids: str) -> DomainChange:
     return remove(ids, catalog, "toy", activate=catalog.activate)
+
+
+def folder(catalog: Catalog, change: DomainChange) -> Path:
+    """Where the version lies that an update made."""
+    return catalog.path(change.domain, change.version)
 
 
 def sound(path: Path) -> bool:

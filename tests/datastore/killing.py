@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.growth import Change, add, remove
-from knnlm.messages import Document
+from knnlm.datastore.updates.growth import add, remove
+from knnlm.messages import Document, DomainChange
 from knnlm.testing import ToyLanguageModel
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ OPERATIONS = ("fsync", "pwrite", "link", "rename", "replace", "unlink", "mkdir",
 ADDED = [Document("a", "the cat sat on the log, and the log sat on the cat. "), Document("1", "another text")]
 
 
-def adding(store: Path) -> Change:
+def adding(store: Path) -> DomainChange:
     catalog = Catalog(store)
     return add(
         ADDED, ToyLanguageModel(), catalog, "toy",
@@ -32,19 +32,19 @@ def adding(store: Path) -> Change:
     )  # fmt: skip
 
 
-def removing(store: Path) -> Change:
+def removing(store: Path) -> DomainChange:
     catalog = Catalog(store)
     return remove(["0", "2"], catalog, "toy", activate=catalog.activate)
 
 
-def compacting(store: Path) -> Change:
+def compacting(store: Path) -> DomainChange:
     from knnlm.index.compact import compact
 
     catalog = Catalog(store)
     return compact(catalog, "toy", recipe="ivf4", activate=catalog.activate)
 
 
-CHANGES: dict[str, Callable[[Path], Change]] = {"add": adding, "remove": removing, "compact": compacting}
+CHANGES: dict[str, Callable[[Path], DomainChange]] = {"add": adding, "remove": removing, "compact": compacting}
 
 
 class Killer:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from knnlm.datastore.build import Progress, build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.documents import Row
+from knnlm.datastore.document_table import Row
 from knnlm.datastore.encode import plan_parts
 from knnlm.datastore.manifest import WindowsRecord
 from knnlm.datastore.reader import Datastore

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from knnlm.datastore.documents import DocumentTable
+from knnlm.datastore.document_table import DocumentTable
 from knnlm.datastore.manifest import RemovedRecord
 from knnlm.datastore.reader import Datastore
 from knnlm.datastore.text import Document

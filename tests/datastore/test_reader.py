@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from knnlm.datastore.documents import DocumentTable, read_rows
+from knnlm.datastore.document_table import DocumentTable, read_rows
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import DatastoreCorrupt, DatastoreIncomplete, DatastoreMismatch, InvalidRequest

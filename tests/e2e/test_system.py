@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.revise import with_tuning
 from knnlm.datastore.text import Document, read_documents
+from knnlm.datastore.updates.revise import with_tuning
 from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
 from knnlm.lm.model import LanguageModel

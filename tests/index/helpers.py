@@ -10,6 +10,7 @@ from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.text import Document
 from knnlm.messages import ForwardRequest, ForwardResult
 from knnlm.testing import ToyLanguageModel
+from tests.grown import emptied
 
 Floats = npt.NDArray[np.floating]
 
@@ -27,8 +28,9 @@ class Given(ToyLanguageModel):
 
 def datastore(store: Path, keys: Floats, *, key_dtype: str = "float32", version: str = "v1") -> Path:
     """One document whose entry i has keys[i] and the value i % 200 + 20, about."""
-    text = "".join(chr(33 + i % 90) for i in range(len(keys)))
-    documents = [Document("only", text)] if len(keys) else []
+    if not len(keys):
+        return emptied(datastore(store, np.zeros((1, keys.shape[1])), key_dtype=key_dtype, version=version))
+    documents = [Document("only", "".join(chr(33 + i % 90) for i in range(len(keys))))]
     lm = Given(np.asarray(keys, np.float32))
     return build(
         documents, lm, Catalog(store), "toy",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import knnlm.index.contract
 from knnlm.datastore.files import locked
 from knnlm.datastore.manifest import IndexRecord, Manifest
-from knnlm.datastore.revise import with_index
+from knnlm.datastore.updates.revise import with_index
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreError, InvalidRequest
 from knnlm.index.build import build_index, remove_index, suited
 from knnlm.index.faiss_family import sample_rows

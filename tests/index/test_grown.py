@@ -16,7 +16,7 @@ from knnlm.index.kernels import project, squared_distances
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
 from knnlm.options import SearchOptions
-from tests.grown import base, grow
+from tests.grown import base, emptied, grow
 from tests.index.growths import (
     ADDED,
     BASE,
@@ -236,9 +236,9 @@ def test_an_entry_that_was_removed_excludes_nothing_more(parent: Path, own: bool
 
 @pytest.mark.parametrize("removed", [(), (0,)])
 def test_a_base_without_entries(tmp_path: Path, removed: tuple[int, ...]) -> None:
-    parent = base(tmp_path / "store", [Document("none", "")], LM)
+    parent = emptied(base(tmp_path / "store", [Document("none", "none")], LM))
     path = grow(parent, LM, ADDED, removed)
-    twin = Searcher.open(base(tmp_path / "twin", [d for segment in ADDED for d in segment], LM))
+    twin = Searcher.open(base(tmp_path / "twin", [d for segment in ADDED for d in segment][len(removed) :], LM))
     searcher = Searcher.open(path)
     searcher.warm()
     request = SearchRequest("toy", queries(), SearchOptions(k=30), ids=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.manifest import Manifest
-from knnlm.datastore.revise import with_tuning
+from knnlm.datastore.updates.revise import with_tuning
 from knnlm.errors import DatastoreCorrupt, DatastoreMismatch, InvalidRequest, UnknownDomain, UnknownVersion
 from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher

@@ -16,7 +16,7 @@ import pytest
 
 from knnlm.clients.rpc import Connection, GrpcDatastore
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.growth import add
+from knnlm.datastore.updates.growth import add
 from knnlm.datastore.verify import verify
 from knnlm.errors import DeadlineExceeded, UnknownVersion
 from knnlm.messages import Document, SearchRequest

@@ -1,6 +1,6 @@
-"""What every change of a domain has in common: it begins at the current version, publishes another, and activates it.
+"""What every update of a domain has in common: it begins at the current version, publishes another, and activates it.
 
-One change of a domain at a time, over all processes: its lock is held from reading CURRENT to activation. The new
+One update of a domain at a time, over all processes: its lock is held from reading CURRENT to activation. The new
 version is made in a folder that nobody reads, shares the files that stay the same with the one before (hard links), and
 appears by a rename. Killed at any moment, the former version answers and is what it was. Knows nothing of what changes.
 """
@@ -9,7 +9,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from knnlm.datastore.catalog import Catalog
@@ -17,10 +16,10 @@ from knnlm.datastore.files import discard, disk_errors, locked, share, sync_fold
 from knnlm.datastore.manifest import Manifest
 from knnlm.errors import Conflict, DatastoreError, UnknownVersion
 
-__all__ = ["Activate", "Change", "Changing", "advice", "changing", "remove_leftovers"]
+__all__ = ["ADDING", "Activate", "UpdateTransaction", "advice", "begin_update", "remove_leftovers"]
 
-LOCK = ".change.lock"  # in the domain's folder, never removed: who waits for it must hold the same file
-DRAFT = ".change-"  # how folders begin that are of no use to anybody but the change that is being made
+LOCK = ".change.lock"  # in the domain's folder, never removed: all that wait for it must hold the same file
+DRAFT = ".change-"  # how folders begin that are of no use to anybody but the update that is being made
 ADDING = ".add-"  # and those that are continued when the same documents are added again
 LEFTOVER_SECONDS = 86_400
 
@@ -30,24 +29,8 @@ Activate = Callable[[str, str, str], None]  # domain, version, and the version t
 Essence = Callable[[Manifest], Manifest]
 
 
-@dataclass(frozen=True)
-class Change:
-    """What became of a domain. parent: the version that answered before; the same as `version` when nothing had to be
-    done. advice: a sentence, when compacting is worth while."""
-
-    domain: str
-    version: str
-    parent: str
-    path: Path
-    added_documents: int = 0
-    added_entries: int = 0
-    removed_documents: int = 0
-    removed_entries: int = 0
-    advice: str | None = None
-
-
-class Changing:
-    """A change that is being made: `version`, in folder `path`, is what it begins at."""
+class UpdateTransaction:
+    """An update that is being made: `version`, in folder `path`, is what it begins at."""
 
     def __init__(self, catalog: Catalog, domain: str, version: str) -> None:
         self.domain = domain
@@ -87,13 +70,11 @@ class Changing:
             ) from err
         return manifest
 
-    def publish(
-        self, draft: Path, manifest: Manifest, *, essence: Callable[[Manifest], Manifest] | None = None
-    ) -> Path:
+    def publish(self, draft: Path, manifest: Manifest, *, essence: Essence | None = None) -> Path:
         """Make `draft` a version: `manifest` says all about it but its name, which is chosen now.
 
-        When a change that was killed has left the very same version, that one is taken. essence: what of a manifest
-        must be the same for that; None = all but name and date.
+        When an update that was killed has left the very same version, that one is taken. essence: the part of a
+        manifest that must be the same for that; None = all but name and date.
         """
         found = self._found(manifest, essence or _unchanged)
         if found is not None:
@@ -110,7 +91,7 @@ class Changing:
 
     def activate(self, path: Path, activate: Activate | None) -> None:
         """Have the published version in folder `path` answer, unless None. Raises what `activate` does, Conflict when
-        somebody has switched the domain since the change began; the version stays, not activated."""
+        somebody has switched the domain since the update began; the version stays, not activated."""
         if activate is not None:
             activate(self.domain, path.name, self.version)
 
@@ -128,8 +109,8 @@ class Changing:
 
 
 @contextmanager
-def changing(catalog: Catalog, domain: str, *, wait: bool) -> Iterator[Changing]:
-    """Hold the domain's lock of changes, and begin at its current version.
+def begin_update(catalog: Catalog, domain: str, *, wait: bool) -> Iterator[UpdateTransaction]:
+    """Hold the domain's lock of updates, and begin at its current version.
 
     Raises UnknownDomain, UnknownVersion when no version is current, Conflict when another process is changing the
     domain, unless this one is to `wait` for it.
@@ -139,7 +120,7 @@ def changing(catalog: Catalog, domain: str, *, wait: bool) -> Iterator[Changing]
     with disk_errors(folder / LOCK):
         (folder / LOCK).touch()
     with locked(folder / LOCK, wait=wait, doing=f"changing domain {domain}"):
-        for draft in folder.glob(f"{DRAFT}*"):  # of changes that were killed: nobody else has the lock
+        for draft in folder.glob(f"{DRAFT}*"):  # left by updates that were killed: nobody else has the lock
             discard(draft)
         version = catalog.current(domain)
         if version is None:
@@ -148,7 +129,7 @@ def changing(catalog: Catalog, domain: str, *, wait: bool) -> Iterator[Changing]
                 f"{', '.join(catalog.versions(domain))}",
                 param="version",
             )
-        yield Changing(catalog, domain, version)
+        yield UpdateTransaction(catalog, domain, version)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -165,7 +146,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def advice(manifest: Manifest) -> str | None:
-    """A sentence, when so much was added or removed that searches take longer than they need."""
+    """A sentence when so much was added or removed that searches take longer than they need, else None."""
     added = manifest.entries - manifest.base_entries
     gone = manifest.entries - manifest.live_entries
     reasons = []
@@ -183,6 +164,6 @@ def _unchanged(manifest: Manifest) -> Manifest:
 
 
 def _age(space: Path) -> float:
-    """Seconds since something was last finished in it."""
+    """Seconds since something was last finished in a workspace."""
     places = (space, space / ".build", space / ".build" / "parts")
     return time.time() - max(place.stat().st_mtime for place in places if place.exists())

@@ -1,37 +1,45 @@
 """Adding documents to a version and removing documents from it: a new version, which shares all that stays the same.
 
 What is added becomes a segment (layout.py) with files of its own, made as a build makes them; what is removed is listed
-and stays stored. Of what is there already only the list of documents is read. What either leaves behind is folded by
-knnlm.index.compact.
+(its tombstones) and stays stored. Only the list of documents is read of what is there already. compact.py folds what
+either leaves behind.
 """
 
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from knnlm.datastore.arrays import ArrayWriter
+from knnlm.datastore.build import check_sizes, check_tokenizer, encode, tokenize
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.change import ADDING, Activate, Change, Changing, advice, changing, remove_leftovers
 from knnlm.datastore.corpus import Sources
-from knnlm.datastore.documents import DocumentTable, read_rows
+from knnlm.datastore.document_table import DocumentTable, read_rows
 from knnlm.datastore.encode import KeyEncoder
 from knnlm.datastore.files import discard, disk_errors, share, sync_folder
 from knnlm.datastore.layout import DOCUMENTS, KEYS, REMOVED, TOKENS, VALUES, segment_files
 from knnlm.datastore.manifest import GROWN_VERSION, FileRecord, Manifest, RemovedRecord, SegmentRecord
-from knnlm.datastore.phases import check_sizes, check_tokenizer, encode, tokenize
 from knnlm.datastore.progress import Progress, Report, silent
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.workspace import BUILDING, Identity, Workspace, recorded, working_in
+from knnlm.datastore.updates.transaction import (
+    ADDING,
+    Activate,
+    UpdateTransaction,
+    advice,
+    begin_update,
+    remove_leftovers,
+)
+from knnlm.datastore.workspace import BUILDING, Identity, Workspace, working_in
 from knnlm.errors import Conflict, DatastoreMismatch, InvalidRequest, NotFound
-from knnlm.messages import Document
+from knnlm.messages import Document, DomainChange
 
-__all__ = ["Change", "add", "remove"]
+__all__ = ["add", "remove"]
 
-NAMED = 5  # ids that an error lists
+MAX_NAMED_IDS = 5  # that an error lists
 
 Int64 = npt.NDArray[np.int64]
 
@@ -66,12 +74,12 @@ def add(
     batch_tokens: int = 8192,
     part_entries: int = 16_384,
     on_progress: Report | None = None,
-) -> Change:
+) -> DomainChange:
     """Publish a version that has `documents` besides what the current one has, and activate it by
     `activate(domain, version, parent)`.
 
     lm: the model that made the domain; windows, key function and dtype are those it was built with. replace: documents
-    that have the id of a new one are removed by the same change. wait: for another change of the domain to end.
+    that have the id of a new one are removed by the same update. wait: for another update of the domain to end.
     batch_tokens, part_entries: as in `build`. Documents without tokens to predict are listed and have no entries.
 
     Stopped at any moment, the same call continues with the keys that are finished already. Raises UnknownDomain;
@@ -82,17 +90,17 @@ def add(
     """
     check_sizes(batch_tokens=batch_tokens, part_entries=part_entries)
     report = on_progress or silent
-    with changing(catalog, domain, wait=wait) as change:
-        datastore = Datastore.open(change.path, expect=lm.info)
-        identity = _inherited(change, lm)
-        with change.scratch() as folder:
+    with begin_update(catalog, domain, wait=wait) as update:
+        datastore = Datastore.open(update.path, expect=lm.info)
+        identity = _inherited(update, lm)
+        with update.scratch() as folder:
             sources = tokenize(documents, lm, folder, report, parse_special=identity.windows.parse_special)
             if not sources.documents:
                 raise InvalidRequest("there is no document to add", param="documents")
-            gone = _replaced(datastore, folder / DOCUMENTS, change, replace=replace)
-            workspace = change.folder / f"{ADDING}{_name(identity, sources)}{BUILDING}"
+            gone = _replaced(datastore, folder / DOCUMENTS, update, replace=replace)
+            workspace = update.folder / f"{ADDING}{_name(identity, sources)}{BUILDING}"
             with working_in(workspace, identity, doing="adding these documents") as space:
-                remove_leftovers(change.folder)
+                remove_leftovers(update.folder)
                 _take(space, sources, folder)
                 files = space.completed_files()
                 if files is None:
@@ -100,19 +108,19 @@ def add(
                     files = space.complete_files((KEYS, VALUES))
                 report(Progress("publish", sources.entries, sources.entries, 0, 0.0))
                 for name in (TOKENS, DOCUMENTS):
-                    files[name] = recorded(workspace / name)
-                path, manifest = _published(change, gone, _Segment(workspace, sources, files))
-                change.activate(path, activate)
+                    files[name] = FileRecord.of(workspace / name)
+                path, manifest = _published(update, gone, _Segment(workspace, sources, files))
+                update.activate(path, activate)
                 discard(workspace)
-    return Change(
-        domain, path.name, change.version, path, sources.documents, sources.entries, len(gone.documents), gone.entries,
+    return DomainChange(
+        domain, path.name, update.version, sources.documents, sources.entries, len(gone.documents), gone.entries,
         advice(manifest),
     )  # fmt: skip
 
 
 def remove(
     ids: Iterable[str], catalog: Catalog, domain: str, *, activate: Activate | None = None, wait: bool = False
-) -> Change:
+) -> DomainChange:
     """Publish a version without the documents of these ids, then `activate(domain, version, parent)`.
 
     All documents of an id go; an id given twice counts once; nothing need be left. Raises NotFound, which names up to
@@ -121,37 +129,37 @@ def remove(
     wanted = list(dict.fromkeys(ids))
     if not wanted:
         raise InvalidRequest("there is no id of a document to remove", param="ids")
-    with changing(catalog, domain, wait=wait) as change:
-        datastore = Datastore.open(change.path)
+    with begin_update(catalog, domain, wait=wait) as update:
+        datastore = Datastore.open(update.path)
         numbers = [datastore.documents.numbers(name) for name in wanted]
         unknown = [name for name, found in zip(wanted, numbers, strict=True) if not len(found)]
         if unknown:
             raise NotFound(
-                f"domain {domain} version {change.version} has no document {_listed(unknown)}: nothing was removed",
+                f"domain {domain} version {update.version} has no document {_listed(unknown)}: nothing was removed",
                 param="ids",
             )
         gone = _gone(datastore, np.concatenate(numbers))
-        path, manifest = _published(change, gone, None)
-        change.activate(path, activate)
-    return Change(
-        domain, path.name, change.version, path,
+        path, manifest = _published(update, gone, None)
+        update.activate(path, activate)
+    return DomainChange(
+        domain, path.name, update.version,
         removed_documents=len(gone.documents), removed_entries=gone.entries, advice=advice(manifest),
     )  # fmt: skip
 
 
-def _inherited(change: Changing, lm: KeyEncoder) -> Identity:
+def _inherited(update: UpdateTransaction, lm: KeyEncoder) -> Identity:
     """What the segment's keys are made by: the same as all others of the version."""
     check_tokenizer(lm)
-    manifest = change.manifest
+    manifest = update.manifest
     if manifest.model.dtype not in (None, lm.info.dtype):
         raise DatastoreMismatch(
-            f"the keys of {change.path} were made in {manifest.model.dtype}, model {lm.info.model_id} runs in "
+            f"the keys of {update.path} were made in {manifest.model.dtype}, model {lm.info.model_id} runs in "
             f"{lm.info.dtype}: documents are added in the dtype of all others",
             param="dtype",
         )
     if lm.info.context_length < manifest.windows.context_length:
         raise DatastoreMismatch(
-            f"{change.path} was made with windows of {manifest.windows.context_length} tokens, "
+            f"{update.path} was made with windows of {manifest.windows.context_length} tokens, "
             f"model {lm.info.model_id} takes {lm.info.context_length}",
             param="context_length",
         )
@@ -164,7 +172,7 @@ def _inherited(change: Changing, lm: KeyEncoder) -> Identity:
     )
 
 
-def _replaced(datastore: Datastore, table: Path, change: Changing, *, replace: bool) -> _Gone:
+def _replaced(datastore: Datastore, table: Path, update: UpdateTransaction, *, replace: bool) -> _Gone:
     """The documents that those listed in `table` take the place of."""
     given = DocumentTable(table)
     old = [np.empty(0, np.int64)]
@@ -178,7 +186,7 @@ def _replaced(datastore: Datastore, table: Path, change: Changing, *, replace: b
             continue
         if not replace:
             raise Conflict(
-                f"domain {change.domain} version {change.version} has a document {_short(row.id)} already: "
+                f"domain {update.domain} version {update.version} has a document {_short(row.id)} already: "
                 "replace it, or remove it first",
                 param="documents",
             )
@@ -208,40 +216,55 @@ def _take(space: Workspace, sources: Sources, folder: Path) -> None:
         space.check_sources(sources.sha256)
 
 
-def _published(change: Changing, gone: _Gone, segment: _Segment | None) -> tuple[Path, Manifest]:
+def _published(update: UpdateTransaction, gone: _Gone, segment: _Segment | None) -> tuple[Path, Manifest]:
     """The current version with `segment`, without what is `gone`, published. Returns (its folder, its manifest)."""
-    with change.scratch() as draft:
-        old = change.share(draft, without=(REMOVED,) if len(gone.documents) else ())
-        fields = old.model_dump() | {"format_version": GROWN_VERSION, "parent": change.version}
-        files = dict(old.files)
-        if segment is not None:
-            number = max((s.number for s in old.segments), default=0) + 1
-            for name, as_base in zip(segment_files(number), segment_files(0), strict=True):
-                share(segment.folder / as_base, draft / name)
-                files[name] = segment.files[as_base]
-            made = segment.sources
-            fields["segments"] = (
-                *old.segments,
-                SegmentRecord(number=number, entries=made.entries, documents=made.documents, tokens=made.tokens),
-            )
-            for name in ("entries", "documents", "tokens"):
-                fields[name] += getattr(made, name)
+    with update.scratch() as draft:
+        old = update.share(draft, without=(REMOVED,) if len(gone.documents) else ())
+        manifest = old if segment is None else _with_segment(old, segment, draft)
         if len(gone.documents):
-            removed = np.union1d(gone.before, gone.documents)  # (m,) int64 ascending
-            with ArrayWriter(draft / REMOVED, removed.shape, "<i8") as array:
-                array.write(0, removed)
-            files[REMOVED] = recorded(draft / REMOVED)
-            before = 0 if old.removed is None else old.removed.entries
-            fields["removed"] = RemovedRecord(documents=len(removed), entries=before + gone.entries)
-        fields["files"] = files
-        del fields["created"]
-        manifest = Manifest.model_validate(fields)
-        return change.publish(draft, manifest), manifest
+            manifest = _with_tombstones(manifest, gone, draft)
+        now = {"format_version": GROWN_VERSION, "parent": update.version, "created": datetime.now(UTC)}
+        manifest = manifest.model_copy(update=now)
+        return update.publish(draft, manifest), manifest
+
+
+def _with_segment(old: Manifest, segment: _Segment, draft: Path) -> Manifest:
+    """The manifest after `segment`, whose files are given to the folder `draft`."""
+    number = max((s.number for s in old.segments), default=0) + 1
+    files = dict(old.files)
+    for name, as_base in zip(segment_files(number), segment_files(0), strict=True):
+        share(segment.folder / as_base, draft / name)
+        files[name] = segment.files[as_base]
+    made = segment.sources
+    record = SegmentRecord(number=number, entries=made.entries, documents=made.documents, tokens=made.tokens)
+    return old.model_copy(
+        update={
+            "segments": (*old.segments, record),
+            "entries": old.entries + made.entries,
+            "documents": old.documents + made.documents,
+            "tokens": old.tokens + made.tokens,
+            "files": files,
+        }
+    )
+
+
+def _with_tombstones(old: Manifest, gone: _Gone, draft: Path) -> Manifest:
+    """The manifest without what is `gone`, of which the list is written into the folder `draft`."""
+    removed = np.union1d(gone.before, gone.documents)  # (m,) int64 ascending
+    with ArrayWriter(draft / REMOVED, removed.shape, "<i8") as array:
+        array.write(0, removed)
+    entries = gone.entries + (0 if old.removed is None else old.removed.entries)
+    return old.model_copy(
+        update={
+            "removed": RemovedRecord(documents=len(removed), entries=entries),
+            "files": {**old.files, REMOVED: FileRecord.of(draft / REMOVED)},
+        }
+    )
 
 
 def _listed(ids: Sequence[str]) -> str:
-    rest = len(ids) - NAMED
-    return ", ".join(_short(name) for name in ids[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(ids) - MAX_NAMED_IDS
+    return ", ".join(_short(name) for name in ids[:MAX_NAMED_IDS]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _short(name: str) -> str:

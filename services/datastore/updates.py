@@ -1,9 +1,9 @@
 """Documents added to and removed from a domain while it answers.
 
-Each change is a version of its own, made in a thread beside the searches, opened and warmed like any other, and made
-current last: a search sees all of it or nothing. One change at a time; who asks meanwhile waits as long as its deadline
-allows. A change that has begun goes on when its caller no longer waits. At shutdown it stops at the next batch: what
-was encoded stays on disk, and the same documents sent again continue there.
+Each update is a version of its own, made in a thread beside the searches, opened and warmed like any other, and made
+current last: a search sees all of it or nothing. One update at a time; callers that ask meanwhile wait as long as their
+deadlines allow. An update that has begun goes on when its caller no longer waits. At shutdown it stops at the next
+batch: what was encoded stays on disk, and the same documents sent again continue there.
 """
 
 import asyncio
@@ -14,10 +14,10 @@ from contextlib import AbstractContextManager
 from prometheus_client import Counter
 
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.change import Activate
 from knnlm.datastore.encode import KeyEncoder
-from knnlm.datastore.growth import Change, add, remove
 from knnlm.datastore.progress import Progress
+from knnlm.datastore.updates.growth import add, remove
+from knnlm.datastore.updates.transaction import Activate
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
 from knnlm.messages import Document, DomainChange
 from knnlm.transport.context import outgoing
@@ -26,16 +26,16 @@ from services.datastore.settings import DatastoreSettings
 from services.runtime.context import RequestContext
 from services.runtime.observability import Metrics, event
 
-__all__ = ["EncoderOpener", "Growth"]
+__all__ = ["DocumentUpdates", "EncoderOpener"]
 
 LOG = logging.getLogger(__name__)
-ID_CHARACTERS = 4096  # of a document's id: as many as a search may name
+MAX_ID_CHARACTERS = 4096  # of a document's id: as many as a search may name
 
 EncoderOpener = Callable[[], AbstractContextManager[KeyEncoder]]
 
 
-class Growth:
-    """open_encoder: what turns documents into keys, opened for each change; None while there is no lm service."""
+class DocumentUpdates:
+    """open_encoder: what turns documents into keys, opened for each update; None while there is no lm service."""
 
     def __init__(
         self, settings: DatastoreSettings, metrics: Metrics, pool: Pool, open_encoder: EncoderOpener | None
@@ -45,7 +45,7 @@ class Growth:
         self._pool = pool
         self.open_encoder = open_encoder
         self._turn = asyncio.Lock()
-        self._changes: set[asyncio.Task[DomainChange]] = set()
+        self._running: set[asyncio.Task[DomainChange]] = set()
         self._closing = False
         self._documents = Counter(
             "knnlm_documents_changed_total", "Documents added to or removed from a domain while it was served.",
@@ -58,7 +58,7 @@ class Growth:
         """What became of the domain; it answers from that version now.
 
         Raises InvalidRequest or TooLarge for documents that cannot be taken, Unavailable without an lm service,
-        DeadlineExceeded when it takes longer (it goes on then), what `knnlm.datastore.growth.add` raises.
+        DeadlineExceeded when it takes longer (it goes on then), what `knnlm.datastore.updates.growth.add` raises.
         """
         self._check(domain, [document.id for document in documents], "documents")
         for number, document in enumerate(documents):
@@ -68,7 +68,7 @@ class Growth:
         if opener is None:
             raise Unavailable("no lm service is configured (--lm-target), so documents cannot be encoded here")
 
-        def work(activate: Activate) -> Change:
+        def work(activate: Activate) -> DomainChange:
             with opener() as lm:
                 return add(
                     documents, lm, self._catalog, domain,
@@ -83,9 +83,9 @@ class Growth:
         return await self._finished(lambda activate: remove(ids, self._catalog, domain, activate=activate), call)
 
     async def close(self) -> None:
-        """Refuse new changes and wait for the running one to stop."""
+        """Refuse new updates and wait for the running one to stop."""
         self._closing = True
-        await asyncio.gather(*self._changes, return_exceptions=True)
+        await asyncio.gather(*self._running, return_exceptions=True)
 
     def _check(self, domain: str, ids: Sequence[str], param: str) -> None:
         self._pool.get(domain, None)  # a domain that is not served here is not grown here
@@ -95,28 +95,28 @@ class Growth:
         if len(ids) > most:
             raise TooLarge(f"{param} may hold {most} at once, got {len(ids)} (--max-documents)", param=param)
         for number, name in enumerate(ids):
-            if not 0 < len(name) <= ID_CHARACTERS:
+            if not 0 < len(name) <= MAX_ID_CHARACTERS:
                 raise InvalidRequest(
-                    f"an id must have 1 to {ID_CHARACTERS} characters, number {number} has {len(name)}", param=param
+                    f"an id must have 1 to {MAX_ID_CHARACTERS} characters, number {number} has {len(name)}", param=param
                 )
 
-    async def _finished(self, work: Callable[[Activate], Change], call: RequestContext) -> DomainChange:
+    async def _finished(self, work: Callable[[Activate], DomainChange], call: RequestContext) -> DomainChange:
         try:
             async with asyncio.timeout(call.remaining()):
                 await self._turn.acquire()
         except TimeoutError as err:  # what is not begun is not kept either: else there would be no end to what waits
             raise DeadlineExceeded("other changes took all of the request's time: nothing was changed") from err
-        change = asyncio.create_task(self._change(work, call))
-        self._changes.add(change)
-        change.add_done_callback(self._ended)
+        update = asyncio.create_task(self._update(work, call))
+        self._running.add(update)
+        update.add_done_callback(self._ended)
         try:
             async with asyncio.timeout(call.remaining()):
-                return await asyncio.shield(change)
+                return await asyncio.shield(update)
         except TimeoutError as err:
             raise DeadlineExceeded("the change is still being made: ask for the domain to see when it is done") from err
 
-    async def _change(self, work: Callable[[Activate], Change], call: RequestContext) -> DomainChange:
-        """Make the change whose turn it is, and give the turn on."""
+    async def _update(self, work: Callable[[Activate], DomainChange], call: RequestContext) -> DomainChange:
+        """Make the update whose turn it is, and give the turn on."""
         loop = asyncio.get_running_loop()
 
         def activate(domain: str, version: str, instead_of: str) -> None:
@@ -132,28 +132,18 @@ class Growth:
             self._turn.release()
         self._documents.labels(made.domain, "added").inc(made.added_documents)
         self._documents.labels(made.domain, "removed").inc(made.removed_documents)
-        change = DomainChange(
-            domain=made.domain,
-            version=made.version,
-            parent=made.parent,
-            added_documents=made.added_documents,
-            added_entries=made.added_entries,
-            removed_documents=made.removed_documents,
-            removed_entries=made.removed_entries,
-            advice=made.advice,
-        )
         event(
-            LOG, "domain_changed", domain=change.domain, version=change.version, parent=change.parent,
-            added=change.added_documents, removed=change.removed_documents,
+            LOG, "domain_changed", domain=made.domain, version=made.version, parent=made.parent,
+            added=made.added_documents, removed=made.removed_documents,
         )  # fmt: skip
-        return change
+        return made
 
     def _stop_when_closing(self, progress: Progress) -> None:
         del progress
         if self._closing:
             raise Unavailable("the service is shutting down; what was encoded is kept, send the documents again")
 
-    def _ended(self, change: "asyncio.Task[DomainChange]") -> None:
-        self._changes.discard(change)
-        if not change.cancelled() and (err := change.exception()) is not None:
+    def _ended(self, update: "asyncio.Task[DomainChange]") -> None:
+        self._running.discard(update)
+        if not update.cancelled() and (err := update.exception()) is not None:
             event(LOG, "change_failed", logging.WARNING, reason=str(err))

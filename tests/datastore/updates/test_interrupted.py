@@ -17,15 +17,15 @@ import pytest
 
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.files import CHUNK, share
-from knnlm.datastore.growth import add
 from knnlm.datastore.layout import KEYS, VALUES
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.progress import Progress
+from knnlm.datastore.updates.growth import add
 from knnlm.datastore.verify import verify
 from knnlm.errors import DatastoreError, NotFound
 from knnlm.messages import Document, ForwardRequest, ForwardResult
 from knnlm.testing import ToyLanguageModel
-from tests.datastore.growing import forget, grow, listed, live, sound, toy_catalog
+from tests.datastore.growing import folder, forget, grow, listed, live, sound, toy_catalog
 from tests.datastore.killing import ADDED, CHANGES, OPERATIONS, Killer
 
 EXPECTED = {
@@ -53,7 +53,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
             forget(catalog, "3")
         done = tmp_path_factory.mktemp(name) / "done"
         shutil.copytree(store, done)
-        made[name] = (store, contents(change(done).path))
+        made[name] = (store, contents(folder(Catalog(done), change(done))))
     return made
 
 
@@ -86,7 +86,7 @@ def repeated(store: Path, name: str, expected: dict[str, bytes]) -> None:
             CHANGES[name](store)
     else:
         made = CHANGES[name](store)
-        assert contents(made.path) == expected
+        assert contents(folder(catalog, made)) == expected
         # what was published, but not activated, is taken: not another one is made
         assert len(catalog.versions("toy")) == len({*before, current.name, made.version})
         assert made.version == f"v{len(catalog.versions('toy'))}"
@@ -121,7 +121,7 @@ import sys, time
 from pathlib import Path
 from tests.datastore.killing import ADDED
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.growth import add
+from knnlm.datastore.updates.growth import add
 from knnlm.testing import ToyLanguageModel
 
 class Slow(ToyLanguageModel):
@@ -222,7 +222,7 @@ def test_a_disk_that_is_full_at_any_operation_is_an_error_and_leaves_the_former_
         except DatastoreError as err:
             errors.append(err.message)
         else:
-            assert contents(made.path) == expected
+            assert contents(folder(Catalog(store), made)) == expected
             if left >= 0:
                 break
         left = sys.maxsize
@@ -254,7 +254,7 @@ def test_a_disk_that_is_full_at_any_size_is_an_error_of_ours(tmp_path: Path, nam
         size += 100
     assert len(errors) > 5
     assert all("File too large" in message for message in errors)
-    assert sound(made.path)
+    assert sound(folder(catalog, made))
 
 
 @pytest.mark.parametrize("name", [KEYS, VALUES])
@@ -300,5 +300,5 @@ def test_the_version_that_was_compacted_is_named_after_the_last(
 ) -> None:
     shutil.copytree(whole["compact"][0], tmp_path / "store")
     made = CHANGES["compact"](tmp_path / "store")
-    manifest = Manifest.load(made.path)
+    manifest = Manifest.load(folder(Catalog(tmp_path / "store"), made))
     assert (manifest.format_version, manifest.parent, manifest.version) == (1, None, "v4")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from knnlm.datastore import documents
-from knnlm.datastore.documents import DocumentTable
+from knnlm.datastore import document_table as documents
+from knnlm.datastore.document_table import DocumentTable
 
 IDS = ["b", "a", "", "a", "naïve/café", "\ud800", "b\n"]
 

@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from knnlm.datastore import change as changes
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.change import advice, changing
 from knnlm.datastore.files import locked
-from knnlm.datastore.growth import Change, add, remove
 from knnlm.datastore.manifest import IndexRecord, Manifest
 from knnlm.datastore.progress import Progress
-from knnlm.datastore.revise import with_index, with_tuning
+from knnlm.datastore.updates import transaction
+from knnlm.datastore.updates.growth import add, remove
+from knnlm.datastore.updates.revise import with_index, with_tuning
+from knnlm.datastore.updates.transaction import advice, begin_update
 from knnlm.errors import (
     Conflict,
     KnnlmError,
 )
-from knnlm.messages import Document, ForwardRequest, ForwardResult, Tuning
+from knnlm.messages import Document, DomainChange, ForwardRequest, ForwardResult, Tuning
 from knnlm.testing import ToyLanguageModel, toy_datastore
-from tests.datastore.growing import NEW, forget, grow, listed, live, sound, toy_catalog
+from tests.datastore.growing import NEW, folder, forget, grow, listed, live, sound, toy_catalog
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_without_activation_the_former_version_answers(catalog: Catalog) -> None
     assert (made.version, catalog.current("toy")) == ("v2", "v1")
     seen: list[tuple[str, ...]] = []
     again = add(NEW, ToyLanguageModel(), catalog, "toy", activate=lambda *asked: seen.append(asked))
-    assert again.path == made.path  # the same change is not made twice
+    assert folder(catalog, again) == folder(catalog, made)  # the same change is not made twice
     assert seen == [("toy", "v2", "v1")]
     other = remove(["0"], catalog, "toy")
     assert (other.version, other.parent) == ("v3", "v1")
@@ -47,13 +47,13 @@ def test_the_change_that_is_found_again_is_that_of_the_same_version_alone(catalo
     first = remove(["0"], catalog, "toy")
     assert remove(["1"], catalog, "toy").version == "v3"
     assert remove(["0"], catalog, "toy").version == "v2"
-    with_tuning(first.path, Tuning(1.0, 0.5, 4, 9.0, 8.0, 5, 1))
+    with_tuning(folder(catalog, first), Tuning(1.0, 0.5, 4, 9.0, 8.0, 5, 1))
     assert remove(["0"], catalog, "toy").version == "v4"
 
 
 def test_a_damaged_version_beside_it_stops_no_change(catalog: Catalog) -> None:
     made = remove(["0"], catalog, "toy")
-    (made.path / "manifest.json").write_text("{")
+    (folder(catalog, made) / "manifest.json").write_text("{")
     assert remove(["0"], catalog, "toy").version == "v3"
 
 
@@ -88,8 +88,8 @@ def test_a_version_that_is_removed_meanwhile_is_a_conflict(catalog: Catalog) -> 
 def test_removing_the_parent_leaves_its_children_whole(catalog: Catalog) -> None:
     made = grow(catalog)
     catalog.remove("toy", "v1")
-    assert sound(made.path)
-    assert live(made.path)[0] == "0"
+    assert sound(folder(catalog, made))
+    assert live(folder(catalog, made))[0] == "0"
 
 
 def test_an_activation_that_fails_can_be_repeated_without_the_model(catalog: Catalog) -> None:
@@ -120,12 +120,12 @@ def test_where_there_are_no_links_files_are_copied(
 
     monkeypatch.setattr(os, "link", refuse)
     made = grow(catalog)
-    assert sound(made.path)
-    assert not os.path.samefile(made.path / "keys.npy", catalog.path("toy", "v1") / "keys.npy")
-    assert live(made.path)[-1] == "c"
+    assert sound(folder(catalog, made))
+    assert not os.path.samefile(folder(catalog, made) / "keys.npy", catalog.path("toy", "v1") / "keys.npy")
+    assert live(folder(catalog, made))[-1] == "c"
 
 
-def during(catalog: Catalog, act: Callable[[], object]) -> Change:
+def during(catalog: Catalog, act: Callable[[], object]) -> DomainChange:
     """Add documents, and `act` while their keys are made. What it raises is raised."""
 
     class Acting(ToyLanguageModel):
@@ -139,14 +139,14 @@ def during(catalog: Catalog, act: Callable[[], object]) -> Change:
 @pytest.mark.parametrize(
     "other", [lambda c: grow(c, [Document("d", "text")]), lambda c: forget(c, "0")], ids=["add", "remove"]
 )
-def test_one_change_at_a_time(catalog: Catalog, other: Callable[[Catalog], Change]) -> None:
+def test_one_change_at_a_time(catalog: Catalog, other: Callable[[Catalog], DomainChange]) -> None:
     with pytest.raises(Conflict, match="another process is changing domain toy"):
         during(catalog, lambda: other(catalog))
     assert other(catalog).version == "v2"  # the lock is gone with who held it
 
 
 def test_a_change_may_wait_for_the_one_before(catalog: Catalog) -> None:
-    made: list[Change | KnnlmError] = []
+    made: list[DomainChange | KnnlmError] = []
 
     def other() -> None:
         try:
@@ -162,9 +162,9 @@ def test_a_change_may_wait_for_the_one_before(catalog: Catalog) -> None:
 
     during(catalog, begin)
     thread.join()
-    assert isinstance(made[0], Change), made[0]
+    assert isinstance(made[0], DomainChange), made[0]
     assert (made[0].version, made[0].parent) == ("v3", "v2")
-    assert live(made[0].path) == ["1", "2", "3", "a", "b", "c"]
+    assert live(folder(catalog, made[0])) == ["1", "2", "3", "a", "b", "c"]
 
 
 def test_activating_and_removing_versions_go_on_beside_a_change(catalog: Catalog) -> None:
@@ -229,18 +229,18 @@ def test_own_work_of_last_week_is_continued(catalog: Catalog, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         add(NEW, Dying(), catalog, "toy", **settings)  # type: ignore[arg-type]
     forget(catalog, "0")  # another change in between
-    monkeypatch.setattr(changes, "LEFTOVER_SECONDS", -1)
+    monkeypatch.setattr(transaction, "LEFTOVER_SECONDS", -1)
     seen: list[Progress] = []
     made = add(NEW, ToyLanguageModel(), catalog, "toy", on_progress=seen.append, **settings)  # type: ignore[arg-type]
     assert max(p.entries_resumed for p in seen) > 0
-    assert live(made.path) == ["1", "2", "3", "a", "b", "c"]
+    assert live(folder(catalog, made)) == ["1", "2", "3", "a", "b", "c"]
 
 
 def test_an_interrupted_addition_blocks_no_other(catalog: Catalog) -> None:
     with pytest.raises(KeyboardInterrupt):
         during(catalog, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     assert grow(catalog, [Document("d", "text")]).version == "v2"
-    assert live(grow(catalog).path)[-3:] == ["a", "b", "c"]
+    assert live(folder(catalog, grow(catalog)))[-3:] == ["a", "b", "c"]
 
 
 def test_an_interrupted_addition_by_another_model_blocks_no_other(catalog: Catalog) -> None:
@@ -248,7 +248,7 @@ def test_an_interrupted_addition_by_another_model_blocks_no_other(catalog: Catal
         during(catalog, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     other = ToyLanguageModel(seed=1)
     toy_datastore(catalog.store, other, version="v2")
-    assert live(grow(catalog, NEW, other).path)[-3:] == ["a", "b", "c"]
+    assert live(folder(catalog, grow(catalog, NEW, other)))[-3:] == ["a", "b", "c"]
 
 
 def test_progress_tells_all_phases(catalog: Catalog) -> None:
@@ -272,9 +272,7 @@ def test_progress_tells_all_phases(catalog: Catalog) -> None:
 def test_compacting_is_advised_when_searches_feel_it(
     catalog: Catalog, base: int, added: int, removed: int, said: str | None
 ) -> None:
-    manifest = Manifest.load(forget(catalog, *(["0"] if removed else [])).path) if removed else Manifest.load(
-        grow(catalog).path
-    )  # fmt: skip
+    manifest = Manifest.load(folder(catalog, forget(catalog, "0") if removed else grow(catalog)))
     fields: dict[str, object] = {"entries": base + added}
     if added:
         fields["segments"] = (manifest.segments[0].model_copy(update={"entries": added}),)
@@ -290,10 +288,10 @@ def test_the_index_of_the_parent_may_change_while_keys_are_made(catalog: Catalog
     made = during(
         catalog, lambda: with_index(catalog.path("toy", "v1"), IndexRecord(recipe="of-the-future"), {}, beside=False)
     )
-    assert Manifest.load(made.path).index.recipe == "of-the-future"
+    assert Manifest.load(folder(catalog, made)).index.recipe == "of-the-future"
 
 
 def test_the_lock_of_changes_is_none_of_a_version(catalog: Catalog) -> None:
-    with changing(catalog, "toy", wait=False) as change:
+    with begin_update(catalog, "toy", wait=False) as change:
         assert (change.version, change.path) == ("v1", catalog.path("toy", "v1"))
         assert catalog.versions("toy") == ["v1"]

@@ -8,21 +8,20 @@ import pytest
 
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.change import Change
-from knnlm.datastore.growth import add, remove
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.progress import Progress
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.revise import with_tuning
+from knnlm.datastore.updates import compact as module
+from knnlm.datastore.updates.growth import add, remove
+from knnlm.datastore.updates.revise import with_tuning
 from knnlm.errors import Conflict, DatastoreCorrupt, InvalidRequest, UnknownVersion
-from knnlm.index import compact as module
 from knnlm.index.build import build_index
 from knnlm.index.compact import compact
 from knnlm.index.searcher import Searcher
-from knnlm.messages import Document, SearchRequest, Tuning
+from knnlm.messages import Document, DomainChange, SearchRequest, Tuning
 from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore
-from tests.datastore.growing import forget, grow, listed, live, sound, toy_catalog
+from tests.datastore.growing import folder, forget, grow, listed, live, sound, toy_catalog
 
 SETTINGS = {"context_length": 24, "min_context": 8, "key_dtype": "float32"}
 
@@ -32,7 +31,7 @@ def catalog(tmp_path: Path) -> Catalog:
     return toy_catalog(tmp_path)
 
 
-def folded(catalog: Catalog, recipe: str | None = None) -> Change:
+def folded(catalog: Catalog, recipe: str | None = None) -> DomainChange:
     return compact(catalog, "toy", recipe=recipe, activate=catalog.activate)
 
 
@@ -66,11 +65,11 @@ def test_it_is_what_a_build_of_the_remaining_documents_makes(
     add([changed], lm, catalog, "toy", replace=True, activate=catalog.activate)
     made = folded(catalog)
     twin = build(list(left.values()), lm, Catalog(tmp_path / "twin"), "toy", **SETTINGS)  # type: ignore[arg-type]
-    assert arrays(made.path) == arrays(twin)
-    mine, other = Manifest.load(made.path), Manifest.load(twin)
+    assert arrays(folder(catalog, made)) == arrays(twin)
+    mine, other = Manifest.load(folder(catalog, made)), Manifest.load(twin)
     same = {"version": "v1", "created": other.created}
     assert mine.model_copy(update=same) == other.model_copy(update=same)
-    assert sound(made.path)
+    assert sound(folder(catalog, made))
     assert catalog.current("toy") == made.version
 
 
@@ -84,7 +83,7 @@ def test_it_answers_as_the_version_it_was_made_of(catalog: Catalog) -> None:
     made = folded(catalog)
     queries = np.random.default_rng(0).standard_normal((9, 16)).astype(np.float32)
     request = SearchRequest("toy", queries, SearchOptions(k=20))
-    old, new = (Searcher.open(p).search(request).neighbors for p in (parent.path, made.path))
+    old, new = (Searcher.open(p).search(request).neighbors for p in (folder(catalog, parent), folder(catalog, made)))
     np.testing.assert_array_equal(old.distances, new.distances)
     np.testing.assert_array_equal(old.values, new.values)
 
@@ -94,7 +93,7 @@ def test_tuning_is_kept_and_the_default_index_is_built_again(catalog: Catalog) -
     build_index(catalog.path("toy", "v1"), "hnsw8", beside=True)
     grow(catalog)
     tuned = with_tuning(catalog.path("toy", "v2"), Tuning(2.0, 0.3, 8, 9.0, 8.0, 5, 1))
-    manifest = Manifest.load(folded(catalog).path)
+    manifest = Manifest.load(folder(catalog, folded(catalog)))
     assert manifest.tuning == tuned.tuning is not None
     assert [index.recipe for index in manifest.indexes] == ["ivf4,sq8"]
     assert manifest.entries == tuned.live_entries
@@ -107,9 +106,9 @@ def test_another_index_may_be_asked_for(catalog: Catalog) -> None:
     with pytest.raises(InvalidRequest, match="unknown index recipe 'magic'"):
         folded(catalog, "magic")
     assert catalog.versions("toy") == ["v1", "v2"]  # refused before anything was copied
-    assert Manifest.load(compact(catalog, "toy", recipe="hnsw8").path).index.recipe == "hnsw8"
+    assert Manifest.load(folder(catalog, compact(catalog, "toy", recipe="hnsw8"))).index.recipe == "hnsw8"
     again = compact(catalog, "toy", recipe="auto")
-    assert (again.version, Manifest.load(again.path).index.recipe) == ("v3", "flat")  # not copied twice
+    assert (again.version, Manifest.load(folder(catalog, again)).index.recipe) == ("v3", "flat")  # not copied twice
 
 
 def test_an_index_that_does_not_suit_leaves_the_former_version(catalog: Catalog) -> None:
@@ -124,14 +123,14 @@ def test_fewer_entries_than_the_index_had_lists(catalog: Catalog) -> None:
     build_index(catalog.path("toy", "v1"), "ivf100,flat")
     forget(catalog, "0", "1")
     made = folded(catalog)
-    assert Manifest.load(made.path).entries < 100
-    assert sound(made.path)
+    assert Manifest.load(folder(catalog, made)).entries < 100
+    assert sound(folder(catalog, made))
     request = SearchRequest("toy", np.zeros((1, 16), np.float32), SearchOptions(k=3))
-    assert Searcher.open(made.path).search(request).neighbors.distances.shape == (1, 3)
+    assert Searcher.open(folder(catalog, made)).search(request).neighbors.distances.shape == (1, 3)
 
 
 def test_nothing_to_fold_does_nothing(catalog: Catalog) -> None:
-    assert folded(catalog) == Change("toy", "v1", "v1", catalog.path("toy", "v1"))
+    assert folded(catalog) == DomainChange("toy", "v1", "v1")
     grow(catalog)
     folded(catalog)
     assert folded(catalog).version == "v3"
@@ -142,9 +141,9 @@ def test_all_documents_removed(catalog: Catalog) -> None:
     build_index(catalog.path("toy", "v1"), "ivf4,flat")
     forget(catalog, "0", "1", "2", "3")
     made = folded(catalog)
-    assert Datastore.open(made.path).keys.shape == (0, 16)
-    assert sound(made.path)
-    assert live(grow(catalog).path) == ["a", "b", "c"]
+    assert Datastore.open(folder(catalog, made)).keys.shape == (0, 16)
+    assert sound(folder(catalog, made))
+    assert live(folder(catalog, grow(catalog))) == ["a", "b", "c"]
 
 
 def test_nothing_is_shared_but_the_tokenizer(catalog: Catalog) -> None:
@@ -152,15 +151,15 @@ def test_nothing_is_shared_but_the_tokenizer(catalog: Catalog) -> None:
     made = folded(catalog)
     for version in ("v1", "v2"):
         catalog.remove("toy", version)
-    assert {f.name for f in made.path.iterdir() if f.stat().st_nlink > 1} == set()
-    assert sound(made.path)
+    assert {f.name for f in folder(catalog, made).iterdir() if f.stat().st_nlink > 1} == set()
+    assert sound(folder(catalog, made))
 
 
 def test_damage_is_found_and_not_copied(catalog: Catalog) -> None:
     made = grow(catalog)
-    damaged = bytearray((made.path / "keys.1.npy").read_bytes())
+    damaged = bytearray((folder(catalog, made) / "keys.1.npy").read_bytes())
     damaged[-1] ^= 1
-    (made.path / "keys.1.npy").write_bytes(damaged)
+    (folder(catalog, made) / "keys.1.npy").write_bytes(damaged)
     with pytest.raises(DatastoreCorrupt, match=r"keys\.1\.npy has sha256"):
         folded(catalog)
     assert listed(catalog) == ["CURRENT", "v1", "v2"]
@@ -188,7 +187,7 @@ def test_progress_is_enough_for_a_display(catalog: Catalog, monkeypatch: pytest.
     grow(catalog)
     seen: list[Progress] = []
     made = compact(catalog, "toy", recipe="ivf4", on_progress=seen.append)
-    entries = Manifest.load(made.path).entries
+    entries = Manifest.load(folder(catalog, made)).entries
     assert list(dict.fromkeys(p.phase for p in seen)) == ["copy", "index"]
     for phase in ("copy", "index"):
         done = [p.entries_done for p in seen if p.phase == phase]

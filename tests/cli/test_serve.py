@@ -1,0 +1,139 @@
+"""`knnlm serve` as its users run it: three real processes, one command."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from knnlm.cli.serve import environment, home
+from tests.services.processes import ROOT
+
+SECONDS = 120  # for any step: far more than it takes
+
+
+class Serving:
+    """A running `knnlm serve` whose lines are kept."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            with self._changed:
+                self.lines.append(line)
+                self._changed.notify_all()
+
+    def line(self, matches: Callable[[str], bool]) -> str:
+        """The first line that matches; waits for it."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: any(map(matches, self.lines)), SECONDS), "".join(self.lines)
+            return next(filter(matches, self.lines))
+
+    def end(self) -> int:
+        code = self.process.wait(SECONDS)
+        self._reader.join()
+        return code
+
+    def children(self) -> dict[str, int]:
+        """Process ids by service."""
+        listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
+        rows = (line.split(None, 2) for line in listing.stdout.splitlines())
+        mine = [(int(pid), args) for pid, parent, args in rows if int(parent) == self.process.pid]
+        return {found[1]: pid for pid, args in mine if (found := re.search(r"-m services\.(\w+)$", args))}
+
+
+@contextmanager
+def serving(model: object, store: Path, folder: Path, *flags: str, **variables: str) -> Iterator[Serving]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("KNNLM_")}
+    ports = [word for name in ("port", "lm-port", "lm-grpc-port", "datastore-port", "datastore-grpc-port")
+             for word in (f"--{name}", "0")]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "knnlm.cli.main", "serve", "--model", str(model), "--store", str(store), *ports, *flags],
+        env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}, cwd=folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    running = Serving(process)
+    try:
+        yield running
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        running.end()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def test_one_command_serves_a_model_and_a_store_until_it_is_told_to_end(
+    model: Path, built: Path, tmp_path: Path
+) -> None:
+    flags = ["--device", "cpu"]
+    with serving(model, built, tmp_path, *flags, KNNLM_AGGREGATOR_API_KEYS="secret") as running:
+        running.line(lambda line: line.startswith("ready: http://127.0.0.1:"))
+        command = running.line(lambda line: line.startswith("  curl "))
+        request = [*shlex.split(command), "-H", "Authorization: Bearer secret", "-w", "%{http_code}"]
+        asked = subprocess.run(request, capture_output=True, text=True, check=True)
+        assert asked.stdout.endswith("200"), asked.stdout
+        assert '"domain":"toy"' in asked.stdout
+        assert set(running.children()) == {"lm", "datastore", "aggregator"}
+        running.process.send_signal(signal.SIGTERM)
+        assert running.end() == 0
+        stopped = [line.split("|")[0].strip() for line in running.lines if "event=stopped" in line]
+        assert stopped == ["aggregator", "datastore", "lm"]
+
+
+def test_a_service_that_dies_ends_the_others_and_its_last_words_are_shown(
+    model: Path, built: Path, tmp_path: Path
+) -> None:
+    with serving(model, built, tmp_path) as running:
+        running.line(lambda line: line.startswith("datastore") and "event=ready" in line)
+        os.kill(running.children()["datastore"], signal.SIGKILL)
+        assert running.end() == 1
+        told = running.lines.index("error: the datastore service ended by signal 9; the end of its log:\n")
+        assert any(line.startswith("  ") and "event=ready" in line for line in running.lines[told:])
+        assert not running.children()
+
+
+def test_what_a_service_cannot_start_with_is_the_error_of_the_command(tmp_path: Path) -> None:
+    with serving("nowhere/model", tmp_path / "store", tmp_path, KNNLM_LM_MAX_TOKENS="many") as running:
+        assert running.end() == 2  # as the service itself ends for a bad setting
+        assert "error: the lm service ended with 2; the end of its log:\n" in running.lines
+        assert any(line.startswith("  ") and "KNNLM_LM_MAX_TOKENS" in line for line in running.lines)
+
+
+def test_options_win_over_the_environment_and_that_over_what_fits_together() -> None:
+    given = {"KNNLM_LM_GRPC_PORT": "7001", "KNNLM_DATASTORE_GRPC_PORT": "0"}
+    said = {
+        "KNNLM_LM_GRPC_PORT": "1", "KNNLM_LM_HOST": "::", "KNNLM_AGGREGATOR_PORT": "7000", "OTHER": "x",
+    }  # fmt: skip
+    found = environment(given, said)
+    assert found["KNNLM_AGGREGATOR_LM_TARGET"] == found["KNNLM_DATASTORE_LM_TARGET"] == "[::1]:7001"
+    assert found["KNNLM_DATASTORE_GRPC_PORT"] not in ("0", "9002")
+    assert found["KNNLM_AGGREGATOR_DATASTORE_TARGET"] == f"127.0.0.1:{found['KNNLM_DATASTORE_GRPC_PORT']}"
+    assert (found["KNNLM_AGGREGATOR_PORT"], found["KNNLM_LM_PORT"], found["OTHER"]) == ("7000", "8001", "x")
+    assert environment({}, {"KNNLM_AGGREGATOR_LM_TARGET": "far:1"})["KNNLM_AGGREGATOR_LM_TARGET"] == "far:1"
+
+
+def test_default_ports_are_those_of_the_services() -> None:
+    from services.aggregator.settings import AggregatorSettings
+    from services.datastore.settings import DatastoreSettings
+    from services.lm.settings import LmSettings
+
+    found = environment({}, {})
+    for cls in (LmSettings, DatastoreSettings, AggregatorSettings):
+        for name, field in cls.model_fields.items():
+            if name in ("port", "grpc_port"):
+                assert found[f"{cls.model_config['env_prefix']}{name.upper()}"] == str(field.default)
+
+
+def test_the_services_are_found_beside_the_library() -> None:
+    assert home() == ROOT
