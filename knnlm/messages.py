@@ -7,7 +7,7 @@ flat: the answers to several sequences or positions stand one below the other, i
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,13 @@ from knnlm.errors import InvalidRequest
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
 
+if TYPE_CHECKING:
+    from knnlm.tokenizer import Tokenizer
+
 __all__ = [
     "DatastoreClient", "Document", "DocumentsClient", "DomainChange", "DomainInfo", "ForwardRequest", "ForwardResult",
-    "LanguageModelClient", "Memory", "ModelInfo", "Passage", "SearchQuality", "SearchRequest", "SearchResult", "Tuning",
+    "LanguageModel", "LanguageModelClient", "Memory", "ModelInfo", "Passage", "SearchQuality", "SearchRequest",
+    "SearchResult", "Searching", "Tuning",
 ]  # fmt: skip
 
 
@@ -259,6 +263,44 @@ class DomainChange:
     removed_documents: int = 0
     removed_entries: int = 0
     advice: str | None = None
+
+
+class LanguageModel(Protocol):
+    """A language model that blocks while it works, as knnlm.lm.model.LanguageModel."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+    @property
+    def tokenizer(self) -> "Tokenizer": ...
+    def forward(self, request: ForwardRequest) -> ForwardResult:
+        """Called by one thread at a time. Raises InvalidRequest, naming the field, for what the model cannot take;
+        ModelError when it fails; where it is remote what LanguageModelClient raises as well."""
+        ...
+
+
+class Searching(Protocol):
+    """One opened version of one domain, as knnlm.index.searcher.Searcher. held_bytes: in this process's own memory."""
+
+    @property
+    def memory(self) -> Memory: ...
+    @property
+    def held_bytes(self) -> int: ...
+    def search(self, request: SearchRequest) -> SearchResult:
+        """Raises InvalidRequest, naming the field; UnknownDomain or UnknownVersion when another version is meant;
+        DatastoreCorrupt for what is found damaged; DatastoreError when it is closed."""
+        ...
+
+    def info(self, versions: Sequence[str], state: str = "ready") -> DomainInfo:
+        """versions: all of the domain on disk, oldest first."""
+        ...
+
+    def warm(self) -> None:
+        """Make the first search as fast as the others. Raises as `search` does."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything, while no search runs."""
+        ...
 
 
 class LanguageModelClient(Protocol):

@@ -10,18 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.datastore.encode import KeyEncoder
 from knnlm.errors import Conflict, InvalidRequest, UnknownDomain, UnknownVersion
 from knnlm.messages import (
     DomainInfo,
     ForwardRequest,
     ForwardResult,
+    LanguageModel,
     ModelInfo,
+    Searching,
     SearchRequest,
     SearchResult,
 )
@@ -29,18 +30,10 @@ from knnlm.mixer import Mixer, NextTokens, Score
 from knnlm.options import DomainOptions, KnnOptions
 from knnlm.tokenizer import Tokenizer
 
-__all__ = ["Context", "LocalDatastore", "LocalLanguageModel", "Pipeline", "Search"]
+__all__ = ["Context", "LocalDatastore", "LocalLanguageModel", "Pipeline"]
 
 T = TypeVar("T")
 Context = str | Sequence[int] | npt.NDArray[np.integer]
-
-
-class Search(Protocol):
-    """One opened version of one domain: knnlm.index.searcher.Searcher."""
-
-    def search(self, request: SearchRequest) -> SearchResult: ...
-    def info(self, versions: Sequence[str]) -> DomainInfo: ...
-    def close(self) -> None: ...
 
 
 class Pipeline:
@@ -49,7 +42,7 @@ class Pipeline:
     Works in a plain program and where an event loop runs already (Jupyter): then on a thread of its own.
     """
 
-    def __init__(self, lm: KeyEncoder, searchers: Mapping[str, Search] | None = None) -> None:
+    def __init__(self, lm: LanguageModel, searchers: Mapping[str, Searching] | None = None) -> None:
         self.lm = lm
         self.searchers = dict(searchers or {})
         self._mixer = Mixer(LocalLanguageModel(lm), LocalDatastore(self.searchers), lm.info)
@@ -146,7 +139,7 @@ class Pipeline:
 class LocalLanguageModel:
     """A model of this process as a LanguageModelClient. Calls run on a thread, so that a search can run meanwhile."""
 
-    def __init__(self, lm: KeyEncoder) -> None:
+    def __init__(self, lm: LanguageModel) -> None:
         self._lm = lm
 
     async def forward(self, request: ForwardRequest) -> ForwardResult:
@@ -162,7 +155,7 @@ class LocalLanguageModel:
 class LocalDatastore:
     """Opened searchers as a DatastoreClient. Each domain stays on the version it was opened with."""
 
-    def __init__(self, searchers: Mapping[str, Search]) -> None:
+    def __init__(self, searchers: Mapping[str, Searching]) -> None:
         self._searchers = searchers
 
     async def search(self, request: SearchRequest) -> SearchResult:
@@ -183,7 +176,7 @@ class LocalDatastore:
         info = await self.get_domain(domain)
         raise Conflict(f"domain {domain} was opened with version {info.version}: open {version} instead")
 
-    def _searcher(self, domain: str) -> Search:
+    def _searcher(self, domain: str) -> Searching:
         if domain not in self._searchers:
             known = ", ".join(sorted(self._searchers)) or "none"
             raise UnknownDomain(f"unknown domain {domain!r}; opened: {known}", param="domain")

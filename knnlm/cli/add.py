@@ -27,8 +27,7 @@ from knnlm.cli.remote import TlsCaOption, TlsCertOption, TlsKeyOption, api_key, 
 from knnlm.errors import InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
-    from knnlm.datastore.encode import KeyEncoder
-    from knnlm.messages import LanguageModelClient
+    from knnlm.messages import LanguageModel, LanguageModelClient
 
 LOCAL = "127.0.0.1:9001"  # where an lm service listens unless it is told otherwise
 CALL_SECONDS = 600.0  # a batch of a large model on a slow machine
@@ -128,7 +127,7 @@ def _service(
 @contextmanager
 def _encoder(
     model: str | None, service: "LanguageModelClient | None", key_function: str, *, device: str, dtype: str
-) -> Iterator["KeyEncoder"]:
+) -> Iterator["LanguageModel"]:
     """The model, loaded here, or behind a service: then it says itself what its key function is."""
     if service is None:
         from knnlm.lm.model import LanguageModel

@@ -30,7 +30,7 @@ class _Closing(Protocol):
 
 
 class RemoteEncoder:
-    """Keeps the KeyEncoder protocol of knnlm.datastore.encode over `client`.
+    """Keeps the LanguageModel protocol of knnlm.datastore.encode over `client`.
 
     loop: a running event loop of another thread, to which the client belongs; None: a loop of its own, in a thread that
     `close` ends. The client is then used in that loop alone, and `close` closes it. Not for the thread of the loop.

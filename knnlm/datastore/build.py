@@ -16,7 +16,7 @@ from knnlm.datastore.arrays import ArrayWriter, open_array
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.corpus import Sources, sources_digest, write_corpus
 from knnlm.datastore.document_table import read_rows
-from knnlm.datastore.encode import Encoder, KeyEncoder, plan_parts
+from knnlm.datastore.encode import Encoder, plan_parts
 from knnlm.datastore.files import write_atomic
 from knnlm.datastore.layout import DOCUMENTS, KEYS, MANIFEST, TOKENIZER, TOKENS, VALUES, FileRecord
 from knnlm.datastore.manifest import Manifest, ModelRecord, WindowsRecord
@@ -24,10 +24,10 @@ from knnlm.datastore.progress import Clock, Progress, Report, silent
 from knnlm.datastore.workspace import Identity, Workspace, workspace
 from knnlm.decoding import choose_windows
 from knnlm.errors import InvalidRequest, ModelError
-from knnlm.messages import Document
+from knnlm.messages import Document, LanguageModel
 
 __all__ = [
-    "KeyEncoder", "Progress", "build", "check_sizes", "check_tokenizer", "encode", "require_documents", "tokenize",
+    "Progress", "build", "check_sizes", "check_tokenizer", "encode", "require_documents", "tokenize",
 ]  # fmt: skip
 
 KEY_DTYPES = ("float16", "float32")
@@ -35,7 +35,7 @@ KEY_DTYPES = ("float16", "float32")
 
 def build(
     documents: Iterable[Document],
-    lm: KeyEncoder,
+    lm: LanguageModel,
     catalog: Catalog,
     domain: str,
     *,
@@ -74,7 +74,7 @@ def build(
     return target
 
 
-def _tokenized(documents: Iterable[Document], lm: KeyEncoder, space: Workspace, report: Report) -> Sources:
+def _tokenized(documents: Iterable[Document], lm: LanguageModel, space: Workspace, report: Report) -> Sources:
     if space.state.sources is not None:
         space.check_sources(sources_digest(documents))
         return space.state.sources
@@ -104,7 +104,7 @@ def _publish(space: Workspace, sources: Sources, target: Path) -> None:
     space.publish(target)
 
 
-def _identity(lm: KeyEncoder, context_length: int | None, min_context: int | None, key_dtype: str) -> Identity:
+def _identity(lm: LanguageModel, context_length: int | None, min_context: int | None, key_dtype: str) -> Identity:
     check_tokenizer(lm)
     info = lm.info
     length, least = choose_windows(info, context_length=context_length, min_context=min_context)
@@ -128,7 +128,7 @@ def check_sizes(**sizes: int) -> None:
             raise InvalidRequest(f"{name} must be >= 1, got {size}", param=name)
 
 
-def check_tokenizer(lm: KeyEncoder) -> None:
+def check_tokenizer(lm: LanguageModel) -> None:
     """Raises ModelError when the tokenizer is not the one that the model says it has."""
     if lm.tokenizer.sha256 != lm.info.tokenizer_sha256:
         raise ModelError(
@@ -151,7 +151,7 @@ def _no_token() -> InvalidRequest:
 
 
 def tokenize(
-    documents: Iterable[Document], lm: KeyEncoder, folder: Path, report: Report, *, parse_special: bool
+    documents: Iterable[Document], lm: LanguageModel, folder: Path, report: Report, *, parse_special: bool
 ) -> Sources:
     """Documents to tokens.npy and documents.jsonl in `folder`. Raises as `write_corpus` does."""
     clock = Clock()
@@ -163,7 +163,7 @@ def tokenize(
 
 
 def encode(
-    lm: KeyEncoder, space: Workspace, sources: Sources, *, batch_tokens: int, part_entries: int, report: Report
+    lm: LanguageModel, space: Workspace, sources: Sources, *, batch_tokens: int, part_entries: int, report: Report
 ) -> None:
     """The tokens of a workspace to its keys.npy and values.npy, part by part; what an earlier run finished stays."""
     folder, identity = space.folder, space.state.identity

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,24 +20,13 @@ from knnlm.datastore.files import write_atomic
 from knnlm.datastore.manifest import Record, WindowsRecord
 from knnlm.decoding import Window, plan_windows
 from knnlm.errors import DatastoreError
-from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
-from knnlm.tokenizer import Tokenizer
+from knnlm.messages import ForwardRequest, LanguageModel
 
-__all__ = ["Encoder", "KeyEncoder", "Part", "plan_parts"]
+__all__ = ["Encoder", "Part", "plan_parts"]
 
 FLOAT16_MAX = 65504.0
 
 Keys = npt.NDArray[np.floating]
-
-
-class KeyEncoder(Protocol):
-    """A model, as far as building a datastore needs one."""
-
-    @property
-    def info(self) -> ModelInfo: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    def forward(self, request: ForwardRequest) -> ForwardResult: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,7 @@ class Encoder:
     """Makes parts durable: each call of `finish` leaves one more of them on disk."""
 
     def __init__(
-        self, lm: KeyEncoder, tokens: npt.NDArray[np.int32], keys: ArrayWriter, values: ArrayWriter, *,
+        self, lm: LanguageModel, tokens: npt.NDArray[np.int32], keys: ArrayWriter, values: ArrayWriter, *,
         key_dtype: str, batch_tokens: int, records: Path,
     ) -> None:  # fmt: skip
         self._lm = lm

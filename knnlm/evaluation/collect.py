@@ -9,15 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.datastore.encode import KeyEncoder
 from knnlm.decoding import Window, choose_windows, plan_windows
 from knnlm.errors import InvalidRequest, ModelError
 from knnlm.evaluation.splits import Encoded
 from knnlm.evaluation.tuning import Observations
-from knnlm.messages import DomainInfo, ForwardRequest, SearchRequest
+from knnlm.messages import DomainInfo, ForwardRequest, LanguageModel, Searching, SearchRequest
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
-from knnlm.pipeline import Search
 
 __all__ = ["LEAK_ALARM", "HeldOut", "coincide", "find", "leak", "observe"]
 
@@ -50,7 +48,7 @@ class HeldOut:
 
 
 def observe(
-    lm: KeyEncoder,
+    lm: LanguageModel,
     documents: Sequence[Encoded],
     *,
     domains: Sequence[DomainInfo] = (),
@@ -82,7 +80,7 @@ def observe(
 
 
 def find(
-    search: Search, domain: str, held_out: HeldOut, k: int, *, on_progress: Callable[[int], None] | None = None
+    search: Searching, domain: str, held_out: HeldOut, k: int, *, on_progress: Callable[[int], None] | None = None
 ) -> Observations:
     """What a request for k neighbors finds for every query of `held_out`: the same candidates are considered.
 
@@ -126,7 +124,7 @@ def coincide(queries: npt.NDArray[np.floating], neighbors: Neighbors, same: floa
 
 
 def _answers(
-    lm: KeyEncoder, documents: Sequence[Encoded], windows: tuple[int, int], batch_tokens: int
+    lm: LanguageModel, documents: Sequence[Encoded], windows: tuple[int, int], batch_tokens: int
 ) -> Iterator[tuple[Batch, npt.NDArray[np.int32], Answer]]:
     """Windows, the (n,) tokens that they predict, and what the model says: (keys (n, d), log-probabilities (n,))."""
     for batch in _batches(documents, windows, batch_tokens):

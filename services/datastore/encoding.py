@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from knnlm.clients.encoder import RemoteEncoder
 from knnlm.clients.rpc import GrpcLanguageModel
-from knnlm.datastore.encode import KeyEncoder
+from knnlm.messages import LanguageModel
 from services.datastore.settings import DatastoreSettings
 from services.datastore.updates import EncoderOpener
 from services.runtime.upstream import connection
@@ -23,7 +23,7 @@ def encoder(settings: DatastoreSettings) -> EncoderOpener | None:
     lm_service = connection(settings, "lm", wait=WAIT_SECONDS)
 
     @contextmanager
-    def opened() -> Iterator[KeyEncoder]:
+    def opened() -> Iterator[LanguageModel]:
         # made for each change: its connections belong to the event loop of the encoder, and end with it
         with RemoteEncoder(GrpcLanguageModel(lm_service)) as lm:
             yield lm

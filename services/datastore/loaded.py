@@ -2,44 +2,27 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
-from knnlm.datastore.manifest import Manifest
 from knnlm.errors import DatastoreError, InsufficientMemory, InvalidRequest
 from knnlm.index.memory import release_freed
-from knnlm.messages import DomainInfo, Memory, SearchRequest, SearchResult
+from knnlm.messages import Searching, SearchRequest, SearchResult
 from services.datastore.settings import DatastoreSettings
 
-__all__ = ["Loaded", "Opener", "SearcherLike", "Stamp", "opener", "stamp"]
+__all__ = ["Loaded", "Opener", "Stamp", "opener", "stamp"]
 
 Stamp = tuple[str, int, int]  # version, and what tells that its manifest was rewritten (tuning, index)
 
 
-class SearcherLike(Protocol):
-    """As knnlm.index.searcher.Searcher."""
-
-    @property
-    def manifest(self) -> Manifest: ...
-    @property
-    def memory(self) -> Memory: ...
-    @property
-    def held_bytes(self) -> int: ...
-    def search(self, request: SearchRequest) -> SearchResult: ...
-    def info(self, versions: Sequence[str], state: str = "ready") -> DomainInfo: ...
-    def warm(self) -> None: ...
-    def close(self) -> None: ...
-
-
-Opener = Callable[[Path, int | None], SearcherLike]  # a version's folder, and what it may hold in memory, in bytes
+Opener = Callable[[Path, int | None], Searching]  # a version's folder, and what it may hold in memory, in bytes
 
 
 def opener(settings: DatastoreSettings) -> Opener:
     """Opens versions as the settings say. It raises as Searcher.open does."""
 
-    def open_searcher(path: Path, memory_limit: int | None) -> SearcherLike:
+    def open_searcher(path: Path, memory_limit: int | None) -> Searching:
         from knnlm.index.searcher import Searcher  # faiss: slow to import, while /livez answers already
 
         try:
@@ -52,7 +35,7 @@ def opener(settings: DatastoreSettings) -> Opener:
                 max_candidates=settings.max_candidates,
                 check=settings.check,
             )
-        except InvalidRequest as err:  # of ours, not of who asks for this version
+        except InvalidRequest as err:  # our setting, and no fault of the caller
             raise DatastoreError(f"{err.message} (this service is set to index {settings.index!r})") from err
 
     return open_searcher

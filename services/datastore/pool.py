@@ -229,7 +229,7 @@ class Pool:
             self._retire(domain, old)
             self._entries.remove(domain, old.version)  # as many series as domains, whatever the number of versions
         self._loads.labels(domain, "ok").inc()
-        self._entries.labels(domain, loaded.version).set(loaded.searcher.manifest.live_entries)
+        self._entries.labels(domain, loaded.version).set(loaded.searcher.info([]).entries)
         self._show_memory(domain, loaded.memory)
         event(LOG, "serving", domain=domain, version=loaded.version, replaced=None if old is None else old.version)
 

@@ -14,12 +14,11 @@ from contextlib import AbstractContextManager
 from prometheus_client import Counter
 
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.encode import KeyEncoder
 from knnlm.datastore.progress import Progress
 from knnlm.datastore.updates.growth import add, remove
 from knnlm.datastore.updates.transaction import Activate
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
-from knnlm.messages import Document, DomainChange
+from knnlm.messages import Document, DomainChange, LanguageModel
 from knnlm.transport.context import outgoing
 from services.datastore.pool import Pool
 from services.datastore.settings import DatastoreSettings
@@ -31,7 +30,7 @@ __all__ = ["DocumentUpdates", "EncoderOpener"]
 LOG = logging.getLogger(__name__)
 MAX_ID_CHARACTERS = 4096  # of a document's id: as many as a search may name
 
-EncoderOpener = Callable[[], AbstractContextManager[KeyEncoder]]
+EncoderOpener = Callable[[], AbstractContextManager[LanguageModel]]
 
 
 class DocumentUpdates:

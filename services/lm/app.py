@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from services.lm.engine import Engine, Model
+from knnlm.messages import LanguageModel
+from services.lm.engine import Engine
 from services.lm.rest import packed, routes
 from services.lm.rpc import rpc_service
 from services.lm.settings import LmSettings
@@ -12,7 +13,7 @@ from services.runtime.service import Service
 __all__ = ["service"]
 
 
-def service(settings: LmSettings, load: Callable[[LmSettings], Model] | None = None) -> Service:
+def service(settings: LmSettings, load: Callable[[LmSettings], LanguageModel] | None = None) -> Service:
     """load: where the model comes from; by default knnlm.lm.model.LanguageModel of settings.model."""
     metrics = Metrics("lm")
     engine = Engine(settings, metrics, load)

@@ -6,46 +6,34 @@ It serves anything that is a language model: the real one is imported when it is
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 from prometheus_client import Counter, Histogram
 
 from knnlm.errors import TooLarge, Unavailable
 from knnlm.lm.requests import check
-from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
-from knnlm.tokenizer import Tokenizer
+from knnlm.messages import ForwardRequest, ForwardResult, LanguageModel
 from services.lm.settings import LmSettings
 from services.runtime.batching import Batcher
 from services.runtime.context import RequestContext
 from services.runtime.observability import SECONDS, Metrics
 
-__all__ = ["Engine", "Model"]
+__all__ = ["Engine"]
 
 ENVELOPE_BYTES = 4096  # of an answer beside its arrays
 WHOLE = ("fingerprint", "timings")  # of an answer: not split by rows
-
-
-class Model(Protocol):
-    """As knnlm.lm.model.LanguageModel. `forward` is called by one thread at a time and validates what it is given."""
-
-    @property
-    def info(self) -> ModelInfo: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    def forward(self, request: ForwardRequest) -> ForwardResult: ...
 
 
 class Engine:
     """Keeps the runtime's Core protocol."""
 
     def __init__(
-        self, settings: LmSettings, metrics: Metrics, load: Callable[[LmSettings], Model] | None = None
+        self, settings: LmSettings, metrics: Metrics, load: Callable[[LmSettings], LanguageModel] | None = None
     ) -> None:
         self._settings = settings
         self._metrics = metrics
         self._load = load or _load
-        self._model: Model | None = None
+        self._model: LanguageModel | None = None
         self._batcher: Batcher[ForwardRequest, ForwardResult] | None = None
         self._seconds = Histogram(
             "knnlm_lm_forward_seconds", "Time in the model per batch.", buckets=SECONDS, registry=metrics.registry
@@ -76,7 +64,7 @@ class Engine:
             await self._batcher.close()
 
     @property
-    def model(self) -> Model:
+    def model(self) -> LanguageModel:
         if self._model is None:
             raise Unavailable("the model is being loaded")
         return self._model
@@ -122,7 +110,7 @@ class Engine:
         return [result] if len(requests) == 1 else _parts(result, [_rows(request) for request in requests])
 
 
-def _load(settings: LmSettings) -> Model:
+def _load(settings: LmSettings) -> LanguageModel:
     from knnlm.lm.model import LanguageModel  # torch: seconds to import, while /livez answers already
 
     return LanguageModel.load(

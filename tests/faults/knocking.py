@@ -11,13 +11,12 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from knnlm.datastore.encode import KeyEncoder
+from knnlm.messages import LanguageModel
 from knnlm.testing import ToyLanguageModel, toy_datastore
 from knnlm.v1 import datastore_pb2, lm_pb2
 from services.datastore.app import service as datastore_service
 from services.datastore.settings import DatastoreSettings
 from services.lm.app import service as lm_service
-from services.lm.engine import Model
 from services.lm.settings import LmSettings
 from services.runtime.lifecycle import Host, running
 from tests.faults.damage import indexed
@@ -43,7 +42,7 @@ async def datastore(store: Path, **settings: Any) -> AsyncIterator[Host]:
 
     @contextmanager
     def encoder() -> Any:
-        lm: KeyEncoder = ToyLanguageModel()
+        lm: LanguageModel = ToyLanguageModel()
         yield lm
 
     given = DatastoreSettings(store=store, port=0, grpc_port=0, log_level="error", **settings)
@@ -52,7 +51,7 @@ async def datastore(store: Path, **settings: Any) -> AsyncIterator[Host]:
 
 
 @asynccontextmanager
-async def lm(model: Model | None = None, **settings: Any) -> AsyncIterator[Host]:
+async def lm(model: LanguageModel | None = None, **settings: Any) -> AsyncIterator[Host]:
     given = LmSettings(model="given", port=0, grpc_port=0, log_level="error", **settings)
     async with running(lm_service(given, lambda _: model or ToyLanguageModel())) as host:
         yield host

@@ -19,7 +19,6 @@ from knnlm.datastore.build import check_sizes, check_tokenizer, encode, tokenize
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.corpus import Sources
 from knnlm.datastore.document_table import DocumentTable, read_rows
-from knnlm.datastore.encode import KeyEncoder
 from knnlm.datastore.files import discard, disk_errors, share, sync_folder
 from knnlm.datastore.layout import DOCUMENTS, KEYS, REMOVED, TOKENS, VALUES, segment_files
 from knnlm.datastore.manifest import GROWN_VERSION, FileRecord, Manifest, RemovedRecord, SegmentRecord
@@ -35,7 +34,7 @@ from knnlm.datastore.updates.transaction import (
 )
 from knnlm.datastore.workspace import BUILDING, Identity, Workspace, working_in
 from knnlm.errors import Conflict, DatastoreMismatch, InvalidRequest, NotFound
-from knnlm.messages import Document, DomainChange
+from knnlm.messages import Document, DomainChange, LanguageModel
 
 __all__ = ["add", "remove"]
 
@@ -64,7 +63,7 @@ class _Gone:
 
 def add(
     documents: Iterable[Document],
-    lm: KeyEncoder,
+    lm: LanguageModel,
     catalog: Catalog,
     domain: str,
     *,
@@ -147,7 +146,7 @@ def remove(
     )  # fmt: skip
 
 
-def _inherited(update: UpdateTransaction, lm: KeyEncoder) -> Identity:
+def _inherited(update: UpdateTransaction, lm: LanguageModel) -> Identity:
     """What the segment's keys are made by: the same as all others of the version."""
     check_tokenizer(lm)
     manifest = update.manifest

@@ -15,7 +15,6 @@ from pydantic import SecretStr
 from knnlm.clients.http import HttpDatastore
 from knnlm.clients.rpc import Connection, GrpcDatastore
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.encode import KeyEncoder
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.verify import verify
 from knnlm.errors import (
@@ -30,7 +29,7 @@ from knnlm.errors import (
     Unavailable,
     UnknownDomain,
 )
-from knnlm.messages import Document, ForwardRequest, ForwardResult, SearchRequest
+from knnlm.messages import Document, ForwardRequest, ForwardResult, LanguageModel, SearchRequest
 from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore
 from knnlm.transport.context import outgoing
@@ -44,12 +43,12 @@ TEXT = "a wholly new text about herons"
 
 
 @contextmanager
-def toy() -> Iterator[KeyEncoder]:
+def toy() -> Iterator[LanguageModel]:
     yield ToyLanguageModel()
 
 
 @contextmanager
-def other_model() -> Iterator[KeyEncoder]:
+def other_model() -> Iterator[LanguageModel]:
     yield ToyLanguageModel(seed=7)
 
 
@@ -221,7 +220,7 @@ def test_a_change_goes_on_when_its_caller_no_longer_waits(store: Path) -> None:
     held = Held()
 
     @contextmanager
-    def slow() -> Iterator[KeyEncoder]:
+    def slow() -> Iterator[LanguageModel]:
         yield held
 
     async def check(host: Host, client: GrpcDatastore) -> None:
@@ -245,7 +244,7 @@ def test_a_change_whose_turn_does_not_come_in_time_is_not_made(store: Path) -> N
     held = Held()
 
     @contextmanager
-    def slow() -> Iterator[KeyEncoder]:
+    def slow() -> Iterator[LanguageModel]:
         yield held
 
     async def check(host: Host, client: GrpcDatastore) -> None:
@@ -279,7 +278,7 @@ def test_a_service_that_ends_stops_a_change_and_keeps_the_store_sound(store: Pat
     held = Held()
 
     @contextmanager
-    def slow() -> Iterator[KeyEncoder]:
+    def slow() -> Iterator[LanguageModel]:
         yield held
 
     async def run() -> None:
