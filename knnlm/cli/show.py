@@ -93,7 +93,7 @@ def _added(datastore: "Datastore") -> int:
 
     try:
         known = family(datastore.manifest.index.recipe)
-    except InvalidRequest:  # of a program after this one: as beside exact search
+    except InvalidRequest:  # an index of a later program: counted as beside exact search
         known = family(FLAT)
     return added_bytes(datastore, known, resident=False)
 

@@ -102,7 +102,7 @@ class ArrayWriter:
             sync_file(self._file.fileno())
 
     def sha256(self, lo: int, hi: int) -> str:
-        """Of the bytes of rows [lo, hi), as they are on disk."""
+        """Digest of the bytes of rows [lo, hi), as they are on disk."""
         digest = hashlib.sha256()
         at, end = (self._start + row * self._row_bytes for row in (lo, hi))
         while at < end:

@@ -88,7 +88,7 @@ class Catalog:
                     param="version",
                 )
             with disk_errors(self.store / domain):
-                for leftover in (self.store / domain).glob(f".{CURRENT}.*.tmp"):  # of an activation that was killed
+                for leftover in (self.store / domain).glob(f".{CURRENT}.*.tmp"):  # left by a kill
                     leftover.unlink()
             write_atomic(self.store / domain / CURRENT, f"{version}\n".encode())
 
@@ -145,7 +145,7 @@ class Catalog:
             raise DatastoreCorrupt(f"{file} cannot be read: {err}; expected the highest number of a version") from err
 
     def _numbers(self, domain: str) -> tuple[list[int], list[int]]:
-        """Of the versions v<number> that are published, and of those whose building has begun."""
+        """Numbers of the versions v<number> that are published, and of those whose building has begun."""
         published = [int(v[1:]) for v in self._published(_checked(domain, "domain")) if re.fullmatch(r"v\d+", v)]
         begun = [re.fullmatch(r"\.v(\d+)\.building", f.name) for f in (self.store / domain).glob(".v*.building")]
         return published, [int(found[1]) for found in begun if found]

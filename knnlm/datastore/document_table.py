@@ -19,7 +19,7 @@ from knnlm.errors import DatastoreCorrupt
 __all__ = ["DocumentTable", "Row", "Sizes", "read_rows"]
 
 Int64 = npt.NDArray[np.int64]
-MOST = 1 << 48  # tokens: sums of them fit int64
+MAX_TOKENS = 1 << 48  # sums of them fit int64
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What one file tells of."""
+    """What one file of documents lists, in numbers."""
 
     documents: int
     tokens: int
@@ -137,7 +137,7 @@ def _refuse_gap(path: Path, name: str, start: int, expected: int) -> None:
 
 
 def _hash(name: str) -> int:
-    """Of 64 bits, signed. surrogatepass: an id may hold what is no character."""
+    """64 signed bits. surrogatepass: an id may hold what is no character."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -158,10 +158,10 @@ def _row(line: bytes, path: Path, number: int) -> Row:
         raise DatastoreCorrupt(f"{path}, line {number} is not a document: {err}") from err
     if not (isinstance(name, str) and _is_number(start) and _is_number(tokens)):
         raise DatastoreCorrupt(
-            f"{path}, line {number}: expected a string and two integers in [0, {MOST}), got {line[:80]!r}"
+            f"{path}, line {number}: expected a string and two integers in [0, {MAX_TOKENS}), got {line[:80]!r}"
         )
     return Row(name, start, tokens)
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_TOKENS

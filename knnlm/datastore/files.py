@@ -89,7 +89,7 @@ def discard(folder: Path) -> None:
 
 
 def sync_file(descriptor: int) -> None:
-    """To the disk itself: on macOS plain fsync leaves the data in the drive's cache."""
+    """Write to the disk itself: on macOS plain fsync leaves the data in the drive's cache."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is None:
         os.fsync(descriptor)
@@ -107,7 +107,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Of the whole file, read once in chunks."""
+    """Digest of the whole file, read once in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

@@ -33,8 +33,8 @@ __all__ = ["FORMAT_VERSION", "GROWN_VERSION", "FileRecord", "IndexRecord", "Mani
 FORMAT_VERSION: Final = 1
 GROWN_VERSION: Final = 2  # with segments added to it, or documents removed: what reads version 1 alone would be wrong
 FLAT: Final = "flat"
-MAX_BYTES: Final = 8 << 20  # of a manifest: thousands of segments; reading it takes many times as much memory
-SHOWN: Final = 100  # characters of what a damaged file says, in an error
+MAX_BYTES: Final = 8 << 20  # thousands of segments; reading a manifest takes many times as much memory
+MAX_SHOWN: Final = 100  # characters of a damaged file in an error
 
 KeyDtype = Literal["float16", "float32"]
 
@@ -244,7 +244,7 @@ class Manifest(Record):
 
     @property
     def live_entries(self) -> int:
-        """Those that can be found."""
+        """Entries that can be found: without those of removed documents."""
         return self.entries - (self.removed.entries if self.removed else 0)
 
     @property
@@ -253,7 +253,7 @@ class Manifest(Record):
 
     @property
     def indexes(self) -> tuple[IndexRecord, ...]:
-        """All of them, the default first."""
+        """All indexes, the default first."""
         return (self.index, *self.other_indexes)
 
     def index_of(self, recipe: str | None) -> IndexRecord:
@@ -292,7 +292,7 @@ class Manifest(Record):
             raise DatastoreCorrupt(f"{file} cannot be read: {err.strerror}") from err
         try:
             fields = json.loads(data)
-        except (ValueError, RecursionError) as err:  # of JSON, of UTF-8, or of lists in lists in lists
+        except (ValueError, RecursionError) as err:  # not JSON, not UTF-8, or lists nested too deep
             raise DatastoreCorrupt(f"{file} is not JSON: {err}") from err
         if not isinstance(fields, dict):
             raise DatastoreCorrupt(f"{file} holds {type(fields).__name__}, expected an object")
@@ -342,8 +342,8 @@ def _checksum(fields: Mapping[str, Any]) -> str:
 def _first(err: ValidationError) -> str:
     problem = err.errors(include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"]) or "the whole"
-    return f"{where[:SHOWN]}: {problem['msg'][: 2 * SHOWN]}, got {_short(problem['input'])}"
+    return f"{where[:MAX_SHOWN]}: {problem['msg'][: 2 * MAX_SHOWN]}, got {_short(problem['input'])}"
 
 
 def _short(value: object) -> str:
-    return repr(value)[:SHOWN]
+    return repr(value)[:MAX_SHOWN]

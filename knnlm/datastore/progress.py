@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 __all__ = ["Clock", "Progress", "Report", "silent"]
 
-KNOWN = ("encode", "copy", "index")  # phases whose end is known
+MEASURED = ("encode", "copy", "index")  # phases whose end is known
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """None while nothing can be said."""
+        """Time until the phase ends, at the rate so far; None while nothing can be said."""
         done = self.entries_done - self.entries_resumed
-        if self.phase not in KNOWN or done <= 0:
+        if self.phase not in MEASURED or done <= 0:
             return None
         return self.seconds / done * (self.entries_total - self.entries_done)
 
@@ -42,7 +42,7 @@ Report = Callable[[Progress], None]
 
 
 def silent(progress: Progress) -> None:
-    """A Report for who does not want one."""
+    """A Report that does nothing."""
     del progress
 
 

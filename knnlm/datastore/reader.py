@@ -70,7 +70,8 @@ class Datastore:
         self._documents: DocumentTable | None = None
         self._lock = Lock()
         parts = [(len(values), len(tokens)), *((len(s.values), len(s.tokens)) for s in self.segments)]
-        self._first_entries, self._first_tokens = np.cumsum([(0, 0), *parts], axis=0).T  # of each part, and the ends
+        # (parts + 1,) each: where the parts begin, then the totals
+        self._first_entries, self._first_tokens = np.cumsum([(0, 0), *parts], axis=0).T
         self.removed = (np.empty(0, np.int64), np.empty(0, np.int64))
         if len(self.removed_documents):
             self.removed = _entry_ranges(path, manifest, self.documents, self.removed_documents)
@@ -98,12 +99,13 @@ class Datastore:
 
     @property
     def entries(self) -> int:
-        """All that are stored: of the base and of every segment, removed ones included."""
+        """Entries that are stored, in the base and in every segment, removed ones included."""
         return self.manifest.entries
 
     @property
     def documents(self) -> DocumentTable:
-        """Of all segments, read on first use: a search that shows no text never needs it. Raises DatastoreCorrupt."""
+        """The documents of all segments, read on first use: a search that shows no text never needs them. Raises
+        DatastoreCorrupt."""
         with self._lock:
             if self._documents is None:
                 files = [self.path / segment_files(number).documents for number in _segment_numbers(self.manifest)]
@@ -115,13 +117,13 @@ class Datastore:
             return self._documents
 
     def added_keys(self) -> Keys:
-        """(m, d) of all segments together, in the base's dtype; m = 0 without any. A copy when there are several."""
+        """(m, d) keys of all segments, in the base's dtype; m = 0 without any. A copy when there are several."""
         if len(self.segments) == 1:
             return self.segments[0].keys
         return np.concatenate([np.asarray(keys) for keys in (self.keys[:0], *(s.keys for s in self.segments))])
 
     def added_values(self) -> Int32:
-        """(m,) of the entries of `added_keys`."""
+        """(m,) values of the entries of `added_keys`."""
         if len(self.segments) == 1:
             return self.segments[0].values
         return np.concatenate([np.asarray(values) for values in (self.values[:0], *(s.values for s in self.segments))])
@@ -225,7 +227,7 @@ def _segment_numbers(manifest: Manifest) -> tuple[int, ...]:
 
 
 def _sizes(manifest: Manifest) -> list[Sizes]:
-    """What the file of documents of each part has to tell of."""
+    """What the file of documents of each part has to list."""
     base = Sizes(manifest.base_documents, manifest.base_tokens, manifest.base_entries)
     return [base, *(Sizes(s.documents, s.tokens, s.entries) for s in manifest.segments)]
 

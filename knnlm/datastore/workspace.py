@@ -100,7 +100,7 @@ class Workspace:
     def publish(self, target: Path) -> None:
         """Rename to `target`: from now on it can be read. What only the build needed goes afterwards."""
         with disk_errors(target):
-            for leftover in self.folder.glob(".*.tmp"):  # of a write that was killed
+            for leftover in self.folder.glob(".*.tmp"):  # left by a write that was killed
                 leftover.unlink()
             sync_folder(self.folder)
             self.folder.rename(target)
@@ -142,7 +142,7 @@ def workspace(target: Path, identity: Identity) -> Iterator[Workspace]:
         _refuse_published(target)
         _prepare(folder)
     with working_in(folder, identity, doing=f"building {target.name}") as space:
-        _refuse_published(target)  # again: who had the lock may have published since
+        _refuse_published(target)  # again: the former holder of the lock may have published
         yield space
 
 

@@ -12,7 +12,7 @@ from services.runtime.upstream import connection
 
 __all__ = ["encoder"]
 
-WAIT_SECONDS = 30.0  # for an lm service that is being restarted: a change is not lost for that
+WAIT_SECONDS = 30.0  # an update outlives a restart of the lm service
 
 
 def encoder(settings: DatastoreSettings) -> EncoderOpener | None:

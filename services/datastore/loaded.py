@@ -65,7 +65,7 @@ class Loaded:
         self.memory = self.searcher.memory
         self.held_bytes = self.searcher.held_bytes  # in this process's own memory
         self.leases = 0
-        self.retired_at: float | None = None  # of time.monotonic
+        self.retired_at: float | None = None  # by time.monotonic
         self._searching = threading.Lock()
 
     @property

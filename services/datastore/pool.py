@@ -1,8 +1,8 @@
 """Which versions of which domains answer, and how they change while serving.
 
 A domain's CURRENT file says which version is wanted. The new version is opened and warmed beside the old, then one
-reference is rebound: searches in flight finish on the old one, and who pins it is answered for a while longer. A
-version that cannot be opened, or for which there is no memory, changes nothing but the domain's state. Blocking work
+reference is rebound: searches in flight finish on the old one, and callers that pin it are answered for a while longer.
+A version that cannot be opened, or for which there is no memory, changes nothing but the domain's state. Blocking work
 runs in threads, all else in the event loop.
 """
 
@@ -155,7 +155,7 @@ class Pool:
         await self._let_go(grace=0.0)
 
     def _wanted(self) -> dict[str, Stamp | None]:
-        """The mark of every domain that is to be served; blocks."""
+        """Stamps of the domains that are to be served; blocks."""
         wanted = {}
         for domain in self._catalog.domains():
             if not self._settings.domains or domain in self._settings.domains:
@@ -164,7 +164,7 @@ class Pool:
         return wanted
 
     def _mark(self, domain: str) -> Stamp | None:
-        """Of the current version on disk; None when the store cannot say. Raises UnknownDomain when there is none."""
+        """Stamp of the current version on disk, None when the store cannot say. Raises UnknownDomain without one."""
         try:
             version = self._catalog.current(domain)
             if version is None:
@@ -227,7 +227,7 @@ class Pool:
         self._retired = [(name, other) for name, other in self._retired if other is not loaded]
         if old is not None:
             self._retire(domain, old)
-            self._entries.remove(domain, old.version)  # as many series as domains, whatever the number of versions
+            self._entries.remove(domain, old.version)  # one series for each domain, whatever the number of versions
         self._loads.labels(domain, "ok").inc()
         self._entries.labels(domain, loaded.version).set(loaded.searcher.info([]).entries)
         self._show_memory(domain, loaded.memory)

@@ -28,7 +28,7 @@ from services.runtime.observability import Metrics, event
 __all__ = ["DocumentUpdates", "EncoderOpener"]
 
 LOG = logging.getLogger(__name__)
-MAX_ID_CHARACTERS = 4096  # of a document's id: as many as a search may name
+MAX_ID_CHARACTERS = 4096  # in the id of a document, also where a search excludes it
 
 EncoderOpener = Callable[[], AbstractContextManager[LanguageModel]]
 
@@ -119,7 +119,7 @@ class DocumentUpdates:
         loop = asyncio.get_running_loop()
 
         def activate(domain: str, version: str, instead_of: str) -> None:
-            """In the worker thread: the pool's own activation, which opens and warms the version first."""
+            """Called in the worker thread: the pool's own activation, which opens and warms the version first."""
             asyncio.run_coroutine_threadsafe(self._pool.activate(domain, version, instead_of), loop).result()
 
         try:

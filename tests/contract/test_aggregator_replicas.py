@@ -78,7 +78,7 @@ def test_a_restart_of_the_lm_service_loses_no_request(store: Path) -> None:
         port = s.hosts["lm"].grpc_port
         await s.hosts["lm"].shut()
         asked = [asyncio.create_task(s.post("/v1/next_token", BODY)) for _ in range(3)]
-        await until(lambda: asyncio.sleep(0, counted(s, "knnlm_upstream_retries_total", service="lm") >= 3))
+        await until(lambda: counted(s, "knnlm_upstream_retries_total", service="lm") >= 3)
         assert not any(call.done() for call in asked)
         again = LmSettings(model="toy", port=0, grpc_port=port or 0)
         async with running(lm_service(again, lambda _: ToyLanguageModel())):
@@ -93,7 +93,7 @@ def test_what_is_known_to_be_down_is_not_waited_for_by_who_can_do_without(store:
         await s.post("/v1/next_token", body)
         await s.hosts["datastore"].shut()
         upstream = s.hosts["aggregator"].service.core._upstream  # type: ignore[attr-defined]  # of its own core
-        await until(lambda: asyncio.sleep(0, upstream.datastore.problem is not None))
+        await until(lambda: upstream.datastore.problem is not None)
         async with asyncio.timeout(20):  # a small part of --datastore-wait-s
             for path in ("/v1/next_token", "/v1/score"):
                 answer = await s.post(path, body)

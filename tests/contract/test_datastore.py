@@ -149,7 +149,7 @@ async def test_searches_that_run_together_are_answered_as_alone(store: Path) -> 
     slow = Slow()
     async with datastore_faces(datastore_service(store, slow)) as (host, clients):
         searches = [asyncio.create_task(clients["grpc"].search(request)) for request in requests]
-        await until(lambda: asyncio.sleep(0, held(host) == sum(len(r.queries) for r in requests)))
+        await until(lambda: held(host) == sum(len(r.queries) for r in requests))
         slow.gate.set()
         results = await asyncio.gather(*searches)
         batches = host.service.metrics.registry.get_sample_value("knnlm_batch_rows_count")
@@ -168,7 +168,7 @@ async def test_exclusions_that_run_together_are_answered_as_alone(store: Path) -
     slow = Slow()
     async with datastore_faces(datastore_service(store, slow)) as (host, clients):
         searches = [asyncio.create_task(clients["grpc"].search(request)) for request in requests]
-        await until(lambda: asyncio.sleep(0, held(host) == sum(len(r.queries) for r in requests)))
+        await until(lambda: held(host) == sum(len(r.queries) for r in requests))
         slow.gate.set()
         results = await asyncio.gather(*searches)
         batches = host.service.metrics.registry.get_sample_value("knnlm_batch_rows_count")
@@ -201,7 +201,7 @@ async def test_what_cannot_be_answered_is_refused_among_others_too(store: Path) 
     slow = Slow()
     async with datastore_faces(datastore_service(store, slow)) as (host, clients):
         before = [asyncio.create_task(outcome(clients["grpc"], asking(REQUEST, k=k))) for k in (1, 2, 3, 4)]
-        await until(lambda: asyncio.sleep(0, held(host) == 20))  # and nothing else is begun
+        await until(lambda: held(host) == 20)  # and nothing else is begun
         tasks: list[asyncio.Task[tuple[str, str | None]]] = []
 
         async def all_are_in() -> bool:

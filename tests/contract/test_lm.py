@@ -117,7 +117,7 @@ async def test_requests_that_run_together_are_answered_as_alone() -> None:
     slow = SlowModel()
     async with lm_faces(lm_service(slow)) as (host, clients):
         answers = [asyncio.create_task(clients["grpc"].forward(request)) for request in requests]
-        await until(lambda: asyncio.sleep(0, held(host) == 6 * len(requests)))  # each has six tokens
+        await until(lambda: held(host) == 6 * len(requests))  # each has six tokens
         slow.gate.set()
         results = await asyncio.gather(*answers)
         batches = host.service.metrics.registry.get_sample_value("knnlm_batch_rows_count")

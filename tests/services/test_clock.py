@@ -146,7 +146,7 @@ def test_deadlines_and_queues_do_not_move_with_the_calendar(calendar: Calendar, 
             opened_at_last(slow),
         ):
             waiting = [asyncio.create_task(client.search(REQUEST)) for _ in range(4)]
-            await until(lambda: asyncio.sleep(0, held(host) == 12))
+            await until(lambda: held(host) == 12)
             for _ in calendar.jumps():  # nobody's time is over by it, and nobody has time without end
                 assert not any(task.done() for task in waiting)
                 hasty = GrpcDatastore(Connection(f"127.0.0.1:{host.grpc_port}", timeout=0.1))

@@ -13,9 +13,12 @@ from services.runtime.lifecycle import Host
 QUICK = 0.02  # seconds between two looks
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
     async with asyncio.timeout(20):
-        while not await condition():  # noqa: ASYNC110  what is waited for is another process' file in production
+        while True:
+            met = condition()
+            if met if isinstance(met, bool) else await met:
+                return
             await asyncio.sleep(QUICK)
 
 
@@ -34,25 +37,24 @@ class Slow:
 
     def __call__(self, path: Path, memory_limit: int | None) -> "SlowSearcher":
         self.opened.append(path.name)
-        return SlowSearcher(self, path, memory_limit)
+        searcher = SlowSearcher.open(path, memory_limit=memory_limit)
+        searcher.slow = self
+        return searcher
 
 
 class SlowSearcher(Searcher):
-    def __init__(self, slow: Slow, path: Path, memory_limit: int | None) -> None:
-        real = Searcher.open(path, memory_limit=memory_limit)
-        super().__init__(real._datastore, real._index)
-        self._slow = slow
+    slow: Slow
 
     def warm(self) -> None:
         """Does not search: the gate is closed."""
 
     def search(self, request: SearchRequest) -> SearchResult:
-        self._slow.entered.set()
-        self._slow.gate.wait()
+        self.slow.entered.set()
+        self.slow.gate.wait()
         return super().search(request)
 
     def close(self) -> None:
-        self._slow.closed.append(self.manifest.version)
+        self.slow.closed.append(self.manifest.version)
         super().close()
 
 

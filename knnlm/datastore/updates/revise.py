@@ -60,7 +60,7 @@ def without_index(path: Path, recipe: str) -> Manifest:
 
 
 def _indexed(old: Manifest, indexes: Sequence[IndexRecord], files: Mapping[str, FileRecord]) -> Manifest:
-    """With these indexes, the default first, and of the files those that are still named."""
+    """The manifest with these indexes, the default first, and without files that no index names any more."""
     gone = {index.file for index in old.indexes} - {index.file for index in indexes}
     kept = {name: record for name, record in old.files.items() if name not in gone}
     update = {"index": indexes[0], "other_indexes": tuple(indexes[1:]), "files": {**kept, **files}}

@@ -95,7 +95,7 @@ async def test_a_search_whose_caller_hangs_up_leaves_the_queue(store: Path) -> N
         HttpDatastore(f"http://127.0.0.1:{host.port}") as client,
     ):
         search = asyncio.create_task(client.search(REQUEST))
-        await until(lambda: asyncio.sleep(0, held(host) == 3))
+        await until(lambda: held(host) == 3)
         search.cancel()
-        await until(lambda: asyncio.sleep(0, held(host) == 0))  # while the worker is still at it
+        await until(lambda: held(host) == 0)  # while the worker is still at it
         slow.gate.set()

@@ -117,7 +117,7 @@ async def test_a_search_in_flight_finishes_on_the_version_it_began_with(store: P
         slow.gate.set()
         assert (await flying).version == "v1"
         assert (await datastore_.search(REQUEST)).version == "v2"
-        await until(lambda: asyncio.sleep(0, slow.closed == ["v1"]))
+        await until(lambda: slow.closed == ["v1"])
     assert sorted(slow.closed) == ["v1", "v2"]
 
 
@@ -211,9 +211,9 @@ async def test_a_full_queue_and_a_late_answer_are_told_apart(store: Path) -> Non
         with pytest.raises(DeadlineExceeded):
             await late.search(REQUEST)
         await late.aclose()
-        await until(lambda: asyncio.sleep(0, held(host) == 3))
+        await until(lambda: held(host) == 3)
         second = asyncio.create_task(datastore_.search(REQUEST))
-        await until(lambda: asyncio.sleep(0, held(host) == 6))
+        await until(lambda: held(host) == 6)
         with pytest.raises(Overloaded):
             await datastore_.search(REQUEST)
         slow.gate.set()
