@@ -1,6 +1,58 @@
-"""knnlm: nearest-neighbour language models (Khandelwal et al. 2019, arXiv 1911.00172), as a library.
+"""knnlm: nearest-neighbour language models (Khandelwal et al. 2020, arXiv 1911.00172), as a library.
 
-Importing this package loads numpy and nothing heavier; torch lives in `knnlm.lm`, faiss in `knnlm.index`.
+Importing this package loads nothing heavy: a name below is imported from its module when it is first used; torch lives
+in `knnlm.lm`, faiss in `knnlm.index`.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what _MODULES says, for type checkers and editors
+    from knnlm import errors
+    from knnlm.datastore.catalog import Catalog
+    from knnlm.datastore.reader import Datastore
+    from knnlm.datastore.text import read_documents
+    from knnlm.errors import KnnlmError
+    from knnlm.index.searcher import Searcher
+    from knnlm.lm.model import LanguageModel
+    from knnlm.messages import Document
+    from knnlm.options import DomainOptions, KnnOptions, SearchOptions
+    from knnlm.pipeline import Pipeline, build
+    from knnlm.tokenizer import Tokenizer
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Catalog", "Datastore", "Document", "DomainOptions", "KnnOptions", "KnnlmError", "LanguageModel", "Pipeline",
+    "SearchOptions", "Searcher", "Tokenizer", "build", "errors", "read_documents",
+]  # fmt: skip
+
+_MODULES = {
+    "Catalog": "datastore.catalog",
+    "Datastore": "datastore.reader",
+    "Document": "messages",
+    "DomainOptions": "options",
+    "KnnOptions": "options",
+    "KnnlmError": "errors",
+    "LanguageModel": "lm.model",
+    "Pipeline": "pipeline",
+    "SearchOptions": "options",
+    "Searcher": "index.searcher",
+    "Tokenizer": "tokenizer",
+    "build": "pipeline",
+    "read_documents": "datastore.text",
+}
+
+
+if not TYPE_CHECKING:  # for type checkers, only the names above exist
+
+    def __getattr__(name: str) -> object:
+        if name == "errors":
+            return import_module("knnlm.errors")
+        if name not in _MODULES:
+            raise AttributeError(f"module 'knnlm' has no attribute {name!r}")
+        return getattr(import_module(f"knnlm.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -5,7 +5,7 @@ answer as the clients do; nothing is computed in this file. This is the one modu
 """
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from knnlm.errors import Conflict, InvalidRequest, UnknownDomain, UnknownVersion
 from knnlm.messages import (
+    Document,
     DomainInfo,
     ForwardRequest,
     ForwardResult,
@@ -30,10 +31,50 @@ from knnlm.mixer import Mixer, NextTokens, Score
 from knnlm.options import DomainOptions, KnnOptions
 from knnlm.tokenizer import Tokenizer
 
-__all__ = ["Context", "LocalDatastore", "LocalLanguageModel", "Pipeline"]
+__all__ = ["Context", "LocalDatastore", "LocalLanguageModel", "Pipeline", "build"]
 
 T = TypeVar("T")
 Context = str | Sequence[int] | npt.NDArray[np.integer]
+
+
+def build(
+    store: str | Path,
+    domain: str,
+    documents: Iterable[Document],
+    model: str | LanguageModel,
+    *,
+    version: str | None = None,
+    context_length: int | None = None,
+    min_context: int | None = None,
+    index: str = "auto",
+    activate: bool = True,
+) -> Path:
+    """Make `documents` a version of `domain` in the folder `store`: indexed and, unless told otherwise, current.
+    Returns its folder.
+
+    model: what makes the keys, or the Hugging Face folder or hub id to load. version: None for the next of v1, v2, ...,
+    or the one whose building was interrupted, which is continued. index: auto, a recipe, or flat for exact search. The
+    rest, and what is raised, as in knnlm.datastore.build.build and knnlm.index.build.build_index; InvalidRequest for an
+    unknown recipe before any work.
+    """
+    from knnlm.datastore.build import build as build_keys
+    from knnlm.datastore.catalog import Catalog
+    from knnlm.index.build import build_index, suited
+    from knnlm.index.memory import available_bytes
+    from knnlm.index.table import family
+    from knnlm.lm.model import LanguageModel as TorchModel
+
+    if index != "auto":
+        family(index)
+    catalog = Catalog(Path(store))
+    lm = TorchModel.load(model) if isinstance(model, str) else model
+    path = build_keys(
+        documents, lm, catalog, domain, version=version, context_length=context_length, min_context=min_context
+    )
+    build_index(path, suited(path, index, memory_bytes=available_bytes()).recipe)
+    if activate:
+        catalog.activate(domain, path.name)
+    return path
 
 
 class Pipeline:
