@@ -1,8 +1,8 @@
-"""`knnlm tune`: fit temperature, lambda and k of a domain, and store them with it."""
+"""`knnlm tune`: fit temperature, lambda, k and how to search of a domain, and store them with it."""
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,11 +22,18 @@ from knnlm.cli.common import (
     WindowOption,
     parse_part,
     print_json,
+    print_table,
     progress,
     remark,
     version_folder,
 )
 from knnlm.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from knnlm.evaluation.search_settings import Tuned
+    from knnlm.messages import SearchQuality
 
 
 def tune(
@@ -39,9 +46,18 @@ def tune(
     k: Annotated[
         list[int] | None, typer.Option("--k", help="Neighbors to try; may be repeated. Default: 64, 256 and 1024.")
     ] = None,
+    quality: Annotated[
+        str,
+        typer.Option(
+            help="Search as near to exact search as: exact (0.05 % of perplexity), balanced (0.3 %), fast (1 %)."
+        ),
+    ] = "balanced",
     max_tokens: Annotated[
-        int, typer.Option(help="Fit on a sample of so many tokens, spread over all documents.")
+        int, typer.Option(help="Fit on a sample of this many tokens, spread over all documents.")
     ] = 20_000,
+    exact_queries: Annotated[
+        int, typer.Option(help="Search for this many of them exactly too; 0: take the index's own way to search.")
+    ] = 4096,
     context_length: WindowOption = None,
     min_context: MinContextOption = None,
     index: IndexOption = None,
@@ -50,7 +66,7 @@ def tune(
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Fit temperature, lambda and k on held-out documents and store them with the datastore.
+    """Fit temperature, lambda, k and how to search on held-out documents and store them with the datastore.
 
     Documents that are in the datastore are left out.
     """
@@ -58,26 +74,19 @@ def tune(
     from knnlm.datastore.manifest import Manifest
     from knnlm.datastore.text import read_documents
     from knnlm.datastore.updates.revise import with_tuning
-    from knnlm.evaluation.collect import find, leak, observe
+    from knnlm.evaluation import search_settings
+    from knnlm.evaluation.collect import observe
     from knnlm.evaluation.plots import write_tuning_page
     from knnlm.evaluation.splits import encode, sample, select, unseen
-    from knnlm.evaluation.tuning import fit, smallest_k
     from knnlm.index.searcher import Searcher
     from knnlm.lm.model import LanguageModel
 
     path = version_folder(Catalog(store), domain, version)
     manifest = Manifest.load(path)
-    asked = k or [64, 256, 1024]
-    if min(asked) < 1:
-        raise InvalidRequest(f"k must be at least 1, got {min(asked)}", param="k")
-    if not manifest.live_entries:
-        raise InvalidRequest(f"{path} has no entries, so there is nothing to tune: add documents to {domain} first")
-    ks = sorted({min(wanted, manifest.live_entries) for wanted in asked})
+    ks = search_settings.check(manifest, k or search_settings.KS, quality, exact_queries)
     chosen = list(select(read_documents(sources), parse_part(part)))
     lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=manifest.key_function)
     searcher = Searcher.open(path, index=index, expect=lm.info)
-    fits = []
-    leaked = 0.0
     try:
         encoded = encode(chosen, lm.tokenizer)
         held_out = unseen(encoded, path)
@@ -95,31 +104,35 @@ def tune(
                 min_context=min_context,
                 on_progress=lambda done: update(done),
             )
-        with progress("queries", len(ks) * len(observed.targets), description="searching") as update:
-            for i, wanted in enumerate(ks):  # once for each: fewer neighbors are found among fewer candidates
-                found = find(searcher, domain, observed, wanted)
-                update((i + 1) * len(observed.targets))
-                fits.append(fit(found))
-                leaked = leak(observed, found.neighbors, lm.info.dtype, manifest.model.dtype)
+        with progress("steps", None, description="searching") as update:
+            found = search_settings.tune(
+                searcher,
+                observed,
+                lm.info.dtype,
+                ks=ks,
+                quality=quality,
+                exact_queries=exact_queries,
+                on_progress=lambda what, done, total: update(done, what, total),
+            )
     finally:
         searcher.close()
-    result = smallest_k(fits)
-    default = with_tuning(path, result.tuning).index.recipe
+    tuning = found.fit.tuning
+    default = with_tuning(path, tuning).index.recipe
     if index not in (None, default):
         remark(
             f"fitted to neighbors found by {index}; {default} answers: `knnlm index {domain} --use {index}` changes it"
         )
-    tuning = result.tuning
-    warnings = _warnings(leaked, tuning.lmbda)
+    warnings = _warnings(found)
     if page is not None:
-        write_tuning_page(page, result, f"{domain} {path.name}")
+        write_tuning_page(page, found.fit, f"{domain} {path.name}")
     for warning in warnings:
         remark(f"warning: {warning}")
     if as_json:
-        curve = [asdict(point) for point in result.curve]
-        answer = {"domain": domain, "version": path.name, **asdict(tuning), "leak": leaked}
+        curve = [asdict(point) for point in found.fit.curve]
+        answer = {"domain": domain, "version": path.name, **asdict(tuning), "leak": found.leak}
         print_json({**answer, "warnings": warnings, "curve": curve})
         return
+    _print_quality(tuning.quality)
     print(f"{domain} {path.name}: temperature {tuning.temperature:.5g}, lambda {tuning.lmbda:.3f}, k {tuning.k}")
     print(
         f"perplexity {tuning.lm_perplexity:.4f} of the LM alone, {tuning.knn_perplexity:.4f} with neighbors, "
@@ -127,15 +140,35 @@ def tune(
     )
 
 
-def _warnings(leak: float, lmbda: float) -> list[str]:
+def _print_quality(rows: "Sequence[SearchQuality]") -> None:
+    """How each way to search compares with exact search, the first row."""
+    if not rows:
+        return
+    lines = []
+    for row in rows:
+        speed = "" if row.queries_per_second is None else f"{row.queries_per_second:,.0f}"
+        share = f"{100 * (row.perplexity / rows[0].perplexity - 1):+.2f} %"
+        lines.append(["*" if row.chosen else "", row.name, f"{row.perplexity:.4f}", share, speed])
+    print_table(["", "search", "perplexity", "beside exact", "queries/s"], lines, left=(0, 1))
+    print()
+
+
+def _warnings(found: "Tuned") -> list[str]:
     from knnlm.evaluation.collect import LEAK_ALARM
 
-    found = []
-    if leak >= LEAK_ALARM:
-        found.append(
-            f"{leak:.0%} of the queries coincide with stored keys: the same text is in the datastore under other "
+    warnings = []
+    if found.leak >= LEAK_ALARM:
+        warnings.append(
+            f"{found.leak:.0%} of the queries coincide with stored keys: the same text is in the datastore under other "
             "names, so lambda is too high for new text"
         )
-    if lmbda == 0:
-        found.append("retrieval does not help on these documents: lambda is 0, and the domain answers as the LM alone")
-    return found
+    if not found.near:
+        warnings.append(
+            "no way to search this index is as near to exact search as was asked for: the nearest one was taken; "
+            "`knnlm index` can build another index"
+        )
+    if found.fit.tuning.lmbda == 0:
+        warnings.append(
+            "retrieval does not help on these documents: lambda is 0, and the domain answers as the LM alone"
+        )
+    return warnings

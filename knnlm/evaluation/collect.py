@@ -46,6 +46,18 @@ class HeldOut:
     documents: int
     depths: npt.NDArray[np.int64] | None = None
 
+    def sample(self, n: int) -> "HeldOut":
+        """An even sample of n tokens, all where there are no more."""
+        total = len(self.targets)
+        if total <= n:
+            return self
+        rows = np.arange(n) * total // n
+        depths = None if self.depths is None else self.depths[rows]
+        return HeldOut(self.queries[rows], self.lm_log_probs[rows], self.targets[rows], self.documents, depths)
+
+    def with_neighbors(self, neighbors: Neighbors) -> Observations:
+        return Observations(self.lm_log_probs, self.targets, neighbors, self.documents)
+
 
 def observe(
     lm: LanguageModel,
@@ -80,9 +92,14 @@ def observe(
 
 
 def find(
-    search: Searching, domain: str, held_out: HeldOut, k: int, *, on_progress: Callable[[int], None] | None = None
+    search: Searching,
+    domain: str,
+    held_out: HeldOut,
+    options: SearchOptions,
+    *,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Observations:
-    """What a request for k neighbors finds for every query of `held_out`: the same candidates are considered.
+    """What requests with these options are answered for every query of `held_out`: the same candidates are considered.
 
     `search` answers for `domain`. on_progress: called with the queries done so far. Memory: 8 bytes per query and
     neighbor. Raises what searching raises.
@@ -91,7 +108,7 @@ def find(
     distances = values = None
     for start in range(0, n, BLOCK_ROWS):
         rows = slice(start, min(start + BLOCK_ROWS, n))
-        found = search.search(SearchRequest(domain, held_out.queries[rows], SearchOptions(k=k))).neighbors
+        found = search.search(SearchRequest(domain, held_out.queries[rows], options)).neighbors
         if distances is None or values is None:
             shape = (n, found.values.shape[1])
             distances, values = np.empty(shape, np.float32), np.empty(shape, np.int32)
@@ -100,7 +117,7 @@ def find(
             on_progress(rows.stop)
     if distances is None or values is None:
         raise InvalidRequest("there is no query to search for", param="queries")
-    return Observations(held_out.lm_log_probs, held_out.targets, Neighbors(distances, values), held_out.documents)
+    return held_out.with_neighbors(Neighbors(distances, values))
 
 
 def leak(held_out: HeldOut, neighbors: Neighbors, *dtypes: str | None) -> float:

@@ -17,7 +17,7 @@ from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import LEAK_ALARM, find, leak, observe
 from knnlm.evaluation.splits import Encoded, sample
 from knnlm.mixer import Score
-from knnlm.options import KnnOptions
+from knnlm.options import KnnOptions, SearchOptions
 from knnlm.pipeline import Pipeline
 
 __all__ = ["DocumentFigures", "Figures", "Report", "evaluate", "leaks"]
@@ -167,9 +167,12 @@ def leaks(
     lm = pipeline.lm
     few = sample(documents, lm.tokenizer, LEAK_TOKENS)
     held_out = observe(lm, few, context_length=windows[0], min_context=windows[1])
-    found = {domain: find(pipeline.searchers[domain], domain, held_out, k=1).neighbors for domain in domains}
-    made = {domain: pipeline.searchers[domain].info(()).model_dtype for domain in domains}
-    return {domain: leak(held_out, neighbors, lm.info.dtype, made[domain]) for domain, neighbors in found.items()}
+    shares = {}
+    for domain in domains:
+        searcher = pipeline.searchers[domain]
+        found = find(searcher, domain, held_out, SearchOptions(k=1)).neighbors
+        shares[domain] = leak(held_out, found, lm.info.dtype, searcher.info(()).model_dtype)
+    return shares
 
 
 def _figures_of(document: Encoded, score: Score) -> DocumentFigures:

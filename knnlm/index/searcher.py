@@ -121,6 +121,19 @@ class Searcher:
         return self._datastore.manifest
 
     @property
+    def datastore(self) -> Datastore:
+        return self._datastore
+
+    @property
+    def index(self) -> Index:
+        """What searches the keys of the base; its attributes are the defaults of a search."""
+        return self._index
+
+    @property
+    def recipe(self) -> str:
+        return self._recipe
+
+    @property
     def memory(self) -> Memory:
         """Where index and keys lie, those of added entries included. What is mapped, the system may drop and read
         again; of added entries, most never is."""

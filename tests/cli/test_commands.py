@@ -209,12 +209,36 @@ def test_tune_stores_what_it_found(knnlm: Knnlm, store: Path, corpus: Path, tmp_
 def test_tune_fits_every_k_to_what_a_request_with_that_k_gets(knnlm: Knnlm, store: Path, corpus: Path) -> None:
     """Not to the first of more candidates, which this index finds better."""
     knnlm("index", "toy", "--recipe", "pq4x4fs")
-    command = ("tune", "toy", corpus, "--part", "tune", "--json")
+    command = ("tune", "toy", corpus, "--part", "tune", "--exact-queries", 0, "--json")
     both = [p for p in knnlm(*command, "--k", 8, "--k", 512).json["curve"] if p["k"] == 8]
     alone = knnlm(*command, "--k", 8).json
     assert both == alone["curve"]
     served = knnlm("eval", corpus, "--part", "tune", "--domain", "toy", "--json").json
     assert served["knn"]["perplexity"] == pytest.approx(alone["knn_perplexity"], rel=1e-6)
+
+
+def test_tune_chooses_how_to_search_and_requests_follow_it(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    knnlm("index", "toy", "--recipe", "pq4x4fs")
+    command = ("tune", "toy", corpus, "--part", "tune", "--k", 8)
+    found = knnlm(*command, "--json").json
+    exact, *ways = found["quality"]
+    assert (exact["name"], exact["queries_per_second"]) == ("exact search", None)
+    (chosen,) = [row for row in ways if row["chosen"]]
+    assert all(row["queries_per_second"] > 0 for row in ways)
+    stored = manifest(store).tuning
+    assert stored is not None
+    tuning = stored.message()
+    assert (tuning.index, len(tuning.quality)) == ("pq4x4fs", len(ways) + 1)
+    assert {name: value for name, value in chosen["search"].items() if value} == tuning.search.asked()
+    served = knnlm("eval", corpus, "--part", "tune", "--domain", "toy", "--json").json
+    assert served["knn"]["perplexity"] == pytest.approx(found["knn_perplexity"], rel=1e-6)
+    table = knnlm(*command).out
+    assert "beside exact" in table
+    assert "exact search" in table
+    own = knnlm(*command, "--exact-queries", 0, "--json").json
+    assert (own["quality"], manifest(store).tuning.message().search.asked()) == ([], {})  # type: ignore[union-attr]
+    wrong = knnlm(*command, "--quality", "best")
+    assert (wrong.code, "quality must be one of exact, balanced, fast" in wrong.err) == (2, True)
 
 
 def test_an_empty_domain_cannot_be_tuned(
@@ -225,7 +249,7 @@ def test_an_empty_domain_cannot_be_tuned(
     monkeypatch.setattr(LanguageModel, "load", None)  # it is refused before the model is loaded
     answer = knnlm("tune", "toy", corpus)
     assert answer.code == 2
-    assert "v2 has no entries, so there is nothing to tune: add documents to toy first" in answer.err
+    assert "toy v2 has no entries, so there is nothing to tune: add documents first" in answer.err
 
 
 def test_tune_leaves_out_what_is_stored(knnlm: Knnlm, store: Path, corpus: Path) -> None:

@@ -29,12 +29,13 @@ DOCUMENTS = encode(
 
 
 def collect(searcher: Searcher, documents: Sequence[Encoded], k: int) -> Observations:
-    return find(searcher, "toy", observe(LM, documents), k)
+    return find(searcher, "toy", observe(LM, documents), SearchOptions(k=k))
 
 
 def leaked(searcher: Searcher, documents: Sequence[Encoded]) -> float:
     held_out = observe(LM, documents)
-    return leak(held_out, find(searcher, "toy", held_out, 1).neighbors, LM.info.dtype, searcher.info(()).model_dtype)
+    found = find(searcher, "toy", held_out, SearchOptions(k=1)).neighbors
+    return leak(held_out, found, LM.info.dtype, searcher.info(()).model_dtype)
 
 
 @pytest.mark.parametrize(("temperature", "lmbda"), [(2.0, 0.25), (50.0, 0.8)])
@@ -71,10 +72,10 @@ def test_batches_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert asked == sorted(asked)
     assert asked[-1] == len(small.targets)
     assert len(asked) > 2
-    whole = find(searcher, "toy", small, 4)
+    whole = find(searcher, "toy", small, SearchOptions(k=4))
     monkeypatch.setattr(collect_module, "BLOCK_ROWS", 7)
     searched: list[int] = []
-    in_blocks = find(searcher, "toy", small, 4, on_progress=searched.append)
+    in_blocks = find(searcher, "toy", small, SearchOptions(k=4), on_progress=searched.append)
     np.testing.assert_array_equal(in_blocks.neighbors.values, whole.neighbors.values)
     np.testing.assert_array_equal(in_blocks.neighbors.distances, whole.neighbors.distances)
     assert searched == [*range(7, len(small.targets), 7), len(small.targets)]
@@ -88,10 +89,10 @@ def test_what_is_found_is_what_a_request_with_that_k_is_answered(tmp_path: Path,
     held_out = observe(LM, DOCUMENTS)
     searcher = Searcher.open(path)
     answered = searcher.search(SearchRequest("toy", held_out.queries, SearchOptions(k=k))).neighbors
-    found = find(searcher, "toy", held_out, k).neighbors
+    found = find(searcher, "toy", held_out, SearchOptions(k=k)).neighbors
     np.testing.assert_array_equal(found.values, answered.values)
     np.testing.assert_array_equal(found.distances, answered.distances)
-    wide = find(searcher, "toy", held_out, 400).neighbors
+    wide = find(searcher, "toy", held_out, SearchOptions(k=400)).neighbors
     assert (wide.distances[:, :k].sum(axis=1) < found.distances.sum(axis=1)).any()
 
 

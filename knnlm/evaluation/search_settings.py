@@ -1,0 +1,212 @@
+"""How to search a domain's index, and what is fitted to it: exact search beside a few settings, the cheapest taken.
+
+An index finds faster than exact search, and not always the nearest. How much perplexity that costs differs between
+models and corpora, so it is measured: on a sample of the held-out tokens every setting is searched as it is served,
+temperature and lambda are fitted to what it found, and the perplexities are compared with that of exact search.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import Any
+
+from knnlm.datastore.manifest import FLAT, Manifest
+from knnlm.errors import InvalidRequest
+from knnlm.evaluation.collect import HeldOut, find, leak
+from knnlm.evaluation.timing import Rate, interleave
+from knnlm.evaluation.tuning import Fit, Point, fit, smallest_k
+from knnlm.index.contract import Index
+from knnlm.index.exact import exact_neighbors
+from knnlm.index.searcher import Searcher
+from knnlm.messages import SearchQuality, SearchRequest
+from knnlm.neighbors import Neighbors
+from knnlm.options import SearchOptions
+
+__all__ = ["EXACT", "EXACT_QUERIES", "KS", "QUALITIES", "Ladder", "Tuned", "check", "choose", "settings", "tune"]
+
+KS = (64, 256, 1024)
+QUALITIES: Mapping[str, float] = {"exact": 5e-4, "balanced": 3e-3, "fast": 1e-2}  # of perplexity, above exact search
+EXACT_QUERIES = 4096  # compared with exact search: of two million keys of 512 dimensions, minutes on two cores
+EXACT, DEFAULT = "exact search", "default"  # rows of the table: exact search, and the index's own setting
+EFFORTS = (0.5, 2.0, 4.0)  # times the index's own nprobe or ef_search
+OVERFETCH = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 8.0)  # times the index's own
+GAIN = 1e-4  # of perplexity: where more work gains less twice, still more is not tried
+BATCH = 64  # queries in a call that is timed
+SECONDS, ROUNDS = 0.2, 3  # of timing, for each setting
+SPEED_TOLERANCE = 0.05  # rates this near are one: the better perplexity decides
+
+Progress = Callable[[str, int, int], None]
+Timing = Callable[[Mapping[str, Callable[[], int]]], Mapping[str, Rate]]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Settings by name, each with more candidates to rescore than the one before. costlier: than the default, so that
+    it is only worth its cost when its first one gains something on the default."""
+
+    steps: Mapping[str, SearchOptions]
+    costlier: bool = False
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """fit: its tuning holds how to search and the table of what was measured. leak: share of the queries that coincide
+    with a stored key. near: whether the chosen setting is as near to exact search as was asked for."""
+
+    fit: Fit
+    leak: float
+    near: bool = True
+
+
+def tune(
+    searcher: Searcher,
+    held_out: HeldOut,
+    dtype: str,
+    *,
+    ks: Sequence[int] = KS,
+    quality: str = "balanced",
+    exact_queries: int = EXACT_QUERIES,
+    on_progress: Progress | None = None,
+    timing: Timing | None = None,
+) -> Tuned:
+    """Fit k, how to search, temperature and lambda of one version of a domain to held-out tokens.
+
+    First, by exact search for `exact_queries` of them: k, the smallest of `ks` that is as good as any. Then, for the
+    same ones, the fastest setting whose perplexity at this k lies within QUALITIES[quality] of exact search, else the
+    nearest one. Then, for all of them, temperature and lambda, as served with both. exact_queries = 0, or an index that
+    is exact search itself: the index's own setting, with the smallest of `ks` that is as good as any.
+
+    dtype: of the model that made the queries. on_progress hears (what is done now, steps done, steps). timing: measures
+    programs in turn. Raises InvalidRequest for a quality that is not known, a number out of range or a version without
+    entries.
+    """
+    manifest, report = searcher.manifest, on_progress or _silent
+    ks = check(manifest, ks, quality, exact_queries)
+    search, near = SearchOptions(), True
+    rows: tuple[SearchQuality, ...] = ()
+    curve: tuple[Point, ...] = ()
+    if exact_queries and searcher.recipe != FLAT:
+        few = held_out.sample(exact_queries)
+        exact = smallest_k(_exact_fits(searcher, few, ks, report))
+        ks, curve = [exact.tuning.k], exact.curve
+        limit = exact.tuning.knn_perplexity * (1 + QUALITIES[quality])
+        measured = _measured(searcher, few, ks[0], limit, report, timing or _in_turn)
+        chosen = choose(measured, limit)
+        search, near = chosen.search, chosen.perplexity <= limit
+        best = SearchQuality(EXACT, SearchOptions(), exact.tuning.knn_perplexity)
+        rows = (best, *(replace(row, chosen=row == chosen) for row in measured))
+    fits, leaked = [], 0.0
+    for i, k in enumerate(ks):  # once for each: fewer neighbors are found among fewer candidates
+        report(f"searching, k {k}", i, len(ks))
+        observed = find(searcher, manifest.domain, held_out, replace(search, k=k))
+        fits.append(fit(observed))
+        leaked = leak(held_out, observed.neighbors, dtype, manifest.model.dtype)
+    found = smallest_k(fits)
+    tuning = replace(found.tuning, search=search, index=searcher.recipe, quality=rows)
+    others = tuple(point for point in curve if point.k != tuning.k)
+    return Tuned(Fit(tuning, tuple(sorted((*others, *found.curve), key=lambda p: (p.k, p.temperature)))), leaked, near)
+
+
+def settings(index: Index) -> list[Ladder]:
+    """Ways to search `index` that are worth measuring; the first is its default.
+
+    With its own, less and more effort (lists, or candidates of a graph) and more and more candidates to rescore; by the
+    stored keys, where it rescores by reduced ones; and without rescoring.
+    """
+    effort = "nprobe" if index.nprobe is not None else "ef_search"
+    own = index.nprobe if index.nprobe is not None else index.ef_search
+    kinds: list[tuple[dict[str, Any], bool]] = [({}, False)]  # Any: the values of search options
+    if own is not None:
+        kinds += [({effort: max(1, round(own * factor))}, factor > 1) for factor in EFFORTS]
+    if index.reduced is not None:
+        kinds.append(({"rescore": True}, False))
+    ladders = []
+    for kind, costlier in kinds:
+        steps = [kind if more == 1 else {**kind, "overfetch": index.overfetch * more} for more in OVERFETCH]
+        ladders.append(Ladder({_named(step): SearchOptions(**step) for step in steps}, costlier))
+    return [*ladders, Ladder({"rescore=false": SearchOptions(rescore=False)})]
+
+
+def choose(rows: Sequence[SearchQuality], limit: float) -> SearchQuality:
+    """The fastest row whose perplexity is at most `limit`; of rows about as fast, the one with the lowest perplexity.
+    Without such a row the one with the lowest perplexity of all."""
+    allowed = [row for row in rows if row.perplexity <= limit]
+    fastest = max((row.queries_per_second or 0.0 for row in allowed), default=0.0)
+    among = [row for row in allowed if (row.queries_per_second or 0.0) >= (1 - SPEED_TOLERANCE) * fastest]
+    return min(among or rows, key=lambda row: row.perplexity)
+
+
+def check(manifest: Manifest, ks: Sequence[int], quality: str, exact_queries: int) -> list[int]:
+    """ks, ascending, each once and none beyond the entries. Raises as `tune`, before a model has to be asked."""
+    if quality not in QUALITIES:
+        raise InvalidRequest(f"quality must be one of {', '.join(QUALITIES)}, got {quality!r}", param="quality")
+    if exact_queries < 0:
+        raise InvalidRequest(f"exact_queries must be at least 0, got {exact_queries}", param="exact_queries")
+    if min(ks, default=0) < 1:
+        raise InvalidRequest(f"k must be at least 1, got {min(ks, default=0)}", param="k")
+    if not manifest.live_entries:
+        raise InvalidRequest(
+            f"{manifest.domain} {manifest.version} has no entries, so there is nothing to tune: add documents first"
+        )
+    return sorted({min(k, manifest.live_entries) for k in ks})
+
+
+def _exact_fits(searcher: Searcher, held_out: HeldOut, ks: Sequence[int], report: Progress) -> list[Fit]:
+    """What is fitted to exact search, for every k: its k nearest are the first of more."""
+    entries = searcher.manifest.entries
+
+    def on_progress(done: int) -> None:
+        report(EXACT, done, entries)
+
+    found = exact_neighbors(searcher.datastore, held_out.queries, ks[-1], on_progress=on_progress)
+    return [fit(held_out.with_neighbors(Neighbors(found.distances[:, :k], found.values[:, :k]))) for k in ks]
+
+
+def _measured(
+    searcher: Searcher, held_out: HeldOut, k: int, limit: float, report: Progress, timing: Timing
+) -> list[SearchQuality]:
+    """Settings with their perplexities and speeds. Of each ladder no more than the first below `limit`, which is the
+    cheapest, and none after two that gain nothing."""
+    domain, queries = searcher.manifest.domain, held_out.queries
+    ladders = settings(searcher.index)
+    measured: dict[str, tuple[SearchOptions, float]] = {}
+    for done, ladder in enumerate(ladders):
+        best, misses = (measured[DEFAULT][1], 1) if ladder.costlier else (math.inf, 0)
+        for name, options in ladder.steps.items():
+            report(f"searching, {name}", done, len(ladders) + 1)
+            perplexity = fit(find(searcher, domain, held_out, replace(options, k=k))).tuning.knn_perplexity
+            measured[name] = options, perplexity
+            misses += perplexity > best * (1 - GAIN)
+            if perplexity <= limit or misses > 1:
+                break
+            best = min(best, perplexity)
+    report("measuring speed", len(ladders), len(ladders) + 1)
+
+    def program(options: SearchOptions) -> Callable[[], int]:
+        batch = min(BATCH, len(queries))
+        starts = cycle(range(0, len(queries) - batch + 1, batch))
+
+        def search() -> int:
+            start = next(starts)
+            searcher.search(SearchRequest(domain, queries[start : start + batch], replace(options, k=k)))
+            return batch
+
+        return search
+
+    rates = timing({name: program(options) for name, (options, _) in measured.items()})
+    return [SearchQuality(name, way, value, rates[name].median) for name, (way, value) in measured.items()]
+
+
+def _in_turn(programs: Mapping[str, Callable[[], int]]) -> Mapping[str, Rate]:
+    return interleave(programs, SECONDS, ROUNDS)
+
+
+def _named(options: Mapping[str, float | bool]) -> str:
+    """nprobe=8,overfetch=2"""
+    shown = {name: str(v).lower() if isinstance(v, bool) else f"{v:g}" for name, v in options.items()}
+    return ",".join(f"{name}={value}" for name, value in shown.items()) or DEFAULT
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    del what, done, total
