@@ -1,6 +1,7 @@
 """The documentation tells all: settings, routes, rpcs, errors and metrics that exist are in docs/."""
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +100,14 @@ def test_every_metric_is_documented() -> None:
         for family in service.metrics.registry.collect():
             if family.name.startswith("knnlm_"):
                 assert f"`{family.name}" in text, f"{family.name} is not in docs/operations.md"
+
+
+def test_the_documented_layers_are_those_that_are_enforced() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    assert " > ".join(layers) in " ".join(page("architecture.md").split())
 
 
 def test_links_between_pages_lead_somewhere() -> None:
