@@ -15,7 +15,8 @@ import grpc
 
 from knnlm.messages import SearchRequest
 from knnlm.transport.context import HTTP2, MAX_MESSAGE_BYTES
-from knnlm.wire import protos
+from knnlm.v1 import datastore_pb2
+from knnlm.wire.protos import to_proto
 
 __all__ = ["Callers", "GrpcCallers", "HttpCallers", "keep"]
 
@@ -48,7 +49,7 @@ async def keep(callers: Callers, seconds: float) -> list[float]:
 class GrpcCallers:
     def __init__(self, target: str, requests: Sequence[SearchRequest], callers: int) -> None:
         self.callers = callers
-        self._messages = [protos.search_request_to_proto(request).SerializeToString() for request in requests]
+        self._messages = [to_proto(request, datastore_pb2.SearchRequest).SerializeToString() for request in requests]
         self._turn = count()
         options = [
             *HTTP2,
@@ -94,7 +95,7 @@ class HttpCallers:
             raise RuntimeError(f"{head.splitlines()[0]}: {body[:300]!r}")
 
     def _message(self, request: SearchRequest) -> bytes:
-        body = protos.search_request_to_proto(request).SerializeToString()
+        body = to_proto(request, datastore_pb2.SearchRequest).SerializeToString()
         head = (
             f"POST /v1/domains/{quote(request.domain, safe='')}/search HTTP/1.1\r\nhost: {self._address.netloc}\r\n"
             f"content-type: application/protobuf\r\ncontent-length: {len(body)}\r\n\r\n"

@@ -14,7 +14,8 @@ from knnlm.messages import DomainInfo, SearchRequest, Tuning
 from knnlm.options import SEARCH_OPTIONS, DomainOptions, KnnOptions, SearchOptions
 from knnlm.testing import ToyLanguageModel
 from knnlm.v1 import datastore_pb2
-from knnlm.wire import jsonable, protos
+from knnlm.wire import jsonable
+from knnlm.wire.protos import from_proto, to_proto
 from services.aggregator.schemas import Knn
 from services.datastore.schemas import SearchBody
 from tests.searching import asking
@@ -43,10 +44,11 @@ def test_an_option_is_typed_in_few_places(name: str) -> None:
 def test_every_option_is_carried_by_both_encodings(name: str, value: object) -> None:
     request = asking(REQUEST, **{name: value})
     assert getattr(request.options, name) == value
-    message = datastore_pb2.SearchRequest.FromString(protos.search_request_to_proto(request).SerializeToString())
-    assert protos.search_request_from_proto(message).options == request.options
-    given = jsonable.search_request_to_json(request, "base64")
-    assert jsonable.search_request_from_json("toy", vars(SearchBody(**given))).options == request.options
+    message = datastore_pb2.SearchRequest.FromString(to_proto(request, datastore_pb2.SearchRequest).SerializeToString())
+    assert from_proto(SearchRequest, message).options == request.options
+    given = jsonable.to_json(request, "base64")
+    domain = given.pop("domain")
+    assert jsonable.from_json(SearchRequest, {**vars(SearchBody(**given)), "domain": domain}).options == request.options
 
 
 @pytest.mark.parametrize(("name", "value"), OPTIONS)

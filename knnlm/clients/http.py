@@ -26,7 +26,8 @@ from knnlm.messages import (
 from knnlm.transport.context import outgoing_id, outgoing_metadata, time_limit
 from knnlm.transport.security import ApiKey, Tls
 from knnlm.v1 import datastore_pb2, lm_pb2
-from knnlm.wire import growth, jsonable, protos
+from knnlm.wire import protos
+from knnlm.wire.jsonable import from_json, to_json
 
 __all__ = ["HttpDatastore", "HttpLanguageModel"]
 
@@ -127,12 +128,12 @@ class HttpLanguageModel(_Client):
         if self._encoding == PROTOBUF:
             message = protos.forward_request_to_proto(request)
             answer = await self._message("/v1/forward", message, lm_pb2.ForwardResponse.FromString)
-            return protos.forward_result_from_proto(answer)
-        body = jsonable.forward_request_to_json(request, self._encoding)
-        return jsonable.forward_result_from_json(await self._json("POST", "/v1/forward", body))
+            return protos.from_proto(ForwardResult, answer)
+        body = {**to_json(request, self._encoding), "encoding": self._encoding}
+        return from_json(ForwardResult, await self._json("POST", "/v1/forward", body))
 
     async def get_model(self) -> ModelInfo:
-        return jsonable.model_from_json(await self._json("GET", "/v1/model"))
+        return from_json(ModelInfo, await self._json("GET", "/v1/model"))
 
     async def get_tokenizer(self) -> str:
         return (await self._call("GET", "/v1/tokenizer")).content.decode()
@@ -144,31 +145,32 @@ class HttpDatastore(_Client):
     async def search(self, request: SearchRequest) -> SearchResult:
         path = f"/v1/domains/{_quoted(request.domain, 'domain')}/search"
         if self._encoding == PROTOBUF:
-            message = protos.search_request_to_proto(request)
+            message = protos.to_proto(request, datastore_pb2.SearchRequest)
             answer = await self._message(path, message, datastore_pb2.SearchResponse.FromString)
-            return protos.search_result_from_proto(answer)
-        body = jsonable.search_request_to_json(request, self._encoding)
-        return jsonable.search_result_from_json(await self._json("POST", path, body))
+            return protos.from_proto(SearchResult, answer)
+        body = {**to_json(request, self._encoding), "encoding": self._encoding}
+        del body["domain"]  # it is in the path
+        return from_json(SearchResult, await self._json("POST", path, body))
 
     async def list_domains(self) -> Sequence[DomainInfo]:
-        return [jsonable.domain_from_json(given) for given in (await self._json("GET", "/v1/domains"))["domains"]]
+        return [from_json(DomainInfo, given) for given in (await self._json("GET", "/v1/domains"))["domains"]]
 
     async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
         query = "" if version is None else f"?version={_quoted(version, 'version')}"
-        return jsonable.domain_from_json(await self._json("GET", f"/v1/domains/{_quoted(domain, 'domain')}{query}"))
+        return from_json(DomainInfo, await self._json("GET", f"/v1/domains/{_quoted(domain, 'domain')}{query}"))
 
     async def activate(self, domain: str, version: str) -> DomainInfo:
         path = f"/v1/domains/{_quoted(domain, 'domain')}:activate"
-        return jsonable.domain_from_json(await self._json("POST", path, {"version": version}))
+        return from_json(DomainInfo, await self._json("POST", path, {"version": version}))
 
     async def add_documents(self, domain: str, documents: Sequence[Document], *, replace: bool = False) -> DomainChange:
         path = f"/v1/domains/{_quoted(domain, 'domain')}/documents"
-        body = growth.documents_to_json(documents, replace=replace)
-        return growth.change_from_json(await self._json("POST", path, body))
+        body = {"documents": [to_json(document) for document in documents], "replace": replace}
+        return from_json(DomainChange, await self._json("POST", path, body))
 
     async def remove_documents(self, domain: str, ids: Sequence[str]) -> DomainChange:
         path = f"/v1/domains/{_quoted(domain, 'domain')}/documents:remove"
-        return growth.change_from_json(await self._json("POST", path, {"ids": list(ids)}))
+        return from_json(DomainChange, await self._json("POST", path, {"ids": list(ids)}))
 
 
 def _quoted(name: str, param: str) -> str:

@@ -27,7 +27,7 @@ from knnlm.messages import (
     SearchResult,
 )
 from knnlm.v1 import datastore_pb2, datastore_pb2_grpc, lm_pb2, lm_pb2_grpc
-from knnlm.wire import growth, protos
+from knnlm.wire import protos
 
 __all__ = ["ABSENT", "Connection", "DomainReplica", "GrpcDatastore", "GrpcLanguageModel", "Progress"]
 
@@ -116,11 +116,11 @@ class GrpcLanguageModel(_Client["_LmStub"]):
 
     async def forward(self, request: ForwardRequest) -> ForwardResult:
         message = protos.forward_request_to_proto(request)
-        return protos.forward_result_from_proto(await self._caller.call(lambda stub: stub.Forward, message))
+        return protos.from_proto(ForwardResult, await self._caller.call(lambda stub: stub.Forward, message))
 
     async def get_model(self) -> ModelInfo:
         message = lm_pb2.GetModelRequest()
-        return protos.model_from_proto(await self._caller.call(lambda stub: stub.GetModel, message))
+        return protos.from_proto(ModelInfo, await self._caller.call(lambda stub: stub.GetModel, message))
 
     async def get_tokenizer(self) -> str:
         message = lm_pb2.GetModelRequest(include_tokenizer=True)
@@ -136,11 +136,11 @@ class GrpcDatastore(_Client["_Stub"]):
         super().__init__(connection, DATASTORE, _ask_domains)
 
     async def search(self, request: SearchRequest) -> SearchResult:
-        message = protos.search_request_to_proto(request)
+        message = protos.to_proto(request, datastore_pb2.SearchRequest)
         reply = await self._caller.call(
             lambda stub: stub.Search, message, domain=request.domain, version=request.version
         )
-        return protos.search_result_from_proto(reply)
+        return protos.from_proto(SearchResult, reply)
 
     async def list_domains(self) -> Sequence[DomainInfo]:
         """The domains of all replicas. Of one that several serve, the answer of a ready replica, if there is one."""
@@ -155,7 +155,7 @@ class GrpcDatastore(_Client["_Stub"]):
         if not given:
             given = [await self._caller.call(lambda stub: stub.ListDomains, message)]
         found: dict[str, DomainInfo] = {}
-        for domain in (protos.domain_from_proto(d) for reply in given for d in reply.domains):
+        for domain in (protos.from_proto(DomainInfo, d) for reply in given for d in reply.domains):
             if domain.domain not in found or (domain.state == "ready" != found[domain.domain].state):
                 found[domain.domain] = domain
         return [found[name] for name in sorted(found)]
@@ -163,7 +163,7 @@ class GrpcDatastore(_Client["_Stub"]):
     async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
         message = protos.packed(datastore_pb2.GetDomainRequest, domain=domain, version=version)
         reply = await self._caller.call(lambda stub: stub.GetDomain, message, domain=domain, version=version)
-        return protos.domain_from_proto(reply.domain)
+        return protos.from_proto(DomainInfo, reply.domain)
 
     async def replicas(self, domain: str) -> Sequence[DomainReplica]:
         """What each replica says of the domain now, those that are down included; every one is asked."""
@@ -186,19 +186,20 @@ class GrpcDatastore(_Client["_Stub"]):
                 raise  # else the replica goes on loading, and those that are late are named below
         else:
             if not wait:
-                return protos.domain_from_proto(reply.domain)
+                return protos.from_proto(DomainInfo, reply.domain)
         await self._until_all_serve(domain, version, deadline, progress)
         return await self.get_domain(domain, version)
 
     async def add_documents(self, domain: str, documents: Sequence[Document], *, replace: bool = False) -> DomainChange:
-        message = growth.add_to_proto(domain, documents, replace=replace)
+        messages = [protos.to_proto(document, datastore_pb2.Document) for document in documents]
+        message = protos.packed(datastore_pb2.AddDocumentsRequest, domain=domain, documents=messages, replace=replace)
         reply = await self._change(domain, lambda stub: stub.AddDocuments, message)
-        return growth.change_from_proto(reply.change)
+        return protos.from_proto(DomainChange, reply.change)
 
     async def remove_documents(self, domain: str, ids: Sequence[str]) -> DomainChange:
         message = protos.packed(datastore_pb2.RemoveDocumentsRequest, domain=domain, ids=ids)
         reply = await self._change(domain, lambda stub: stub.RemoveDocuments, message)
-        return growth.change_from_proto(reply.change)
+        return protos.from_proto(DomainChange, reply.change)
 
     async def _ask_each(self, domain: str, limit: float) -> list[tuple[Replica[_Stub], DomainInfo | KnnlmError]]:
         await self._caller.fleet.ready(limit)
@@ -206,7 +207,7 @@ class GrpcDatastore(_Client["_Stub"]):
         message = protos.packed(datastore_pb2.GetDomainRequest, domain=domain)
         limit = min(limit, ASK_SECONDS)
         answers = await self._caller.call_each(replicas, lambda stub: stub.GetDomain, message, limit)
-        given = [a if isinstance(a, KnnlmError) else protos.domain_from_proto(a.domain) for a in answers]
+        given = [a if isinstance(a, KnnlmError) else protos.from_proto(DomainInfo, a.domain) for a in answers]
         return list(zip(replicas, given, strict=True))
 
     async def _rollout(self, domain: str, limit: float) -> list[DomainReplica]:

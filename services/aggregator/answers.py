@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +12,8 @@ from knnlm.messages import DomainInfo
 from knnlm.mixer import NextTokens, Score
 from knnlm.tokenizer import Tokenizer
 from knnlm.wire import array_to_json
-from knnlm.wire.jsonable import tuning_to_json
+from knnlm.wire.jsonable import to_json
 from services.aggregator import schemas
-from services.runtime.schemas import TuningAnswer
 
 __all__ = ["domain_shape", "domain_status_shape", "finite", "next_tokens", "scored_tokens", "used_domains"]
 
@@ -80,7 +77,8 @@ def used_domains(answer: NextTokens | Score) -> list[schemas.UsedDomain]:
 
 
 def domain_shape(info: DomainInfo) -> schemas.Domain:
-    return schemas.Domain(**_domain_fields(info))
+    shape: schemas.Domain = schemas.Domain.model_validate(to_json(info))
+    return shape
 
 
 def domain_status_shape(info: DomainInfo, replicas: Sequence[DomainReplica]) -> schemas.DomainStatus:
@@ -90,19 +88,13 @@ def domain_status_shape(info: DomainInfo, replicas: Sequence[DomainReplica]) -> 
         for r in replicas
         if r.state != ABSENT
     ]
-    return schemas.DomainStatus(**_domain_fields(info), replicas=shown)
+    shape: schemas.DomainStatus = schemas.DomainStatus.model_validate({**to_json(info), "replicas": shown})
+    return shape
 
 
 def finite(value: float) -> float | None:
     """JSON has no infinity: null stands for it."""
     return value if math.isfinite(value) else None
-
-
-def _domain_fields(info: DomainInfo) -> dict[str, Any]:  # of any type: they are checked by the shape
-    tuning = None if info.tuning is None else TuningAnswer.model_validate(tuning_to_json(info.tuning))
-    memory = None if info.memory is None else schemas.Memory(**asdict(info.memory))
-    lists = {"versions": list(info.versions), "indexes": list(info.indexes)}
-    return {**vars(info), **lists, "tuning": tuning, "memory": memory}
 
 
 def _neighbors(answer: NextTokens, row: int, count: int, tokenizer: Tokenizer) -> list[schemas.Neighbor]:

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, StrictBool, StrictInt, StrictStr
 
-from services.runtime.schemas import Strict, Text, TuningAnswer, encodable, search_fields
+from knnlm.messages import DomainInfo
+from services.runtime.schemas import Strict, Text, answer, encodable, search_fields
 
 Lambda = Annotated[
     float, Field(strict=True, ge=0, le=1, allow_inf_nan=False, description="Weight of what is retrieved.")
@@ -158,37 +159,8 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-class Memory(BaseModel):
-    """Where a loaded version lies: resident (held by the process), mapped (files), device, or none."""
-
-    index: str
-    index_bytes: int
-    keys: str
-    keys_bytes: int
-
-
-class Domain(BaseModel):
-    domain: str
-    version: str
-    versions: list[str]
-    state: str
-    entries: int
-    documents: int
-    key_dim: int
-    key_dtype: str
-    key_function: str
-    index: str
-    model_id: str
-    weights_sha256: str
-    tokenizer_sha256: str
-    tuning: TuningAnswer | None
-    indexes: list[str]
-    memory: Memory | None
-    context_length: int | None = Field(None, description="Tokens of a window that its keys were made with.")
-    min_context: int | None = Field(None, description="Tokens that each of its keys has seen at least.")
-    config_sha256: str | None = Field(None, description="Of the configuration of the model that made its keys.")
-    model_dtype: str | None = Field(None, description="Of the model that made its keys; null: not recorded.")
-    bos_token_id: int | None = Field(None, description="Of that model; says nothing where config_sha256 is null.")
+class Domain(answer(DomainInfo)):  # type: ignore[misc]  # made of the record
+    __doc__ = DomainInfo.__doc__
 
 
 class DomainReplica(BaseModel):

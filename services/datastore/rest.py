@@ -6,14 +6,15 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse
 
 from knnlm.errors import InvalidRequest
-from knnlm.messages import Document
+from knnlm.messages import Document, DomainChange, SearchRequest, SearchResult
 from knnlm.v1 import datastore_pb2
-from knnlm.wire import growth, jsonable, protos
+from knnlm.wire.jsonable import from_json, to_json
+from knnlm.wire.protos import from_proto, to_proto
 from services.datastore.engine import Engine
-from services.datastore.schemas import ActivateBody, DomainAnswer, DomainsAnswer, SearchAnswer, SearchBody
+from services.datastore.schemas import ActivateBody, DomainAnswer, DomainsAnswer, SearchBody
 from services.runtime.context import current
 from services.runtime.protobuf_routes import PROTOBUF_TOO, ProtobufRoute, parse
-from services.runtime.schemas import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
+from services.runtime.schemas import AddDocumentsBody, RemoveDocumentsBody, answer
 from services.runtime.security import admin_only
 
 __all__ = ["packed", "routes"]
@@ -24,21 +25,23 @@ SEARCH = "/v1/domains/{domain}/search"
 def routes(engine: Engine) -> APIRouter:
     router = APIRouter(tags=["datastore"])
 
-    @router.post(SEARCH, summary="k neighbors of each query", response_model=SearchAnswer, openapi_extra=PROTOBUF_TOO)
+    @router.post(
+        SEARCH, summary="k neighbors of each query", response_model=answer(SearchResult), openapi_extra=PROTOBUF_TOO
+    )
     async def search(domain: str, body: SearchBody) -> JSONResponse:
         """The answer names the version it came from; pin it in the next request to stay on it."""
-        request = jsonable.search_request_from_json(domain, vars(body))
+        request = from_json(SearchRequest, {**vars(body), "domain": domain})
         result = await engine.search(request, current())
-        return JSONResponse(jsonable.search_result_to_json(result, body.encoding))
+        return JSONResponse(to_json(result, body.encoding))
 
     @router.get("/v1/domains", summary="Every domain that is served", response_model=DomainsAnswer)
     async def list_domains() -> JSONResponse:
-        return JSONResponse({"domains": [jsonable.domain_to_json(info) for info in await engine.list_domains()]})
+        return JSONResponse({"domains": [to_json(info) for info in await engine.list_domains()]})
 
     @router.get("/v1/domains/{domain}", summary="One of them", response_model=DomainAnswer)
     async def get_domain(domain: str, version: str | None = None) -> JSONResponse:
         """As it is, or as a version that is still loaded says."""
-        return JSONResponse(jsonable.domain_to_json(await engine.get_domain(domain, version)))
+        return JSONResponse(to_json(await engine.get_domain(domain, version)))
 
     @router.post(
         "/v1/domains/{domain}:activate",
@@ -48,31 +51,29 @@ def routes(engine: Engine) -> APIRouter:
     )
     async def activate(domain: str, body: ActivateBody) -> JSONResponse:
         """Loads and warms the version, makes it current on disk, and returns when this replica answers from it."""
-        return JSONResponse(jsonable.domain_to_json(await engine.activate(domain, body.version, current())))
+        return JSONResponse(to_json(await engine.activate(domain, body.version, current())))
 
     @router.post(
         "/v1/domains/{domain}/documents",
         summary="Add documents to a domain that is served (admin key)",
-        response_model=ChangeAnswer,
+        response_model=answer(DomainChange),
         dependencies=[Depends(admin_only)],
     )
     async def add_documents(domain: str, body: AddDocumentsBody) -> JSONResponse:
         """Encodes them, writes a version that shares the other's files, and returns when this replica answers from it;
         other replicas follow within a second or two."""
         documents = [Document(given.id, given.text) for given in body.documents]
-        return JSONResponse(
-            growth.change_to_json(await engine.updates.add(domain, documents, replace=body.replace, call=current()))
-        )
+        return JSONResponse(to_json(await engine.updates.add(domain, documents, replace=body.replace, call=current())))
 
     @router.post(
         "/v1/domains/{domain}/documents:remove",
         summary="Remove documents from a domain that is served (admin key)",
-        response_model=ChangeAnswer,
+        response_model=answer(DomainChange),
         dependencies=[Depends(admin_only)],
     )
     async def remove_documents(domain: str, body: RemoveDocumentsBody) -> JSONResponse:
         """From the moment this returns, none of their entries is found here."""
-        return JSONResponse(growth.change_to_json(await engine.updates.remove(domain, body.ids, current())))
+        return JSONResponse(to_json(await engine.updates.remove(domain, body.ids, current())))
 
     return router
 
@@ -87,7 +88,7 @@ def packed(engine: Engine) -> list[ProtobufRoute]:
                 f"domain must be empty or that of the path, {parts['domain']!r}, got {message.domain!r}", param="domain"
             )
         message.domain = parts["domain"]
-        result = await engine.search(protos.search_request_from_proto(message), current())
-        return protos.search_result_to_proto(result).SerializeToString()
+        result = await engine.search(from_proto(SearchRequest, message), current())
+        return to_proto(result, datastore_pb2.SearchResponse).SerializeToString()
 
     return [ProtobufRoute(SEARCH, search)]

@@ -4,8 +4,9 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from knnlm.messages import Document, SearchRequest
 from knnlm.v1 import datastore_pb2, datastore_pb2_grpc
-from knnlm.wire import growth, protos
+from knnlm.wire.protos import from_proto, to_proto
 from services.datastore.engine import Engine
 from services.runtime.context import current
 from services.runtime.security import admin_only
@@ -33,8 +34,8 @@ class _Servicer(datastore_pb2_grpc.DatastoreServicer):
         request: datastore_pb2.SearchRequest,
         context: Context,  # noqa: ARG002
     ) -> datastore_pb2.SearchResponse:
-        result = await self._engine.search(protos.search_request_from_proto(request), current())
-        return protos.search_result_to_proto(result)
+        result = await self._engine.search(from_proto(SearchRequest, request), current())
+        return to_proto(result, datastore_pb2.SearchResponse)
 
     async def ListDomains(  # noqa: N802
         self,
@@ -42,7 +43,7 @@ class _Servicer(datastore_pb2_grpc.DatastoreServicer):
         context: Context,  # noqa: ARG002
     ) -> datastore_pb2.ListDomainsResponse:
         infos = await self._engine.list_domains()
-        return datastore_pb2.ListDomainsResponse(domains=[protos.domain_to_proto(info) for info in infos])
+        return datastore_pb2.ListDomainsResponse(domains=[to_proto(info, datastore_pb2.Domain) for info in infos])
 
     async def GetDomain(  # noqa: N802
         self,
@@ -51,7 +52,7 @@ class _Servicer(datastore_pb2_grpc.DatastoreServicer):
     ) -> datastore_pb2.GetDomainResponse:
         version = request.version if request.HasField("version") else None
         info = await self._engine.get_domain(request.domain, version)
-        return datastore_pb2.GetDomainResponse(domain=protos.domain_to_proto(info))
+        return datastore_pb2.GetDomainResponse(domain=to_proto(info, datastore_pb2.Domain))
 
     async def ActivateVersion(  # noqa: N802
         self,
@@ -60,7 +61,7 @@ class _Servicer(datastore_pb2_grpc.DatastoreServicer):
     ) -> datastore_pb2.ActivateVersionResponse:
         await admin_only()
         info = await self._engine.activate(request.domain, request.version, current())
-        return datastore_pb2.ActivateVersionResponse(domain=protos.domain_to_proto(info))
+        return datastore_pb2.ActivateVersionResponse(domain=to_proto(info, datastore_pb2.Domain))
 
     async def AddDocuments(  # noqa: N802
         self,
@@ -68,9 +69,9 @@ class _Servicer(datastore_pb2_grpc.DatastoreServicer):
         context: Context,  # noqa: ARG002
     ) -> datastore_pb2.AddDocumentsResponse:
         await admin_only()
-        documents = growth.documents_from_proto(request)
+        documents = [from_proto(Document, document) for document in request.documents]
         change = await self._engine.updates.add(request.domain, documents, replace=request.replace, call=current())
-        return datastore_pb2.AddDocumentsResponse(change=growth.change_to_proto(change))
+        return datastore_pb2.AddDocumentsResponse(change=to_proto(change, datastore_pb2.DomainChange))
 
     async def RemoveDocuments(  # noqa: N802
         self,
@@ -79,4 +80,4 @@ class _Servicer(datastore_pb2_grpc.DatastoreServicer):
     ) -> datastore_pb2.RemoveDocumentsResponse:
         await admin_only()
         change = await self._engine.updates.remove(request.domain, list(request.ids), current())
-        return datastore_pb2.RemoveDocumentsResponse(change=growth.change_to_proto(change))
+        return datastore_pb2.RemoveDocumentsResponse(change=to_proto(change, datastore_pb2.DomainChange))

@@ -5,12 +5,15 @@ from collections.abc import Mapping
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
+from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
 from knnlm.v1 import lm_pb2
-from knnlm.wire import jsonable, protos
+from knnlm.wire import protos
+from knnlm.wire.jsonable import from_json, to_json
 from services.lm.engine import Engine
-from services.lm.schemas import ForwardAnswer, ForwardBody, ModelAnswer
+from services.lm.schemas import ForwardBody
 from services.runtime.context import current
 from services.runtime.protobuf_routes import PROTOBUF_TOO, ProtobufRoute, parse
+from services.runtime.schemas import answer
 
 __all__ = ["packed", "routes"]
 
@@ -23,18 +26,18 @@ def routes(engine: Engine) -> APIRouter:
     @router.post(
         FORWARD,
         summary="Log-probabilities and keys of sequences",
-        response_model=ForwardAnswer,
+        response_model=answer(ForwardResult),
         openapi_extra=PROTOBUF_TOO,
     )
     async def forward(body: ForwardBody) -> JSONResponse:
         """Stateless; several requests that want the same are run together."""
-        request = jsonable.forward_request_from_json(vars(body))
+        request = from_json(ForwardRequest, vars(body))
         result = await engine.forward(request, current())
-        return JSONResponse(jsonable.forward_result_to_json(result, body.encoding))
+        return JSONResponse(to_json(result, body.encoding))
 
-    @router.get("/v1/model", summary="What is loaded", response_model=ModelAnswer)
+    @router.get("/v1/model", summary="What is loaded", response_model=answer(ModelInfo))
     async def model() -> JSONResponse:
-        return JSONResponse(jsonable.model_to_json(engine.model.info))
+        return JSONResponse(to_json(engine.model.info))
 
     @router.get("/v1/tokenizer", summary="The tokenizer, as the JSON of the tokenizers library")
     async def tokenizer() -> Response:
@@ -50,6 +53,6 @@ def packed(engine: Engine) -> list[ProtobufRoute]:
     async def forward(parts: Mapping[str, str], body: bytes) -> bytes:  # noqa: ARG001  the path has none
         message = parse(body, lm_pb2.ForwardRequest.FromString)
         result = await engine.forward(protos.forward_request_from_proto(message), current())
-        return protos.forward_result_to_proto(result).SerializeToString()
+        return protos.to_proto(result, lm_pb2.ForwardResponse).SerializeToString()
 
     return [ProtobufRoute(FORWARD, forward)]

@@ -29,8 +29,9 @@ class _Servicer(lm_pb2_grpc.LanguageModelServicer):
     # methods are named as in lm.proto
     async def Forward(self, request: lm_pb2.ForwardRequest, context: Context) -> lm_pb2.ForwardResponse:  # noqa: ARG002, N802
         result = await self._engine.forward(protos.forward_request_from_proto(request), current())
-        return protos.forward_result_to_proto(result)
+        return protos.to_proto(result, lm_pb2.ForwardResponse)
 
     async def GetModel(self, request: lm_pb2.GetModelRequest, context: Context) -> lm_pb2.GetModelResponse:  # noqa: ARG002, N802
         model = self._engine.model
-        return protos.model_to_proto(model.info, model.tokenizer.json if request.include_tokenizer else "")
+        tokenizer = model.tokenizer.json if request.include_tokenizer else ""
+        return protos.to_proto(model.info, lm_pb2.GetModelResponse, tokenizer_json=tokenizer)

@@ -1,5 +1,7 @@
 """JSON bodies and kinds of fields that several services share."""
 
+from collections.abc import Collection
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -15,7 +17,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from knnlm.messages import DomainChange
 from knnlm.options import SEARCH_OPTIONS, SearchOptions
+from knnlm.wire.records import Array as ArrayKind
+from knnlm.wire.records import Field as RecordField
+from knnlm.wire.records import Kind, List, Map, Numbers, Record, Scalar, fields_of
 
 __all__ = [
     "AddDocumentsBody",
@@ -26,7 +32,8 @@ __all__ = [
     "RemoveDocumentsBody",
     "Strict",
     "Text",
-    "TuningAnswer",
+    "answer",
+    "body_fields",
     "encodable",
     "search_fields",
 ]
@@ -96,31 +103,66 @@ def search_fields(name: str, *, public: bool) -> type[Strict]:
     return create_model(name, __base__=Strict, **fields)
 
 
-class SearchQualityAnswer(BaseModel):
-    """One way to search that was measured while tuning."""
+def body_fields(record: type, *, without: Collection[str] = (), max_items: int | None = None) -> type[Strict]:
+    """A base for a body with the fields of a record of knnlm/messages.py, as knnlm.wire.jsonable reads them.
 
-    name: str
-    search: dict[str, Any] = Field(description="The search options that it differs by.")
-    perplexity: float
-    queries_per_second: float | None
-    chosen: bool
+    max_items: of every list.
+    """
+    fields: dict[str, Any] = {}  # Any: as create_model takes them
+    base: type[Strict] = Strict
+    for name, field in _described(record).items():
+        if field.inlined:
+            base = search_fields(f"{record.__name__}Options", public=False)
+            continue
+        kind = _TAKEN[field.kind.type] if isinstance(field.kind, Scalar) else _annotation(field.kind)
+        if isinstance(field.kind, List) and max_items is not None:
+            kind = Annotated[kind, Field(max_length=max_items)]
+        default = ... if field.required else getattr(record, name)
+        if name not in without:
+            fields[name] = (kind | None if field.nullable else kind, default)
+    return create_model(f"{record.__name__}Fields", __base__=base, **fields)
 
 
-class TuningAnswer(BaseModel):
-    """Fitted on documents that are in neither the datastore nor any reported figure."""
+def answer(record: type) -> type[BaseModel]:
+    """The JSON of a record of knnlm/messages.py, as knnlm.wire.jsonable writes it: for OpenAPI, or to be filled."""
+    return _answer(record)  # once: OpenAPI knows a model by its name
 
-    temperature: float
-    lmbda: float = Field(alias="lambda")
-    k: int
-    lm_perplexity: float
-    knn_perplexity: float
-    tokens: int
-    documents: int
-    rule: str = Field(description="The lambda rule.")
-    parameters: dict[str, float | list[float]] = Field(description="What was fitted for the rule.")
-    search: dict[str, Any] = Field(description="Search options that were fitted; asked-for ones go before them.")
-    index: str | None = Field(description="The index that `search` was fitted for.")
-    quality: list[SearchQualityAnswer] = Field(description="What was measured to choose `search`.")
+
+@cache
+def _answer(record: type) -> type[BaseModel]:
+    fields: dict[str, Any] = {}  # Any: as create_model takes them
+    for name, field in _described(record).items():
+        if field.inlined and isinstance(field.kind, Record):
+            inner = answer(field.kind.type).model_fields
+            fields |= {n: (info.annotation, info) for n, info in inner.items()}
+            continue
+        kind = _annotation(field.kind)
+        alias = field.wire if field.wire != name else None
+        fields[name] = (kind | None if field.nullable else kind, Field(alias=alias))
+    return create_model(record.__name__, __doc__=record.__doc__, **fields)
+
+
+_TAKEN: dict[type, Any] = {bool: StrictBool, int: StrictInt, str: Text}  # Any: types as pydantic annotates them
+
+
+def _described(record: type) -> dict[str, RecordField]:
+    return {field.name: field for field in fields_of(record)}
+
+
+def _annotation(kind: Kind) -> Any:  # Any: a type as pydantic takes it
+    match kind:
+        case ArrayKind():
+            return Array
+        case List(item=item):
+            return list[_annotation(item)]  # type: ignore[misc]  # computed
+        case Map(item=item):
+            return dict[str, _annotation(item)]  # type: ignore[misc]  # computed
+        case Numbers():
+            return float | list[float]
+        case Record(type=record):
+            return dict[str, Any] if record is SearchOptions else answer(record)
+        case Scalar(type=scalar):
+            return scalar
 
 
 class DocumentBody(Strict):
@@ -139,12 +181,5 @@ class RemoveDocumentsBody(Strict):
     ids: list[Text] = Field(description="Ids of documents; when one does not exist, nothing is removed.")
 
 
-class ChangeAnswer(BaseModel):
-    domain: str
-    version: str = Field(description="The version that answers now.")
-    parent: str = Field(description="The version that answered before.")
-    added_documents: int
-    added_entries: int
-    removed_documents: int
-    removed_entries: int
-    advice: str | None = Field(description="When compacting is worth while.")
+class ChangeAnswer(answer(DomainChange)):  # type: ignore[misc]  # made of the record
+    __doc__ = DomainChange.__doc__

@@ -19,7 +19,7 @@ from knnlm.messages import DomainInfo, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
 from knnlm.v1 import datastore_pb2, datastore_pb2_grpc
-from knnlm.wire import protos
+from knnlm.wire.protos import to_proto
 from services.runtime import errors
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -82,7 +82,7 @@ class Replica(datastore_pb2_grpc.DatastoreServicer):
                 self.cancelled += 1
                 raise
         found = Neighbors(np.zeros((1, 1), np.float32), np.full((1, 1), self.number, np.int32))
-        return protos.search_result_to_proto(SearchResult(request.domain, version, found))
+        return to_proto(SearchResult(request.domain, version, found), datastore_pb2.SearchResponse)
 
     async def ListDomains(  # noqa: N802
         self,
@@ -91,7 +91,7 @@ class Replica(datastore_pb2_grpc.DatastoreServicer):
     ) -> datastore_pb2.ListDomainsResponse:
         await self._enter("ListDomains", context)
         infos = [self._info(domain, versions[0]) for domain, versions in self.domains.items()]
-        return datastore_pb2.ListDomainsResponse(domains=[protos.domain_to_proto(info) for info in infos])
+        return datastore_pb2.ListDomainsResponse(domains=[to_proto(info, datastore_pb2.Domain) for info in infos])
 
     async def GetDomain(  # noqa: N802
         self,
@@ -100,7 +100,9 @@ class Replica(datastore_pb2_grpc.DatastoreServicer):
     ) -> datastore_pb2.GetDomainResponse:
         await self._enter("GetDomain", context)
         version = await self._version(request.domain, request.version, context)
-        return datastore_pb2.GetDomainResponse(domain=protos.domain_to_proto(self._info(request.domain, version)))
+        return datastore_pb2.GetDomainResponse(
+            domain=to_proto(self._info(request.domain, version), datastore_pb2.Domain)
+        )
 
     async def ActivateVersion(  # noqa: N802
         self,
@@ -111,7 +113,7 @@ class Replica(datastore_pb2_grpc.DatastoreServicer):
         await self._version(request.domain, "", context)
         self.switch(request.domain, request.version)
         info = self._info(request.domain, request.version)
-        return datastore_pb2.ActivateVersionResponse(domain=protos.domain_to_proto(info))
+        return datastore_pb2.ActivateVersionResponse(domain=to_proto(info, datastore_pb2.Domain))
 
     async def RemoveDocuments(  # noqa: N802
         self,

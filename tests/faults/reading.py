@@ -12,7 +12,9 @@ from knnlm.errors import KnnlmError
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
 from knnlm.options import SearchOptions
-from knnlm.wire import jsonable, protos
+from knnlm.v1 import datastore_pb2
+from knnlm.wire import jsonable
+from knnlm.wire.protos import to_proto
 from tests.faults.damage import QUERIES
 
 __all__ = ["bounded", "outcome"]
@@ -55,13 +57,13 @@ def outcome(path: Path) -> str:
 def _use(searcher: Searcher) -> None:
     searcher.warm()
     info = searcher.info(["v1"])
-    protos.domain_to_proto(info)
-    jsonable.domain_to_json(info)
+    to_proto(info, datastore_pb2.Domain)
+    jsonable.to_json(info)
     for rescore in (None, True):
         request = SearchRequest("toy", QUERIES, SearchOptions(k=400, rescore=rescore), ids=True, passages=3)
         result = searcher.search(request)
         found = result.neighbors.values != -1
         assert np.isfinite(result.neighbors.distances[found]).all()
         assert (result.neighbors.distances[found] >= 0).all()
-        protos.search_result_to_proto(result)
-        jsonable.search_result_to_json(result, "list")
+        to_proto(result, datastore_pb2.SearchResponse)
+        jsonable.to_json(result, "list")

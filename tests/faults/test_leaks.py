@@ -15,7 +15,8 @@ import pytest
 
 from knnlm.messages import SearchRequest
 from knnlm.options import SearchOptions
-from knnlm.wire.protos import search_request_to_proto
+from knnlm.v1 import datastore_pb2
+from knnlm.wire.protos import to_proto
 from tests.faults.damage import indexed
 from tests.faults.figures import Held, held, report, span
 from tests.faults.fleet import Replica, fleet, lone_datastore
@@ -27,8 +28,8 @@ pytestmark = pytest.mark.faults
 SWITCHES = int(500 * span(120) / 120)
 REQUESTS = int(100_000 * span(120) / 120)
 CLIENTS = 16
-SEARCH = search_request_to_proto(
-    SearchRequest("toy", np.zeros((1, 16), np.float32), SearchOptions(k=4))
+SEARCH = to_proto(
+    SearchRequest("toy", np.zeros((1, 16), np.float32), SearchOptions(k=4)), datastore_pb2.SearchRequest
 ).SerializeToString()
 PATH = "/v1/domains/toy/search"
 GRPC_PATH = "/knnlm.v1.Datastore/Search"

@@ -17,7 +17,8 @@ import pytest
 
 from knnlm.messages import SearchRequest
 from knnlm.options import SearchOptions
-from knnlm.wire.protos import search_request_to_proto
+from knnlm.v1 import datastore_pb2
+from knnlm.wire.protos import to_proto
 from tests.faults.figures import Held, held, percentile, report, span
 from tests.faults.fleet import Fleet, Replica, fleet
 from tests.faults.loads import Ask, closed_loop, figures, grpc_asks, http_asks, open_loop
@@ -51,7 +52,8 @@ def _bodies() -> list[tuple[str, bytes]]:
 def _search(store: Path) -> bytes:
     keys = np.load(store / "licence" / "v1" / "keys.npy", mmap_mode="r")
     queries = np.resize(np.asarray(keys, np.float32), (BATCH, keys.shape[1]))
-    return search_request_to_proto(SearchRequest("licence", queries, SearchOptions(k=64))).SerializeToString()
+    request = SearchRequest("licence", queries, SearchOptions(k=64))
+    return to_proto(request, datastore_pb2.SearchRequest).SerializeToString()
 
 
 def _overloaded(asks: AbstractAsyncContextManager[Ask], replicas: list[Replica], most_inside: int, name: str) -> None:

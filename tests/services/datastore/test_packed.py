@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from knnlm.clients.http import HttpDatastore
-from knnlm.messages import SearchRequest
+from knnlm.messages import SearchRequest, SearchResult
 from knnlm.options import SearchOptions
 from knnlm.testing import toy_datastore
 from knnlm.v1 import datastore_pb2
-from knnlm.wire import protos
+from knnlm.wire.protos import from_proto, to_proto
 from services.datastore.app import service
 from services.datastore.settings import DatastoreSettings
 from services.runtime.lifecycle import Host, running
@@ -43,21 +43,26 @@ async def datastore(store: Path) -> AsyncIterator[tuple[Host, httpx.AsyncClient]
 @pytest.mark.parametrize("name", ["application/protobuf", "application/x-protobuf", "Application/Protobuf; charset=x"])
 @pytest.mark.parametrize("domain", ["toy", ""])
 async def test_a_message_is_answered_by_a_message(store: Path, name: str, domain: str) -> None:
-    message = protos.search_request_to_proto(REQUEST)
+    message = to_proto(REQUEST, datastore_pb2.SearchRequest)
     message.domain = domain
     async with datastore(store) as (host, client):
         answer = await client.post(PATH, content=message.SerializeToString(), headers={"content-type": name})
         assert (answer.status_code, answer.headers["content-type"]) == (200, "application/protobuf")
         assert answer.headers["content-length"] == str(len(answer.content))
         assert {"x-request-id", "server-timing"} <= answer.headers.keys()
-        found = protos.search_result_from_proto(datastore_pb2.SearchResponse.FromString(answer.content))
+        found = from_proto(SearchResult, datastore_pb2.SearchResponse.FromString(answer.content))
         assert (found.domain, found.neighbors.values.shape) == ("toy", (3, 4))
         labels = {"face": "http", "route": "/v1/domains/{domain}/search", "code": "200"}
         assert host.service.metrics.registry.get_sample_value("knnlm_requests_total", labels) == 1
 
 
 def message(**changes: object) -> bytes:
-    fields = {"domain": "toy", "k": 4, "queries": protos.search_request_to_proto(REQUEST).queries, **changes}
+    fields = {
+        "domain": "toy",
+        "k": 4,
+        "queries": to_proto(REQUEST, datastore_pb2.SearchRequest).queries,
+        **changes,
+    }
     return datastore_pb2.SearchRequest(**fields).SerializeToString()  # type: ignore[arg-type]  # of any field
 
 
