@@ -68,6 +68,7 @@ class RpcServer:
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # our clients ping every 10 s
+                ("grpc.http2.max_ping_strikes", 0),  # pings pile up while the process is held up, and come at once
                 # clients with round_robin find new replicas only when a connection ends
                 ("grpc.max_connection_age_ms", round(1000 * settings.grpc_max_connection_age_s)),
                 ("grpc.max_connection_age_grace_ms", round(1000 * settings.request_timeout_s)),
