@@ -11,7 +11,7 @@ from knnlm.datastore.document_table import read_rows
 from knnlm.datastore.files import sha256_of
 from knnlm.datastore.layout import MANIFEST, REMOVED, TOKENIZER, segment_files
 from knnlm.datastore.manifest import Manifest
-from knnlm.datastore.reader import Datastore, Segment
+from knnlm.datastore.reader import Datastore, Segment, open_segments
 from knnlm.errors import DatastoreError
 
 __all__ = ["Check", "verify"]
@@ -62,21 +62,16 @@ def _relations(path: Path) -> Iterator[Check]:
         return
     if datastore.manifest.removed is not None:
         yield Check(f"{REMOVED}: names documents", None)  # or it would not have been opened
-    first = 0
-    for part in _parts(datastore):
+    first = tokens = 0  # of the part: its first entry, its first token
+    for part in open_segments(path, datastore.manifest):
         names = segment_files(part.number)
         yield _checked(f"{names.documents}: covers the tokens", partial(_documents_problem, datastore, part))
         yield _checked(
-            f"{names.values}: are the tokens they stand for", partial(_values_problem, datastore, part, first)
+            f"{names.values}: are the tokens they stand for", partial(_values_problem, datastore, part, first, tokens)
         )
         yield _checked(f"{names.keys}: are finite", partial(_keys_problem, part, first))
-        first += len(part.values)
+        first, tokens = first + len(part.values), tokens + len(part.tokens)
     yield _checked(f"{TOKENIZER}: is the model's", partial(_tokenizer_problem, datastore))
-
-
-def _parts(datastore: Datastore) -> list[Segment]:
-    """The base and what was added to it."""
-    return [Segment(0, datastore.keys, datastore.values, datastore.tokens), *datastore.segments]
 
 
 def _checked(name: str, check: Callable[[], str | None]) -> Check:
@@ -99,14 +94,13 @@ def _documents_problem(datastore: Datastore, part: Segment) -> str | None:
     return None if found == expected else f"(documents, tokens, entries) are {found}, expected {expected}"
 
 
-def _values_problem(datastore: Datastore, part: Segment, first: int) -> str | None:
-    """first: the number of its first entry."""
+def _values_problem(datastore: Datastore, part: Segment, first: int, first_token: int) -> str | None:
+    """first, first_token: the numbers of its first entry and of its first token."""
     table, vocab_size = datastore.documents, datastore.manifest.model.vocab_size
-    tokens = sum(len(former.tokens) for former in _parts(datastore) if former.number < part.number)
     for lo in range(0, len(part.values), CHUNK):
         values = part.values[lo : lo + CHUNK]
         documents, positions = table.locate(np.arange(first + lo, first + lo + len(values)))
-        expected = part.tokens[table.starts[documents] - tokens + positions]
+        expected = part.tokens[table.starts[documents] - first_token + positions]
         wrong = np.flatnonzero(values != expected)
         if len(wrong):
             at = int(wrong[0])

@@ -7,6 +7,7 @@ was found there for QUERIES. The documents are those of `some_documents`: the sa
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from knnlm.index.searcher import Searcher
 from knnlm.messages import Document, SearchRequest, Tuning
 from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel
+from knnlm.tokenizer import Tokenizer
 from tests.datastore.growing import live, sound
 from tests.grown import some_documents
 
@@ -53,6 +55,15 @@ def current(catalog: Catalog, domain: str) -> Path:
     return catalog.path(domain, version)
 
 
+def model(catalog: Catalog) -> ToyLanguageModel:
+    """The toy with the tokenizer that it had then."""
+    lm = ToyLanguageModel()
+    text = (current(catalog, "plain") / "tokenizer.json").read_text()
+    lm.tokenizer = Tokenizer(text, bos_token_id=lm.info.bos_token_id, eos_token_id=lm.info.eos_token_id)
+    lm.info = replace(lm.info, tokenizer_sha256=lm.tokenizer.sha256)
+    return lm
+
+
 def remaining(domain: str) -> list[Document]:
     return [document for document in DOCUMENTS[domain] if document.id not in REMOVED[domain]]
 
@@ -73,7 +84,7 @@ def test_every_version_is_sound(catalog: Catalog) -> None:
 )
 def test_searches_find_what_they_found_then(catalog: Catalog, domain: str, index: str | None) -> None:
     expected = answers(catalog)[f"{domain} {index or 'default'}"]
-    searcher = Searcher.open(current(catalog, domain), index=index, expect=ToyLanguageModel().info, check="all")
+    searcher = Searcher.open(current(catalog, domain), index=index, expect=model(catalog).info, check="all")
     found = searcher.search(SearchRequest(domain, QUERIES, SearchOptions(k=6), ids=True, passages=1, passage_tokens=3))
     assert found.neighbors.ids is not None
     np.testing.assert_array_equal(found.neighbors.ids, expected["ids"])
@@ -97,7 +108,7 @@ def test_keys_are_those_that_this_program_makes(catalog: Catalog, domain: str, t
     manifest = Manifest.load(path)
     compact(catalog, domain, recipe="flat", activate=catalog.activate)  # "plain" has nothing to fold
     twin = build(
-        remaining(domain), ToyLanguageModel(), Catalog(tmp_path / "twin"), domain, key_dtype=manifest.key_dtype,
+        remaining(domain), model(catalog), Catalog(tmp_path / "twin"), domain, key_dtype=manifest.key_dtype,
         context_length=manifest.windows.context_length, min_context=manifest.windows.min_context,
     )  # fmt: skip
     for file in twin.iterdir():
@@ -109,7 +120,7 @@ def test_keys_are_those_that_this_program_makes(catalog: Catalog, domain: str, t
 def test_they_grow(catalog: Catalog, domain: str) -> None:
     before = current(catalog, domain)
     ids = [document.id for document in remaining(domain)]
-    made = add(NEW, ToyLanguageModel(), catalog, domain, activate=catalog.activate)
+    made = add(NEW, model(catalog), catalog, domain, activate=catalog.activate)
     assert (made.parent, made.added_documents, made.added_entries) == (before.name, 2, 60)
     remove([ids[0], "n0"], catalog, domain, activate=catalog.activate)
     assert live(current(catalog, domain)) == [*ids[1:], "n1"]

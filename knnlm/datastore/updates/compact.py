@@ -6,20 +6,20 @@ and finished.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from knnlm.datastore.arrays import ArrayWriter
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.document_table import Row
+from knnlm.datastore.document_table import Row, read_rows
 from knnlm.datastore.files import disk_errors, share, written
-from knnlm.datastore.layout import DOCUMENTS, KEYS, TOKENIZER, TOKENS, VALUES, FileRecord
+from knnlm.datastore.layout import DOCUMENTS, KEYS, TOKENIZER, TOKENS, VALUES, FileRecord, segment_files
 from knnlm.datastore.manifest import FLAT, FORMAT_VERSION, IndexRecord, Manifest
 from knnlm.datastore.progress import Clock, Progress, Report, silent
 from knnlm.datastore.reader import Datastore, open_segments
@@ -29,6 +29,7 @@ from knnlm.messages import DomainChange
 __all__ = ["Indexing", "compact"]
 
 SLICE_BYTES = 16 << 20  # written and synced at once; at most two slices are in memory
+MAX_WAITING = 65_536  # pieces of arrays, however small
 
 Array = npt.NDArray[Any]  # Any: float16, float32 or int32
 Indexing = Callable[[Path, str], None]  # a version's folder, and the recipe of the default index before
@@ -91,28 +92,12 @@ def _folded(path: Path, draft: Path, report: Report) -> Manifest:
     )
 
 
-class _Run(NamedTuple):
-    """Consecutive rows of one part of the version, numbered from 0 there: entries [lo, hi), tokens [first, end)."""
-
-    part: int
-    lo: int
-    hi: int
-    first: int
-    end: int
-
-    def joined(self, other: "_Run") -> "_Run | None":
-        """Both in one, when `other` follows this one."""
-        if (self.part, self.hi, self.end) != (other.part, other.lo, other.first):
-            return None
-        return self._replace(hi=other.hi, end=other.end)
-
-
 def _copy(datastore: Datastore, draft: Path, report: Report) -> int:
-    """Write what counts into `draft`. Returns how many tokens there are."""
-    manifest, table = datastore.manifest, datastore.documents
-    parts = list(open_segments(datastore.path, manifest))
-    entries = manifest.live_entries
-    tokens = manifest.tokens - int(table.lengths[datastore.removed_documents].sum())
+    """Write what counts into `draft`, document by document. Returns how many tokens there are."""
+    manifest = datastore.manifest
+    gone = np.zeros(manifest.documents, np.bool_)
+    gone[datastore.removed_documents] = True
+    entries, tokens = manifest.live_entries, int(datastore.documents.lengths[~gone].sum())
     clock = Clock()
 
     def on_keys(written: int) -> None:
@@ -120,43 +105,32 @@ def _copy(datastore: Datastore, draft: Path, report: Report) -> int:
 
     with (
         _Sink(draft / KEYS, (entries, manifest.key_dim), manifest.key_dtype, on_keys) as keys,
-        _Sink(draft / VALUES, (entries,), "int32", _unheard) as values,
-        _Sink(draft / TOKENS, (tokens,), "int32", _unheard) as copied,
+        _Sink(draft / VALUES, (entries,), "int32") as values,
+        _Sink(draft / TOKENS, (tokens,), "int32") as copied,
+        written(draft / DOCUMENTS) as lines,
     ):
-        for run in _runs(datastore, draft / DOCUMENTS):
-            part = parts[run.part]
-            keys.add(part.keys[run.lo : run.hi])
-            values.add(part.values[run.lo : run.hi])
-            copied.add(part.tokens[run.first : run.end])
+        document = start = 0
+        for part in open_segments(datastore.path, manifest):
+            lo = 0  # the document's first entry in this part
+            for row in read_rows(datastore.path / segment_files(part.number).documents):
+                if not gone[document]:
+                    keys.add(part.keys[lo : lo + row.entries])
+                    values.add(part.values[lo : lo + row.entries])
+                    copied.add(part.tokens[row.start : row.start + row.tokens])
+                    with disk_errors(draft / DOCUMENTS):
+                        lines.write(Row(row.id, start, row.tokens).line())
+                    start += row.tokens
+                lo += row.entries
+                document += 1
     return tokens
-
-
-def _runs(datastore: Datastore, listed: Path) -> Iterator[_Run]:
-    """What to copy, in order; the documents it is of are listed in the file `listed`, durable at the end."""
-    table = datastore.documents
-    sizes = np.cumsum([(0, 0), *((size.entries, size.tokens) for size in table.sizes)], axis=0)  # (parts + 1, 2)
-    run: _Run | None = None
-    start = 0
-    with written(listed) as lines:
-        for document, row in datastore.live_rows():
-            with disk_errors(listed):
-                lines.write(Row(row.id, start, row.tokens).line())
-            start += row.tokens
-            part = table.part(document)
-            lo, first = int(table.first_entries[document] - sizes[part, 0]), int(row.start - sizes[part, 1])
-            new = _Run(part, lo, lo + row.entries, first, first + row.tokens)
-            longer = None if run is None else run.joined(new)
-            if run is not None and longer is None:
-                yield run
-            run = longer or new
-    if run is not None:
-        yield run
 
 
 class _Sink:
     """An array that is written from its first row to its last. Rows are gathered, since every write is synced."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: str, on_written: Callable[[int], None]) -> None:
+    def __init__(
+        self, path: Path, shape: tuple[int, ...], dtype: str, on_written: Callable[[int], None] | None = None
+    ) -> None:
         little = np.dtype(dtype).newbyteorder("<")
         self._array = ArrayWriter(path, shape, little)
         self._slice = max(1, SLICE_BYTES // (little.itemsize * math.prod(shape[1:])))  # rows
@@ -176,7 +150,7 @@ class _Sink:
         for lo in range(0, len(rows), self._slice):
             self._waiting.append(rows[lo : lo + self._slice])
             self._rows += len(self._waiting[-1])
-            if self._rows >= self._slice:
+            if self._rows >= self._slice or len(self._waiting) >= MAX_WAITING:
                 self._write()
 
     def _write(self) -> None:
@@ -184,7 +158,8 @@ class _Sink:
             self._array.write(self._written, np.concatenate(self._waiting))
         self._written += self._rows
         self._waiting, self._rows = [], 0
-        self._on_written(self._written)
+        if self._on_written is not None:
+            self._on_written(self._written)
 
 
 def _without_indexes(manifest: Manifest) -> Manifest:
@@ -192,7 +167,3 @@ def _without_indexes(manifest: Manifest) -> Manifest:
     named = {index.file for index in manifest.indexes}
     files = {name: record for name, record in manifest.files.items() if name not in named}
     return manifest.model_copy(update={"index": IndexRecord(recipe=FLAT), "other_indexes": (), "files": files})
-
-
-def _unheard(written: int) -> None:
-    del written
