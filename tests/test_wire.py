@@ -2,19 +2,22 @@
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from knnlm.errors import InvalidRequest, TooLarge
 from knnlm.messages import (
+    Document,
+    DomainChange,
     DomainInfo,
     ForwardRequest,
     ForwardResult,
@@ -32,6 +35,7 @@ from knnlm.v1 import common_pb2, datastore_pb2, lm_pb2
 from knnlm.wire import array_from_json, array_from_tensor, array_to_json, array_to_tensor, jsonable, protos
 from knnlm.wire.arrays import FLOATS, INT32, LIST_LIMIT
 from knnlm.wire.protos import from_proto, to_proto
+from knnlm.wire.records import Record, fields_of
 from tests.searching import search
 
 QUICK = settings(max_examples=40, deadline=None)
@@ -320,6 +324,33 @@ def test_models_survive(info: ModelInfo) -> None:
 def test_domains_survive(info: DomainInfo) -> None:
     assert same(from_proto(DomainInfo, to_proto(info, datastore_pb2.Domain)), info)
     assert same(jsonable.from_json(DomainInfo, through_json(jsonable.to_json(info))), info)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (DomainInfo, datastore_pb2.Domain), (Tuning, datastore_pb2.Tuning), (Memory, datastore_pb2.Memory),
+        (SearchQuality, datastore_pb2.SearchQuality), (SearchOptions, datastore_pb2.SearchOptions),
+        (SearchRequest, datastore_pb2.SearchRequest), (SearchResult, datastore_pb2.SearchResponse),
+        (Passage, datastore_pb2.Passage), (Document, datastore_pb2.Document),
+        (DomainChange, datastore_pb2.DomainChange), (ForwardResult, lm_pb2.ForwardResponse),
+    ],
+)  # fmt: skip
+def test_a_record_and_its_message_have_the_same_fields(record: type, message: type[Message]) -> None:
+    assert set(wire_names(record)) == set(message.DESCRIPTOR.fields_by_name)
+
+
+def wire_names(record: type) -> Iterator[str]:
+    for field in fields_of(record):
+        if field.inlined and isinstance(field.kind, Record):
+            yield from wire_names(field.kind.type)
+        else:
+            yield field.wire
+
+
+def test_a_model_and_its_message_have_the_same_fields() -> None:
+    """The message has the tokenizer besides."""
+    assert {*wire_names(ModelInfo), "tokenizer_json"} == set(lm_pb2.GetModelResponse.DESCRIPTOR.fields_by_name)
 
 
 def test_lambda_is_called_lambda_on_the_wire() -> None:

@@ -1,4 +1,4 @@
-"""A language model behind a client, as something that makes keys: for threads that may block, as building is.
+"""A language model behind a client, as an encoder of keys: for threads that may block, such as a build.
 
 One request is answered before the next is sent. What one answer may hold is bounded (64 MiB over gRPC, and by settings
 of the lm service), so a request for more is sent in parts.
@@ -18,8 +18,8 @@ from knnlm.tokenizer import Tokenizer
 
 __all__ = ["RemoteEncoder"]
 
-ANSWER_BYTES = 48 << 20  # of keys, at four bytes a number: leaves room below 64 MiB
-REQUEST_TOKENS = 65_536  # what an lm service takes unless it is told otherwise
+MAX_ANSWER_BYTES = 48 << 20  # of keys in one answer, at four bytes a number: leaves room below 64 MiB
+MAX_REQUEST_TOKENS = 65_536  # an lm service takes as many unless its settings say otherwise
 
 Answer = TypeVar("Answer")
 
@@ -35,7 +35,7 @@ class RemoteEncoder:
     loop: a running event loop of another thread, to which the client belongs; None: a loop of its own, in a thread that
     `close` ends. The client is then used in that loop alone, and `close` closes it. Not for the thread of the loop.
 
-    Every method raises what the client raises; Unavailable when the model is not the one any more that `info` tells of.
+    Every method raises what the client raises; Unavailable when the model is no longer that of `info`.
     """
 
     def __init__(self, client: LanguageModelClient, *, loop: asyncio.AbstractEventLoop | None = None) -> None:
@@ -57,7 +57,7 @@ class RemoteEncoder:
             raise
 
     def forward(self, request: ForwardRequest) -> ForwardResult:
-        """The keys, and nothing else: InvalidRequest for a request that asks for more."""
+        """The keys. Raises InvalidRequest for a request that asks for anything else."""
         if not request.keys or request.full or request.top_n or request.targets is not None:
             raise InvalidRequest("an encoder gives keys and nothing else: expected keys alone", param="keys")
         results = list(self._parts(request))
@@ -65,7 +65,7 @@ class RemoteEncoder:
         return replace(results[0], keys=np.concatenate(keys))
 
     def close(self) -> None:
-        """Ends what was begun here. Harmless when repeated."""
+        """Close the client and end its thread, if they are ours. Harmless when repeated."""
         own, self._own = self._own, None
         if own is None:
             return
@@ -85,7 +85,7 @@ class RemoteEncoder:
         """Answers whose rows, one below the other, are those of the request."""
         rows, tokens = sum(len(p) for p in request.positions), sum(len(t) for t in request.tokens)
         halves = _halves(request)
-        if halves and (4 * rows * self.info.key_dim > ANSWER_BYTES or max(rows, tokens) > REQUEST_TOKENS):
+        if halves and (4 * rows * self.info.key_dim > MAX_ANSWER_BYTES or max(rows, tokens) > MAX_REQUEST_TOKENS):
             for half in halves:
                 yield from self._parts(half)
             return

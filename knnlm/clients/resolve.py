@@ -1,4 +1,4 @@
-"""What a service is called, and the addresses behind it: `host:port`, a comma list of them, or a name with many.
+"""From what a service is called to the addresses behind it: `host:port`, a comma list of them, or a name with many.
 
 A name stands for all its addresses of one family. A machine that has both an IPv4 and an IPv6 address is one replica,
 not two, so IPv4 is taken where there are both.
@@ -13,7 +13,7 @@ from knnlm.errors import InvalidRequest
 
 __all__ = ["Address", "Name", "Target", "parse", "resolve"]
 
-RESOLVE_SECONDS = 5.0  # a name server that is slower has not answered
+RESOLVE_SECONDS = 5.0  # for a name server to answer
 SCHEMES = ("dns:///", "dns:", "ipv4:", "ipv6:")
 EXPECTED = "expected host:port, [IPv6]:port, dns:///host:port, unix:PATH, or several of them with commas between"
 
@@ -47,7 +47,7 @@ class Target:
 
 
 def parse(target: str) -> Target:
-    """Raises InvalidRequest with the part that is none and what was expected."""
+    """The addresses and names of a target. Raises InvalidRequest naming the part that is neither."""
     addresses: list[Address] = []
     names: list[Name] = []
     for part in target.split(","):

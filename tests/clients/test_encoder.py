@@ -100,7 +100,7 @@ def test_what_is_too_large_for_the_service_is_sent_in_parts(most_rows: int) -> N
     assert sum(n for n in client.rows if n <= most_rows) == 31 + 4 + 19 + 31
 
 
-@pytest.mark.parametrize(("name", "limit"), [("ANSWER_BYTES", 16 * 4 * 10), ("REQUEST_TOKENS", 10)])
+@pytest.mark.parametrize(("name", "limit"), [("MAX_ANSWER_BYTES", 16 * 4 * 10), ("MAX_REQUEST_TOKENS", 10)])
 def test_what_is_known_not_to_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch, name: str, limit: int) -> None:
     monkeypatch.setattr(module, name, limit)
     asked = request(9, 9, 3, 3, 11)
