@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from knnlm.cli.index import print_index
@@ -14,6 +15,8 @@ from knnlm.datastore.reader import Datastore
 from knnlm.datastore.updates.revise import with_index
 from knnlm.lm.model import LanguageModel
 from knnlm.messages import ForwardRequest, ForwardResult
+from knnlm.options import DomainOptions, KnnOptions
+from knnlm.pipeline import Pipeline
 from tests.cli.conftest import Knnlm
 
 
@@ -302,13 +305,17 @@ def test_eval_warns_when_the_text_is_in_the_datastore(knnlm: Knnlm, store: Path,
     assert "probably in the datastore" in answer.err
 
 
-def test_lambda_zero_is_the_model(knnlm: Knnlm, store: Path) -> None:
+def test_lambda_zero_is_the_model(knnlm: Knnlm, store: Path, model: Path) -> None:
     mixed = knnlm("score", "the cat sat", "--domain", "toy", "--lambda", 0, "--json").json
     alone = knnlm("score", "the cat sat", "--json").json
     assert mixed["total"] == alone["total"]
     assert [t["token"] for t in alone["tokens"]][:3] == ["t", "h", "e"]
     assert alone["tokens"][0]["knn_log_prob"] is None
-    assert mixed["tokens"][0]["knn_log_prob"] is None or mixed["tokens"][0]["knn_log_prob"] <= 0
+    with Pipeline.load(str(model), store) as pipeline:
+        expected = pipeline.score("the cat sat", KnnOptions((DomainOptions("toy", lmbda=0.0),))).knn_log_probs
+    assert expected is not None
+    found = [token["knn_log_prob"] for token in mixed["tokens"]]
+    assert found == pytest.approx([None if np.isneginf(p) else p for p in expected])
 
 
 def test_a_document_that_is_excluded_does_not_count(knnlm: Knnlm, store: Path, corpus: Path) -> None:
