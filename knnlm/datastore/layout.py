@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from knnlm.datastore.files import sha256_of
 from knnlm.errors import DatastoreCorrupt, InvalidRequest
 
 __all__ = [
     "CURRENT", "DOCUMENTS", "HIGHEST", "KEYS", "MANIFEST", "REMOVED", "TOKENIZER", "TOKENS", "VALUES", "Checksums",
-    "Count", "FileName", "FileRecord", "Record", "SegmentFiles", "is_keys", "require_unchanged", "segment_files",
+    "Count", "FileName", "FileRecord", "Record", "SegmentFiles", "first_problem", "is_keys", "require_unchanged",
+    "segment_files", "shown",
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"
@@ -34,6 +35,7 @@ Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # exact in JSON wherever it is 
 
 Checksums = Literal["none", "small", "all"]
 CHECKSUMS: Final = get_args(Checksums)
+MAX_SHOWN: Final = 100  # characters of a damaged file in an error
 
 
 class Record(BaseModel):
@@ -103,3 +105,15 @@ def require_unchanged(path: Path, files: Mapping[str, FileRecord], check: Checks
         problem = record.problem(path / name) if wanted else None
         if problem is not None:
             raise DatastoreCorrupt(f"{path / name} {problem}")
+
+
+def first_problem(err: ValidationError) -> str:
+    """The first thing that is wrong with a record: which field, why, and its value, cut short."""
+    problem = err.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "the whole"
+    return f"{where[:MAX_SHOWN]}: {problem['msg'][: 2 * MAX_SHOWN]}, got {shown(problem['input'])}"
+
+
+def shown(value: object) -> str:
+    """A value for an error, cut short."""
+    return repr(value)[:MAX_SHOWN]

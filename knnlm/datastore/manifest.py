@@ -11,21 +11,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    AwareDatetime,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AwareDatetime, Field, ValidationError, model_validator
 
 from knnlm.datastore.files import write_atomic
-from knnlm.datastore.layout import MANIFEST, REMOVED, Count, FileName, FileRecord, Record, segment_files
+from knnlm.datastore.layout import (
+    MANIFEST,
+    REMOVED,
+    Count,
+    FileName,
+    FileRecord,
+    Record,
+    first_problem,
+    segment_files,
+    shown,
+)
+from knnlm.datastore.tuning import TuningRecord
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreIncomplete, InvalidRequest
-from knnlm.messages import ModelInfo, SearchQuality, Tuning
-from knnlm.options import SEARCH_OPTIONS, SearchOptions
+from knnlm.messages import ModelInfo
 
 __all__ = ["FORMAT_VERSION", "GROWN_VERSION", "FileRecord", "IndexRecord", "Manifest", "ModelRecord", "Record",
            "RemovedRecord", "SegmentRecord", "TuningRecord", "WindowsRecord"]  # fmt: skip
@@ -34,7 +36,6 @@ FORMAT_VERSION: Final = 1
 GROWN_VERSION: Final = 2  # with segments added to it, or documents removed: what reads version 1 alone would be wrong
 FLAT: Final = "flat"
 MAX_BYTES: Final = 8 << 20  # thousands of segments; reading a manifest takes many times as much memory
-MAX_SHOWN: Final = 100  # characters of a damaged file in an error
 
 KeyDtype = Literal["float16", "float32"]
 
@@ -88,70 +89,6 @@ class IndexRecord(Record):
     recipe: str
     file: str | None = None
     parameters: dict[str, Annotated[int | float, Field(ge=1, lt=1 << 31)]] = Field(default_factory=dict)
-
-
-def _known_options(values: dict[str, bool | int | float]) -> dict[str, bool | int | float]:
-    """Search options by name. Raises ValueError for what is none, or has a value that none can have."""
-    unknown = values.keys() - SEARCH_OPTIONS.keys()
-    if unknown:
-        raise ValueError(f"unknown search options {', '.join(sorted(unknown))}")
-    try:
-        SearchOptions.of(values)
-    except InvalidRequest as err:
-        raise ValueError(err.message) from err
-    return values
-
-
-AskedOptions = Annotated[dict[str, bool | int | float], AfterValidator(_known_options)]
-
-
-class QualityRecord(Record):
-    """messages.SearchQuality, as it is stored."""
-
-    name: str
-    search: AskedOptions
-    perplexity: float
-    queries_per_second: float | None = None
-    chosen: bool = False
-
-    def message(self) -> SearchQuality:
-        return SearchQuality(**{**self.model_dump(), "search": SearchOptions.of(self.search)})
-
-
-class TuningRecord(Record):
-    """messages.Tuning, as it is stored. Of the fields after `documents` only what differs from the default."""
-
-    temperature: float = Field(gt=0)
-    lmbda: float = Field(ge=0, le=1)
-    k: int = Field(ge=1, lt=1 << 31)
-    lm_perplexity: float
-    knn_perplexity: float
-    tokens: Count
-    documents: Count
-    rule: str = "fixed"
-    parameters: dict[str, float | tuple[float, ...]] = Field(default_factory=dict)
-    search: AskedOptions = Field(default_factory=dict)
-    index: str | None = None
-    quality: tuple[QualityRecord, ...] = ()
-
-    @classmethod
-    def of(cls, tuning: Tuning) -> Self:
-        """Raises InvalidRequest when a number is not finite or out of its range."""
-        quality = [{**vars(row), "search": row.search.asked()} for row in tuning.quality]
-        try:
-            return cls.model_validate({**vars(tuning), "search": tuning.search.asked(), "quality": quality})
-        except ValidationError as err:
-            raise InvalidRequest(f"not a usable tuning: {_first(err)}", param="tuning") from err
-
-    def message(self) -> Tuning:
-        quality = tuple(row.message() for row in self.quality)
-        return Tuning(**{**self.model_dump(), "search": SearchOptions.of(self.search), "quality": quality})
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:  # Any: JSON
-        fields: dict[str, Any] = handler(self)
-        later = ("rule", "parameters", "search", "index", "quality")
-        return {name: v for name, v in fields.items() if name not in later or v not in (None, "fixed", {}, [], ())}
 
 
 class SegmentRecord(Record):
@@ -298,16 +235,16 @@ class Manifest(Record):
             raise DatastoreCorrupt(f"{file} holds {type(fields).__name__}, expected an object")
         if fields.get("format_version") not in (FORMAT_VERSION, GROWN_VERSION):
             raise DatastoreCorrupt(
-                f"{file} has format version {_short(fields.get('format_version'))}, "
+                f"{file} has format version {shown(fields.get('format_version'))}, "
                 f"this program reads {FORMAT_VERSION} and {GROWN_VERSION}"
             )
         stored, expected = fields.pop("checksum", None), _checksum(fields)
         if stored != expected:
-            raise DatastoreCorrupt(f"{file} was changed: its content has checksum {expected}, it says {_short(stored)}")
+            raise DatastoreCorrupt(f"{file} was changed: its content has checksum {expected}, it says {shown(stored)}")
         try:
             manifest = cls.model_validate_json(json.dumps(fields))
         except ValidationError as err:
-            raise DatastoreCorrupt(f"{file} is not a manifest: {_first(err)}") from err
+            raise DatastoreCorrupt(f"{file} is not a manifest: {first_problem(err)}") from err
         if data != manifest.serialized():
             raise DatastoreCorrupt(f"{file} was changed: expected exactly the bytes that were written")
         return manifest
@@ -337,13 +274,3 @@ class Manifest(Record):
 def _checksum(fields: Mapping[str, Any]) -> str:
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _first(err: ValidationError) -> str:
-    problem = err.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "the whole"
-    return f"{where[:MAX_SHOWN]}: {problem['msg'][: 2 * MAX_SHOWN]}, got {_short(problem['input'])}"
-
-
-def _short(value: object) -> str:
-    return repr(value)[:MAX_SHOWN]
