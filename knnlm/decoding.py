@@ -1,7 +1,7 @@
 """The single kNN-LM step and how a long text is cut into such steps. Pure: no I/O, no model, no clock."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,24 +11,35 @@ from knnlm.messages import DomainInfo, ModelInfo
 from knnlm.mixture import Component, mix, rule_weights
 from knnlm.neighbors import Neighbors, add, neighbor_log_probs, target_log_probs, token_masses
 
-__all__ = ["Mixed", "Retrieved", "Window", "choose_windows", "mix_distributions", "mix_targets", "plan_windows",
-           "top_tokens"]  # fmt: skip
+__all__ = ["Mixed", "Retrieved", "Window", "choose_windows", "mix_distributions", "mix_targets", "plan_fed_windows",
+           "plan_windows", "top_tokens"]  # fmt: skip
 
 DEFAULT_WINDOW = 2048  # tokens fed at once when nobody says how many: a model that takes 131,072 would need minutes
 
 
 @dataclass(frozen=True)
 class Window:
-    """tokens[start:end] is fed to the model, tokens[first:end] are predicted from it."""
+    """tokens[start:end] is fed to the model, tokens[first:end] are predicted from it. bos: a token fed before them."""
 
     start: int
     end: int
     first: int
+    bos: int | None = None
+
+    def __len__(self) -> int:
+        """Tokens that are fed."""
+        return self.end - self.start + (self.bos is not None)
 
     @property
     def positions(self) -> npt.NDArray[np.int32]:
-        """(end - first,) int32: positions inside the window whose next token is a target."""
-        return np.arange(self.first - 1 - self.start, self.end - 1 - self.start, dtype=np.int32)
+        """(end - first,) int32: positions in what is fed whose next token is a target."""
+        before = self.start - (self.bos is not None)
+        return np.arange(self.first - 1 - before, self.end - 1 - before, dtype=np.int32)
+
+    def fed(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """(len(self),) int32: what the model is fed of a text's tokens."""
+        inside = np.asarray(tokens[self.start : self.end])
+        return inside if self.bos is None else np.concatenate([np.array([self.bos], np.int32), inside])
 
 
 def choose_windows(
@@ -59,6 +70,14 @@ def choose_windows(
     if not 1 <= least < length:
         raise InvalidRequest(f"min_context must lie in [1, {length}), got {least}", param="min_context")
     return length, least
+
+
+def plan_fed_windows(length: int, context_length: int, min_context: int, bos: int | None) -> list[Window]:
+    """`plan_windows`, where windows after the first also feed `bos`: it counts among their `context_length` tokens."""
+    if bos is None:
+        return plan_windows(length, context_length, min_context)
+    windows = plan_windows(length, context_length - 1, min(min_context, context_length - 2))
+    return [replace(w, bos=bos) if w.start else w for w in windows]
 
 
 def plan_windows(length: int, context_length: int, min_context: int) -> list[Window]:

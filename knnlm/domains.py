@@ -18,6 +18,7 @@ class UsedDomain:
     temperature: float
     lmbda: float
     search: SearchOptions
+    window_bos: int | None = None  # fed at the beginning of windows after a text's first, as when its keys were made
 
     @property
     def k(self) -> int:
@@ -51,6 +52,7 @@ def used_domain(options: DomainOptions, search: SearchOptions, info: DomainInfo,
         ),
         lmbda=_held("lambda", options.lmbda, None if tuning is None else tuning.lmbda, info.domain),
         search=search.or_else(_tuned_search(tuning, search, info.index)),
+        window_bos=info.window_bos_token_id,
     )
 
 

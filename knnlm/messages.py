@@ -216,7 +216,8 @@ class DomainInfo:
     state: "ready", "loading v2", or "stale: REASON" when the version that is current on disk cannot be loaded.
     context_length, min_context: the windows its keys were made with, in tokens; None from a service that does not say.
     config_sha256, bos_token_id, model_dtype: of the model that made the keys, as in ModelInfo. config_sha256 and
-    model_dtype are None where they were not recorded; bos_token_id then says nothing.
+    model_dtype are None where they were not recorded; bos_token_id then says nothing. window_bos: how windows after a
+    document's first begin, "document" or "window" (datastore.manifest.WindowsRecord.bos).
     """
 
     domain: str
@@ -240,6 +241,12 @@ class DomainInfo:
     config_sha256: str | None = None
     model_dtype: str | None = None
     bos_token_id: int | None = None
+    window_bos: str | None = None
+
+    @property
+    def window_bos_token_id(self) -> int | None:
+        """The token that windows after a document's first begin with, None where they begin with the document's own."""
+        return self.bos_token_id if self.window_bos == "window" else None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.decoding import Mixed, choose_windows, mix_distributions, plan_windows
+from knnlm.decoding import Mixed, choose_windows, mix_distributions, plan_fed_windows
 from knnlm.domains import UsedDomain, used_domain
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable, UnknownVersion
 from knnlm.messages import (
@@ -149,8 +149,9 @@ class Mixer:
         """
         if len(tokens) < 2:
             raise InvalidRequest(f"nothing to score: expected at least 2 tokens, got {len(tokens)}", param="text")
-        windows = plan_windows(len(tokens), *choose_windows(self.info, (), context_length, min_context))
+        chosen = choose_windows(self.info, (), context_length, min_context)
         used, degraded = await self._resolve_or_degrade(knn)
+        windows = plan_fed_windows(len(tokens), *chosen, used[0].window_bos if used else None)
         try:
             return await self._scoring(tokens, used, knn, degraded).run(windows, self._batch_tokens)
         except UnknownVersion:

@@ -114,7 +114,7 @@ class Scoring:
         async with self._room:
             async with self._at_model:
                 request = ForwardRequest(
-                    tokens=[tokens[w.start : w.end] for w in windows],
+                    tokens=[w.fed(tokens) for w in windows],
                     positions=[w.positions for w in windows],
                     targets=targets,
                     keys=bool(self._used),
@@ -172,10 +172,10 @@ def _batches(windows: Sequence[Window], batch_tokens: int) -> list[list[Window]]
     batches: list[list[Window]] = [[]]
     size = 0
     for window in windows:
-        size += window.end - window.start
+        size += len(window)
         if batches[-1] and size > batch_tokens:
             batches.append([])
-            size = window.end - window.start
+            size = len(window)
         batches[-1].append(window)
     return batches
 

@@ -13,6 +13,7 @@ from knnlm.decoding import (
     choose_windows,
     mix_distributions,
     mix_targets,
+    plan_fed_windows,
     plan_windows,
     top_tokens,
 )
@@ -56,6 +57,23 @@ def test_windows_cover_every_target_once_with_enough_context(length: int, contex
         assert w.end - w.start <= context
         assert w.first - w.start >= min(least, w.first)
         np.testing.assert_array_equal(w.start + w.positions + 1, np.arange(w.first, w.end))
+
+
+@given(st.integers(0, 200), st.integers(3, 20), st.data())
+def test_windows_that_begin_with_bos_feed_no_more_and_ask_for_the_same_targets(
+    length: int, context: int, data: st.DataObject
+) -> None:
+    least, bos = data.draw(st.integers(1, context - 1)), 7
+    tokens = np.arange(1000, 1000 + length, dtype=np.int32)
+    windows = plan_fed_windows(length, context, least, bos)
+    assert [t for w in windows for t in range(w.first, w.end)] == list(range(1, length))
+    for w in windows:
+        fed = w.fed(tokens)
+        assert len(fed) == len(w) <= context
+        assert (fed[0] == bos) == (w.start > 0)
+        np.testing.assert_array_equal(fed[w.positions], tokens[w.first - 1 : w.end - 1])
+        assert w.positions[0] + 1 >= min(least, w.first)
+    assert plan_fed_windows(length, context, least, None) == plan_windows(length, context, least)
 
 
 @pytest.mark.parametrize("least", [0, 8, 9, -1])

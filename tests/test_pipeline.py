@@ -7,8 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from knnlm.datastore.build import build
+from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.text import Document
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.errors import Conflict, InvalidRequest, KnnlmError, UnknownDomain, UnknownVersion
+from knnlm.evaluation.perplexity import leaks
+from knnlm.evaluation.splits import encode
 from knnlm.index.searcher import Searcher
 from knnlm.messages import ForwardRequest, SearchRequest, Tuning
 from knnlm.options import DomainOptions, KnnOptions, SearchOptions
@@ -146,3 +151,17 @@ def test_load_refuses_before_it_loads_a_model(tmp_path: Path) -> None:
         Pipeline.load(no_model, domains=["toy"])
     with pytest.raises(KnnlmError, match="no model here"):
         Pipeline.load(no_model)
+
+
+def test_a_text_is_scored_with_windows_as_the_keys_of_its_domain_were_made(tmp_path: Path) -> None:
+    """So that stored text finds itself, at no distance, in later windows as well."""
+    lm, text, searchers = ToyLanguageModel(), "".join(TEXTS), {}
+    for bos in ("document", "window"):
+        path = build([Document("a", text)], lm, Catalog(tmp_path), bos, key_dtype="float32", bos=bos)
+        searchers[bos] = Searcher.open(path)
+    with Pipeline(lm, searchers) as pipeline:
+        for bos in searchers:
+            knn = KnnOptions((DomainOptions(bos, lmbda=0.9, temperature=1e-3),), search=SearchOptions(k=1))
+            assert pipeline.score(text, knn).perplexity < 1.2
+            held_out = encode([Document("a", text)], lm.tokenizer)
+            assert leaks(pipeline, held_out, [bos], (32, 16))[bos] == 1.0

@@ -266,7 +266,7 @@ DOMAINS = st.builds(
     maybe(TUNING),
     st.lists(TEXT, max_size=3),
     maybe(st.builds(Memory, TEXT, st.integers(0, 2**40), TEXT, st.integers(0, 2**40))),
-    maybe(INT), maybe(INT), maybe(TEXT), maybe(TEXT), maybe(INT),
+    maybe(INT), maybe(INT), maybe(TEXT), maybe(TEXT), maybe(INT), maybe(TEXT),
 )  # fmt: skip
 
 

@@ -42,6 +42,10 @@ def build(
     min_context: Annotated[
         int | None, typer.Option(help="Tokens that every key sees at least; by default half the context length.")
     ] = None,
+    bos: Annotated[
+        str,
+        typer.Option(help="BOS token before each document alone (document) or before each of its windows (window)."),
+    ] = "document",
     key_dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     key_function: Annotated[
         str, typer.Option(help="ffn_input, attention_input or model_output; each also with _before_norm.")
@@ -80,6 +84,7 @@ def build(
                 version=version,
                 context_length=context_length,
                 min_context=min_context,
+                bos=bos,
                 key_dtype=key_dtype,
                 batch_tokens=batch_tokens,
                 on_progress=on_progress,

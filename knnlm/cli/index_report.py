@@ -29,13 +29,13 @@ def report(
 ) -> None:
     """For the version in folder `path`. Its index stays what it is."""
     from knnlm.datastore.manifest import Manifest
-    from knnlm.datastore.reader import Datastore
     from knnlm.datastore.text import read_documents
     from knnlm.evaluation.collect import observe
     from knnlm.evaluation.index_candidates import candidates, default_candidates
     from knnlm.evaluation.index_page import write_index_page
     from knnlm.evaluation.index_report import index_report
     from knnlm.evaluation.splits import encode, sample, select, unseen
+    from knnlm.index.searcher import Searcher
     from knnlm.lm.model import LanguageModel
 
     if queries < 1:
@@ -45,17 +45,15 @@ def report(
     chosen = default_candidates(*size) if recipes is None else candidates(recipes.split(), *size)
     documents = list(select(read_documents(sources), parse_part(part)))
     lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=manifest.key_function)
-    Datastore.open(path, expect=lm.info).close()  # another model's keys are no queries here
+    opened = Searcher.open(path, index="flat", expect=lm.info)  # another model's keys are no queries here
+    info = opened.info(())
+    opened.close()
     held_out = unseen(encode(documents, lm.tokenizer), path)
     if not held_out:
         raise InvalidRequest(f"no document to ask for that is not in {path}", param="sources")
     few = sample(held_out, lm.tokenizer, queries)
     with progress("tokens", sum(len(d.tokens) - 1 for d in few), description="queries") as update:
-        windows = manifest.windows
-        least = windows.min_context if min_context is None else min_context
-        observed = observe(
-            lm, few, context_length=windows.context_length, min_context=least, on_progress=lambda done: update(done)
-        )
+        observed = observe(lm, few, domains=[info], min_context=min_context, on_progress=lambda done: update(done))
     folder = path.with_name(f".{path.name}.report") if work is None else work
     try:
         with progress("steps", None, description="comparing") as update:

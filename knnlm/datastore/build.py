@@ -19,7 +19,7 @@ from knnlm.datastore.document_table import read_rows
 from knnlm.datastore.encode import Encoder, plan_parts
 from knnlm.datastore.files import write_atomic
 from knnlm.datastore.layout import DOCUMENTS, KEYS, MANIFEST, TOKENIZER, TOKENS, VALUES, FileRecord
-from knnlm.datastore.manifest import Manifest, ModelRecord, WindowsRecord
+from knnlm.datastore.manifest import Manifest, ModelRecord
 from knnlm.datastore.progress import Clock, Progress, Report, silent
 from knnlm.datastore.workspace import Identity, Workspace, workspace
 from knnlm.decoding import choose_windows
@@ -30,6 +30,7 @@ __all__ = [
     "Progress", "build", "check_sizes", "check_tokenizer", "encode", "require_documents", "tokenize",
 ]  # fmt: skip
 
+BOS_POLICIES = ("document", "window")
 KEY_DTYPES = ("float16", "float32")
 
 
@@ -42,6 +43,7 @@ def build(
     version: str | None = None,
     context_length: int | None = None,
     min_context: int | None = None,
+    bos: str = "document",
     key_dtype: str = "float16",
     batch_tokens: int = 8192,
     part_entries: int = 16_384,
@@ -50,8 +52,8 @@ def build(
     """Publish `documents`, as `lm` sees them, as a version of `domain` and return its folder; it is not activated.
 
     version: None is the next free v<number>, or the one whose building was interrupted. context_length: tokens fed at
-    once; min_context: tokens before each target at least; None: see `choose_windows`. key_dtype:
-    float16 or float32. batch_tokens: how many tokens the model is given at once. part_entries: what a kill costs.
+    once; min_context: tokens before each target at least; None: see `choose_windows`. bos: see `WindowsRecord`.
+    key_dtype: float16 or float32. batch_tokens: tokens fed to the model at once. part_entries: what a kill costs.
 
     Raises InvalidRequest for a parameter out of range, or when no document has a token to predict (nothing is left
     behind); Conflict when the version exists, is being built by another process, or was begun with other documents or
@@ -60,7 +62,7 @@ def build(
     """
     check_sizes(batch_tokens=batch_tokens, part_entries=part_entries)
     target = catalog.folder(domain, catalog.next_version(domain) if version is None else version)
-    identity = _identity(lm, context_length, min_context, key_dtype)
+    identity = _identity(lm, context_length, min_context, bos, key_dtype)
     documents = require_documents(documents)
     report = on_progress or silent
     with workspace(target, identity) as space:
@@ -104,10 +106,20 @@ def _publish(space: Workspace, sources: Sources, target: Path) -> None:
     space.publish(target)
 
 
-def _identity(lm: LanguageModel, context_length: int | None, min_context: int | None, key_dtype: str) -> Identity:
+def _identity(
+    lm: LanguageModel, context_length: int | None, min_context: int | None, bos: str, key_dtype: str
+) -> Identity:
     check_tokenizer(lm)
     info = lm.info
     length, least = choose_windows(info, context_length=context_length, min_context=min_context)
+    if bos not in BOS_POLICIES:
+        raise InvalidRequest(f"bos must be document or window, got {bos!r}", param="bos")
+    if bos == "window" and (info.bos_token_id is None or length < 3):
+        raise InvalidRequest(
+            f"bos is window: expected a model with a BOS token and windows of 3 tokens or more, got BOS "
+            f"{info.bos_token_id} and {length} tokens",
+            param="bos",
+        )
     if key_dtype not in KEY_DTYPES:
         raise InvalidRequest(f"key_dtype must be float16 or float32, got {key_dtype!r}", param="key_dtype")
     return Identity.model_validate(
@@ -116,7 +128,7 @@ def _identity(lm: LanguageModel, context_length: int | None, min_context: int | 
             "key_function": info.key_function,
             "key_dim": info.key_dim,
             "key_dtype": key_dtype,
-            "windows": WindowsRecord(context_length=length, min_context=least, parse_special=False),
+            "windows": {"context_length": length, "min_context": least, "parse_special": False, "bos": bos},
         }
     )
 
@@ -190,7 +202,7 @@ def encode(
             batch_tokens=batch_tokens,
             records=space.records,
         )
-        for part in plan_parts(read_rows(folder / DOCUMENTS), identity.windows, part_entries):
+        for part in plan_parts(read_rows(folder / DOCUMENTS), identity.windows, part_entries, lm.info.bos_token_id):
             if encoder.finished(part):
                 resumed += part.hi - part.lo
                 clock = Clock()  # checking what is there says nothing about the speed of making more

@@ -18,7 +18,7 @@ from knnlm.datastore.arrays import ArrayWriter
 from knnlm.datastore.document_table import Row
 from knnlm.datastore.files import write_atomic
 from knnlm.datastore.manifest import Record, WindowsRecord
-from knnlm.decoding import Window, plan_windows
+from knnlm.decoding import Window, plan_fed_windows
 from knnlm.errors import DatastoreError
 from knnlm.messages import ForwardRequest, LanguageModel
 
@@ -61,12 +61,15 @@ class PartRecord(Record):
     values_sha256: str
 
 
-def plan_parts(rows: Iterable[Row], windows: WindowsRecord, part_entries: int) -> Iterator[Part]:
+def plan_parts(
+    rows: Iterable[Row], windows: WindowsRecord, part_entries: int, bos_token_id: int | None = None
+) -> Iterator[Part]:
     """Cut the documents into parts of at least `part_entries` entries, the last excepted; always the same way."""
+    bos = bos_token_id if windows.bos == "window" else None
     number = lo = entry = 0
     pieces: list[Piece] = []
     for row in rows:
-        for window in plan_windows(row.tokens, windows.context_length, windows.min_context):
+        for window in plan_fed_windows(row.tokens, windows.context_length, windows.min_context, bos):
             pieces.append(Piece(row, window, entry))
             entry += pieces[-1].entries
             if entry - lo >= part_entries:
@@ -117,9 +120,9 @@ class Encoder:
             for piece in batch:
                 rows = slice(piece.entry - part.lo, piece.entry - part.lo + piece.entries)
                 keys[rows] = self._checked(made[at : at + piece.entries], piece)
-                values[rows] = self._slice(piece, piece.window.first)
+                values[rows] = self._document(piece)[piece.window.first : piece.window.end]
                 at += piece.entries
-            on_tokens(sum(piece.window.end - piece.window.start for piece in batch))
+            on_tokens(sum(len(piece.window) for piece in batch))
         self._keys.write(part.lo, keys)
         self._values.write(part.lo, values)
         record = PartRecord(lo=part.lo, hi=part.hi, keys_sha256=_sha256(keys), values_sha256=_sha256(values))
@@ -127,7 +130,7 @@ class Encoder:
 
     def _forward(self, batch: list[Piece]) -> Keys:
         request = ForwardRequest(
-            tokens=[self._slice(piece, piece.window.start) for piece in batch],
+            tokens=[piece.window.fed(self._document(piece)) for piece in batch],
             positions=[piece.window.positions for piece in batch],
             keys=True,
         )
@@ -137,9 +140,8 @@ class Encoder:
             raise DatastoreError(f"the model gave keys {None if keys is None else keys.shape}, expected {shape}")
         return keys
 
-    def _slice(self, piece: Piece, first: int) -> npt.NDArray[np.int32]:
-        start = piece.document.start
-        return np.asarray(self._tokens[start + first : start + piece.window.end])
+    def _document(self, piece: Piece) -> npt.NDArray[np.int32]:
+        return self._tokens[piece.document.start : piece.document.start + piece.document.tokens]
 
     def _checked(self, keys: Keys, piece: Piece) -> Keys:
         limit = FLOAT16_MAX if self._key_dtype == np.float16 else float(np.finfo(np.float32).max)
@@ -160,8 +162,8 @@ class Encoder:
 def _batches(pieces: Iterable[Piece], batch_tokens: int) -> Iterator[list[Piece]]:
     """Windows of similar length together, so that little is padding: rows times the longest <= batch_tokens."""
     batch: list[Piece] = []
-    for piece in sorted(pieces, key=lambda p: p.window.start - p.window.end):  # longest first
-        if batch and (len(batch) + 1) * (batch[0].window.end - batch[0].window.start) > batch_tokens:
+    for piece in sorted(pieces, key=lambda p: -len(p.window)):  # longest first
+        if batch and (len(batch) + 1) * len(batch[0].window) > batch_tokens:
             yield batch
             batch = []
         batch.append(piece)

@@ -75,12 +75,14 @@ class WindowsRecord(Record):
     min_context of them.
 
     parse_special: whether special tokens written in a text counted as such. True where it is not recorded: then it was
-    not yet a choice.
+    not yet a choice. bos: whether the BOS token stands before each document alone, or before each of its windows; there
+    it counts among the context_length tokens.
     """
 
     context_length: int = Field(ge=2, lt=1 << 53)
     min_context: int = Field(ge=1, lt=1 << 53)
     parse_special: bool = True
+    bos: Literal["document", "window"] = "document"
 
 
 class IndexRecord(Record):
@@ -266,8 +268,9 @@ class Manifest(Record):
             if not fields[name]:
                 del fields[name]
         fields["model"] = {name: value for name, value in fields["model"].items() if value is not None}
-        if fields["windows"]["parse_special"]:
-            del fields["windows"]["parse_special"]
+        for name, unrecorded in (("parse_special", True), ("bos", "document")):
+            if fields["windows"][name] == unrecorded:
+                del fields["windows"][name]
         return (json.dumps({**fields, "checksum": _checksum(fields)}, indent=2) + "\n").encode()
 
 

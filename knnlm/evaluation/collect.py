@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.decoding import Window, choose_windows, plan_windows
+from knnlm.decoding import Window, choose_windows, plan_fed_windows
 from knnlm.errors import InvalidRequest, ModelError
 from knnlm.evaluation.splits import Encoded
 from knnlm.evaluation.tuning import Observations
@@ -74,7 +74,8 @@ def observe(
     domains, context_length, min_context: see `choose_windows`. on_progress: called with the tokens done so far. Memory:
     a key per token. Raises InvalidRequest when there is no token.
     """
-    windows = choose_windows(lm.info, domains, context_length, min_context)
+    chosen = choose_windows(lm.info, domains, context_length, min_context)
+    windows = (*chosen, domains[0].window_bos_token_id if domains else None)
     keys, log_probs, targets, depths = [], [], [], []
     done = 0
     for batch, expected, (queries, answered) in _answers(lm, documents, windows, batch_tokens):
@@ -141,14 +142,14 @@ def coincide(queries: npt.NDArray[np.floating], neighbors: Neighbors, same: floa
 
 
 def _answers(
-    lm: LanguageModel, documents: Sequence[Encoded], windows: tuple[int, int], batch_tokens: int
+    lm: LanguageModel, documents: Sequence[Encoded], windows: tuple[int, int, int | None], batch_tokens: int
 ) -> Iterator[tuple[Batch, npt.NDArray[np.int32], Answer]]:
     """Windows, the (n,) tokens that they predict, and what the model says: (keys (n, d), log-probabilities (n,))."""
     for batch in _batches(documents, windows, batch_tokens):
         expected = np.concatenate([d.tokens[w.first : w.end] for d, w in batch])  # (n,) int32
         forward = lm.forward(
             ForwardRequest(
-                tokens=[d.tokens[w.start : w.end] for d, w in batch],
+                tokens=[w.fed(d.tokens) for d, w in batch],
                 positions=[w.positions for _, w in batch],
                 targets=expected,
                 keys=True,
@@ -159,13 +160,13 @@ def _answers(
         yield batch, expected, (forward.keys, forward.target_log_probs)
 
 
-def _batches(documents: Sequence[Encoded], windows: tuple[int, int], batch_tokens: int) -> Iterator[Batch]:
+def _batches(documents: Sequence[Encoded], windows: tuple[int, int, int | None], batch_tokens: int) -> Iterator[Batch]:
     """Consecutive windows of all documents that hold at most `batch_tokens` tokens together, or one window."""
     batch: Batch = []
     size = 0
     for document in documents:
-        for window in plan_windows(len(document.tokens), *windows):
-            length = window.end - window.start
+        for window in plan_fed_windows(len(document.tokens), *windows):
+            length = len(window)
             if batch and size + length > batch_tokens:
                 yield batch
                 batch, size = [], 0

@@ -224,6 +224,7 @@ class Searcher:
             config_sha256=manifest.model.config_sha256,
             model_dtype=manifest.model.dtype,
             bos_token_id=manifest.model.bos_token_id,
+            window_bos=manifest.windows.bos,
         )
 
     def warm(self) -> None:

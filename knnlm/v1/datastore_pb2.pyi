@@ -152,7 +152,7 @@ class SearchQuality(_message.Message):
     def __init__(self, name: _Optional[str] = ..., search: _Optional[_Union[SearchOptions, _Mapping]] = ..., perplexity: _Optional[float] = ..., queries_per_second: _Optional[float] = ..., chosen: _Optional[bool] = ...) -> None: ...
 
 class Domain(_message.Message):
-    __slots__ = ("domain", "version", "versions", "state", "entries", "documents", "key_dim", "key_dtype", "key_function", "index", "model_id", "weights_sha256", "tokenizer_sha256", "tuning", "indexes", "memory", "context_length", "min_context", "config_sha256", "model_dtype", "bos_token_id")
+    __slots__ = ("domain", "version", "versions", "state", "entries", "documents", "key_dim", "key_dtype", "key_function", "index", "model_id", "weights_sha256", "tokenizer_sha256", "tuning", "indexes", "memory", "context_length", "min_context", "config_sha256", "model_dtype", "bos_token_id", "window_bos")
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +174,7 @@ class Domain(_message.Message):
     CONFIG_SHA256_FIELD_NUMBER: _ClassVar[int]
     MODEL_DTYPE_FIELD_NUMBER: _ClassVar[int]
     BOS_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_BOS_FIELD_NUMBER: _ClassVar[int]
     domain: str
     version: str
     versions: _containers.RepeatedScalarFieldContainer[str]
@@ -195,7 +196,8 @@ class Domain(_message.Message):
     config_sha256: str
     model_dtype: str
     bos_token_id: int
-    def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ..., versions: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ..., entries: _Optional[int] = ..., documents: _Optional[int] = ..., key_dim: _Optional[int] = ..., key_dtype: _Optional[str] = ..., key_function: _Optional[str] = ..., index: _Optional[str] = ..., model_id: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., tuning: _Optional[_Union[Tuning, _Mapping]] = ..., indexes: _Optional[_Iterable[str]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., context_length: _Optional[int] = ..., min_context: _Optional[int] = ..., config_sha256: _Optional[str] = ..., model_dtype: _Optional[str] = ..., bos_token_id: _Optional[int] = ...) -> None: ...
+    window_bos: str
+    def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ..., versions: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ..., entries: _Optional[int] = ..., documents: _Optional[int] = ..., key_dim: _Optional[int] = ..., key_dtype: _Optional[str] = ..., key_function: _Optional[str] = ..., index: _Optional[str] = ..., model_id: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., tuning: _Optional[_Union[Tuning, _Mapping]] = ..., indexes: _Optional[_Iterable[str]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., context_length: _Optional[int] = ..., min_context: _Optional[int] = ..., config_sha256: _Optional[str] = ..., model_dtype: _Optional[str] = ..., bos_token_id: _Optional[int] = ..., window_bos: _Optional[str] = ...) -> None: ...
 
 class Memory(_message.Message):
     __slots__ = ("index", "index_bytes", "keys", "keys_bytes")

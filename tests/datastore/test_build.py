@@ -17,8 +17,9 @@ from knnlm.datastore.encode import plan_parts
 from knnlm.datastore.manifest import WindowsRecord
 from knnlm.datastore.reader import Datastore
 from knnlm.datastore.text import Document
-from knnlm.decoding import plan_windows
+from knnlm.decoding import plan_fed_windows, plan_windows
 from knnlm.errors import Conflict, DatastoreError, InvalidRequest, ModelError
+from knnlm.index.searcher import Searcher
 from knnlm.messages import ForwardRequest, ForwardResult
 from knnlm.testing import BOS, TEXTS, ToyLanguageModel, toy_datastore
 from knnlm.tokenizer import Tokenizer
@@ -80,6 +81,26 @@ def test_long_documents_are_cut_into_windows(tmp_path: Path, context_length: int
     assert datastore.manifest.windows == WindowsRecord(
         context_length=context_length, min_context=min_context, parse_special=False
     )
+
+
+def test_every_window_may_begin_with_bos(tmp_path: Path) -> None:
+    lm, text = ToyLanguageModel(), "".join(TEXTS)
+    path = build([Document("a", text)], lm, Catalog(tmp_path), "toy", key_dtype="float32", bos="window")
+    datastore = Datastore.open(path)
+    assert datastore.manifest.windows.bos == "window"
+    assert Searcher.open(path).info(()).window_bos_token_id == BOS
+    tokens = lm.tokenizer.encode(text)
+    np.testing.assert_array_equal(datastore.tokens, tokens)  # the text has it once
+    for window in plan_fed_windows(len(tokens), 32, 16, BOS):
+        for target in range(window.first, window.end):
+            context = tokens[window.start : target]
+            expected = key(lm, context if not window.start else np.array([BOS, *context], np.int32))
+            np.testing.assert_array_equal(datastore.keys[target - 1], expected.astype(np.float32))
+    with pytest.raises(InvalidRequest, match="bos must be document or window, got 'always'"):
+        build([Document("a", text)], lm, Catalog(tmp_path), "other", bos="always")
+    lm.info = dataclasses.replace(lm.info, bos_token_id=None)
+    with pytest.raises(InvalidRequest, match="expected a model with a BOS token"):
+        build([Document("a", text)], lm, Catalog(tmp_path), "other", bos="window")
 
 
 def test_bos_stands_once_before_every_document_and_is_no_value(tmp_path: Path) -> None:
