@@ -16,7 +16,7 @@ __all__ = ["TlsCaOption", "TlsCertOption", "TlsKeyOption", "api_key", "is_given"
 API_KEY = "KNNLM_API_KEY"
 
 TlsCaOption = Annotated[
-    Path | None, typer.Option(help="PEM of who may vouch for the service, which is then asked over TLS.")
+    Path | None, typer.Option(help="PEM of the authorities that vouch for the service, which is then asked over TLS.")
 ]
 TlsCertOption = Annotated[
     Path | None, typer.Option(help="PEM certificate to present to the service, with --tls-key-file.")

@@ -23,7 +23,7 @@ class AggregatorSettings(HttpSettings):
         None, description="file with the key to send to the lm service; read again when it changes"
     )
     lm_tls_ca_file: OptionalPath = Field(
-        None, description="PEM of who may vouch for the lm service, which is then asked over TLS"
+        None, description="PEM of the authorities that vouch for the lm service, which is then asked over TLS"
     )
     lm_tls_cert_file: OptionalPath = Field(
         None, description="PEM certificate to present to the lm service, which is then asked over TLS"
@@ -43,7 +43,7 @@ class AggregatorSettings(HttpSettings):
         None, description="file with the key to send to the datastore service; read again when it changes"
     )
     datastore_tls_ca_file: OptionalPath = Field(
-        None, description="PEM of who may vouch for the datastore service, which is then asked over TLS"
+        None, description="PEM of the authorities that vouch for the datastore service, which is then asked over TLS"
     )
     datastore_tls_cert_file: OptionalPath = Field(
         None, description="PEM certificate to present to the datastore service, which is then asked over TLS"

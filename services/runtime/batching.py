@@ -23,7 +23,7 @@ from services.runtime.observability import Metrics
 
 __all__ = ["Batcher"]
 
-RATE_WEIGHT = 0.1  # of the last batch, in the rate that says when a refused request should come again
+RATE_WEIGHT = 0.1  # the last batch's, in the rate that says when a refused request should come again
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -12,9 +12,9 @@ import grpc
 
 from knnlm.errors import InvalidRequest, KnnlmError, Overloaded, Unavailable
 
-__all__ = ["TABLE", "Row", "body", "from_validation", "headers", "metadata", "row"]
+__all__ = ["MAX_SHOWN_CHARACTERS", "TABLE", "Row", "body", "from_validation", "headers", "metadata", "row"]
 
-SHOWN = 80  # characters of a bad value in a message
+MAX_SHOWN_CHARACTERS = 80  # in a message, of a bad value
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def from_validation(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:
     param = ".".join(path) or str(problem["loc"][0])
     words = {"missing": f"{param} is required", "extra_forbidden": f"{param} is not a known field"}
     given = repr(problem.get("input"))
-    shown = given if len(given) <= SHOWN else given[:SHOWN] + "…"
+    shown = given if len(given) <= MAX_SHOWN_CHARACTERS else given[:MAX_SHOWN_CHARACTERS] + "…"
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return InvalidRequest(words.get(problem["type"], f"{param}: {message}, got {shown}"), param=param)
 

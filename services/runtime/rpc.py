@@ -29,9 +29,9 @@ __all__ = ["RpcServer", "address"]
 
 LOG = logging.getLogger(__name__)
 HEALTH = "/grpc.health.v1.Health/"  # public, as the probes of HTTP are
-SPARE_RPCS = 1024
-PROBE_RECEIVE_SECONDS = 1.0  # how other services look at this one must never wait for who uploads
-FAILURES = frozenset(  # by fault of the service, as OpenTelemetry has it
+SPARE_RPCS = 1024  # health watches, and calls that are refused
+PROBE_RECEIVE_SECONDS = 1.0  # probes of other services must never wait for uploads
+FAILURES = frozenset(  # the service's fault, as OpenTelemetry has it
     {
         grpc.StatusCode.UNKNOWN,
         grpc.StatusCode.DEADLINE_EXCEEDED,

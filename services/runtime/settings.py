@@ -17,6 +17,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from services.runtime.errors import MAX_SHOWN_CHARACTERS
+
 __all__ = [
     "GrpcSettings",
     "HttpSettings",
@@ -32,7 +34,6 @@ __all__ = [
 T = TypeVar("T", bound="HttpSettings")
 _KINDS = {bool: "true|false", int: "INT", float: "NUMBER", str: "TEXT", SecretStr: "SECRET", Path: "PATH"}
 _FLAG = re.compile(r"--[a-z][a-z0-9-]*")
-SHOWN = 80  # characters of a bad value in an error
 
 
 def _split(value: object) -> object:
@@ -67,7 +68,8 @@ class HttpSettings(BaseSettings):
     )
     tls_key_file: OptionalPath = Field(None, description="PEM key of tls_cert_file, without a password")
     tls_client_ca_file: OptionalPath = Field(
-        None, description="PEM of who may vouch for clients, which then must present a certificate (mutual TLS)"
+        None,
+        description="PEM of the authorities that vouch for clients, which then must present a certificate (mutual TLS)",
     )
     max_concurrent_requests: int = Field(256, ge=1, description="requests in work at once; more are refused with 429")
     max_body_bytes: int = Field(16_777_216, ge=1024, description="largest HTTP request body; more is refused with 413")
@@ -200,7 +202,7 @@ def _explain(
         return f"{named(cls, name)} must be given: {cls.model_fields[name].description}"
     variables = {variable.upper(): text for variable, text in environ.items()}  # either case is read
     value = given.get(name, variables.get(_variable(cls, name)))
-    shown = "***" if _is_secret(cls.model_fields[name]) else repr(value)[:SHOWN]
+    shown = "***" if _is_secret(cls.model_fields[name]) else repr(value)[:MAX_SHOWN_CHARACTERS]
     expected = problem["msg"][0].lower() + problem["msg"][1:]
     source = "flag" if name in given else "environment"
     return f"{named(cls, name)}: {expected}, got {shown} from the {source}"
