@@ -1,19 +1,21 @@
 """The single kNN-LM step and how a long text is cut into such steps. Pure: no I/O, no model, no clock."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
+from knnlm.evidence import Evidence, LmStatistics
 from knnlm.messages import DomainInfo, ModelInfo
-from knnlm.mixture import Component, mix, rule_weights
-from knnlm.neighbors import Neighbors, add, neighbor_log_probs, target_log_probs, token_masses
+from knnlm.mixture import Component, mix
+from knnlm.rules import Weighing, shared
 
-__all__ = ["Mixed", "Retrieved", "Window", "choose_windows", "mix_distributions", "mix_targets", "plan_fed_windows",
-           "plan_windows", "top_tokens"]  # fmt: skip
+__all__ = ["Answered", "Mixed", "Share", "Window", "choose_windows", "mix_evidence", "plan_fed_windows", "plan_windows",
+           "top_tokens"]  # fmt: skip
 
+MIX_BYTES = 1 << 24  # of float64 probabilities that are mixed at a time, for each component
 DEFAULT_WINDOW = 2048  # tokens fed at once when nobody says how many: a model that takes 131,072 would need minutes
 
 
@@ -103,72 +105,102 @@ def plan_windows(length: int, context_length: int, min_context: int) -> list[Win
 
 
 @dataclass(frozen=True)
-class Retrieved:
-    """One domain's neighbors for n queries, and how they are to be mixed in."""
+class Answered:
+    """What a source answered, and how it is weighed."""
 
-    domain: str
-    neighbors: Neighbors
-    temperature: float
-    lmbda: float
-    rule: str = "fixed"
+    name: str
+    kind: str
+    weighing: Weighing
+    evidence: Evidence
+
+
+@dataclass(frozen=True)
+class Share:
+    """One component of a mixture as it was mixed: `weight` (n,), 0 where the component is absent."""
+
+    name: str
+    kind: str
+    weight: npt.NDArray[np.float64]
+    evidence: Evidence
+
+    @property
+    def target_log_probs(self) -> npt.NDArray[np.float64]:
+        """(n,) of the targets, -inf where it gives them nothing. Raises TypeError for whole distributions."""
+        if not isinstance(self.evidence.log_probs, np.ndarray):
+            raise TypeError("whole distributions were mixed, there are no targets")
+        return self.evidence.log_probs
+
+    def row(self, i: int, vocab_size: int) -> npt.NDArray[np.float64] | None:
+        """(V,) log-probabilities at prediction i of whole distributions, None where the component is absent."""
+        return self.evidence.rows(i, i + 1, vocab_size)[0] if self.evidence.present[i] else None
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """The mixture and what it was made of; (n,) for targets or (n, V).
+    """The mixture and what it was made of; log-probabilities (n,) of targets or (n, V).
 
-    knn_log_probs: log p_kNN, of several domains the mean by weight; rows that found nothing are all -inf. weight:
-    (n,) what the retrieved distributions weigh together. domain_weights: (n,) per domain, only for "mixture".
+    components: those beside the LM, whose weight is what the others leave.
     """
 
     log_probs: npt.NDArray[np.float64]
     lm_log_probs: npt.NDArray[np.floating]
-    knn_log_probs: npt.NDArray[np.float64] | None
-    weight: npt.NDArray[np.float64]
-    domain_weights: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    components: Sequence[Share] = ()
+
+    @property
+    def weight(self) -> npt.NDArray[np.float64]:
+        """(n,) what the components weigh together; less than lambda where one found nothing."""
+        return np.sum([c.weight for c in self.components], axis=0) if self.components else np.zeros(len(self.log_probs))
+
+    def mean_row(self, i: int, kind: str) -> npt.NDArray[np.float64] | None:
+        """(V,) at prediction i, the mean by weight of the components of that kind; None where all are absent."""
+        rows = [(c.weight[i : i + 1], c.row(i, self.log_probs.shape[1])) for c in self.components if c.kind == kind]
+        present = [(weight, row[None]) for weight, row in rows if row is not None]
+        return _mean(present)[0] if present else None
+
+    def mean(self, kind: str) -> npt.NDArray[np.float64] | None:
+        """Of every prediction, in the shape of log_probs, -inf where all are absent; None without that kind."""
+        chosen = [c for c in self.components if c.kind == kind]
+        if not chosen:
+            return None
+        n, shape = len(self.log_probs), self.log_probs.shape
+        return _mean(
+            [(c.weight, c.evidence.rows(0, n, shape[1]) if len(shape) == 2 else c.target_log_probs) for c in chosen]
+        )
+
+    @property
+    def knn_log_probs(self) -> npt.NDArray[np.float64] | None:
+        """log p_kNN, see `mean`."""
+        return self.mean("knn")
 
 
-def mix_targets(
-    lm_log_probs: npt.NDArray[np.floating],
-    targets: npt.NDArray[np.integer],
-    retrieved: Sequence[Retrieved],
-    *,
-    combine: str = "mixture",
+def mix_evidence(
+    lm_log_probs: npt.NDArray[np.floating], answers: Sequence[Answered], lm: LmStatistics | None = None
 ) -> Mixed:
-    """Log-probabilities of one given token per row: lm_log_probs (n,), targets (n,).
+    """The mixture of the LM with what sources answered: of targets, lm_log_probs (n,), or whole distributions (n, V).
 
-    combine: "mixture" gives each domain its own softmax and weight; "union" puts the neighbors of all domains into one
-    softmax, for which temperature, lambda and rule must agree. Equals the same entries of `mix_distributions`.
+    lm: statistics, for rules that look at them. Whole distributions are mixed a few rows at a time: beside the result,
+    a block of MIX_BYTES is held for each component. What is mixed of one row does not depend on the others.
     """
-    if combine == "union" and len(retrieved) > 1:
-        one = _united(retrieved)
-        return _mix(lm_log_probs, [(one, target_log_probs(one.neighbors, targets, one.temperature))])
-    _check(combine)
-    return _mix(lm_log_probs, [(r, target_log_probs(r.neighbors, targets, r.temperature)) for r in retrieved])
-
-
-def mix_distributions(
-    lm_log_probs: npt.NDArray[np.floating], retrieved: Sequence[Retrieved], *, combine: str = "mixture"
-) -> Mixed:
-    """Whole distributions: lm_log_probs (n, V). See `mix_targets` for the rest."""
-    vocab_size = lm_log_probs.shape[1]
-    for part in retrieved:
-        if part.neighbors.values.max(initial=-1) >= vocab_size:
-            raise InvalidRequest(
-                f"domain {part.domain} holds token {part.neighbors.values.max()}, the vocabulary has {vocab_size}"
-            )
-    if combine == "union" and len(retrieved) > 1:
-        one = _united(retrieved)
-        masses = add([token_masses(r.neighbors, r.temperature) for r in retrieved])
-        return _mix(lm_log_probs, [(one, masses.normalized().dense(vocab_size))])
-    _check(combine)
-    dense = [neighbor_log_probs(r.neighbors, r.temperature).dense(vocab_size) for r in retrieved]
-    return _mix(lm_log_probs, list(zip(retrieved, dense, strict=True)))
+    weights = shared([a.weighing.weights(a.evidence, lm) for a in answers], [a.weighing.asked for a in answers])
+    shares = [Share(a.name, a.kind, w, a.evidence) for a, w in zip(answers, weights, strict=True)]
+    if lm_log_probs.ndim == 1:
+        components = [Component(s.name, s.target_log_probs, s.weight) for s in shares]
+        return Mixed(mix(lm_log_probs, components), lm_log_probs, shares)
+    n, vocab_size = lm_log_probs.shape
+    mixed = np.empty((n, vocab_size))
+    step = max(1, MIX_BYTES // (8 * vocab_size))
+    for start in range(0, n, step):
+        end = min(start + step, n)
+        components = [Component(s.name, s.evidence.rows(start, end, vocab_size), s.weight[start:end]) for s in shares]
+        mixed[start:end] = mix(lm_log_probs[start:end], components)
+    return Mixed(mixed, lm_log_probs, shares)
 
 
 def top_tokens(log_probs: npt.NDArray[np.floating], n: int) -> npt.NDArray[np.int64]:
     """(min(n, V),) tokens of one (V,) distribution, likeliest first; equal ones by token id."""
     n = min(n, len(log_probs))
+    if n == 0:
+        return np.empty(0, np.int64)
     if n < len(log_probs):
         # everything at least as likely as the n-th: argpartition alone would choose among ties arbitrarily
         threshold = np.partition(log_probs, len(log_probs) - n)[len(log_probs) - n]
@@ -178,53 +210,16 @@ def top_tokens(log_probs: npt.NDArray[np.floating], n: int) -> npt.NDArray[np.in
     return candidates[np.argsort(-log_probs[candidates], kind="stable")][:n]
 
 
-def _mix(lm_log_probs: npt.NDArray[np.floating], parts: Sequence[tuple[Retrieved, npt.NDArray[np.float64]]]) -> Mixed:
-    n = len(lm_log_probs)
-    weights = [rule_weights(r.rule, r.neighbors, r.lmbda) for r, _ in parts]
-    components = [Component(r.domain, log_probs, w) for (r, log_probs), w in zip(parts, weights, strict=True)]
-    mixed = mix(lm_log_probs, components)
-    total = np.sum(weights, axis=0) if weights else np.zeros(n)
-    return Mixed(
-        log_probs=mixed,
-        lm_log_probs=lm_log_probs,
-        knn_log_probs=_mean(components, total),
-        weight=total,
-        domain_weights={r.domain: w for (r, _), w in zip(parts, weights, strict=True)},
-    )
-
-
-def _mean(components: Sequence[Component], total: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
-    """The components' mean by weight; by equal shares where all weights are 0, so that lambda 0 still shows p_kNN."""
-    if not components:
-        return None
-    if len(components) == 1:
-        return components[0].log_probs
-    wide = (slice(None),) + (None,) * (components[0].log_probs.ndim - 1)
-    result = np.full(components[0].log_probs.shape, -np.inf)
+def _mean(parts: Sequence[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]) -> npt.NDArray[np.float64]:
+    """The mean of log_probs by weight (n,), of (weight, log_probs) parts; by equal shares where all weights are 0, so
+    that lambda 0 still shows p_kNN."""
+    if len(parts) == 1:
+        return parts[0][1]
+    total = np.sum([weight for weight, _ in parts], axis=0)
+    wide = (slice(None),) + (None,) * (parts[0][1].ndim - 1)
+    result = np.full(parts[0][1].shape, -np.inf)
     with np.errstate(divide="ignore"):
-        for c in components:
-            share = np.where(total > 0, c.weight / np.where(total > 0, total, 1.0), 1 / len(components))
-            result = np.logaddexp(result, c.log_probs + np.log(share)[wide])
+        for weight, log_probs in parts:
+            share = np.where(total > 0, weight / np.where(total > 0, total, 1.0), 1 / len(parts))
+            result = np.logaddexp(result, log_probs + np.log(share)[wide])
     return result
-
-
-def _united(retrieved: Sequence[Retrieved]) -> Retrieved:
-    first = retrieved[0]
-    for other in retrieved[1:]:
-        if (other.temperature, other.lmbda, other.rule) != (first.temperature, first.lmbda, first.rule):
-            raise InvalidRequest(
-                "a union has one temperature, lambda and rule, got "
-                f"{first.temperature:g}, {first.lmbda:g}, {first.rule} for {first.domain} and "
-                f"{other.temperature:g}, {other.lmbda:g}, {other.rule} for {other.domain}",
-                param="knn",
-            )
-    neighbors = Neighbors(
-        np.concatenate([r.neighbors.distances for r in retrieved], axis=1),
-        np.concatenate([r.neighbors.values for r in retrieved], axis=1),
-    )
-    return Retrieved("+".join(r.domain for r in retrieved), neighbors, first.temperature, first.lmbda, first.rule)
-
-
-def _check(combine: str) -> None:
-    if combine not in ("mixture", "union"):
-        raise InvalidRequest(f"combine must be mixture or union, got {combine!r}", param="combine")

@@ -1,12 +1,27 @@
-"""Domains as components of the mixture: what holds for each of them in the end, asked for, else tuned, else refused."""
+"""Domains as sources of a mixture: what holds for each, asked for, else tuned, else refused; and what neighbors say.
 
+The arrays' part is `knn_evidence`, pure and used for tuning too. The rest asks a datastore.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
-from knnlm.errors import DatastoreMismatch, InvalidRequest
-from knnlm.messages import DomainInfo, ModelInfo, Tuning
-from knnlm.options import DEFAULT_K, DomainOptions, SearchOptions
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["UsedDomain", "used_domain"]
+from knnlm.errors import DatastoreMismatch, InvalidRequest, Unavailable
+from knnlm.evidence import Evidence, Step
+from knnlm.messages import DatastoreClient, Document, DomainInfo, ModelInfo, SearchRequest, SearchResult, Tuning
+from knnlm.neighbors import Neighbors, TokenMasses, neighbor_log_probs, target_log_probs
+from knnlm.options import DEFAULT_K, DomainOptions, KnnOptions, SearchOptions
+from knnlm.rules import FIXED, Weighing, rule
+from knnlm.sources import Resolved, Services
+
+__all__ = ["KNN", "DomainSource", "NoDatastore", "UsedDomain", "differs", "knn_evidence", "used_domain"]
+
+IDENTITY = ("weights_sha256", "tokenizer_sha256", "key_function", "key_dim")
 
 
 @dataclass(frozen=True)
@@ -16,44 +31,256 @@ class UsedDomain:
     domain: str
     version: str
     temperature: float
-    lmbda: float
     search: SearchOptions
-    window_bos: int | None = None  # fed at the beginning of windows after a text's first, as when its keys were made
+    weighing: Weighing
 
     @property
     def k(self) -> int:
         return self.search.k or DEFAULT_K
 
+    @property
+    def rule(self) -> str:
+        return self.weighing.rule
+
+    @property
+    def lmbda(self) -> float | None:
+        """The weight of retrieval where the rule has one for all predictions."""
+        value = self.weighing.parameters.get("lambda")
+        return value if isinstance(value, int | float) else None
+
     def as_json(self) -> dict[str, object]:
-        """What answers say of it: domain, version, temperature, lmbda and k."""
-        return {name: getattr(self, name) for name in ("domain", "version", "temperature", "lmbda", "k")}
+        """What answers say of it."""
+        return {n: getattr(self, n) for n in ("domain", "version", "temperature", "lmbda", "k", "rule")}
 
 
-def used_domain(options: DomainOptions, search: SearchOptions, info: DomainInfo, model: ModelInfo) -> UsedDomain:
+@dataclass(frozen=True)
+class DomainSource:
+    """One domain, or several in one softmax over all their neighbors, which then share temperature and weighing."""
+
+    datastore: DatastoreClient
+    used: tuple[UsedDomain, ...]
+    vocab_size: int
+    optional: bool
+    kind: str = "knn"
+    needs_keys: bool = True
+    in_order: bool = False
+
+    @property
+    def name(self) -> str:
+        return "+".join(u.domain for u in self.used)
+
+    @property
+    def weighing(self) -> Weighing:
+        return self.used[0].weighing
+
+    async def evidence(self, step: Step) -> Evidence:
+        """See knnlm.sources.Source."""
+        if step.keys is None:
+            raise Unavailable("the language model service did not answer with the keys it was asked for")
+        shown = (False, step.passages, step.passage_tokens)
+        requests = [SearchRequest(u.domain, step.keys, u.search, u.version, *shown) for u in self.used]
+        found = await asyncio.gather(*(self.datastore.search(request) for request in requests))
+        return await asyncio.to_thread(self._evidence, found, step)
+
+    def _evidence(self, found: Sequence[SearchResult], step: Step) -> Evidence:
+        neighbors = _united([result.neighbors for result in found])
+        if step.targets is not None:
+            return knn_evidence(neighbors, self.used[0].temperature, step.targets, rule(self.weighing.rule).features)
+        largest = neighbors.values.max(initial=-1)
+        if largest >= self.vocab_size:
+            raise InvalidRequest(f"domain {self.name} holds token {largest}, the vocabulary has {self.vocab_size}")
+        evidence = knn_evidence(neighbors, self.used[0].temperature, None, rule(self.weighing.rule).features)
+        return replace(evidence, found=tuple(found))
+
+
+def knn_evidence(
+    neighbors: Neighbors,
+    temperature: float,
+    targets: npt.NDArray[np.int32] | None = None,
+    features: Sequence[str] = (),
+) -> Evidence:
+    """p_kNN of n queries: of targets (n,), or whole distributions without; and features by their names in FEATURES."""
+    looked_at = _features(neighbors, temperature, features)
+    if targets is None:
+        return Evidence(neighbors.present, neighbor_log_probs(neighbors, temperature), looked_at)
+    return Evidence(neighbors.present, target_log_probs(neighbors, targets, temperature), looked_at)
+
+
+def used_domain(options: DomainOptions, knn: KnnOptions, info: DomainInfo, model: ModelInfo) -> UsedDomain:
     """The values that hold for a domain: asked for, else those of its tuning.
 
     Raises DatastoreMismatch, with both values, for a domain that another model, configuration, tokenizer or key
     function made, and InvalidRequest for a value that is neither asked for nor tuned.
     """
-    recorded = ("config_sha256", "bos_token_id") if info.config_sha256 is not None else ()
-    for name in ("weights_sha256", "tokenizer_sha256", "key_function", "key_dim", *recorded):
-        theirs, ours = getattr(info, name), getattr(model, name)
-        if theirs != ours:
-            raise DatastoreMismatch(
-                f"domain {info.domain} was made with {name} {theirs} (model {info.model_id}), "
-                f"the language model has {ours} (model {model.model_id})"
-            )
+    name = differs(info, model)
+    if name is not None:
+        raise DatastoreMismatch(
+            f"domain {info.domain} was made with {name} {getattr(info, name)} (model {info.model_id}), "
+            f"the language model has {getattr(model, name)} (model {model.model_id})"
+        )
     tuning = info.tuning
+    temperature = options.temperature if options.temperature is not None or tuning is None else tuning.temperature
+    if temperature is None:
+        raise _untuned("temperature", info.domain)
     return UsedDomain(
         info.domain,
         options.version or info.version,
-        temperature=_held(
-            "temperature", options.temperature, None if tuning is None else tuning.temperature, info.domain
-        ),
-        lmbda=_held("lambda", options.lmbda, None if tuning is None else tuning.lmbda, info.domain),
-        search=search.or_else(_tuned_search(tuning, search, info.index)),
-        window_bos=info.window_bos_token_id,
+        temperature,
+        knn.search.or_else(_tuned_search(tuning, knn.search, info.index)),
+        _weighing(options, knn.rule, info),
     )
+
+
+def differs(info: DomainInfo, model: ModelInfo) -> str | None:
+    """The first field in which what made a domain's keys is not this model; None when the model can use it."""
+    recorded = ("config_sha256", "bos_token_id") if info.config_sha256 is not None else ()
+    return next((name for name in (*IDENTITY, *recorded) if getattr(info, name) != getattr(model, name)), None)
+
+
+class Knn:
+    """Retrieval from one or several domains, as a kind of source."""
+
+    options = KnnOptions
+
+    def optional(self, options: KnnOptions) -> bool:
+        return options.on_datastore_error == "lm_only"
+
+    async def resolve(self, options: KnnOptions, services: Services) -> Resolved:
+        """The version that each domain serves now and the values that hold for it; see knnlm.sources.SourceKind."""
+        if options.rule is not None:
+            rule(options.rule)
+        infos = await asyncio.gather(*(services.datastore.get_domain(d.domain, d.version) for d in options.domains))
+        used = tuple(
+            used_domain(domain, options, info, services.info)
+            for domain, info in zip(options.domains, infos, strict=True)
+        )
+        together = options.combine == "union"
+        if together:
+            _check_union(used)
+        sources = [
+            DomainSource(services.datastore, part, services.info.vocab_size, self.optional(options))
+            for part in ([used] if together else [(u,) for u in used])
+        ]
+        return Resolved(sources, used, infos, pinned=all(d.version is not None for d in options.domains))
+
+
+KNN = Knn()
+
+
+class NoDatastore:
+    """Stands where there is no datastore service: it lists no domain, and refuses the rest with Unavailable."""
+
+    problem: str | None = None
+
+    async def list_domains(self) -> Sequence[DomainInfo]:
+        return []
+
+    async def search(self, request: SearchRequest) -> NoReturn:
+        self._refuse(request.domain)
+
+    async def get_domain(self, domain: str, version: str | None = None) -> NoReturn:
+        del version
+        self._refuse(domain)
+
+    async def activate(self, domain: str, version: str, *, wait: bool = False) -> NoReturn:
+        del version, wait
+        self._refuse(domain)
+
+    async def replicas(self, domain: str) -> NoReturn:
+        self._refuse(domain)
+
+    async def add_documents(self, domain: str, documents: Sequence[Document], *, replace: bool = False) -> NoReturn:
+        del documents, replace
+        self._refuse(domain)
+
+    async def remove_documents(self, domain: str, ids: Sequence[str]) -> NoReturn:
+        del ids
+        self._refuse(domain)
+
+    @staticmethod
+    def _refuse(domain: str) -> NoReturn:
+        raise Unavailable(f"no datastore service is configured, so there is no domain {domain}")
+
+
+def _nearest(neighbors: Neighbors, temperature: float) -> npt.NDArray[np.float64]:
+    """(n,) squared distance of the nearest neighbor, inf where there is none."""
+    del temperature
+    far = np.where(neighbors.values >= 0, neighbors.distances.astype(np.float64), np.inf)
+    nearest: npt.NDArray[np.float64] = far.min(axis=1, initial=np.inf)
+    return nearest
+
+
+def _count(neighbors: Neighbors, temperature: float) -> npt.NDArray[np.float64]:
+    """(n,) neighbors found."""
+    del temperature
+    found: npt.NDArray[np.float64] = (neighbors.values >= 0).sum(axis=1, dtype=np.float64)
+    return found
+
+
+def _agreement(neighbors: Neighbors, temperature: float) -> npt.NDArray[np.float64]:
+    """(n,) the largest p_kNN of any token, 0 where there is no neighbor."""
+    masses: TokenMasses = neighbor_log_probs(neighbors, temperature)
+    largest = np.zeros(len(masses))
+    np.maximum.at(largest, masses.rows, np.exp(masses.log_masses))
+    return largest
+
+
+FEATURES: Mapping[str, Callable[[Neighbors, float], npt.NDArray[np.float64]]] = {
+    "nearest": _nearest, "count": _count, "agreement": _agreement,
+}  # fmt: skip
+
+
+def _features(neighbors: Neighbors, temperature: float, names: Sequence[str]) -> dict[str, npt.NDArray[np.float64]]:
+    for name in names:
+        if name not in FEATURES:
+            raise InvalidRequest(f"neighbors have no {name!r}; a rule can look at {', '.join(FEATURES)}", param="rule")
+    return {name: FEATURES[name](neighbors, temperature) for name in names}
+
+
+def _united(parts: Sequence[Neighbors]) -> Neighbors:
+    """The neighbors of several domains beside each other; their softmax is that over all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    return Neighbors(
+        np.concatenate([part.distances for part in parts], axis=1),
+        np.concatenate([part.values for part in parts], axis=1),
+    )
+
+
+def _check_union(used: Sequence[UsedDomain]) -> None:
+    first = used[0]
+    for other in used[1:]:
+        same = (other.temperature, other.weighing.rule, dict(other.weighing.parameters))
+        if same != (first.temperature, first.weighing.rule, dict(first.weighing.parameters)):
+            raise InvalidRequest(
+                f"a union has one temperature, lambda and rule, got {_said(first)} and {_said(other)}: give them",
+                param="combine",
+            )
+
+
+def _said(used: UsedDomain) -> str:
+    parameters = ", ".join(f"{name} {value}" for name, value in used.weighing.parameters.items())
+    return f"temperature {used.temperature:g}, rule {used.rule} ({parameters}) for {used.domain}"
+
+
+def _weighing(options: DomainOptions, asked: str | None, info: DomainInfo) -> Weighing:
+    tuning = info.tuning
+    if options.lmbda is not None:
+        if asked not in (None, FIXED):
+            raise InvalidRequest(f"lambda is the weight of the rule {FIXED}, but {asked} was asked for", param="lambda")
+        return Weighing(FIXED, {"lambda": options.lmbda}, asked=True)
+    if tuning is None:
+        raise _untuned("lambda", info.domain)
+    name = asked or tuning.rule
+    if name == FIXED:
+        return Weighing(FIXED, {"lambda": tuning.lmbda})
+    if name != tuning.rule:
+        raise InvalidRequest(
+            f"domain {info.domain} was tuned for the rule {tuning.rule}, it has no parameters for {name}: "
+            f"run `knnlm tune {info.domain} --rule {name}`",
+            param="rule",
+        )
+    return Weighing(name, tuning.parameters)
 
 
 def _tuned_search(tuning: Tuning | None, asked: SearchOptions, index: str) -> SearchOptions:
@@ -67,10 +294,5 @@ def _tuned_search(tuning: Tuning | None, asked: SearchOptions, index: str) -> Se
     return replace(tuning.search, k=tuning.k)
 
 
-def _held(name: str, asked: float | None, tuned: float | None, domain: str) -> float:
-    value = tuned if asked is None else asked
-    if value is None:
-        raise InvalidRequest(
-            f"domain {domain} has not been tuned: give {name}, or run `knnlm tune {domain}`", param=name
-        )
-    return value
+def _untuned(name: str, domain: str) -> InvalidRequest:
+    return InvalidRequest(f"domain {domain} has not been tuned: give {name}, or run `knnlm tune {domain}`", param=name)

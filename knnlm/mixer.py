@@ -1,40 +1,42 @@
-"""One kNN-LM call from token ids to mixed distributions: forward, search, mix.
+"""The flow of a kNN-LM call: plan once, then step or score. Written once over the Protocols of messages.py.
 
-The flow is written once over the Protocols of messages.py. The aggregator runs it over gRPC clients, knnlm.pipeline
-over objects in the same process, so that server and library cannot drift apart. All maths is in decoding.py, the work
-on a long text in scoring.py.
-
-A call asks once which version of each domain answers, and every search of it pins that version: one answer never mixes
-two. Replicas may let go of it meanwhile; then the call begins again with the version that answers now, once.
+The aggregator runs it over gRPC clients, knnlm.pipeline over objects in the same process, so that server and library
+cannot drift apart. A plan asks once which version of each domain answers, and every search with it pins that version:
+one answer never mixes two. Replicas may let go of it meanwhile; then the call is made again with a new plan, once.
 """
 
 import asyncio
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.decoding import Mixed, choose_windows, mix_distributions, plan_fed_windows
-from knnlm.domains import UsedDomain, used_domain
+from knnlm.decoding import Answered, Mixed, choose_windows, mix_evidence, plan_fed_windows
+from knnlm.domains import NoDatastore, UsedDomain
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable, UnknownVersion
+from knnlm.evidence import Step, Stretch
 from knnlm.messages import (
     DatastoreClient,
     ForwardRequest,
     ForwardResult,
     LanguageModelClient,
     ModelInfo,
-    SearchRequest,
     SearchResult,
 )
+from knnlm.mixture import TOLERANCE
 from knnlm.options import KnnOptions
-from knnlm.scoring import BATCHES_UNDER_WAY, Score, Scoring, given, retrieved, timed
+from knnlm.plan import Plan
+from knnlm.rules import FIXED
+from knnlm.scoring import BATCHES_UNDER_WAY, Score, Scoring, required, statistics, timed
+from knnlm.sources import Services, Source, source_kind
 
-__all__ = ["BATCHES_UNDER_WAY", "Mixer", "NextTokens", "Score"]
+__all__ = ["BATCHES_UNDER_WAY", "Mixer", "NextTokens", "Options", "Plan", "Score"]
 
 T = TypeVar("T")
+Ids = npt.NDArray[np.int32]
+Options = KnnOptions | Mapping[str, Any] | None  # Any: a record of options for each row of knnlm.sources.SOURCES
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class NextTokens:
 class Mixer:
     """`info` is the model behind `lm`: domains made by another model, tokenizer or key function are refused.
 
-    down: why retrieval is known not to answer now, None when it may. Who asked for `lm_only` then gets it at once.
+    batch_tokens: of windows that are sent to the model at once. max_window: tokens of the longest window; None: what
+    the model takes. down: why retrieval is known not to answer now, None when it may. Callers that can do without then
+    do so at once.
     """
 
     def __init__(
@@ -64,106 +68,137 @@ class Mixer:
         info: ModelInfo,
         *,
         batch_tokens: int = 4096,
+        max_window: int | None = None,
         down: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.info = info
         self._lm = lm
-        self._datastore = datastore
+        self._services = Services(info, datastore or NoDatastore())
         self._batch_tokens = batch_tokens
+        self._window_model = replace(info, context_length=min(info.context_length, max_window or info.context_length))
         self._down = down
 
-    async def next_token(
-        self,
-        contexts: Sequence[npt.NDArray[np.int32]],
-        knn: KnnOptions | None = None,
-        *,
-        passages: int = 0,
-        passage_tokens: int = 24,
+    async def plan(self, options: Options = None) -> Plan:
+        """The sources that the options mean, resolved, pinned and checked; none for the LM alone.
+
+        options: of one kind, or by kind. Nothing is asked of the model. Raises InvalidRequest for an unknown source or
+        rule and for weights above one, what the kinds of sources raise, and Unavailable or DeadlineExceeded unless the
+        LM alone may answer.
+        """
+        asked = {"knn": options} if isinstance(options, KnnOptions) else dict(options or {})
+        kinds = {name: source_kind(name) for name in asked}
+        optional = all(kind.optional(asked[name]) for name, kind in kinds.items())
+        down = self._down() if asked and optional else None
+        if down is not None:
+            return Plan(degraded=down)
+        try:
+            found = await asyncio.gather(*(kind.resolve(asked[name], self._services) for name, kind in kinds.items()))
+        except (Unavailable, DeadlineExceeded) as err:
+            if not optional:
+                raise
+            return Plan(degraded=err.message)
+        sources = tuple(source for resolved in found for source in resolved.sources)
+        _check_weights(sources)
+        return Plan(
+            sources,
+            domains=tuple(used for resolved in found for used in resolved.domains),
+            infos=tuple(info for resolved in found for info in resolved.infos),
+            pinned=all(resolved.pinned for resolved in found),
+        )
+
+    async def step(
+        self, plan: Plan, contexts: Sequence[Ids], *, passages: int = 0, passage_tokens: int = 24
     ) -> NextTokens:
         """The distribution of the token after each context, a (t_i,) int32 array with its BOS.
 
-        passages: also find the text around so many nearest neighbors of each context. Raises InvalidRequest for an
-        empty or too long context and whatever the services raise.
+        passages: also find the text around this many nearest neighbors of each context. Raises InvalidRequest for an
+        empty context, TooLarge for one that the model does not take, and what the services raise.
         """
-        for context in contexts:
-            if not len(context):
-                raise InvalidRequest("the context is empty: expected at least one token", param="tokens")
-            if len(context) > self.info.context_length:
-                raise TooLarge(
-                    f"the context has {len(context)} tokens, the model takes {self.info.context_length}", param="text"
-                )
+        self._check_contexts(contexts)
         timings: dict[str, float] = {}
-        degraded = self._known_down(knn)
         request = ForwardRequest(
             tokens=contexts,
             positions=[np.array([len(c) - 1], np.int32) for c in contexts],
             full=True,
-            keys=knn is not None and degraded is None,
+            keys=plan.needs_keys,
+            statistics=plan.statistics,
         )
-        if knn is None or degraded is not None:
-            forward = await self._forward(request, timings)
-            mixed = mix_distributions(given(forward.log_probs), [])
-            return NextTokens(mixed, degraded=degraded, timings=timings)
-        outcome, used = await asyncio.gather(
-            self._forward(request, timings), self._resolve(knn), return_exceptions=True
-        )
-        forward = _raised(outcome)
-        log_probs = given(forward.log_probs)
-
-        async def search(domains: Sequence[UsedDomain]) -> list[SearchResult]:
-            keys = given(forward.keys)
-            return await timed(
-                self._search(domains, keys, passages=passages, passage_tokens=passage_tokens), "search", timings
-            )
-
-        try:
-            domains = _raised(used)
-            try:
-                found = await search(domains)
-            except UnknownVersion:
-                if _all_pinned(knn):
-                    raise
-                domains = await self._resolve(knn)
-                found = await search(domains)
-        except (Unavailable, DeadlineExceeded) as err:
-            if knn.on_datastore_error != "lm_only":
-                raise
-            return NextTokens(mix_distributions(log_probs, []), degraded=err.message, timings=timings)
-        begin = time.perf_counter()
-        mixed = mix_distributions(log_probs, retrieved(found, domains, knn.rule), combine=knn.combine)
-        timings["mix"] = time.perf_counter() - begin
-        return NextTokens(mixed, domains, found, timings=timings)
+        forward = await self._forward(request, timings)
+        stretches = [Stretch(context, 0, np.array([len(context)])) for context in contexts]
+        asked = Step(stretches, forward.keys, passages=passages, passage_tokens=passage_tokens)
+        plan, answers = await self._answers(plan, asked, timings)
+        # on a thread: whole distributions of a large vocabulary would hold up everybody
+        mixing = asyncio.to_thread(mix_evidence, required(forward.log_probs), answers, statistics(forward))
+        mixed = await timed(mixing, "mix", timings)
+        found = [result for answer in answers for result in answer.evidence.found]
+        return NextTokens(mixed, plan.domains, found, plan.degraded, timings)
 
     async def score(
+        self, plan: Plan, tokens: Ids, *, context_length: int | None = None, min_context: int | None = None
+    ) -> Score:
+        """Log-probability of every token but the first of a text of any length, a (t,) int32 array with its BOS.
+
+        context_length, min_context: see `choose_windows`. Model, sources and mixing work at the same time, on different
+        batches of windows: `timings` say how long each was waited for, and add up to more than the call took. Raises
+        InvalidRequest for a text without a token to predict, and what the services raise.
+        """
+        if len(tokens) < 2:
+            raise InvalidRequest(f"nothing to score: expected at least 2 tokens, got {len(tokens)}", param="text")
+        window = choose_windows(self._window_model, plan.infos, context_length, min_context)
+        scoring = Scoring(tokens, plan, forward=self._forward, answers=self._answers)
+        bos = plan.infos[0].window_bos_token_id if plan.infos else None  # as the keys were made
+        mixed = await scoring.run(plan_fed_windows(len(tokens), *window, bos), self._batch_tokens)
+        ended = scoring.plan
+        return Score(tokens, mixed, *window, ended.domains, ended.degraded, scoring.timings)
+
+    async def next_token(
+        self, contexts: Sequence[Ids], options: Options = None, *, passages: int = 0, passage_tokens: int = 24
+    ) -> NextTokens:
+        """`plan` and `step`."""
+        self._check_contexts(contexts)
+        return await self.planned(
+            options, lambda plan: self.step(plan, contexts, passages=passages, passage_tokens=passage_tokens)
+        )
+
+    async def score_text(
         self,
-        tokens: npt.NDArray[np.int32],
-        knn: KnnOptions | None = None,
+        tokens: Ids,
+        options: Options = None,
         *,
         context_length: int | None = None,
         min_context: int | None = None,
     ) -> Score:
-        """Log-probability of every token but the first of a text of any length, a (t,) int32 array with its BOS.
+        """`plan` and `score`."""
+        return await self.planned(
+            options, lambda plan: self.score(plan, tokens, context_length=context_length, min_context=min_context)
+        )
 
-        context_length, min_context: see `choose_windows`. Model, search and mixing work at the same time, on different
-        batches of windows: `timings` say how long each was waited for, and add up to more than the call took.
-        """
-        if len(tokens) < 2:
-            raise InvalidRequest(f"nothing to score: expected at least 2 tokens, got {len(tokens)}", param="text")
-        chosen = choose_windows(self.info, (), context_length, min_context)
-        used, degraded = await self._resolve_or_degrade(knn)
-        windows = plan_fed_windows(len(tokens), *chosen, used[0].window_bos if used else None)
+    async def planned(self, options: Options, work: Callable[[Plan], Awaitable[T]]) -> T:
+        """work(plan) with a plan of these options; once more with a new one when a version was let go meanwhile that
+        the caller did not choose."""
+        plan = await self.plan(options)
         try:
-            return await self._scoring(tokens, used, knn, degraded).run(windows, self._batch_tokens)
+            return await work(plan)
         except UnknownVersion:
-            if knn is None or _all_pinned(knn):
+            if plan.pinned:
                 raise
-            used, degraded = await self._resolve_or_degrade(knn)
-            return await self._scoring(tokens, used, knn, degraded).run(windows, self._batch_tokens)
+        return await work(await self.plan(options))
 
-    def _scoring(
-        self, tokens: npt.NDArray[np.int32], used: Sequence[UsedDomain], knn: KnnOptions | None, degraded: str | None
-    ) -> Scoring:
-        return Scoring(tokens, used, knn, degraded, forward=self._forward, search=self._search)
+    async def _answers(self, plan: Plan, step: Step, timings: dict[str, float]) -> tuple[Plan, list[Answered]]:
+        """What the sources say, and the plan that goes on: without sources once they failed and are optional."""
+        if not plan.sources:
+            return plan, []
+        asking = asyncio.gather(*(source.evidence(step) for source in plan.sources))
+        try:
+            found = await timed(asking, "search", timings)
+        except (Unavailable, DeadlineExceeded) as err:
+            if not plan.optional:
+                raise
+            return plan.without_sources(err.message), []
+        return plan, [
+            Answered(source.name, source.kind, source.weighing, evidence)
+            for source, evidence in zip(plan.sources, found, strict=True)
+        ]
 
     async def _forward(self, request: ForwardRequest, timings: dict[str, float]) -> ForwardResult:
         """Raises Unavailable when another model than `info` answers: its keys would find nonsense without a word."""
@@ -175,56 +210,20 @@ class Mixer:
             )
         return result
 
-    async def _resolve(self, knn: KnnOptions) -> list[UsedDomain]:
-        """The version that each domain serves now and the values that hold for it: asked for, else its tuning's."""
-        if self._datastore is None:
-            raise Unavailable("no datastore service is configured, so no domain can be used")
-        infos = await asyncio.gather(*(self._datastore.get_domain(d.domain, d.version) for d in knn.domains))
-        return [
-            used_domain(options, knn.search, info, self.info) for options, info in zip(knn.domains, infos, strict=True)
-        ]
-
-    def _known_down(self, knn: KnnOptions | None) -> str | None:
-        """Why the LM alone is to answer without retrieval being asked at all."""
-        return self._down() if knn is not None and knn.on_datastore_error == "lm_only" else None
-
-    async def _resolve_or_degrade(self, knn: KnnOptions | None) -> tuple[list[UsedDomain], str | None]:
-        degraded = self._known_down(knn)
-        if knn is None or degraded is not None:
-            return [], degraded
-        try:
-            return await self._resolve(knn), None
-        except (Unavailable, DeadlineExceeded) as err:
-            if knn.on_datastore_error != "lm_only":
-                raise
-            return [], err.message
-
-    async def _search(
-        self,
-        domains: Sequence[UsedDomain],
-        keys: npt.NDArray[np.floating],
-        *,
-        passages: int = 0,
-        passage_tokens: int = 24,
-    ) -> list[SearchResult]:
-        if self._datastore is None:
-            raise Unavailable("no datastore service is configured, so no domain can be used")
-        return await asyncio.gather(
-            *(
-                self._datastore.search(
-                    SearchRequest(d.domain, keys, d.search, d.version, passages=passages, passage_tokens=passage_tokens)
+    def _check_contexts(self, contexts: Sequence[Ids]) -> None:
+        for context in contexts:
+            if not len(context):
+                raise InvalidRequest("the context is empty: expected at least one token", param="tokens")
+            if len(context) > self.info.context_length:
+                raise TooLarge(
+                    f"the context has {len(context)} tokens, the model takes {self.info.context_length}", param="text"
                 )
-                for d in domains
-            )
-        )
 
 
-def _all_pinned(knn: KnnOptions) -> bool:
-    """Whether the caller chose every version, so that none can have been switched under the call."""
-    return all(domain.version is not None for domain in knn.domains)
-
-
-def _raised(value: T | BaseException) -> T:
-    if isinstance(value, BaseException):
-        raise value
-    return value
+def _check_weights(sources: Sequence[Source]) -> None:
+    """Raises InvalidRequest for lambdas that the caller gave and that leave less than nothing; fitted ones share what
+    there is (knnlm.rules.shared)."""
+    asked = [s.weighing.parameters["lambda"] for s in sources if s.weighing.asked and s.weighing.rule == FIXED]
+    total = sum(value for value in asked if isinstance(value, int | float))
+    if total > 1 + TOLERANCE:
+        raise InvalidRequest(f"the lambdas add up to {total:g}, at most 1 is left", param="lambda")

@@ -4,16 +4,15 @@ lambda is always the weight of what is retrieved. Weight 0 is the component's ab
 component; nothing is clipped or floored on the way.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
-from knnlm.neighbors import Neighbors
 
-__all__ = ["RULES", "Component", "mix", "rule_weights"]
+__all__ = ["Component", "mix"]
 
 TOLERANCE = 1e-9  # how far over one the weights may add up: rounding of decimal fractions
 
@@ -31,7 +30,8 @@ class Component:
 
 
 def mix(lm_log_probs: npt.NDArray[np.floating], components: Sequence[Component]) -> npt.NDArray[np.float64]:
-    """log p(w) with p(w) = (1 - sum of weights) p_LM(w) + sum of weight_c p_c(w) (Khandelwal et al. 2020, eq. 3).
+    """log p(w) with p(w) = (1 - sum of weights) p_LM(w) + sum of weight_c p_c(w) (Khandelwal et al. 2020,
+    arXiv 1911.00172, eq. 3).
 
     lm_log_probs: (n,) or (n, V); every component has the same shape. Returns float64 of that shape. Raises
     InvalidRequest when a weight lies outside [0, 1], the weights of a row exceed one, or shapes differ.
@@ -63,26 +63,3 @@ def mix(lm_log_probs: npt.NDArray[np.floating], components: Sequence[Component])
         for component in components:
             result = np.logaddexp(result, component.log_probs + np.log(component.weight)[wide])
     return result
-
-
-Rule = Callable[[Neighbors, float], npt.NDArray[np.float64]]
-
-
-def fixed(neighbors: Neighbors, lmbda: float) -> npt.NDArray[np.float64]:
-    """(n,) the same weight everywhere."""
-    return np.full(len(neighbors.values), lmbda)
-
-
-RULES: Mapping[str, Rule] = {"fixed": fixed}
-
-
-def rule_weights(name: str, neighbors: Neighbors, lmbda: float) -> npt.NDArray[np.float64]:
-    """(n,) the weight of the retrieved distribution per query: the named rule, and 0 where nothing was found.
-
-    Raises InvalidRequest for a rule that is not in RULES or a lambda outside [0, 1].
-    """
-    if name not in RULES:
-        raise InvalidRequest(f"unknown rule {name!r}; known: {', '.join(RULES)}", param="rule")
-    if not 0 <= lmbda <= 1:
-        raise InvalidRequest(f"lambda must lie in [0, 1], got {lmbda}", param="lambda")
-    return np.where(neighbors.present, RULES[name](neighbors, lmbda), 0.0)

@@ -12,9 +12,19 @@ import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
 
-__all__ = ["Neighbors", "TokenMasses", "add", "merge", "neighbor_log_probs", "target_log_probs", "token_masses"]
+__all__ = [
+    "MIN_TEMPERATURE",
+    "Neighbors",
+    "TokenMasses",
+    "add",
+    "merge",
+    "neighbor_log_probs",
+    "target_log_probs",
+    "token_masses",
+]
 
 BLOCK_BYTES = 1 << 19  # of float64 weights made at a time in scoring: they stay in a core's cache
+MIN_TEMPERATURE = 1e-100  # no distance in float32, divided by it, overflows float64
 TINY = 1e-290  # a share this small has lost digits, or all, to underflow
 
 
@@ -105,9 +115,10 @@ def token_masses(neighbors: Neighbors, temperature: float) -> TokenMasses:
 
 def neighbor_log_probs(neighbors: Neighbors, temperature: float) -> TokenMasses:
     """p_kNN in log space (Khandelwal et al. 2020, eq. 2, with a temperature): every non-empty row sums to one."""
-    log_weights = neighbors.log_weights(temperature)
-    # from the nearest neighbor on: -16000 and its logarithm of a sum would cancel to 1e-12
-    return _masses(neighbors, log_weights - _tops(log_weights)).normalized()
+    _check_temperature(temperature)
+    near = np.where(neighbors.values >= 0, -neighbors.distances.astype(np.float64), -np.inf)
+    # from the nearest neighbor on, and only then divided: -16000 and its logarithm of a sum would cancel to 1e-12
+    return _masses(neighbors, (near - _tops(near)) / temperature).normalized()
 
 
 def target_log_probs(
@@ -173,8 +184,10 @@ def merge(parts: Sequence[Neighbors], k: int) -> Neighbors:
 
 
 def _check_temperature(temperature: float) -> None:
-    if not np.isfinite(temperature) or temperature <= 0:
-        raise InvalidRequest(f"temperature must be > 0, got {temperature}", param="temperature")
+    if not MIN_TEMPERATURE <= temperature < np.inf:
+        raise InvalidRequest(
+            f"temperature must be > 0, got {temperature}; the least is {MIN_TEMPERATURE:g}", param="temperature"
+        )
 
 
 def _target_shares(

@@ -8,11 +8,15 @@ made from its fields. An error names the field as it is called here; who nests i
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from knnlm.errors import InvalidRequest
+from knnlm.neighbors import MIN_TEMPERATURE
 
-__all__ = ["DEFAULT_K", "SEARCH_OPTIONS", "DomainOptions", "KnnOptions", "Option", "SearchOptions"]
+__all__ = ["DEFAULT_K", "SEARCH_OPTIONS", "DomainOptions", "KnnOptions", "Option", "SearchOptions", "option",
+           "options_of", "record_of"]  # fmt: skip
+
+Record = TypeVar("Record")
 
 DEFAULT_K = 1024  # of Khandelwal et al. 2020 (arXiv 1911.00172); a domain's tuning says otherwise
 MAX_EXCLUDED_DOCUMENTS = 1024  # ids in one request
@@ -34,8 +38,20 @@ class Option:
     public: bool = True
 
 
-def _option(kind: type, description: str, default: Any = None, **more: Any) -> Any:  # Any: as dataclasses.field
+def option(kind: type, description: str, default: Any = None, **more: Any) -> Any:  # Any: as dataclasses.field
+    """A field of a record of options; `more` as in Option."""
     return field(default=default, metadata={"option": Option(kind, description, **more)})
+
+
+def options_of(record: type) -> Mapping[str, Option]:
+    """What is known about each option of a record, by name."""
+    return {f.name: f.metadata["option"] for f in fields(record)}
+
+
+def record_of(record: type[Record], values: Mapping[str, Any]) -> Record:  # Any: checked by a schema or message
+    """The record with the options among `values`; lists become tuples, and what is None is not asked for."""
+    given = {name: values[name] for name in options_of(record) if values.get(name) is not None}
+    return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 @dataclass(frozen=True)
@@ -50,19 +66,19 @@ class SearchOptions:
     option is said by the search.
     """
 
-    k: int | None = _option(int, "Neighbors of each query in each domain.", minimum=1)
-    nprobe: int | None = _option(int, "Lists to visit, for indexes that have lists (ivf).", minimum=1)
-    ef_search: int | None = _option(
+    k: int | None = option(int, "Neighbors of each query in each domain.", minimum=1)
+    nprobe: int | None = option(int, "Lists to visit, for indexes that have lists (ivf).", minimum=1)
+    ef_search: int | None = option(
         int, "Candidates that a graph search keeps, for indexes that are graphs (hnsw).", minimum=1
     )
-    overfetch: float | None = _option(float, "Candidates per neighbor before rescoring.", minimum=1)
-    rescore: bool | None = _option(
+    overfetch: float | None = option(float, "Candidates per neighbor before rescoring.", minimum=1)
+    rescore: bool | None = option(
         bool, "By distances to the stored keys, or not at all; by default to what the index keeps reduced."
     )
-    exclude_own_documents: bool = _option(
+    exclude_own_documents: bool = option(
         bool, "With exclude_entries: not that entry alone, but all of its document.", False, public=False
     )
-    exclude_documents: tuple[str, ...] = _option(
+    exclude_documents: tuple[str, ...] = option(
         tuple,
         f"Ids of documents that hold no neighbors: at most {MAX_EXCLUDED_DOCUMENTS}, of {MAX_DOCUMENT_CHARACTERS} "
         "characters each. Every domain must have every one of them.",
@@ -78,11 +94,8 @@ class SearchOptions:
         _check_excluded(self.exclude_documents)
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:  # Any: the values of a schema or message, which checked their kinds
-        """The options among `values`, by name; lists become tuples, and what is None is not asked for."""
-        given = {name: values[name] for name in SEARCH_OPTIONS if values.get(name) is not None}
-        chosen: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
-        return cls(**chosen)
+    def of(cls, values: Mapping[str, Any]) -> Self:  # Any: see record_of
+        return record_of(cls, values)
 
     def asked(self) -> dict[str, Any]:
         """Name and value of every option that is asked for."""
@@ -93,7 +106,7 @@ class SearchOptions:
         return replace(others, **self.asked())
 
 
-SEARCH_OPTIONS: Mapping[str, Option] = {f.name: f.metadata["option"] for f in fields(SearchOptions)}
+SEARCH_OPTIONS = options_of(SearchOptions)
 
 
 @dataclass(frozen=True)
@@ -111,8 +124,11 @@ class DomainOptions:
     def __post_init__(self) -> None:
         if self.lmbda is not None and not 0 <= self.lmbda <= 1:
             raise InvalidRequest(f"lambda must lie in [0, 1], got {self.lmbda}", param="lambda")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise InvalidRequest(f"temperature must be > 0, got {self.temperature}", param="temperature")
+        if self.temperature is not None and not MIN_TEMPERATURE <= self.temperature < math.inf:
+            raise InvalidRequest(
+                f"temperature must be > 0, got {self.temperature}; the least is {MIN_TEMPERATURE:g}",
+                param="temperature",
+            )
 
 
 @dataclass(frozen=True)
@@ -120,20 +136,22 @@ class KnnOptions:
     """From which domains to retrieve, how to search them and how to mix.
 
     combine: of several domains, "mixture" (each its own softmax and weight) or "union" (one softmax over the neighbors
-    of all). rule: how weights follow from lambda and what was found. on_datastore_error: "fail", or "lm_only" to answer
-    from the LM and say so.
+    of all). rule: a name of knnlm.rules.RULES; None: the one that was tuned, or "fixed" where lambda is given.
+    on_datastore_error: "fail", or "lm_only" to answer from the LM and say so.
     """
 
     domains: tuple[DomainOptions, ...]
     search: SearchOptions = field(default_factory=SearchOptions)
     combine: str = "mixture"
-    rule: str = "fixed"
+    rule: str | None = None
     on_datastore_error: str = "fail"
 
     def __post_init__(self) -> None:
         names = [d.domain for d in self.domains]
         if not names or len(set(names)) != len(names):
             raise InvalidRequest(f"expected one or more distinct domains, got {names}", param="domains")
+        if self.combine not in ("mixture", "union"):
+            raise InvalidRequest(f"combine must be mixture or union, got {self.combine!r}", param="combine")
         if self.on_datastore_error not in ("fail", "lm_only"):
             raise InvalidRequest(
                 f"on_datastore_error must be fail or lm_only, got {self.on_datastore_error!r}",

@@ -27,7 +27,7 @@ from knnlm.messages import (
     SearchRequest,
     SearchResult,
 )
-from knnlm.mixer import Mixer, NextTokens, Score
+from knnlm.mixer import Mixer, NextTokens, Options, Score
 from knnlm.options import DomainOptions, KnnOptions
 from knnlm.tokenizer import Tokenizer
 
@@ -123,7 +123,7 @@ class Pipeline:
     def next_token(
         self,
         contexts: Context | Sequence[Context],
-        knn: KnnOptions | str | None = None,
+        knn: Options | str = None,
         *,
         passages: int = 0,
         passage_tokens: int = 24,
@@ -131,7 +131,8 @@ class Pipeline:
         """The distribution of the token after a context, or after each of several: one row each.
 
         A context is a text or token ids (with their BOS). knn: None for the LM alone, the name of a domain for that
-        domain as it was tuned, or options. The rest, and what is raised, as in `Mixer.next_token`.
+        domain as it was tuned, or options: of retrieval, or of several sources by their names (knnlm.sources.SOURCES).
+        The rest, and what is raised, as in `Mixer.next_token`.
         """
         encoded = [self._tokens(c) for c in _listed(contexts)]
         call = self._mixer.next_token(encoded, _options(knn), passages=passages, passage_tokens=passage_tokens)
@@ -140,14 +141,14 @@ class Pipeline:
     def score(
         self,
         text: Context,
-        knn: KnnOptions | str | None = None,
+        knn: Options | str = None,
         *,
         context_length: int | None = None,
         min_context: int | None = None,
     ) -> Score:
         """Log-probability of every token of a text but its first; `knn` as in `next_token`, see `Mixer.score`."""
         tokens, options = self._tokens(text), _options(knn)
-        return _run(self._mixer.score(tokens, options, context_length=context_length, min_context=min_context))
+        return _run(self._mixer.score_text(tokens, options, context_length=context_length, min_context=min_context))
 
     def close(self) -> None:
         for searcher in self.searchers.values():
@@ -253,7 +254,7 @@ def _listed(contexts: Context | Sequence[Context]) -> Sequence[Context]:
     return contexts  # type: ignore[return-value]  # what is neither is refused by _tokens
 
 
-def _options(knn: KnnOptions | str | None) -> KnnOptions | None:
+def _options(knn: Options | str) -> Options:
     return KnnOptions((DomainOptions(knn),)) if isinstance(knn, str) else knn
 
 

@@ -1,7 +1,5 @@
-"""A text of any length, scored: its windows in batches, and the model, the search and the mixing at work on several.
-
-The flow around it, which version of a domain is used and what happens when that is gone, is in mixer.py.
-"""
+"""A long text scored in windows, several batches of them on their way at a time. Which sources are asked is in the plan
+(knnlm/mixer.py), what is computed in decoding.py."""
 
 import asyncio
 import time
@@ -12,37 +10,51 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.decoding import Mixed, Retrieved, Window, mix_targets
+from knnlm.decoding import Answered, Mixed, Share, Window, mix_evidence
 from knnlm.domains import UsedDomain
-from knnlm.errors import DeadlineExceeded, Unavailable
-from knnlm.messages import ForwardRequest, ForwardResult, SearchResult
-from knnlm.options import KnnOptions
+from knnlm.errors import Unavailable
+from knnlm.evidence import Evidence, LmStatistics, Step, Stretch
+from knnlm.messages import ForwardRequest, ForwardResult
+from knnlm.plan import Plan
 
-__all__ = ["BATCHES_UNDER_WAY", "Score", "Scoring", "given", "retrieved", "timed"]
+__all__ = ["BATCHES_UNDER_WAY", "Score", "Scoring", "required", "statistics", "timed"]
 
 T = TypeVar("T")
 Timings = dict[str, float]
-Forward = Callable[[ForwardRequest, Timings], Awaitable[ForwardResult]]
-Search = Callable[[Sequence[UsedDomain], npt.NDArray[np.floating]], Awaitable[Sequence[SearchResult]]]
 
 BATCHES_UNDER_WAY = 4  # of one text that is scored
 
 
 @dataclass(frozen=True)
 class Score:
-    """tokens: (t,) int32. The rest is (t - 1,), about tokens[1:]; natural logarithms.
-
-    knn_log_probs: None without retrieval. weight: what retrieval weighed at each token.
-    """
+    """tokens: (t,) int32. mixed: (t - 1,) about tokens[1:], natural logarithms. context_length, min_context: of the
+    windows it was scored in."""
 
     tokens: npt.NDArray[np.int32]
-    log_probs: npt.NDArray[np.float64]
-    lm_log_probs: npt.NDArray[np.floating]
-    knn_log_probs: npt.NDArray[np.float64] | None
-    weight: npt.NDArray[np.float64]
+    mixed: Mixed
+    context_length: int
+    min_context: int
     domains: Sequence[UsedDomain] = ()
     degraded: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def log_probs(self) -> npt.NDArray[np.float64]:
+        return self.mixed.log_probs
+
+    @property
+    def lm_log_probs(self) -> npt.NDArray[np.floating]:
+        return self.mixed.lm_log_probs
+
+    @property
+    def knn_log_probs(self) -> npt.NDArray[np.float64] | None:
+        """None without retrieval."""
+        return self.mixed.knn_log_probs
+
+    @property
+    def weight(self) -> npt.NDArray[np.float64]:
+        """What all components beside the LM weighed at each token."""
+        return self.mixed.weight
 
     @property
     def total(self) -> float:
@@ -56,35 +68,37 @@ class Score:
 
 
 class Scoring:
-    """What the batches of one text share. used: empty when the LM alone is to answer; degraded: why.
+    """What the batches of one text share.
 
-    At the model and in the search one batch is at work, and one behind it so that it need not wait for the way there
-    and back; BATCHES_UNDER_WAY are under way at most, whose keys and neighbors are held.
+    forward: asks the model. answers: asks the sources of a plan, and gives the plan it ends with, which has none once
+    they failed and the LM alone may answer. At the model and at the sources one batch is at work, and one behind it so
+    that it need not wait for the way there and back; BATCHES_UNDER_WAY are under way at most, whose keys and evidence
+    are held. One alone where a source needs the text in order.
     """
 
     def __init__(
         self,
         tokens: npt.NDArray[np.int32],
-        used: Sequence[UsedDomain],
-        knn: KnnOptions | None,
-        degraded: str | None,
+        plan: Plan,
         *,
-        forward: Forward,
-        search: Search,
+        forward: Callable[[ForwardRequest, Timings], Awaitable[ForwardResult]],
+        answers: Callable[[Plan, Step, Timings], Awaitable[tuple[Plan, list[Answered]]]],
     ) -> None:
+        self.plan = plan
+        self.timings: Timings = {}
         self._tokens = tokens
-        self._used = used
-        self._knn = knn
-        self._degraded = degraded
         self._forward = forward
-        self._search = search
-        self._timings: Timings = {}
+        self._answers = answers
+        self._state: dict[str, object] = {}
         self._at_model = asyncio.Semaphore(2)
-        self._at_search = asyncio.Semaphore(2)
-        self._room = asyncio.Semaphore(BATCHES_UNDER_WAY)
+        self._at_sources = asyncio.Semaphore(2)
+        self._under_way = asyncio.Semaphore(1 if plan.in_order else BATCHES_UNDER_WAY)
 
-    async def run(self, windows: Sequence[Window], batch_tokens: int) -> Score:
-        """Raises what forward and search raise; no work is left behind then."""
+    async def run(self, windows: Sequence[Window], batch_tokens: int) -> Mixed:
+        """All windows in batches of at most `batch_tokens` tokens, or one window.
+
+        Raises what forward and answers raise; no work is left behind then.
+        """
         tasks = [asyncio.ensure_future(self._batch(batch)) for batch in _batches(windows, batch_tokens)]
         try:
             parts = await asyncio.gather(*tasks)
@@ -92,70 +106,49 @@ class Scoring:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        used = self._used
-        if self._degraded is not None:
-            used, parts = [], [_lm_part(part) for part in parts]
-        knn_parts = [p.knn_log_probs for p in parts if p.knn_log_probs is not None]
-        return Score(
-            tokens=self._tokens,
-            log_probs=np.concatenate([p.log_probs for p in parts]),
-            lm_log_probs=np.concatenate([p.lm_log_probs for p in parts]),
-            knn_log_probs=np.concatenate(knn_parts) if used else None,
-            weight=np.concatenate([p.weight for p in parts]),
-            domains=used,
-            degraded=self._degraded,
-            timings=self._timings,
-        )
+        if self.plan.degraded is not None:  # one answer never mixes two ways of making it
+            parts = [mix_evidence(part.lm_log_probs, []) for part in parts]
+        return _joined(parts)
 
     async def _batch(self, windows: Sequence[Window]) -> Mixed:
         """One batch of windows; several are on their way at a time, each in another stage."""
-        tokens, timings = self._tokens, self._timings
+        tokens, timings, plan = self._tokens, self.timings, self.plan
         targets = np.concatenate([tokens[w.first : w.end] for w in windows])
-        async with self._room:
+        async with self._under_way:
             async with self._at_model:
                 request = ForwardRequest(
                     tokens=[w.fed(tokens) for w in windows],
                     positions=[w.positions for w in windows],
                     targets=targets,
-                    keys=bool(self._used),
+                    keys=plan.needs_keys,
+                    statistics=plan.statistics,
                 )
                 forward = await self._forward(request, timings)
-            async with self._at_search:
-                found = await self._neighbors(forward)
-            begin = time.perf_counter()
-            combine = self._knn.combine if self._knn else "mixture"
-            lm_log_probs = given(forward.target_log_probs)
-            mixed = await asyncio.to_thread(mix_targets, lm_log_probs, targets, found, combine=combine)
-            timings["mix"] = timings.get("mix", 0.0) + time.perf_counter() - begin
-            return mixed
-
-    async def _neighbors(self, forward: ForwardResult) -> list[Retrieved]:
-        """None once retrieval has failed and the LM alone may answer."""
-        if self._knn is None or not self._used or self._degraded is not None:
-            return []
-        try:
-            found = await timed(self._search(self._used, given(forward.keys)), "search", self._timings)
-        except (Unavailable, DeadlineExceeded) as err:
-            if self._knn.on_datastore_error != "lm_only":
-                raise
-            self._degraded = err.message
-            return []
-        return retrieved(found, self._used, self._knn.rule)
+            answers: list[Answered] = []
+            async with self._at_sources:
+                if self.plan.sources:
+                    stretches = [Stretch(tokens, w.start, np.arange(w.first, w.end), self._state) for w in windows]
+                    after, answers = await self._answers(self.plan, Step(stretches, forward.keys, targets), timings)
+                    if after.degraded is not None:
+                        self.plan = after
+            lm_log_probs = required(forward.target_log_probs)
+            return await timed(
+                asyncio.to_thread(mix_evidence, lm_log_probs, answers, statistics(forward)), "mix", timings
+            )
 
 
-def retrieved(found: Sequence[SearchResult], used: Sequence[UsedDomain], rule: str) -> list[Retrieved]:
-    """What was found, as what is mixed."""
-    return [
-        Retrieved(u.domain, result.neighbors, u.temperature, u.lmbda, rule)
-        for result, u in zip(found, used, strict=True)
-    ]
-
-
-def given(value: T | None) -> T:
-    """A field that the request asked for. A service that leaves it out broke the protocol."""
+def required(value: T | None) -> T:
+    """A field that the request asked for. Raises Unavailable for a service that left it out: it broke the protocol."""
     if value is None:
         raise Unavailable("the language model service did not answer what it was asked for")
     return value
+
+
+def statistics(forward: ForwardResult) -> LmStatistics | None:
+    """Those of a forward pass that was asked for them."""
+    if forward.entropy is None or forward.largest_log_prob is None:
+        return None
+    return LmStatistics(forward.entropy, forward.largest_log_prob)
 
 
 async def timed(call: Awaitable[T], stage: str, timings: Timings) -> T:
@@ -180,6 +173,16 @@ def _batches(windows: Sequence[Window], batch_tokens: int) -> list[list[Window]]
     return batches
 
 
-def _lm_part(part: Mixed) -> Mixed:
-    """What was mixed before retrieval failed, as the LM alone: one answer never mixes two ways of making it."""
-    return mix_targets(part.lm_log_probs, np.zeros(len(part.lm_log_probs), np.int32), [])
+def _joined(parts: Sequence[Mixed]) -> Mixed:
+    """Mixtures of targets, one below the other."""
+    components = []
+    for shares in zip(*(part.components for part in parts), strict=True):
+        evidence = Evidence(
+            np.concatenate([s.evidence.present for s in shares]), np.concatenate([s.target_log_probs for s in shares])
+        )
+        components.append(Share(shares[0].name, shares[0].kind, np.concatenate([s.weight for s in shares]), evidence))
+    return Mixed(
+        np.concatenate([part.log_probs for part in parts]),
+        np.concatenate([part.lm_log_probs for part in parts]),
+        components,
+    )

@@ -9,17 +9,19 @@ from hypothesis import strategies as st
 
 from knnlm.decoding import (
     DEFAULT_WINDOW,
-    Retrieved,
+    Answered,
     choose_windows,
-    mix_distributions,
-    mix_targets,
+    mix_evidence,
     plan_fed_windows,
     plan_windows,
     top_tokens,
 )
+from knnlm.domains import knn_evidence
 from knnlm.errors import InvalidRequest
+from knnlm.evidence import Evidence
 from knnlm.messages import DomainInfo
 from knnlm.neighbors import Neighbors
+from knnlm.rules import Weighing
 from knnlm.testing import ToyLanguageModel
 
 VOCAB = 8
@@ -38,12 +40,15 @@ def lm(n: int, seed: int = 0) -> np.ndarray:
     return x - np.logaddexp.reduce(x, axis=1, keepdims=True)
 
 
-def retrieved(domain: str, n: int, seed: int, **options: float) -> Retrieved:
+def neighbors(seed: int, n: int = 4) -> Neighbors:
     rng = np.random.default_rng(seed)
     values = rng.integers(-1, VOCAB, (n, 5)).astype(np.int32)
     values[0] = -1  # the first query finds nothing
-    neighbors = Neighbors(np.sort(rng.uniform(0, 9, (n, 5)), axis=1).astype(np.float32), values)
-    return Retrieved(domain, neighbors, options.get("temperature", 2.0), options.get("lmbda", 0.3))
+    return Neighbors(np.sort(rng.uniform(0, 9, (n, 5)), axis=1).astype(np.float32), values)
+
+
+def answered(name: str, evidence: Evidence, lmbda: float = 0.3) -> Answered:
+    return Answered(name, "knn", Weighing("fixed", {"lambda": lmbda}, asked=True), evidence)
 
 
 @given(st.integers(0, 200), st.integers(2, 20), st.data())
@@ -121,59 +126,50 @@ def test_windows_that_cannot_be_are_refused(asked: tuple[int | None, int | None]
         choose_windows(TOY.info, (), *asked)
 
 
-@pytest.mark.parametrize("combine", ["mixture", "union"])
-@pytest.mark.parametrize("domains", [1, 2, 3])
-def test_targets_equal_the_distribution(combine: str, domains: int) -> None:
-    parts = [retrieved(f"d{i}", 4, seed=i) for i in range(domains)]
-    targets = np.array([0, 3, 7, 2])
-    whole = mix_distributions(lm(4), parts, combine=combine)
-    one = mix_targets(lm(4)[np.arange(4), targets], targets, parts, combine=combine)
+@pytest.mark.parametrize("domains", [0, 1, 2, 3])
+def test_targets_equal_the_distribution(domains: int) -> None:
+    found = [neighbors(seed) for seed in range(domains)]
+    targets = np.array([0, 3, 7, 2], np.int32)
+    whole = mix_evidence(lm(4), [answered(str(i), knn_evidence(f, 2.0)) for i, f in enumerate(found)])
+    some = [answered(str(i), knn_evidence(f, 2.0, targets)) for i, f in enumerate(found)]
+    one = mix_evidence(lm(4)[np.arange(4), targets], some)
     np.testing.assert_allclose(one.log_probs, whole.log_probs[np.arange(4), targets], rtol=1e-12)
-    assert whole.knn_log_probs is not None
-    assert one.knn_log_probs is not None
-    np.testing.assert_allclose(one.knn_log_probs, whole.knn_log_probs[np.arange(4), targets], rtol=1e-12)
     np.testing.assert_allclose(np.exp(whole.log_probs).sum(axis=1), 1, rtol=1e-12)
+    if domains:
+        assert whole.knn_log_probs is not None
+        assert one.knn_log_probs is not None
+        np.testing.assert_allclose(one.knn_log_probs, whole.knn_log_probs[np.arange(4), targets], rtol=1e-12)
+    else:
+        assert whole.knn_log_probs is one.knn_log_probs is None
 
 
-def test_the_parts_explain_the_mixture() -> None:
-    whole = mix_distributions(lm(4), [retrieved("a", 4, 1), retrieved("b", 4, 2, lmbda=0.1, temperature=9.0)])
-    assert whole.knn_log_probs is not None
-    w = whole.weight[:, None]
-    p = (1 - w) * np.exp(whole.lm_log_probs) + w * np.exp(whole.knn_log_probs)
+def test_the_components_explain_the_mixture() -> None:
+    parts = [answered("a", knn_evidence(neighbors(1), 2.0)), answered("b", knn_evidence(neighbors(2), 9.0), 0.1)]
+    whole = mix_evidence(lm(4), parts)
+    assert [(c.name, c.kind) for c in whole.components] == [("a", "knn"), ("b", "knn")]
+    p = (1 - whole.weight[:, None]) * np.exp(whole.lm_log_probs)
+    for component in whole.components:
+        rows = [component.row(i, VOCAB) for i in range(4)]
+        assert rows[0] is None
+        p += component.weight[:, None] * [np.zeros(VOCAB) if row is None else np.exp(row) for row in rows]
     np.testing.assert_allclose(np.exp(whole.log_probs), p, rtol=1e-12)
+    assert whole.knn_log_probs is not None
+    p = (1 - whole.weight[:, None]) * np.exp(whole.lm_log_probs) + whole.weight[:, None] * np.exp(whole.knn_log_probs)
+    np.testing.assert_allclose(np.exp(whole.log_probs), p, rtol=1e-12)
+    for i in range(1, 4):
+        np.testing.assert_array_equal(whole.mean_row(i, "knn"), whole.knn_log_probs[i])
     np.testing.assert_array_equal(whole.log_probs[0], lm(4)[0])  # nothing found: exactly the LM
     np.testing.assert_allclose(whole.weight[1:], 0.4)
 
 
-def test_union_is_one_softmax_and_not_a_mixture() -> None:
-    near = Neighbors(np.array([[1.0]], np.float32), np.array([[2]], np.int32))
-    far = Neighbors(np.array([[5.0]], np.float32), np.array([[3]], np.int32))
-    parts = [Retrieved("near", near, 1.0, 0.25), Retrieved("far", far, 1.0, 0.25)]
-    union = mix_distributions(lm(1), parts, combine="union")
-    mixture = mix_distributions(lm(1), parts, combine="mixture")
-    share = np.exp(-1.0) / (np.exp(-1.0) + np.exp(-5.0))
-    expected = 0.75 * np.exp(lm(1)[0])
-    expected[[2, 3]] += 0.25 * np.array([share, 1 - share])
-    np.testing.assert_allclose(np.exp(union.log_probs[0]), expected, rtol=1e-12)
-    expected = 0.5 * np.exp(lm(1)[0])
-    expected[[2, 3]] += 0.25
-    np.testing.assert_allclose(np.exp(mixture.log_probs[0]), expected, rtol=1e-12)
+def test_a_few_rows_at_a_time_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [answered("a", knn_evidence(neighbors(1, 9), 2.0)), answered("b", knn_evidence(neighbors(2, 9), 9.0))]
+    whole = mix_evidence(lm(9), parts).log_probs
+    monkeypatch.setattr("knnlm.decoding.MIX_BYTES", 2 * 8 * VOCAB)
+    np.testing.assert_array_equal(mix_evidence(lm(9), parts).log_probs, whole)
 
 
-def test_a_union_needs_one_temperature() -> None:
-    with pytest.raises(InvalidRequest, match="one temperature"):
-        mix_distributions(lm(4), [retrieved("a", 4, 1), retrieved("b", 4, 2, temperature=9.0)], combine="union")
-
-
-def test_unknown_ways_and_foreign_tokens_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match="mixture or union"):
-        mix_distributions(lm(4), [retrieved("a", 4, 1)], combine="sum")
-    foreign = Neighbors(np.zeros((1, 1), np.float32), np.array([[VOCAB]], np.int32))
-    with pytest.raises(InvalidRequest, match="holds token 8"):
-        mix_distributions(lm(1), [Retrieved("a", foreign, 1.0, 0.5)])
-
-
-@given(st.lists(st.sampled_from([-3.0, -2.0, -1.0, -np.inf]), min_size=1, max_size=9), st.integers(1, 12))
+@given(st.lists(st.sampled_from([-3.0, -2.0, -1.0, -np.inf]), min_size=1, max_size=9), st.integers(0, 12))
 def test_top_tokens_equals_a_stable_sort(values: list[float], n: int) -> None:
     log_probs = np.array(values)
     np.testing.assert_array_equal(top_tokens(log_probs, n), np.argsort(-log_probs, kind="stable")[:n])

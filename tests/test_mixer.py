@@ -169,7 +169,7 @@ def test_what_was_chosen_reaches_every_search() -> None:
         "nprobe": 3, "ef_search": 90, "rescore": False, "overfetch": 2.0, "exclude_documents": ("a", "b"),
     }  # fmt: skip
     mixer = Mixer(Lm(), store, TOY.info, batch_tokens=1)
-    run(mixer.score(TOY.tokenizer.encode(TEXT), knn(**chosen), min_context=4))
+    run(mixer.score_text(TOY.tokenizer.encode(TEXT), knn(**chosen), min_context=4))
     run(mixer.next_token([TOY.tokenizer.encode("the cat")], knn(**chosen)))
     assert len(store.asked) > 3
     for request in store.asked:
@@ -186,18 +186,18 @@ def test_without_tuning_the_missing_value_is_asked_for() -> None:
 
 def test_no_retrieval_is_the_lm_exactly_and_asks_for_no_keys() -> None:
     tokens = TOY.tokenizer.encode(TEXT)
-    score = run(Mixer(Lm(), None, TOY.info).score(tokens))
+    score = run(Mixer(Lm(), None, TOY.info).score_text(tokens))
     np.testing.assert_array_equal(score.log_probs, score.lm_log_probs)
     assert score.knn_log_probs is None
     with pytest.raises(Unavailable, match="no datastore service"):
-        run(Mixer(Lm(), None, TOY.info).score(tokens, knn()))
+        run(Mixer(Lm(), None, TOY.info).score_text(tokens, knn()))
 
 
 def test_scores_equal_next_token_probabilities() -> None:
     """Position by position, with the context that the position's window holds."""
     store, tokens = BruteForce(), TOY.tokenizer.encode(TEXT)
     mixer = Mixer(Lm(), store, TOY.info, batch_tokens=70)
-    score = run(mixer.score(tokens, knn(), min_context=10))
+    score = run(mixer.score_text(tokens, knn(), min_context=10))
     assert len(score.log_probs) == len(tokens) - 1
     for window in plan_windows(len(tokens), TOY.info.context_length, 10):
         contexts = [tokens[window.start : t] for t in range(window.first, window.end)]
@@ -217,16 +217,16 @@ def test_one_call_never_mixes_versions() -> None:
 
     store, tokens = SwitchesAfterTwo(), TOY.tokenizer.encode(TEXT)
     mixer = Mixer(Lm(), store, TOY.info, batch_tokens=1)
-    assert run(mixer.score(tokens, knn(), min_context=4)).domains[0].version == "v1"
+    assert run(mixer.score_text(tokens, knn(), min_context=4)).domains[0].version == "v1"
     assert {request.version for request in store.asked} == {"v1"}
     assert len(store.asked) > 3
-    assert run(mixer.score(tokens, knn())).domains[0].version == "v2"
+    assert run(mixer.score_text(tokens, knn())).domains[0].version == "v2"
 
 
 def test_the_next_batch_is_in_the_model_while_this_one_is_searched() -> None:
     events: list[str] = []
     mixer = Mixer(Lm(events), BruteForce(events=events), TOY.info, batch_tokens=1)
-    run(mixer.score(TOY.tokenizer.encode(TEXT), knn(), min_context=4))
+    run(mixer.score_text(TOY.tokenizer.encode(TEXT), knn(), min_context=4))
     searches = [i for i, event in enumerate(events) if event == "search"]
     assert len(searches) > 3
     for number, i in enumerate(searches[:-2], start=1):
@@ -235,9 +235,11 @@ def test_the_next_batch_is_in_the_model_while_this_one_is_searched() -> None:
 
 
 def test_a_model_that_was_replaced_behind_the_client_is_noticed() -> None:
-    mixer = Mixer(Lm(), BruteForce(), replace(TOY.info, weights_sha256="another"))
+    store = BruteForce()
+    store.made_by = {"weights_sha256": "another"}
+    mixer = Mixer(Lm(), store, replace(TOY.info, weights_sha256="another"))
     context = TOY.tokenizer.encode("the cat")
-    for call in (mixer.next_token([context]), mixer.next_token([context], knn()), mixer.score(context)):
+    for call in (mixer.next_token([context]), mixer.next_token([context], knn()), mixer.score_text(context)):
         with pytest.raises(Unavailable, match="the lm service answers with another model"):
             run(call)
 
@@ -257,7 +259,7 @@ def test_retrieval_down_fails_unless_lm_only_was_asked_for(call: str) -> None:
 
     async def ask(options: KnnOptions) -> tuple[np.ndarray, np.ndarray, str | None]:
         if call == "score":
-            s = await mixer.score(tokens, options)
+            s = await mixer.score_text(tokens, options)
             return s.log_probs, s.lm_log_probs, s.degraded
         n = await mixer.next_token([tokens], options)
         return n.mixed.log_probs, n.mixed.lm_log_probs, n.degraded
@@ -279,7 +281,7 @@ def test_a_score_that_loses_retrieval_half_way_is_the_lm_all_the_way() -> None:
             return await super().search(request)
 
     store = Fails()
-    score = run(Mixer(Lm(), store, TOY.info, batch_tokens=1).score(tokens, knn(on_datastore_error="lm_only")))
+    score = run(Mixer(Lm(), store, TOY.info, batch_tokens=1).score_text(tokens, knn(on_datastore_error="lm_only")))
     assert score.degraded == "gone"
     assert score.knn_log_probs is None
     np.testing.assert_array_equal(score.log_probs, score.lm_log_probs)
@@ -290,7 +292,7 @@ def test_few_batches_are_under_way_at_a_time() -> None:
     """However fast the model is: keys and neighbors of the batches under way are held."""
     events: list[str] = []
     mixer = Mixer(Lm(events), BruteForce(events=events), TOY.info, batch_tokens=1)
-    run(mixer.score(TOY.tokenizer.encode(8 * TEXT), knn(), min_context=4))
+    run(mixer.score_text(TOY.tokenizer.encode(8 * TEXT), knn(), min_context=4))
     forwards = searches = 0
     for event in events:
         forwards, searches = forwards + (event == "forward"), searches + (event == "search")
@@ -307,7 +309,7 @@ def test_nothing_is_left_running_after_an_error() -> None:
 
     async def call() -> int:
         with pytest.raises(InvalidRequest, match="no more"):
-            await Mixer(Lm(), Refuses(), TOY.info, batch_tokens=1).score(TOY.tokenizer.encode(8 * TEXT), knn())
+            await Mixer(Lm(), Refuses(), TOY.info, batch_tokens=1).score_text(TOY.tokenizer.encode(8 * TEXT), knn())
         return len(asyncio.all_tasks())
 
     assert run(call()) == 1
@@ -320,7 +322,7 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(TooLarge, match="has 33 tokens, the model takes 32"):
         run(mixer.next_token([np.zeros(33, np.int32)]))
     with pytest.raises(InvalidRequest, match="at least 2 tokens, got 1"):
-        run(mixer.score(np.zeros(1, np.int32)))
+        run(mixer.score_text(np.zeros(1, np.int32)))
     with pytest.raises(UnknownDomain):
         run(mixer.next_token([np.zeros(3, np.int32)], knn("law")))
     with pytest.raises(UnknownVersion):

@@ -35,7 +35,7 @@ class Switches(BruteForce):
 
 async def ask(mixer: Mixer, call: str, options: KnnOptions) -> NextTokens | Score:
     if call == "score":
-        return await mixer.score(TOKENS[:20], options)
+        return await mixer.score_text(TOKENS[:20], options)
     return await mixer.next_token([TOKENS[:9]], options)
 
 
@@ -43,12 +43,12 @@ async def ask(mixer: Mixer, call: str, options: KnnOptions) -> NextTokens | Scor
 def test_a_score_whose_version_is_let_go_is_made_once_more_from_the_next(after: int) -> None:
     store = Switches(after)
     mixer = Mixer(Lm(), store, TOY.info, batch_tokens=1)
-    score = run(mixer.score(LONG, knn(), min_context=4))
+    score = run(mixer.score_text(LONG, knn(), min_context=4))
     assert [used.version for used in score.domains] == ["v2"]
     batches = len(plan_windows(len(LONG), TOY.info.context_length, 4))
     assert store.answered.count("v1") >= after
     assert store.answered[store.answered.count("v1") :] == ["v2"] * batches  # all of it anew, and nothing of v1 since
-    expected = run(Mixer(Lm(), store, TOY.info, batch_tokens=1).score(LONG, knn(), min_context=4))
+    expected = run(Mixer(Lm(), store, TOY.info, batch_tokens=1).score_text(LONG, knn(), min_context=4))
     np.testing.assert_array_equal(score.log_probs, expected.log_probs)
 
 
@@ -60,7 +60,7 @@ def test_a_next_token_whose_version_is_let_go_is_made_once_more_from_the_next() 
     assert answer.domains[0].lmbda == 0.1  # the tuning of the version that answered
     expected = run(Mixer(Lm(), store, TOY.info).next_token(contexts, knn()))
     np.testing.assert_array_equal(answer.mixed.log_probs, expected.mixed.log_probs)
-    assert lm.events == ["forward"]  # the keys are those of the context, whatever they are looked up in
+    assert lm.events == ["forward", "forward"]  # begun again with another plan
 
 
 class OneOfTwo(Switches):
@@ -73,7 +73,7 @@ class OneOfTwo(Switches):
 def test_several_domains_are_all_asked_for_anew() -> None:
     store = OneOfTwo(2)
     options = KnnOptions((DomainOptions("toy1"), DomainOptions("toy2")))
-    score = run(Mixer(Lm(), store, TOY.info, batch_tokens=1).score(TOKENS, options, min_context=4))
+    score = run(Mixer(Lm(), store, TOY.info, batch_tokens=1).score_text(TOKENS, options, min_context=4))
     assert [used.version for used in score.domains] == ["v2", "v2"]
 
 

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knnlm.errors import InvalidRequest
-from knnlm.mixture import RULES, Component, mix, rule_weights
-from knnlm.neighbors import Neighbors
+from knnlm.mixture import Component, mix
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -20,9 +19,6 @@ def random_log_probs(seed: int, n: int = 3, vocab: int = 6) -> np.ndarray:
 
 def component(seed: int, weight: float, n: int = 3) -> Component:
     return Component(f"c{seed}", random_log_probs(seed, n), np.full(n, weight))
-
-
-NEIGHBORS = Neighbors(np.ones((2, 2), np.float32), np.array([[0, 1], [-1, -1]], np.int32))
 
 
 @given(st.lists(st.floats(0, 1), max_size=4))
@@ -78,19 +74,3 @@ def test_weights_over_one_together_are_refused() -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(InvalidRequest, match="expected"):
         mix(random_log_probs(0), [component(1, 0.5, n=2)])
-
-
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("lmbda", [0.0, 0.25, 1.0])
-def test_every_rule_gives_weights_and_nothing_where_nothing_was_found(name: str, lmbda: float) -> None:
-    weights = rule_weights(name, NEIGHBORS, lmbda)
-    assert weights.shape == (2,)
-    assert weights[1] == 0.0
-    assert 0 <= weights[0] <= 1
-
-
-def test_unknown_rule_lists_the_known_ones() -> None:
-    with pytest.raises(InvalidRequest, match="unknown rule 'x'; known: fixed"):
-        rule_weights("x", NEIGHBORS, 0.5)
-    with pytest.raises(InvalidRequest, match="lambda must lie"):
-        rule_weights("fixed", NEIGHBORS, 1.5)

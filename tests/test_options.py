@@ -16,7 +16,7 @@ from knnlm.testing import ToyLanguageModel
 from knnlm.v1 import datastore_pb2
 from knnlm.wire import jsonable
 from knnlm.wire.protos import from_proto, to_proto
-from services.aggregator.schemas import Knn
+from services.aggregator.schemas.mixing import Knn
 from services.datastore.schemas import SearchBody
 from tests.searching import asking
 
@@ -108,4 +108,4 @@ def test_asked_goes_before_tuned_before_the_default(
     asked: SearchOptions, domain: DomainInfo, expected: SearchOptions
 ) -> None:
     options = KnnOptions((DomainOptions("toy", None, 0.5, 1.0),), asked)
-    assert used_domain(options.domains[0], options.search, domain, ToyLanguageModel().info).search == expected
+    assert used_domain(options.domains[0], options, domain, ToyLanguageModel().info).search == expected

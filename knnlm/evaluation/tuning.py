@@ -7,15 +7,18 @@ knnlm/evaluation/collect.py does, once.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from knnlm.decoding import Answered, mix_evidence
+from knnlm.domains import knn_evidence
 from knnlm.errors import InvalidRequest
+from knnlm.evidence import LmStatistics
 from knnlm.messages import Tuning
-from knnlm.mixture import Component, mix
-from knnlm.neighbors import Neighbors, target_log_probs
+from knnlm.neighbors import Neighbors
+from knnlm.rules import FIXED, LARGEST_LAMBDA, Observed, Parameters, Weighing, best_lambda, rule
 
 __all__ = ["LARGEST_LAMBDA", "Fit", "Observations", "Point", "best_lambda", "fit", "mean_loss", "smallest_k",
            "temperature_scale"]  # fmt: skip
@@ -23,11 +26,7 @@ __all__ = ["LARGEST_LAMBDA", "Fit", "Observations", "Point", "best_lambda", "fit
 GRID = 2.0 ** np.arange(-10, 11)  # temperatures to try, as multiples of the scale
 GOLDEN_STEPS = 16  # narrows two grid steps (a factor of 4) to a relative width of 6e-4
 GOLDEN = (np.sqrt(5) - 1) / 2
-BISECTIONS = 50
-# One unseen token that no neighbor stores has probability zero at lambda 1, whatever the fitting documents said.
-LARGEST_LAMBDA = 0.99
 RELATIVE_TOLERANCE = 1e-3  # of perplexity: a gain this small is no reason for a larger k, which every search pays for
-CHUNK = 1 << 20  # distances that are turned into float64 at a time
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,14 @@ class Observations:
     """What model and datastore said about n held-out tokens.
 
     lm_log_probs: (n,) of the tokens that came. targets: (n,) int32, those tokens. neighbors: n queries. documents: how
-    many the tokens come from.
+    many the tokens come from. statistics: of the LM's distributions, for rules that look at them.
     """
 
     lm_log_probs: npt.NDArray[np.floating]
     targets: npt.NDArray[np.int32]
     neighbors: Neighbors
     documents: int
+    statistics: LmStatistics | None = None
 
     def __post_init__(self) -> None:
         shapes = {self.lm_log_probs.shape, self.targets.shape, self.neighbors.values.shape[:1]}
@@ -54,12 +54,14 @@ class Observations:
 
 @dataclass(frozen=True)
 class Point:
-    """One temperature with the best lambda for it; perplexity per token of the observations."""
+    """One temperature with the best lambda for it, and the best parameters of the rule; perplexity with that rule, per
+    token of the observations."""
 
     k: int
     temperature: float
     lmbda: float
     perplexity: float
+    parameters: Parameters = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,16 @@ class Fit:
     curve: tuple[Point, ...]
 
 
-def fit(observations: Observations) -> Fit:
-    """The temperature and lambda with the lowest perplexity, for neighbors as they were found: k is how many.
+def fit(observations: Observations, name: str = FIXED) -> Fit:
+    """The temperature and the parameters of the rule `name` with the lowest perplexity, for neighbors as they were
+    found: k is how many.
 
-    Never worse than the LM alone on the observations: lambda is 0 where retrieval does not help.
+    With the rule "fixed" never worse than the LM alone on the observations: lambda is 0 where retrieval does not help.
+    Raises InvalidRequest for an unknown rule, and for one that needs statistics when there are none.
     """
-    curve = _curve(observations)
+    if rule(name).statistics and observations.statistics is None:
+        raise InvalidRequest(f"rule {name} looks at statistics of the LM, which were not observed", param="rule")
+    curve = _curve(observations, name)
     best = min(curve, key=lambda point: point.perplexity)
     tuning = Tuning(
         temperature=best.temperature,
@@ -85,6 +91,8 @@ def fit(observations: Observations) -> Fit:
         knn_perplexity=best.perplexity,
         tokens=len(observations.targets),
         documents=observations.documents,
+        rule=name,
+        parameters={} if name == FIXED else best.parameters,
     )
     return Fit(tuning, tuple(curve))
 
@@ -98,32 +106,10 @@ def smallest_k(fits: Iterable[Fit]) -> Fit:
     return Fit(best.tuning, tuple(point for found in by_k for point in found.curve))
 
 
-def best_lambda(lm_log_probs: npt.NDArray[np.floating], knn_log_probs: npt.NDArray[np.floating]) -> float:
-    """The lambda in [0, LARGEST_LAMBDA] that maximises sum of log((1 - lambda) p_LM + lambda p_kNN); both (n,).
-
-    With r = p_kNN / p_LM - 1 the derivative is sum of r / (1 + lambda r), which falls: its root is bisected.
-    """
-    # beyond e^300 a ratio changes nothing any more, and the sum of many must stay finite
-    gap = np.minimum(knn_log_probs.astype(np.float64) - lm_log_probs, 300.0)
-    ratio = np.expm1(gap)  # (n,) >= -1
-
-    def slope(lmbda: float) -> float:
-        return float((ratio / (1 + lmbda * ratio)).sum())
-
-    if not len(ratio) or slope(0.0) <= 0:
-        return 0.0
-    if slope(LARGEST_LAMBDA) >= 0:
-        return LARGEST_LAMBDA
-    low, high = 0.0, LARGEST_LAMBDA
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
-    return low
-
-
 def mean_loss(observations: Observations, temperature: float, lmbda: float) -> float:
     """Mean negative log-likelihood of the observed tokens under the mixture, in nats: what serving would give."""
-    return _loss(observations, _knn_log_probs(observations, temperature), lmbda)
+    evidence = knn_evidence(observations.neighbors, temperature, observations.targets)
+    return _loss(Observed(observations.lm_log_probs, evidence), Weighing(FIXED, {"lambda": lmbda}))
 
 
 def temperature_scale(neighbors: Neighbors) -> float:
@@ -140,14 +126,14 @@ def temperature_scale(neighbors: Neighbors) -> float:
     return 1.0
 
 
-def _curve(observations: Observations) -> list[Point]:
+def _curve(observations: Observations, name: str) -> list[Point]:
     """Every point that was tried, by temperature."""
     points: dict[float, Point] = {}
 
     def loss(log_temperature: float) -> float:
         temperature = float(np.exp(log_temperature))
         if temperature not in points:
-            points[temperature] = _best_at(observations, temperature)
+            points[temperature] = _best_at(observations, temperature, name)
         return points[temperature].perplexity
 
     grid = np.log(GRID * temperature_scale(observations.neighbors))
@@ -168,30 +154,16 @@ def _golden(loss: Callable[[float], float], low: float, high: float) -> None:
             right = low + GOLDEN * (high - low)
 
 
-def _best_at(observations: Observations, temperature: float) -> Point:
-    knn_log_probs = _knn_log_probs(observations, temperature)
-    present = observations.neighbors.present  # elsewhere the LM has all the weight, whatever lambda is
-    lmbda = best_lambda(observations.lm_log_probs[present], knn_log_probs[present])
+def _best_at(observations: Observations, temperature: float, name: str) -> Point:
+    evidence = knn_evidence(observations.neighbors, temperature, observations.targets, rule(name).features)
+    observed = Observed(observations.lm_log_probs, evidence, observations.statistics)
+    parameters = rule(name).fit(observed)
+    loss = _loss(observed, Weighing(name, parameters))
+    lmbda = rule(FIXED).fit(observed)["lambda"]
     k = observations.neighbors.values.shape[1]
-    return Point(k, temperature, lmbda, float(np.exp(_loss(observations, knn_log_probs, lmbda))))
+    return Point(k, temperature, float(np.mean(lmbda)), float(np.exp(loss)), parameters)
 
 
-def _loss(observations: Observations, knn_log_probs: npt.NDArray[np.float64], lmbda: float) -> float:
-    weight = np.where(observations.neighbors.present, lmbda, 0.0)
-    mixed = mix(observations.lm_log_probs, [Component("knn", knn_log_probs, weight)])
-    return -float(mixed.mean())
-
-
-def _knn_log_probs(observations: Observations, temperature: float) -> npt.NDArray[np.float64]:
-    """(n,) log p_kNN of the targets, a part of the rows at a time: (n, k) float64 would be the largest array of all."""
-    neighbors, targets = observations.neighbors, observations.targets
-    rows = max(1, CHUNK // max(1, neighbors.values.shape[1]))
-    parts = [
-        target_log_probs(
-            Neighbors(neighbors.distances[i : i + rows], neighbors.values[i : i + rows]),
-            targets[i : i + rows],
-            temperature,
-        )
-        for i in range(0, len(targets), rows)
-    ]
-    return np.concatenate(parts)
+def _loss(observed: Observed, weighing: Weighing) -> float:
+    answered = Answered("knn", "knn", weighing, observed.evidence)
+    return -float(mix_evidence(observed.lm_log_probs, [answered], observed.lm).log_probs.mean())

@@ -55,7 +55,7 @@ class AggregatorCore:
                 await asyncio.sleep(RETRY_SECONDS)
         self._following = asyncio.create_task(self._follow(lm, datastore))
 
-    async def look(self, lm: LanguageModelClient, datastore: Datastore | None) -> None:
+    async def look(self, lm: LanguageModelClient, datastore: Datastore) -> None:
         """Take over the model of an lm service that was restarted with another one; requests fail until then."""
         try:
             with outgoing(deadline=time.monotonic() + ASK_SECONDS):
@@ -67,11 +67,11 @@ class AggregatorCore:
             return
         event(LOG, "model_changed", model=self.aggregator.info.model_id)
 
-    async def _connect(self, lm: LanguageModelClient, datastore: Datastore | None) -> Aggregator:
+    async def _connect(self, lm: LanguageModelClient, datastore: Datastore) -> Aggregator:
         with outgoing(deadline=time.monotonic() + ASK_SECONDS):
             return await Aggregator.connect(lm, datastore, self._settings, degraded=self._metrics.degraded)
 
-    async def _follow(self, lm: LanguageModelClient, datastore: Datastore | None) -> None:
+    async def _follow(self, lm: LanguageModelClient, datastore: Datastore) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             try:

@@ -5,7 +5,7 @@ differ from the model's own.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Protocol
 
@@ -13,22 +13,30 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.clients.rpc import DomainReplica
-from knnlm.decoding import choose_windows
+from knnlm.domains import differs
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, Unavailable
 from knnlm.messages import DatastoreClient, Document, DocumentsClient, DomainInfo, LanguageModelClient, ModelInfo
 from knnlm.mixer import Mixer
 from knnlm.tokenizer import Tokenizer
-from services.aggregator import schemas
-from services.aggregator.answers import (
+from knnlm.wire.arrays import LIST_LIMIT, ListBudget
+from services.aggregator.responses import (
     domain_shape,
     domain_status_shape,
-    finite,
     next_tokens,
-    scored_tokens,
+    score_response,
     used_domains,
 )
-from services.aggregator.choices import choose, domain_of, short_name
+from services.aggregator.retrieval_options import chosen, domain_of, short_name
+from services.aggregator.schemas import mixing
+from services.aggregator.schemas.domains import Domain, DomainStatus
+from services.aggregator.schemas.tokenizer import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
 from services.aggregator.settings import AggregatorSettings
+from services.runtime.context import RequestContext
 from services.runtime.schemas import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
 
 Ids = npt.NDArray[np.int32]
@@ -50,7 +58,7 @@ class Aggregator:
     def __init__(
         self,
         lm: LanguageModelClient,
-        datastore: Datastore | None,
+        datastore: Datastore,
         info: ModelInfo,
         tokenizer: Tokenizer,
         settings: AggregatorSettings,
@@ -66,14 +74,15 @@ class Aggregator:
             datastore,
             info,
             batch_tokens=settings.score_batch_tokens,
-            down=lambda: None if datastore is None else datastore.problem,
+            max_window=settings.max_context_length,
+            down=lambda: datastore.problem,
         )
 
     @classmethod
     async def connect(
         cls,
         lm: LanguageModelClient,
-        datastore: Datastore | None,
+        datastore: Datastore,
         settings: AggregatorSettings,
         *,
         degraded: Callable[[], None] = lambda: None,
@@ -87,127 +96,135 @@ class Aggregator:
             )
         return cls(lm, datastore, info, tokenizer, settings, degraded)
 
-    async def next_token(self, request: schemas.NextTokenRequest) -> tuple[schemas.NextTokenResponse, dict[str, float]]:
-        """The answer, and seconds per stage. Raises KnnlmError for everything that cannot be answered."""
-        model, knn = choose(request, self.info.model_id, self._settings)
-        limits = self._settings
-        if request.top_n > limits.max_top_n:
-            raise TooLarge(f"top_n must be at most {limits.max_top_n}, got {request.top_n}", param="top_n")
-        for name in ("neighbors", "neighbor_tokens"):
-            if getattr(request, name) > limits.max_neighbors:
-                raise TooLarge(
-                    f"{name} must be at most {limits.max_neighbors}, got {getattr(request, name)}", param=name
-                )
-        if request.neighbors and knn is None:
-            raise InvalidRequest("neighbors were asked for, but no domain is named in knn or model", param="neighbors")
-        contexts = await self._contexts(request)
+    async def next_token(self, request: mixing.NextTokenRequest, call: RequestContext) -> mixing.NextTokenResponse:
+        """The answer; seconds per stage go into the call. Raises KnnlmError for everything that cannot be answered."""
+        model, sources = chosen(request, self.info.model_id, self._settings)
+        self._check_shown(request, mixed=bool(sources))
+        contexts = [self._fitting(context, request) for context in await self._contexts(request)]
+        self._check_numbers(request, len(contexts))
         answer = await self._mixer.next_token(
-            contexts, knn, passages=request.neighbors, passage_tokens=request.neighbor_tokens
+            contexts, sources, passages=request.neighbors, passage_tokens=request.neighbor_tokens
         )
-        self._note(answer.degraded)
+        self._note(answer.degraded, answer.timings, call)
         results = await asyncio.to_thread(next_tokens, request, contexts, answer, self.tokenizer)
-        response = schemas.NextTokenResponse(
+        return mixing.NextTokenResponse(
             model=model, domains=used_domains(answer), degraded=answer.degraded, results=results
         )
-        return response, dict(answer.timings)
 
-    async def score(self, request: schemas.ScoreRequest) -> tuple[schemas.ScoreResponse, dict[str, float]]:
-        """The answer, and seconds per stage. Raises KnnlmError for everything that cannot be answered."""
-        model, knn = choose(request, self.info.model_id, self._settings)
+    async def score(self, request: mixing.ScoreRequest, call: RequestContext) -> mixing.ScoreResponse:
+        """The answer; seconds per stage go into the call. Raises KnnlmError for everything that cannot be answered."""
+        model, sources = chosen(request, self.info.model_id, self._settings)
+        length, least = request.context_length, request.min_context
+        if (length, least) == (None, None) and self._settings.context_length is not None:
+            length = min(self._settings.context_length, self.info.context_length)
+            least = None if self._settings.min_context is None else min(self._settings.min_context, length - 1)
         tokens = await self._one_text(request)
-        _, least = choose_windows(self.info, min_context=request.min_context)
-        score = await self._mixer.score(tokens, knn, min_context=least)
-        self._note(score.degraded)
-        rows = await asyncio.to_thread(scored_tokens, score, self.tokenizer)
-        lm_total = float(score.lm_log_probs.sum(dtype=np.float64))
-        return schemas.ScoreResponse(
-            model=model,
-            domains=used_domains(score),
-            degraded=score.degraded,
-            first_token_id=int(tokens[0]),
-            tokens=rows,
-            total_log_p=finite(score.total),
-            total_log_p_lm=lm_total,
-            perplexity=finite(score.perplexity),
-            perplexity_lm=float(np.exp(-lm_total / len(rows))),
-            min_context=least,
-        ), dict(score.timings)
+        score = await self._mixer.score_text(tokens, sources, context_length=length, min_context=least)
+        self._note(score.degraded, score.timings, call)
+        return await asyncio.to_thread(score_response, score, model, self.tokenizer)
 
-    async def domains(self) -> list[schemas.Domain]:
+    async def domains(self) -> list[Domain]:
         """Every domain of the datastore service, in its order."""
-        if self._datastore is None:
-            return []
         return [domain_shape(d) for d in await self._datastore.list_domains()]
 
-    async def activate(self, domain: str, version: str, *, wait: bool) -> schemas.Domain:
+    async def activate(self, domain: str, version: str, *, wait: bool) -> Domain:
         """Switch a domain to another version; the replicas that were not asked follow by watching the store.
 
         wait: until all that serve the domain have done so. Raises DeadlineExceeded with the names of those that have
         not, and what they say.
         """
-        if self._datastore is None:
-            raise Unavailable("no datastore service is configured, so no domain can be switched")
         return domain_shape(await self._datastore.activate(domain, version, wait=wait))
 
     async def add_documents(self, domain: str, request: AddDocumentsBody) -> ChangeAnswer:
         """Add documents to a domain: one replica of the datastore service encodes them and serves them when this
         returns, the others follow. Raises what that service raises."""
-        if self._datastore is None:
-            raise Unavailable("no datastore service is configured, so there is no domain to add documents to")
         documents = [Document(given.id, given.text) for given in request.documents]
         change = await self._datastore.add_documents(domain, documents, replace=request.replace)
         return ChangeAnswer(**asdict(change))
 
     async def remove_documents(self, domain: str, request: RemoveDocumentsBody) -> ChangeAnswer:
         """Remove documents from a domain by their ids; see add_documents."""
-        if self._datastore is None:
-            raise Unavailable("no datastore service is configured, so there is no domain to remove documents from")
         return ChangeAnswer(**asdict(await self._datastore.remove_documents(domain, request.ids)))
 
-    async def domain_status(self, name: str) -> schemas.DomainStatus:
+    async def domain_status(self, name: str) -> DomainStatus:
         """One domain, and what each replica of the datastore service says of it. Raises UnknownDomain, Unavailable."""
-        if self._datastore is None:
-            raise Unavailable("no datastore service is configured, so there is no domain")
         info, replicas = await asyncio.gather(self._datastore.get_domain(name), self._datastore.replicas(name))
         return domain_status_shape(info, replicas)
 
-    def _note(self, degraded: str | None) -> None:
+    def _note(self, degraded: str | None, timings: Mapping[str, float], call: RequestContext) -> None:
+        call.timings.update(timings)
         if degraded is not None:
             self._degraded()
 
+    def _check_shown(self, request: mixing.NextTokenRequest, *, mixed: bool) -> None:
+        limits = self._settings
+        for name, most in (
+            ("top_n", limits.max_top_n),
+            ("neighbors", limits.max_neighbors),
+            ("neighbor_tokens", limits.max_neighbors),
+        ):
+            if getattr(request, name) > most:
+                raise TooLarge(f"{name} must be at most {most}, got {getattr(request, name)}", param=name)
+        if request.neighbors and not mixed:
+            raise InvalidRequest("neighbors were asked for, but no domain is named in knn or model", param="neighbors")
+
+    def _check_numbers(self, request: mixing.NextTokenRequest, contexts: int) -> None:
+        """Before any work: a distribution is made for each context, and lists of numbers are slow for everybody."""
+        most, numbers = self._settings.max_distribution_numbers, contexts * self.info.vocab_size
+        if numbers > most:
+            raise TooLarge(
+                f"{contexts} contexts have distributions over {self.info.vocab_size} tokens each, {numbers} numbers; "
+                f"at most {most} are made for one request: ask for fewer contexts",
+                param="text" if request.tokens is None else "tokens",
+            )
+        if request.full and request.encoding == "list":
+            ListBudget(LIST_LIMIT).spend(3 * numbers)  # p, p_lm and p_knn
+
+    def _fitting(self, context: Ids, request: mixing.NextTokenRequest) -> Ids:
+        """The context, or with `truncate` its BOS and as much of its end as the model takes."""
+        most = min(self.info.context_length, self._settings.max_context_length)
+        if len(context) <= most:
+            return context
+        if request.truncate is None:
+            raise TooLarge(
+                f'a context has {len(context)} tokens, at most {most} are taken; truncate "left" keeps its end',
+                param="text" if request.tokens is None else "tokens",
+            )
+        bos = self.info.bos_token_id
+        begin = context[:1] if bos is not None and context[0] == bos else context[:0]
+        return np.concatenate([begin, context[len(context) - most + len(begin) :]])
+
     async def model_ids(self) -> list[str]:
-        """The LM's own id, and one id per domain that was made with this LM. Without retrieval, the LM's alone."""
+        """The LM's own id, and one id per domain that this LM can be mixed with. Without retrieval, the LM's alone."""
         try:
-            infos = await self._datastore.list_domains() if self._datastore else []
+            infos = await self._datastore.list_domains()
         except KnnlmError:  # a list of models must not fail because retrieval is down: what cannot be used is left out
             infos = []
-        usable = [d.domain for d in infos if d.weights_sha256 == self.info.weights_sha256]
+        usable = [d.domain for d in infos if differs(d, self.info) is None]
         return [self.model_name, *(f"{self.model_name}+{d}" for d in usable)]
 
-    async def domain(self, name: str) -> schemas.Domain:
+    async def domain(self, name: str) -> Domain:
         """One domain. Raises UnknownDomain."""
-        if self._datastore is None:
-            raise Unavailable("no datastore service is configured, so there is no domain")
         return domain_shape(await self._datastore.get_domain(name))
 
-    async def tokenize(self, request: schemas.TokenizeRequest) -> schemas.TokenizeResponse:
+    async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
         """The ids of the text; BOS first when asked for."""
         self.check_model(request.model)
         self._check_texts([request.prompt], "prompt", empty=True)
         return await asyncio.to_thread(self._tokenized, request)
 
-    def _tokenized(self, request: schemas.TokenizeRequest) -> schemas.TokenizeResponse:
+    def _tokenized(self, request: TokenizeRequest) -> TokenizeResponse:
         tokens = self.tokenizer.encode(request.prompt, parse_special=request.parse_special)
         if not request.add_special_tokens and self.info.bos_token_id is not None:
             tokens = tokens[1:]
-        return schemas.TokenizeResponse.model_construct(  # unchecked: it may be long
+        return TokenizeResponse.model_construct(  # unchecked: it may be long
             count=len(tokens),
             max_model_len=self.info.context_length,
             tokens=tokens.tolist(),
             token_strs=self.tokenizer.pieces(tokens) if request.return_token_strs else None,
         )
 
-    async def detokenize(self, request: schemas.DetokenizeRequest) -> schemas.DetokenizeResponse:
+    async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
         """The text of the tokens."""
         self.check_model(request.model)
         if len(request.tokens) > self._settings.max_text_bytes:
@@ -216,7 +233,7 @@ class Aggregator:
                 param="tokens",
             )
         text = await asyncio.to_thread(lambda: self.tokenizer.decode(self._token_array(request.tokens)))
-        return schemas.DetokenizeResponse(prompt=text)
+        return DetokenizeResponse(prompt=text)
 
     def tokenizer_info(self) -> dict[str, object]:
         def text(token: int | None) -> str | None:
@@ -239,7 +256,7 @@ class Aggregator:
         """The domain that a model id names, None for the LM alone. Raises UnknownModel for any other id."""
         return domain_of(model, self.info.model_id)
 
-    async def _contexts(self, request: schemas.NextTokenRequest) -> list[Ids]:
+    async def _contexts(self, request: mixing.NextTokenRequest) -> list[Ids]:
         if (request.text is None) == (request.tokens is None):
             raise InvalidRequest("give either text or tokens", param="text")
         if request.text is not None:
@@ -247,12 +264,11 @@ class Aggregator:
             self._check_count(len(texts), "text")
             self._check_texts(texts, "text")
             return await asyncio.to_thread(self.tokenizer.encode_all, texts, parse_special=request.parse_special)
-        rows: Sequence[object] = request.tokens or []
-        many = [rows] if rows and isinstance(rows[0], int) else rows
-        self._check_count(len(many), "tokens")
-        return [self._token_array(row) for row in many]  # type: ignore[arg-type]  # the schema knows the two shapes
+        rows = request.tokens or []
+        self._check_count(len(rows), "tokens")
+        return [self._token_array(row) for row in rows]
 
-    async def _one_text(self, request: schemas.ScoreRequest) -> Ids:
+    async def _one_text(self, request: mixing.ScoreRequest) -> Ids:
         if (request.text is None) == (request.tokens is None):
             raise InvalidRequest("give either text or tokens", param="text")
         if request.tokens is not None:

@@ -5,9 +5,16 @@ import time
 
 from fastapi import APIRouter, Depends, Response
 
-from services.aggregator import schemas
-from services.aggregator.choices import named_as_asked
 from services.aggregator.core import AggregatorCore
+from services.aggregator.retrieval_options import named_as_asked
+from services.aggregator.schemas import mixing
+from services.aggregator.schemas.domains import ActivateRequest, Domain, DomainList, DomainStatus, Model, ModelList
+from services.aggregator.schemas.tokenizer import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
 from services.runtime.context import current
 from services.runtime.schemas import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
 from services.runtime.security import admin_only
@@ -17,40 +24,41 @@ def routes(core: AggregatorCore) -> APIRouter:
     router = APIRouter()
     started = int(time.time())
 
-    @router.post("/v1/next_token", tags=["kNN-LM"], summary="Contexts to next-token distributions")
-    async def next_token(request: schemas.NextTokenRequest) -> schemas.NextTokenResponse:
+    async def next_token(request: mixing.NextTokenRequest) -> mixing.NextTokenResponse:
         """The mixture's likeliest tokens with p, p_lm and p_knn; on request the whole distribution and neighbors."""
         with named_as_asked():
-            response, timings = await core.aggregator.next_token(request)
-        current().timings.update(timings)
-        return response
+            return await core.aggregator.next_token(request, current())
 
-    @router.post("/v1/score", tags=["kNN-LM"], summary="Log-probability of every token of a text of any length")
-    async def score(request: schemas.ScoreRequest) -> schemas.ScoreResponse:
+    async def score(request: mixing.ScoreRequest) -> mixing.ScoreResponse:
         """The text is scored in windows; one version of a domain answers for all of them."""
         with named_as_asked():
-            response, timings = await core.aggregator.score(request)
-        current().timings.update(timings)
-        return response
+            return await core.aggregator.score(request, current())
+
+    for path, endpoint, schema, summary in (
+        ("/v1/next_token", next_token, mixing.NextTokenRequest, "Contexts to next-token distributions"),
+        ("/v1/score", score, mixing.ScoreRequest, "Log-probability of every token of a text of any length"),
+    ):
+        endpoint.__annotations__["request"] = mixing.with_sources(schema)  # FastAPI reads the body's schema from it
+        router.post(path, tags=["kNN-LM"], summary=summary)(endpoint)
 
     @router.get("/v1/models", tags=["models"], summary="The LM, and the LM with each of the domains")
-    async def models() -> schemas.ModelList:
+    async def models() -> ModelList:
         ids = await core.aggregator.model_ids()
-        return schemas.ModelList(data=[_model(core, name, started) for name in ids])
+        return ModelList(data=[_model(core, name, started) for name in ids])
 
     @router.get("/v1/models/{model}", tags=["models"], summary="One of them")
-    async def model(model: str) -> schemas.Model:
+    async def model(model: str) -> Model:
         domain = core.aggregator.check_model(model)
         if domain is not None:
             await core.aggregator.domain(domain)
         return _model(core, model, started)
 
     @router.get("/v1/domains", tags=["domains"], summary="Every domain with its versions and tuning")
-    async def domains() -> schemas.DomainList:
-        return schemas.DomainList(domains=await core.aggregator.domains())
+    async def domains() -> DomainList:
+        return DomainList(domains=await core.aggregator.domains())
 
     @router.get("/v1/domains/{domain}", tags=["domains"], summary="One of them, and each replica's version of it")
-    async def domain(domain: str) -> schemas.DomainStatus:
+    async def domain(domain: str) -> DomainStatus:
         return await core.aggregator.domain_status(domain)
 
     @router.post(
@@ -59,7 +67,7 @@ def routes(core: AggregatorCore) -> APIRouter:
         summary="Switch a domain to another version (admin key)",
         dependencies=[Depends(admin_only)],
     )
-    async def activate(domain: str, request: schemas.ActivateRequest) -> schemas.Domain:
+    async def activate(domain: str, request: ActivateRequest) -> Domain:
         """With `wait`, 504 names the replicas that were not there in time; they go on."""
         return await core.aggregator.activate(domain, request.version, wait=request.wait)
 
@@ -95,14 +103,14 @@ def _add_tokenizer_routes(router: APIRouter, core: AggregatorCore, prefix: str) 
         f"{prefix}/tokenize",
         tags=["tokenizer"],
         summary="Text to token ids",
-        response_model=schemas.TokenizeResponse,
+        response_model=TokenizeResponse,
     )
-    async def tokenize(request: schemas.TokenizeRequest) -> Response:
+    async def tokenize(request: TokenizeRequest) -> Response:
         answer = await core.aggregator.tokenize(request)
         return Response(await asyncio.to_thread(answer.model_dump_json), media_type="application/json")
 
     @router.post(f"{prefix}/detokenize", tags=["tokenizer"], summary="Token ids to text")
-    async def detokenize(request: schemas.DetokenizeRequest) -> schemas.DetokenizeResponse:
+    async def detokenize(request: DetokenizeRequest) -> DetokenizeResponse:
         return await core.aggregator.detokenize(request)
 
     @router.get(f"{prefix}/tokenizer_info", tags=["tokenizer"], summary="What the tokenizer is")
@@ -110,5 +118,5 @@ def _add_tokenizer_routes(router: APIRouter, core: AggregatorCore, prefix: str) 
         return core.aggregator.tokenizer_info()
 
 
-def _model(core: AggregatorCore, name: str, started: int) -> schemas.Model:
-    return schemas.Model(id=name, created=started, max_model_len=core.aggregator.info.context_length)
+def _model(core: AggregatorCore, name: str, started: int) -> Model:
+    return Model(id=name, created=started, max_model_len=core.aggregator.info.context_length)

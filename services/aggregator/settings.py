@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from services.runtime.settings import HttpSettings, OptionalPath
+from services.runtime.settings import HttpSettings, OptionalPath, named
 from services.runtime.upstream import check_upstream
 
 
@@ -55,6 +55,20 @@ class AggregatorSettings(HttpSettings):
     on_datastore_error: Literal["fail", "lm_only"] = Field(
         "fail", description="when retrieval is down: fail with 503, or answer from the LM alone and say so"
     )
+    context_length: int | None = Field(
+        None,
+        ge=2,
+        description="tokens fed at once in scoring; by default as the domain was built, else at most 2048",
+    )
+    min_context: int | None = Field(
+        None, ge=1, description="tokens that every scored token sees at least; by default as the domain was built"
+    )
+    max_context_length: int = Field(
+        65_536, ge=2, description="tokens fed at once at most; not more than the lm service's max_tokens"
+    )
+    max_distribution_numbers: int = Field(
+        1 << 24, ge=1, description="contexts times tokens of the vocabulary in one next_token request"
+    )
     max_texts: int = Field(64, ge=1, description="contexts in one next_token request")
     max_top_n: int = Field(1000, ge=0, description="tokens listed per context")
     max_neighbors: int = Field(256, ge=0, description="neighbors shown per context, and tokens of text beside each")
@@ -68,6 +82,8 @@ class AggregatorSettings(HttpSettings):
 
     @model_validator(mode="after")
     def _upstreams_are_consistent(self) -> Self:
+        if self.min_context is not None and (self.context_length is None or self.min_context >= self.context_length):
+            raise ValueError(f"{named(self, 'min_context')} needs a larger {named(self, 'context_length')} beside it")
         for service in ("lm", "datastore"):
             check_upstream(self, service)
         return self

@@ -7,6 +7,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from knnlm.clients.call import Observer
 from knnlm.clients.rpc import GrpcDatastore, GrpcLanguageModel
+from knnlm.domains import NoDatastore
 from services.aggregator.settings import AggregatorSettings
 from services.runtime.observability import SECONDS, Metrics, event
 from services.runtime.upstream import connection
@@ -57,11 +58,12 @@ class UpstreamMetrics(Observer):
 
 
 class Upstream:
-    """The clients; datastore is None without a target. Raises InvalidRequest for invalid targets and unusable files."""
+    """The clients; without a target for it, the datastore is a NoDatastore. Raises InvalidRequest for invalid targets
+    and unusable files."""
 
     def __init__(self, settings: AggregatorSettings, metrics: UpstreamMetrics) -> None:
         self.lm = GrpcLanguageModel(connection(settings, "lm", wait=settings.lm_wait_s, observer=metrics))
-        self.datastore: GrpcDatastore | None = None
+        self.datastore: GrpcDatastore | NoDatastore = NoDatastore()
         if settings.datastore_target:
             wait = settings.datastore_wait_s
             self.datastore = GrpcDatastore(connection(settings, "datastore", wait=wait, observer=metrics))
@@ -69,5 +71,5 @@ class Upstream:
     async def aclose(self) -> None:
         async with AsyncExitStack() as both:
             both.push_async_callback(self.lm.aclose)
-            if self.datastore is not None:
+            if isinstance(self.datastore, GrpcDatastore):
                 both.push_async_callback(self.datastore.aclose)

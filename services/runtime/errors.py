@@ -97,19 +97,33 @@ def metadata(err: KnnlmError) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def from_validation(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:
-    """pydantic's list of problems (their values are of any type) as one error about the first."""
+def from_validation(problems: Sequence[Mapping[str, Any]], body: object = None) -> InvalidRequest:
+    """pydantic's list of problems (their values are of any type) as one error about the first. body: what they are
+    about, where it is JSON: the field is named as it stands there."""
     problem = problems[0]
     if problem["type"] == "json_invalid":
         reason = problem.get("ctx", {}).get("error", problem["msg"])
         return InvalidRequest(f"the body is not JSON: {reason} at character {problem['loc'][-1]}")
-    path = [str(part) for part in problem["loc"][1:]]
+    path = _path(problem["loc"][1:], body)
     param = ".".join(path) or str(problem["loc"][0])
     words = {"missing": f"{param} is required", "extra_forbidden": f"{param} is not a known field"}
     given = repr(problem.get("input"))
     shown = given if len(given) <= MAX_SHOWN_CHARACTERS else given[:MAX_SHOWN_CHARACTERS] + "…"
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return InvalidRequest(words.get(problem["type"], f"{param}: {message}, got {shown}"), param=param)
+
+
+def _path(parts: Sequence[str | int], body: object) -> list[str]:
+    """The parts that lead through the body, and the last: pydantic puts names of its own between, of alternatives."""
+    path = []
+    for number, part in enumerate(parts):
+        inside = (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int))
+        missing = isinstance(body, dict) and number == len(parts) - 1
+        if inside or missing or body is None:
+            path.append(str(part))
+        if inside:
+            body = body[part]  # type: ignore[index]  # just checked
+    return path
 
 
 def _printable(text: str) -> str:

@@ -1,6 +1,7 @@
 """JSON bodies and kinds of fields that several services share."""
 
 from collections.abc import Collection
+from dataclasses import fields as dataclass_fields
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -18,7 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from knnlm.messages import DomainChange
-from knnlm.options import SEARCH_OPTIONS, SearchOptions
+from knnlm.options import SearchOptions, options_of
 from knnlm.wire.records import Array as ArrayKind
 from knnlm.wire.records import Field as RecordField
 from knnlm.wire.records import Kind, List, Map, Numbers, Record, Scalar, fields_of
@@ -35,7 +36,7 @@ __all__ = [
     "answer",
     "body_fields",
     "encodable",
-    "search_fields",
+    "option_fields",
 ]
 
 Given = TypeVar("Given")
@@ -83,24 +84,28 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def search_fields(name: str, *, public: bool) -> type[Strict]:
-    """A base for schemas with the fields of knnlm.options.SearchOptions; public: only what any caller may give."""
+def option_fields(name: str, record: type, *, public: bool) -> type[Strict]:
+    """A base for schemas with the fields of a record of knnlm.options; public: only what any caller may give."""
     kinds: dict[type, Any] = {  # Any: types as pydantic annotates them
         int: StrictInt,
         float: Annotated[float, Field(strict=True, allow_inf_nan=False)],
         bool: StrictBool,
+        str: Text,
         tuple: list[Text],
     }
-    fields: dict[str, Any] = {}
-    for option_name, option in SEARCH_OPTIONS.items():
-        default = getattr(SearchOptions, option_name)
+    chosen: dict[str, Any] = {}
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclass_fields(record)}
+    for option_name, option in options_of(record).items():
+        default = defaults[option_name]
         kind = kinds[option.kind]
         if option.minimum is not None:
             kind = Annotated[kind, Field(ge=option.minimum)]
         if option.public or not public:
-            described = Field(list(default) if option.kind is tuple else default, description=option.description)
-            fields[option_name] = (kind if default is not None else kind | None, described)
-    return create_model(name, __base__=Strict, **fields)
+            alias = "lambda" if option_name == "lmbda" else None
+            shown = list(default) if option.kind is tuple else default
+            described = Field(shown, alias=alias, description=option.description)
+            chosen[option_name] = (kind if default is not None else kind | None, described)
+    return create_model(name, __base__=Strict, **chosen)
 
 
 def body_fields(record: type, *, without: Collection[str] = (), max_items: int | None = None) -> type[Strict]:
@@ -112,7 +117,7 @@ def body_fields(record: type, *, without: Collection[str] = (), max_items: int |
     base: type[Strict] = Strict
     for name, field in _described(record).items():
         if field.inlined:
-            base = search_fields(f"{record.__name__}Options", public=False)
+            base = option_fields(f"{record.__name__}Options", SearchOptions, public=False)
             continue
         kind = _TAKEN[field.kind.type] if isinstance(field.kind, Scalar) else _annotation(field.kind)
         if isinstance(field.kind, List) and max_items is not None:

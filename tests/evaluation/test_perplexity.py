@@ -66,7 +66,9 @@ def test_every_report_names_policy_values_and_versions(pipeline: Pipeline) -> No
     written = json.loads(json.dumps(evaluate(pipeline, DOCUMENTS, KNN, min_context=7).as_json()))
     assert (written["context_length"], written["min_context"], written["tokens"]) == (32, 7, 37)
     assert written["model_id"] == "toy"
-    assert written["domains"] == [{"domain": "toy", "version": "v1", "temperature": 3.0, "lmbda": 0.3, "k": 8}]
+    assert written["domains"] == [
+        {"domain": "toy", "version": "v1", "temperature": 3.0, "lmbda": 0.3, "k": 8, "rule": "fixed"}
+    ]
     assert [d["id"] for d in written["documents"]] == ["one", "two"]
 
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knnlm.errors import InvalidRequest
-from knnlm.evaluation import tuning
 from knnlm.evaluation.tuning import (
     LARGEST_LAMBDA,
+    RELATIVE_TOLERANCE,
     Observations,
     best_lambda,
     fit,
@@ -19,7 +19,7 @@ from knnlm.evaluation.tuning import (
     smallest_k,
     temperature_scale,
 )
-from knnlm.neighbors import Neighbors
+from knnlm.neighbors import Neighbors, target_log_probs
 
 FLT_MAX = float(np.finfo(np.float32).max)
 
@@ -104,7 +104,7 @@ def test_fit_equals_brute_force_over_a_dense_grid(seed: int) -> None:
     lambdas = np.linspace(0, LARGEST_LAMBDA, 400)
     best = np.inf
     for temperature in scale * np.geomspace(2.0**-10, 2.0**10, 400):
-        knn = tuning._knn_log_probs(observations, float(temperature))
+        knn = target_log_probs(observations.neighbors, observations.targets, float(temperature))
         weights = np.where(observations.neighbors.present, lambdas[:, None], 0.0)  # (400, n)
         p = (1 - weights) * np.exp(observations.lm_log_probs.astype(np.float64)) + weights * np.exp(knn)
         best = min(best, float(np.exp(-np.log(p).mean(axis=1)).min()))
@@ -167,7 +167,7 @@ def test_smallest_k_that_is_as_good_wins() -> None:
     narrow, narrowest = fit(observations), fit(nearest(observations, 1))
     assert (wider.tuning.k, narrow.tuning.k, narrowest.tuning.k) == (16, 12, 1)
     assert smallest_k([wider, narrow]).tuning == narrow.tuning
-    assert narrowest.tuning.knn_perplexity > narrow.tuning.knn_perplexity * (1 + tuning.RELATIVE_TOLERANCE)
+    assert narrowest.tuning.knn_perplexity > narrow.tuning.knn_perplexity * (1 + RELATIVE_TOLERANCE)
     assert smallest_k([narrow, narrowest]).tuning == narrow.tuning
 
 
@@ -177,12 +177,6 @@ def test_every_k_is_in_the_curve() -> None:
     temperatures = [point.temperature for point in curve if point.k == 4]
     assert temperatures == sorted(temperatures)
     assert len(temperatures) >= 21
-
-
-def test_fitting_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = fit(observe())
-    monkeypatch.setattr(tuning, "CHUNK", 50)
-    assert fit(observe()) == whole
 
 
 def test_scale_falls_back_where_distances_do_not_differ() -> None:

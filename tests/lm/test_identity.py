@@ -20,7 +20,7 @@ from knnlm.index.searcher import Searcher
 from knnlm.lm.loading import config_sha256
 from knnlm.lm.model import LanguageModel
 from knnlm.messages import Document
-from knnlm.options import DomainOptions, SearchOptions
+from knnlm.options import DomainOptions, KnnOptions
 from knnlm.pipeline import Pipeline
 from tests.lm.conftest import Tiny
 from tests.reference import POCKET, ROOT
@@ -46,8 +46,9 @@ def test_a_datastore_is_refused_to_the_same_weights_with_another_configuration(l
     with pytest.raises(DatastoreMismatch, match=values):
         Datastore.open(path, expect=other.info)
     searcher = Searcher.open(path)
+    asked = DomainOptions("toy", lmbda=0.1, temperature=1.0)
     with pytest.raises(DatastoreMismatch, match=other.info.config_sha256):
-        used_domain(DomainOptions("toy", lmbda=0.1, temperature=1.0), SearchOptions(), searcher.info(()), other.info)
+        used_domain(asked, KnnOptions((asked,)), searcher.info(()), other.info)
 
 
 def test_a_datastore_is_refused_to_another_bos(llama: Tiny, tmp_path: Path) -> None:

@@ -1,16 +1,22 @@
 """The aggregator follows the lm service: a restart with another model is taken over."""
 
+import time
+
 import pytest
 
+from knnlm.domains import NoDatastore
 from knnlm.errors import Unavailable
 from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
 from knnlm.testing import ToyLanguageModel
 from services.aggregator.core import AggregatorCore
 from services.aggregator.engine import Aggregator
-from services.aggregator.schemas import NextTokenRequest
+from services.aggregator.schemas.mixing import NextTokenRequest
 from services.aggregator.settings import AggregatorSettings
 from services.aggregator.upstream import UpstreamMetrics
+from services.runtime.context import RequestContext
 from services.runtime.observability import Metrics
+
+CALL = RequestContext("test", "none", time.monotonic() + 600)
 
 
 class Lm:
@@ -35,18 +41,18 @@ class Lm:
 async def test_another_model_is_taken_over() -> None:
     lm, settings = Lm(), AggregatorSettings()
     core = AggregatorCore(settings, UpstreamMetrics(Metrics("aggregator")))
-    core._aggregator = first = await Aggregator.connect(lm, None, settings)
+    core._aggregator = first = await Aggregator.connect(lm, NoDatastore(), settings)
     request = NextTokenRequest(text="the cat")
-    before, _ = await core.aggregator.next_token(request)
-    await core.look(lm, None)
+    before = await core.aggregator.next_token(request, CALL)
+    await core.look(lm, NoDatastore())
     assert core.aggregator is first
     lm.model = ToyLanguageModel(seed=1)
     with pytest.raises(Unavailable, match="another model"):
-        await core.aggregator.next_token(request)
+        await core.aggregator.next_token(request, CALL)
     lm.away = True
-    await core.look(lm, None)
+    await core.look(lm, NoDatastore())
     assert core.aggregator is first
     lm.away = False
-    await core.look(lm, None)
-    after, _ = await core.aggregator.next_token(request)
+    await core.look(lm, NoDatastore())
+    after = await core.aggregator.next_token(request, CALL)
     assert after.results[0].top != before.results[0].top

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from knnlm.domains import NoDatastore
 from knnlm.errors import InvalidRequest
 from knnlm.testing import ToyLanguageModel
 from services.aggregator.settings import AggregatorSettings
@@ -41,7 +42,7 @@ async def test_a_key_in_a_file_is_sent_over_tls_by_a_certificate_of_ones_own(tmp
             lm_tls_key_file=own_key,
             datastore_target="",
         )
-        assert clients.datastore is None
+        assert isinstance(clients.datastore, NoDatastore)
         try:
             assert (await clients.lm.get_model()).model_id == "toy"
         finally:

@@ -1,14 +1,16 @@
-"""Which domains a request chooses and how: the model id and the `knn` object together, as options of the mixer."""
+"""What a request asks to be mixed, as options of the mixer: its model id, `knn`, and the other sources by name."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, UnknownModel
-from knnlm.options import SEARCH_OPTIONS, DomainOptions, KnnOptions, SearchOptions
-from services.aggregator.schemas import DomainChoice, Knn, Request
+from knnlm.options import SEARCH_OPTIONS, DomainOptions, KnnOptions, SearchOptions, record_of
+from knnlm.sources import SOURCES, source_kind
+from services.aggregator.schemas.mixing import DomainChoice, Knn, Request
 from services.aggregator.settings import AggregatorSettings
 
-__all__ = ["choose", "domain_of", "named_as_asked", "short_name"]
+__all__ = ["chosen", "domain_of", "named_as_asked", "short_name"]
 
 KNN = {*SEARCH_OPTIONS, "domain", "domains", "version", "lambda", "temperature", "combine", "rule"}
 RENAMED = {"passages": "neighbors", "passage_tokens": "neighbor_tokens", **{name: f"knn.{name}" for name in KNN}}
@@ -42,16 +44,26 @@ def domain_of(model: str | None, model_id: str) -> str | None:
     return domain
 
 
-def choose(request: Request, model_id: str, settings: AggregatorSettings) -> tuple[str, KnnOptions | None]:
-    """The model id to answer under and the retrieval options; None for the LM alone.
+def chosen(request: Request, model_id: str, settings: AggregatorSettings) -> tuple[str, dict[str, Any]]:
+    """The model id to answer under, and the options of each source that is mixed; none for the LM alone.
 
-    Raises UnknownModel, InvalidRequest when model and knn contradict each other or no domain is named, TooLarge.
+    Raises UnknownModel, TooLarge, and InvalidRequest when model and knn contradict each other or no domain is named.
     """
-    knn = request.knn
+    sources: dict[str, Any] = {}  # Any: a record of options for each row of knnlm.sources.SOURCES
     named = domain_of(request.model, model_id)
-    if knn is None and named is None:
-        return short_name(model_id), None
-    knn = Knn() if knn is None else knn
+    if request.knn is not None or named is not None:
+        sources["knn"] = _knn(request, named, settings)
+    for name in SOURCES:
+        given = getattr(request, name, None)
+        if name not in sources and given is not None:
+            with _named_under(name):
+                sources[name] = record_of(source_kind(name).options, vars(given))
+    domains = [d.domain for d in sources["knn"].domains] if "knn" in sources else []
+    return "+".join([short_name(model_id), *domains]), sources
+
+
+def _knn(request: Request, named: str | None, settings: AggregatorSettings) -> KnnOptions:
+    knn = Knn() if request.knn is None else request.knn
     if named is not None and (knn.domains is not None or knn.domain not in (None, named)):
         raise InvalidRequest(
             f"model {request.model} names domain {named}, knn names another: give one of the two", param="domain"
@@ -62,14 +74,22 @@ def choose(request: Request, model_id: str, settings: AggregatorSettings) -> tup
     search = SearchOptions.of(vars(knn))
     if search.k is not None and search.k > settings.max_k:
         raise TooLarge(f"k must be at most {settings.max_k}, got {search.k}", param="k")
-    options = KnnOptions(
+    return KnnOptions(
         domains=tuple(choices),
         search=search,
         combine=knn.combine,
         rule=knn.rule,
         on_datastore_error=request.on_datastore_error or settings.on_datastore_error,
     )
-    return "+".join([short_name(model_id), *(c.domain for c in choices)]), options
+
+
+@contextmanager
+def _named_under(source: str) -> Iterator[None]:
+    try:
+        yield
+    except InvalidRequest as err:
+        err.param = f"{source}.{err.param}"
+        raise
 
 
 def _choices(knn: Knn, domain: str | None) -> list[DomainOptions]:

@@ -1,20 +1,45 @@
-"""What the aggregator's HTTP face takes and gives. Unknown fields are refused: nothing is accepted and ignored."""
+"""What /v1/next_token and /v1/score take and give. Unknown fields are refused: nothing is accepted and ignored."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    PlainValidator,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+    create_model,
+)
+from pydantic_core import PydanticCustomError
 
-from knnlm.messages import DomainInfo
-from services.runtime.schemas import Strict, Text, answer, encodable, search_fields
+from knnlm.options import SearchOptions
+from knnlm.sources import SOURCES, source_kind
+from services.aggregator.schemas.tokenizer import ParseSpecial
+from services.runtime.schemas import Strict, Text, encodable, option_fields
 
 Lambda = Annotated[
     float, Field(strict=True, ge=0, le=1, allow_inf_nan=False, description="Weight of what is retrieved.")
 ]
 Temperature = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description="Divides squared distances.")]
-ParseSpecial = Annotated[
-    StrictBool, Field(description="Special tokens written in the text count as such; else they are text.")
-]
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
+
+
+def _token_rows(value: Any) -> list[list[int]]:  # Any: JSON
+    """The ids of one context or of several, as several."""
+    rows = value if isinstance(value, list) and value and all(isinstance(row, list) for row in value) else [value]
+    for row in rows:
+        if not isinstance(row, list) or not row or not all(type(i) is int and i >= 0 for i in row):
+            raise PydanticCustomError("token_rows", "expected token ids >= 0, or lists of them, none of them empty")
+    return rows
+
+
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+TokenRows = Annotated[
+    Any, PlainValidator(_token_rows), WithJsonSchema({"anyOf": [_IDS, {"type": "array", "items": _IDS, "minItems": 1}]})
+]
 
 
 class DomainChoice(Strict):
@@ -26,7 +51,8 @@ class DomainChoice(Strict):
     temperature: Temperature | None = None
 
 
-class Knn(search_fields("SearchFields", public=True)):  # type: ignore[misc]  # a class made of the table of options
+# type: ignore: mypy does not know classes that are made of a table
+class Knn(option_fields("SearchFields", SearchOptions, public=True)):  # type: ignore[misc]
     """Retrieval. Name a domain and nothing else, and its fitted temperature, lambda and k are used."""
 
     domain: Text | None = Field(None, description="The one domain to retrieve from.")
@@ -39,7 +65,9 @@ class Knn(search_fields("SearchFields", public=True)):  # type: ignore[misc]  # 
     version: Text | None = Field(None, description="With `domain`: answer from this version or not at all.")
     lmbda: Lambda | None = Field(None, alias="lambda")
     temperature: Temperature | None = None
-    rule: Text = Field("fixed", description="How lambda follows from what was found.")
+    rule: Text | None = Field(
+        None, description="How the weight of retrieval follows from what was found; by default as tuned, or `fixed`."
+    )
 
 
 class Request(Strict):
@@ -55,7 +83,10 @@ class NextTokenRequest(Request):
     text: Annotated[StrictStr | list[StrictStr], AfterValidator(encodable)] | None = Field(
         None, description="One context, or several."
     )
-    tokens: TokenIds | list[TokenIds] | None = Field(None, description="The same as token ids, used as they are.")
+    tokens: TokenRows | None = Field(None, description="The same as token ids, used as they are.")
+    truncate: Literal["left"] | None = Field(
+        None, description="A context longer than the model takes: keep BOS and its end, instead of refusing it."
+    )
     top_n: Annotated[StrictInt, Field(ge=0)] = Field(10, description="The likeliest tokens of the mixture.")
     full: StrictBool = Field(False, description="Also the whole distribution, in order of token ids.")
     encoding: Literal["list", "base64"] = Field("list", description="Of the whole distribution.")
@@ -66,8 +97,11 @@ class NextTokenRequest(Request):
 class ScoreRequest(Request):
     text: Text | None = Field(None, description="A text of any length.")
     tokens: TokenIds | None = Field(None, description="The same as token ids, used as they are.")
+    context_length: Annotated[StrictInt, Field(ge=2)] | None = Field(
+        None, description="Tokens fed to the model at once; by default as the domain was built."
+    )
     min_context: Annotated[StrictInt, Field(ge=1)] | None = Field(
-        None, description="Tokens that every scored token sees at least; default half of the context length."
+        None, description="Tokens that every scored token sees at least; by default as the domain was built."
     )
 
 
@@ -99,10 +133,20 @@ class Distribution(BaseModel):
     p_knn: Any = None
 
 
+class Component(BaseModel):
+    """One distribution of the mixture at this context. kind: `lm`, `knn`, or another source's."""
+
+    name: str
+    kind: str
+    weight: float = Field(description="0 where it found nothing.")
+    p: list[float] | None = Field(description="Of each token of `top`; null where it found nothing.")
+
+
 class NextToken(BaseModel):
     context_tokens: int
-    lmbda: float = Field(serialization_alias="lambda", description="What retrieval weighed here.")
+    lmbda: float = Field(serialization_alias="lambda", description="What all components but the LM weighed here.")
     top: list[TokenProbability]
+    components: list[Component] = Field(description="All that was mixed, the LM first; the weights add up to 1.")
     distribution: Distribution | None = None
     neighbors: list[Neighbor] | None = None
 
@@ -111,8 +155,9 @@ class UsedDomain(BaseModel):
     domain: str
     version: str
     k: int
-    lmbda: float = Field(serialization_alias="lambda")
+    lmbda: float | None = Field(serialization_alias="lambda", description="null with a rule that has no one lambda.")
     temperature: float
+    rule: str
 
 
 class NextTokenResponse(BaseModel):
@@ -133,6 +178,15 @@ class ScoredToken(BaseModel):
     lmbda: float = Field(serialization_alias="lambda")
 
 
+class ScoredComponent(BaseModel):
+    """One distribution of the mixture, at every scored token."""
+
+    name: str
+    kind: str
+    weight: list[float]
+    log_p: list[float | None]
+
+
 class ScoreResponse(BaseModel):
     model: str
     domains: list[UsedDomain]
@@ -143,69 +197,16 @@ class ScoreResponse(BaseModel):
     total_log_p_lm: float
     perplexity: float | None = Field(description="exp of the mean of -log_p over the scored tokens.")
     perplexity_lm: float
+    context_length: int
     min_context: int
+    components: list[ScoredComponent] = Field(description="All that was mixed, the LM first.")
 
 
-class Model(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "knnlm"
-    max_model_len: int
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-class Domain(answer(DomainInfo)):  # type: ignore[misc]  # made of the record
-    __doc__ = DomainInfo.__doc__
-
-
-class DomainReplica(BaseModel):
-    """One replica of the datastore service, as it answers now."""
-
-    address: str
-    version: str | None = Field(description="The one it answers from; null when it does not answer.")
-    state: str = Field(description="ready, loading VERSION, stale: REASON, down, or an error code.")
-    problem: str | None = Field(description="What it says when it is not well.")
-
-
-class DomainStatus(Domain):
-    replicas: list[DomainReplica] = Field(description="Those that serve the domain, and those that do not answer.")
-
-
-class DomainList(BaseModel):
-    domains: list[Domain]
-
-
-class ActivateRequest(Strict):
-    version: Text
-    wait: StrictBool = Field(False, description="Answer when every replica that serves the domain does so from it.")
-
-
-class TokenizeRequest(Strict):
-    """vLLM's shape."""
-
-    model: Text | None = None
-    prompt: Text
-    add_special_tokens: StrictBool = True
-    return_token_strs: StrictBool = False
-    parse_special: ParseSpecial = False
-
-
-class TokenizeResponse(BaseModel):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None = None
-
-
-class DetokenizeRequest(Strict):
-    model: Text | None = None
-    tokens: list[Annotated[StrictInt, Field(ge=0)]]
-
-
-class DetokenizeResponse(BaseModel):
-    prompt: str
+def with_sources(schema: type[Request]) -> type[Request]:
+    """The request with a field for every row of knnlm.sources.SOURCES that it does not have yet."""
+    fields: dict[str, Any] = {}  # Any: types as pydantic annotates them
+    for name in SOURCES:
+        if name not in schema.model_fields:
+            options = option_fields(f"{name.title()}Options", source_kind(name).options, public=True)
+            fields[name] = (options | None, None)
+    return create_model(schema.__name__, __base__=schema, **fields) if fields else schema

@@ -1,0 +1,83 @@
+"""What passes between the flow and the sources of a mixture: what a source is asked, and what it answers. Pure.
+
+A source gives one component beside the language model's: a domain's neighbors, the text's own past, a second model.
+knnlm/sources.py is the table of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.messages import SearchResult
+from knnlm.neighbors import TokenMasses
+
+__all__ = ["Evidence", "LmStatistics", "Step", "Stretch"]
+
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class LmStatistics:
+    """The LM's distributions at n positions. entropy: (n,) nats. largest_log_prob: (n,), of the likeliest token."""
+
+    entropy: npt.NDArray[np.floating]
+    largest_log_prob: npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of one text: text[start:] up to the last predicted token was fed to the model.
+
+    text: (t,) all of it from its beginning, what has not been predicted yet included when a known text is scored; only
+    what stands before a predicted place may be looked at. predicted: (m,) places in the text whose token is predicted,
+    ascending; the place after its end is len(text). state: what a source keeps from one stretch of the text to the
+    next, under its own name.
+    """
+
+    text: Ids
+    start: int
+    predicted: npt.NDArray[np.int64]
+    state: dict[str, Any] = field(default_factory=dict)  # Any: each source's own
+
+
+@dataclass(frozen=True)
+class Step:
+    """n predictions that sources are asked about, those of the stretches one below the other.
+
+    keys: (n, d), None when no source needs them. targets: (n,) the tokens whose probability is wanted, None for whole
+    distributions. passages, passage_tokens: text to show around the nearest neighbors, as in SearchRequest.
+    """
+
+    stretches: Sequence[Stretch]
+    keys: npt.NDArray[np.floating] | None = None
+    targets: Ids | None = None
+    passages: int = 0
+    passage_tokens: int = 24
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one source says of n predictions.
+
+    log_probs: (n,) float64 of the targets; or, of whole distributions, masses that sum to one in each row, or (n, V)
+    float64. -inf is a probability of zero. present: (n,) where the source has a distribution at all; elsewhere its
+    weight goes back to the LM. features: (n,) float64 each, the numbers that its rule asked for. found: the searches it
+    was made from, for showing.
+    """
+
+    present: npt.NDArray[np.bool_]
+    log_probs: npt.NDArray[np.float64] | TokenMasses
+    features: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    found: Sequence[SearchResult] = ()
+
+    def rows(self, start: int, end: int, vocab_size: int) -> npt.NDArray[np.float64]:
+        """(end - start, V) of whole distributions, -inf where a row holds no mass."""
+        if not isinstance(self.log_probs, TokenMasses):
+            return self.log_probs[start:end]
+        masses = self.log_probs
+        part = slice(masses.offsets[start], masses.offsets[end])
+        offsets = masses.offsets[start : end + 1] - masses.offsets[start]
+        return TokenMasses(offsets, masses.tokens[part], masses.log_masses[part]).dense(vocab_size)

@@ -1,0 +1,95 @@
+"""Where the components of a mixture come from besides the LM: the contract of a source, and the table of all kinds.
+
+A kind is one file and one row of SOURCES. It has a record of options, which requests give under the row's name, and
+resolves them into sources once per plan, before any work is done.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+from knnlm.errors import InvalidRequest
+from knnlm.evidence import Evidence, Step
+from knnlm.messages import DatastoreClient, DomainInfo, ModelInfo
+from knnlm.rules import Weighing
+
+__all__ = ["SOURCES", "Resolved", "Services", "Source", "SourceKind", "source_kind"]
+
+SOURCES: dict[str, str] = {"knn": "knnlm.domains:KNN"}
+
+
+""""""
+
+
+class Source(Protocol):
+    """One component of a mixture, resolved for one plan: what it answers does not change while the plan is used.
+
+    name: unique in a plan; shown. kind: its row in the table of sources. weighing: what it weighs. needs_keys: whether
+    it looks at context vectors. in_order: whether the stretches of one text must come one after another. optional:
+    whether the LM alone may answer when what is behind it cannot.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def weighing(self) -> Weighing: ...
+    @property
+    def needs_keys(self) -> bool: ...
+    @property
+    def in_order(self) -> bool: ...
+    @property
+    def optional(self) -> bool: ...
+
+    async def evidence(self, step: Step) -> Evidence:
+        """What it says of the step. Blocking work runs on a thread.
+
+        Raises Unavailable or DeadlineExceeded when what is behind it cannot answer, UnknownVersion when what the plan
+        pinned was let go, and InvalidRequest for what was asked wrongly.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Services:
+    """What sources may be made of. info: the language model, whose keys and vocabulary they must fit."""
+
+    info: ModelInfo
+    datastore: DatastoreClient
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The sources that options of one kind became. domains: what answers say of those that are domains, and how they
+    were made; pinned: whether the caller chose every version, so that none can have been switched under the call."""
+
+    sources: Sequence[Source]
+    domains: Sequence[Any] = ()  # Any: knnlm.domains.UsedDomain, which is above
+    infos: Sequence[DomainInfo] = ()
+    pinned: bool = True
+
+
+class SourceKind(Protocol):
+    """One row of the table. options: the record of what a request may say; its fields have knnlm.options.Option."""
+
+    @property
+    def options(self) -> type: ...
+
+    def optional(self, options: Any) -> bool:  # Any: of the type `options`, here and below
+        """Whether the LM alone may answer when what is behind cannot."""
+        ...
+
+    async def resolve(self, options: Any, services: Services) -> Resolved:
+        """Everything that can be refused is refused here. Raises InvalidRequest, UnknownDomain, UnknownVersion,
+        DatastoreMismatch, and Unavailable or DeadlineExceeded when what is behind cannot be asked."""
+        ...
+
+
+def source_kind(name: str) -> SourceKind:
+    """The kind in the row of that name. Raises InvalidRequest, naming the known ones."""
+    if name not in SOURCES:
+        raise InvalidRequest(f"unknown source {name!r}; known: {', '.join(SOURCES)}", param=name)
+    module, _, attribute = SOURCES[name].partition(":")
+    return cast(SourceKind, getattr(import_module(module), attribute))

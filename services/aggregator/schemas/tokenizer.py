@@ -1,0 +1,37 @@
+"""What the tokenizer's endpoints take and give: vLLM's shapes."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field, StrictBool, StrictInt
+
+from services.runtime.schemas import Strict, Text
+
+ParseSpecial = Annotated[
+    StrictBool, Field(description="Special tokens written in the text count as such; else they are text.")
+]
+
+
+class TokenizeRequest(Strict):
+    """vLLM's shape."""
+
+    model: Text | None = None
+    prompt: Text
+    add_special_tokens: StrictBool = True
+    return_token_strs: StrictBool = False
+    parse_special: ParseSpecial = False
+
+
+class TokenizeResponse(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(Strict):
+    model: Text | None = None
+    tokens: list[Annotated[StrictInt, Field(ge=0)]]
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
