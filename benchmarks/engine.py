@@ -29,7 +29,7 @@ from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
 
 LISTS, BYTES, PROBES = 4096, 64, 32
-POINTS_PER_LIST, SAMPLED_PER_LIST = 39, 64  # FAISS warns below the first
+TRAINING_KEYS_PER_LIST, SAMPLED_PER_LIST = 39, 64  # FAISS warns below the first
 BATCH, K = 64, 1024
 SECONDS, ROUNDS = 1.0, 7
 
@@ -42,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     prepared = asked_for(options)
     datastore = Datastore.open(prepared.path)
-    lists = min(LISTS, max(1, prepared.entries // POINTS_PER_LIST))
+    lists = min(LISTS, max(1, prepared.entries // TRAINING_KEYS_PER_LIST))
     searcher = Searcher.open(prepared.path)
     searcher.warm()
     searches: dict[str, Search] = {

@@ -18,7 +18,7 @@ from benchmarks.data import FOLDER, Prepared, add_datastore_option, asked_for
 from benchmarks.harness import arguments, figure, interleave, table
 from knnlm.datastore.reader import Datastore
 from knnlm.evaluation.index_work import Workshop
-from knnlm.index.choose import choose
+from knnlm.index.auto_recipe import auto_recipe
 from knnlm.index.ivf import lists_for
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
@@ -65,7 +65,7 @@ def main() -> None:
 
 def recipe_for(entries: int, dim: int) -> str:
     """The default recipe of large datastores, with lists for this one."""
-    return re.sub(r"ivf\d+", f"ivf{lists_for(entries)}", choose(LARGE, dim).recipe)
+    return re.sub(r"ivf\d+", f"ivf{lists_for(entries)}", auto_recipe(LARGE, dim).recipe)
 
 
 def tenth(datastore: Datastore) -> Datastore:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from knnlm.errors import InvalidRequest
-from knnlm.index.choose import choose
+from knnlm.index.auto_recipe import auto_recipe
 from knnlm.index.ivf import lists_for
 from knnlm.index.table import family
 from knnlm.options import SEARCH_OPTIONS, SearchOptions
@@ -17,7 +17,7 @@ NUMBERS: Mapping[str, type[int] | type[float]] = {
     name: option.kind for name, option in SEARCH_OPTIONS.items() if option.kind in (int, float) and name != "k"
 }
 PAPER_LISTS, PAPER_BYTES, PAPER_PROBES = 4096, 64, 32  # Khandelwal et al. 2020
-POINTS_PER_LIST = 39  # below which FAISS warns
+TRAINING_KEYS_PER_LIST = 39  # below which FAISS warns
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def candidates(names: list[str], entries: int, dim: int) -> list[Candidate]:
     found = []
     for name in dict.fromkeys(names):
         candidate = Candidate.parse(name)
-        why_not = family(candidate.recipe).refusal(entries, dim)
+        why_not = family(candidate.recipe).why_unsuitable(entries, dim)
         if why_not is not None:
             raise InvalidRequest(f"index {candidate.recipe} does not suit: {why_not}", param="recipes")
         found.append(candidate)
@@ -73,12 +73,12 @@ def default_candidates(entries: int, dim: int) -> list[Candidate]:
     Among them: exact search, the recipe of the paper and the one that `auto` takes.
     """
     n = lists_for(entries)
-    paper = max(1, min(PAPER_LISTS, entries // POINTS_PER_LIST))
+    paper = max(1, min(PAPER_LISTS, entries // TRAINING_KEYS_PER_LIST))
     half, coarse = _divisor(dim, dim // 2), _divisor(dim, dim // 4)
     reduced = max(1, dim // 2)
     names = [
         "flat",
-        choose(entries, dim).recipe,
+        auto_recipe(entries, dim).recipe,
         f"ivf{paper},pq{_divisor(dim, PAPER_BYTES)}@nprobe={min(PAPER_PROBES, paper)}",
         f"ivf{n},pq{half}x4fs",
         f"ivf{n},pq{coarse}x4fs",
@@ -93,7 +93,7 @@ def default_candidates(entries: int, dim: int) -> list[Candidate]:
         f"opq{coarse},ivf{n},pq{coarse}x4fs",
     ]
     found = [Candidate.parse(name) for name in dict.fromkeys(names)]
-    return [c for c in found if family(c.recipe).refusal(entries, dim) is None]
+    return [c for c in found if family(c.recipe).why_unsuitable(entries, dim) is None]
 
 
 def _divisor(dim: int, most: int) -> int:

@@ -1,6 +1,7 @@
 """Entries that were added to a version after its index was built: searched exactly, beside it, whatever they are.
 
-They are searched in the space in which the index works: of the keys as its front makes them, where it has one, rounded
+They are searched in the space in which the index works: of the keys as its pre-transform makes them, where it has
+one, rounded
 where it keeps them rounded. So their distances mean the same as those of the entries that the index holds.
 """
 
@@ -10,7 +11,7 @@ from knnlm.datastore.reader import Datastore
 from knnlm.index.contract import Family, Float32, Index, Int64, Keys, SearchParameters, chunks, to_float32
 from knnlm.index.flat import Flat
 from knnlm.index.freeing import drop_maps, drop_pages
-from knnlm.index.fronts import project_all, reduce_all
+from knnlm.index.pre_transform import project_all, reduce_all
 from knnlm.index.rescore import rescored
 
 __all__ = ["Added", "added_bytes"]
@@ -50,8 +51,8 @@ class Added:
     ) -> tuple[Float32, Int64]:
         """The min(k, m) nearest: distances and ids, nearest first, as `rescored` gives them.
 
-        queries: (n, d). projected: (n, r), what the index's front makes of them. candidates: how many are rescored,
-        at least k. in_space: distances between projected keys; otherwise between stored ones.
+        queries: (n, d). projected: (n, r), what the index's pre-transform makes of them. candidates: how many are
+        rescored, at least k. in_space: distances between projected keys; otherwise between stored ones.
         """
         wanted = min(candidates, len(self))
         _, found = self._flat.search(projected, SearchParameters(wanted))
@@ -76,14 +77,14 @@ def added_bytes(datastore: Datastore, family: Family, *, resident: bool) -> int:
     """What an `Added` of this version will hold in this process's memory, beside an index of this family."""
     m = datastore.entries - datastore.manifest.base_entries
     dim = datastore.manifest.key_dim
-    space = family.dim_inside(dim)
+    space = family.transformed_dim(dim)
     copied = (resident and not family.reduced) or len(datastore.segments) > 1
     stored = datastore.keys.dtype.itemsize * m * dim if copied else 0
     return m * space * (4 + 2 * family.reduced) + stored
 
 
 def _in_space(keys: Keys, index: Index) -> Keys | None:
-    """What the index's front makes of the keys, as the index keeps it; None where it has no front."""
+    """What the index's pre-transform makes of the keys, as the index keeps it; None where it has no pre-transform."""
     some = to_float32(keys[:1])
     if index.project(some) is some:
         return None

@@ -12,10 +12,10 @@ from knnlm.datastore.manifest import FileRecord, IndexRecord, Manifest
 from knnlm.datastore.reader import Datastore
 from knnlm.datastore.updates.revise import with_index, without_index
 from knnlm.errors import InvalidRequest
-from knnlm.index.choose import Choice, choose
+from knnlm.index.auto_recipe import Choice, auto_recipe
 from knnlm.index.table import family
 
-__all__ = ["build_index", "remove_index", "suited"]
+__all__ = ["build_index", "index_remark", "remove_index", "suited"]
 
 Report = Callable[[int, int], None]
 
@@ -30,13 +30,13 @@ def suited(path: Path, recipe: str = "auto", *, memory_bytes: int | None = None)
     manifest = Manifest.load(path)
     entries, dim = manifest.base_entries, manifest.key_dim
     if recipe == "auto":
-        return choose(entries, dim, memory_bytes)
+        return auto_recipe(entries, dim, memory_bytes)
     chosen = family(recipe)
-    why_not = chosen.refusal(entries, dim)
+    why_not = chosen.why_unsuitable(entries, dim)
     if why_not is None:
         return Choice(recipe, ("as asked",))
-    smaller = chosen.smaller(entries, dim)
-    if smaller is None or family(smaller).refusal(entries, dim) is not None:
+    smaller = chosen.fallback_recipe(entries, dim)
+    if smaller is None or family(smaller).why_unsuitable(entries, dim) is not None:
         raise InvalidRequest(f"index {recipe} does not suit {path}: {why_not}", param="recipe")
     return Choice(smaller, (f"{recipe} was asked for, but {why_not}",))
 
@@ -67,6 +67,12 @@ def build_index(
             building.unlink(missing_ok=True)
             _remove_unnamed(path)
     return recipe
+
+
+def index_remark(path: Path, recipe: str) -> str | None:
+    """A sentence about what is unusual in this index of the version in folder `path`; None mostly."""
+    file = Manifest.load(path).index_of(recipe).file
+    return None if file is None else family(recipe).remark(path / file)
 
 
 def remove_index(path: Path, recipe: str) -> None:

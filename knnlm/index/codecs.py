@@ -18,8 +18,7 @@ class Row:
     mapped: bool = True
 
 
-# overfetch: for the perplexity that comes of it, not for recall. Of the default index, where reduced keys rescore what
-# pq<M>x4fs finds, more candidates found more of the nearest entries and predicted no better: benchmarks/README.md
+# overfetch: for the perplexity that comes of it, not for recall: benchmarks/README.md
 CODECS = {
     "flat": Row("Flat", 1.0),
     "fp16": Row("SQfp16", 1.0),
@@ -27,7 +26,7 @@ CODECS = {
     "sq4": Row("SQ4", 1.25),
     # np: without polysemous codes, which take longest to train and serve a kind of search that is not ours
     "pq<M>": Row("PQ{m}np", 1.25, points=256),
-    "pq<M>x4fs": Row("PQ{m}x4fs", 1.0, points=256, mapped=False),
+    "pq<M>x4fs": Row("PQ{m}x4fs", 1.25, points=256, mapped=False),
     "rabitq": Row("RaBitQ", 1.5),
     "rabitqfs": Row("RaBitQfs", 1.5, mapped=False),
 }
@@ -45,7 +44,7 @@ class Codec:
     def factory(self) -> str:
         return self.row.factory.format(m=self.parts)
 
-    def refusal(self, entries: int, dim: int) -> str | None:
+    def why_unsuitable(self, entries: int, dim: int) -> str | None:
         if self.parts and dim % self.parts:
             return f"{self.name} cuts a key into {self.parts} equal parts, {dim} dimensions cannot be"
         if entries < self.row.points:

@@ -14,15 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
-    "FAR",
+    "MISSING_DISTANCE",
     "Family",
     "Float32",
     "Index",
     "Int64",
     "Keys",
     "Parameters",
+    "Progress",
     "SearchParameters",
     "chunks",
+    "sample_rows",
     "to_float32",
 ]
 
@@ -30,14 +32,18 @@ Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.floating]
 Parameters = Mapping[str, int | float]
+Progress = Callable[[int, int], None]  # hears what is done, and how much there is
 
-FAR = np.finfo(np.float32).max  # the distance beside an id of -1
+MISSING_DISTANCE = np.finfo(np.float32).max  # the distance beside an id of -1
 CHUNK_BYTES = 1 << 26  # of float32: what building and opening hold at once, beside the index itself
 
 
 @dataclass(frozen=True)
 class SearchParameters:
-    """Of one request. nprobe: lists to visit; ef_search: candidates a graph search keeps; None = the default."""
+    """What one request asks of an index. None = the index's default.
+
+    nprobe: lists to visit; ef_search: candidates that a graph search keeps.
+    """
 
     k: int
     nprobe: int | None = None
@@ -50,8 +56,8 @@ class Index(ABC):
     nprobe, ef_search: its defaults, None where it has no lists or is no graph. overfetch: candidates per neighbor that
     rescoring should start from. exact: its distances are the squared L2 to the stored keys, whatever else is in the
     batch, so that rescoring adds nothing. memory: "resident", "mapped", "device", or "none" when it has no part of its
-    own. reduced: (n, m) float16, keys as the index's front makes them; where there are such, they are what a search
-    rescores by, unless it asks for the stored keys.
+    own. reduced: (n, m) float16, keys as the index's pre-transform makes them; where there are such, they are what a
+    search rescores by, unless it asks for the stored keys.
     """
 
     reduced: Keys | None = None
@@ -70,8 +76,8 @@ class Index(ABC):
         """
 
     def project(self, queries: Float32) -> Float32:
-        """(n, m) of queries (n, d): what the index's front makes of them, each as if it were alone; the array itself
-        where it has no front."""
+        """(n, m) of queries (n, d): what the index's pre-transform makes of them, each as if it were alone; the
+        array itself where it has no pre-transform."""
         return queries
 
     def search_projected(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
@@ -104,24 +110,48 @@ class Family(ABC):
         """Raises InvalidRequest, saying what recipes look like."""
 
     @abstractmethod
-    def refusal(self, entries: int, dim: int) -> str | None:
+    def why_unsuitable(self, entries: int, dim: int) -> str | None:
         """Why it cannot hold this many keys of this dimension; None when it can."""
 
-    def smaller(self, entries: int, dim: int) -> str | None:
+    def fallback_recipe(self, entries: int, dim: int) -> str | None:
         """The recipe to take instead when there are too few keys for this one; None when that is not the reason."""
         del entries, dim
         return None
 
-    @abstractmethod
-    def build(self, keys: Keys, file: Path, seed: int, on_progress: Callable[[int, int], None]) -> Parameters:
-        """Write the index of keys (n, d) to `file` and return the defaults of its searches.
+    def training_size(self, dim: int) -> int:
+        """How many keys of this dimension `train` should have; 0 when nothing is learned from them."""
+        del dim
+        return 0
 
-        Deterministic for one seed. on_progress hears (keys added, n). Memory: the index and one chunk of keys.
-        A family with has_file=False writes nothing.
+    @abstractmethod
+    def train(self, sample: Keys, seed: int) -> bytes:
+        """An index of no keys, learned from a sample (m, d): what `add` begins with, in this process or in another.
+
+        Deterministic for one seed. Raises InvalidRequest when nothing can be learned from these keys.
         """
 
-    def dim_inside(self, dim: int) -> int:
-        """Of what the index's front makes of keys of this dimension."""
+    @abstractmethod
+    def add(self, trained: bytes, keys: Keys, file: Path, on_progress: Progress) -> Parameters:
+        """Write an index of keys (n, d) to `file` and return the defaults of its searches.
+
+        Indexes that one `trained` gave share what was learned: their lists, codes and pre-transform are the same. Keys
+        are added chunk by chunk; on_progress hears (keys added, n). Memory: the index and one chunk of keys. A family
+        with has_file=False writes nothing. Raises DatastoreError when the file cannot be written.
+        """
+
+    def build(self, keys: Keys, file: Path, seed: int, on_progress: Progress) -> Parameters:
+        """`train` on a sample of keys (n, d), then `add` all of them. Raises as they do."""
+        on_progress(0, len(keys))
+        rows = sample_rows(len(keys), self.training_size(keys.shape[1]), seed)
+        return self.add(self.train(_rows_of(keys, rows), seed), keys, file, on_progress)
+
+    def remark(self, file: Path) -> str | None:
+        """What is unusual about the index in `file` and should be known to whoever built it; None mostly."""
+        del file
+        return None
+
+    def transformed_dim(self, dim: int) -> int:
+        """Dimension of keys of dimension `dim` after the pre-transform."""
         return dim
 
     @abstractmethod
@@ -145,3 +175,21 @@ def chunks(entries: int, dim: int) -> list[tuple[int, int]]:
 def to_float32(keys: Keys) -> Float32:
     """C-contiguous, as FAISS takes it; FAISS itself would copy silently."""
     return np.ascontiguousarray(keys, np.float32)
+
+
+def sample_rows(entries: int, size: int, seed: int) -> Int64:
+    """(min(size, entries),) ascending and distinct: one row drawn from each of `size` equal stretches of the corpus.
+
+    Uniform over the corpus, as training must be: neighboring rows come from one text and are alike.
+    """
+    size = min(size, entries)
+    edges = np.arange(size + 1, dtype=np.int64) * entries // max(size, 1)
+    widths = np.diff(edges)
+    return edges[:-1] + np.floor(np.random.default_rng(seed).random(size) * widths).astype(np.int64)
+
+
+def _rows_of(keys: Keys, rows: Int64) -> Float32:
+    result = np.empty((len(rows), keys.shape[1]), np.float32)
+    for lo, hi in chunks(len(rows), keys.shape[1]):
+        result[lo:hi] = keys[rows[lo:hi]]
+    return result

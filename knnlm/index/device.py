@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from knnlm.errors import DatastoreError, InsufficientMemory, InvalidRequest
-from knnlm.index.contract import FAR, Float32, Index, Int64, Keys, Parameters, SearchParameters, chunks
+from knnlm.index.contract import MISSING_DISTANCE, Float32, Index, Int64, Keys, Parameters, SearchParameters, chunks
 from knnlm.index.memory import readable, require
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class DeviceIndex(Index):
         import torch
 
         n, k = len(queries), min(parameters.k, len(self._keys))
-        distances = np.full((n, parameters.k), FAR, np.float32)
+        distances = np.full((n, parameters.k), MISSING_DISTANCE, np.float32)
         ids = np.full((n, parameters.k), -1, np.int64)
         if not k:
             return distances, ids
@@ -203,7 +203,7 @@ class DeviceIndex(Index):
             difference = self._keys[ids[lo : lo + step]].to(torch.float32)
             difference -= queries[rows[lo : lo + step]]
             result[lo : lo + step] = _sum_of_squares(difference)
-        return result.clamp_(max=float(FAR))  # too far for float32
+        return result.clamp_(max=float(MISSING_DISTANCE))  # too far for float32
 
 
 class _Product:

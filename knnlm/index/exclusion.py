@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
-from knnlm.index.contract import FAR, Float32, Int64
-from knnlm.index.removed import NOTHING, Removed
+from knnlm.index.contract import MISSING_DISTANCE, Float32, Int64
+from knnlm.index.removed import NO_TOMBSTONES, Tombstones
 from knnlm.messages import SearchRequest
 
 __all__ = ["Exclusion", "check_exclusion", "without"]
@@ -64,10 +64,10 @@ class Exclusion:
     highs: Int64
     starts: Int64
     ends: Int64
-    removed: Removed = NOTHING
+    removed: Tombstones = NO_TOMBSTONES
 
     @classmethod
-    def of(cls, request: SearchRequest, datastore: Datastore, removed: Removed = NOTHING) -> Self | None:
+    def of(cls, request: SearchRequest, datastore: Datastore, removed: Tombstones = NO_TOMBSTONES) -> Self | None:
         """What the request excludes, and what was removed from the version; None when that is no entry at all.
 
         Raises InvalidRequest, naming the field, for an entry or document that does not exist; a document that was
@@ -103,7 +103,8 @@ class Exclusion:
 
 
 def without(search: Search, queries: Float32, k: int, exclusion: Exclusion, entries: int) -> tuple[Float32, Int64]:
-    """The k nearest of what `search` finds that are not excluded: distances and ids (n, k), padded with id -1 at FAR.
+    """The k nearest of what `search` finds that are not excluded: distances and ids (n, k), padded with id -1 at
+    MISSING_DISTANCE.
 
     search(queries (r, d), c): distances and ids (r, c) of distinct entries, nearest first, padded with id -1, the same
     for a query whatever else is searched with it; so this is true of what is returned, too. queries: (n, d).
@@ -112,7 +113,7 @@ def without(search: Search, queries: Float32, k: int, exclusion: Exclusion, entr
     rounded up to a power of two, so that queries of one batch are searched together, as many as have BLOCK_CANDIDATES.
     Of removed entries only so many are reckoned with at first as are to be expected among the nearest.
     """
-    distances, ids = np.full((len(queries), k), FAR, np.float32), np.full((len(queries), k), -1, np.int64)
+    distances, ids = np.full((len(queries), k), MISSING_DISTANCE, np.float32), np.full((len(queries), k), -1, np.int64)
     removed = exclusion.removed.count
     excluded = _power_of_two(exclusion.counts() - removed)
     most = np.minimum(k + excluded + removed, entries)  # (n,) candidates that are always enough
@@ -133,7 +134,7 @@ def without(search: Search, queries: Float32, k: int, exclusion: Exclusion, entr
 
 def _first(near: Float32, found: Int64, kept: npt.NDArray[np.bool_], k: int) -> tuple[Float32, Int64]:
     """The first k of every row that are kept, moved together."""
-    distances, ids = np.full((len(found), k), FAR, np.float32), np.full((len(found), k), -1, np.int64)
+    distances, ids = np.full((len(found), k), MISSING_DISTANCE, np.float32), np.full((len(found), k), -1, np.int64)
     taken = kept & (np.cumsum(kept, axis=1, dtype=np.int32) <= k)
     filled = np.arange(k) < taken.sum(axis=1)[:, None]
     distances[filled], ids[filled] = near[taken], found[taken]  # both row by row

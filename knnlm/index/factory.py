@@ -13,9 +13,9 @@ import faiss
 from knnlm.errors import InvalidRequest
 from knnlm.index.codecs import Codec, Row
 from knnlm.index.contract import Parameters
-from knnlm.index.faiss_family import LEAST_POINTS, FaissFamily, FaissIndex, said
+from knnlm.index.faiss_family import FaissFamily, FaissIndex, faiss_message
 from knnlm.index.hnsw import EF_SEARCH, HnswIndex
-from knnlm.index.ivf import POINTS_PER_LIST, IvfIndex, default_nprobe
+from knnlm.index.ivf import TRAINING_KEYS_PER_LIST, IvfIndex, default_nprobe, list_sizes, remark_on_lists
 
 __all__ = ["Factory"]
 
@@ -28,7 +28,6 @@ class Factory(FaissFamily):
 
     def __init__(self, recipe: str, factory: str) -> None:
         super().__init__(recipe, None, Codec(factory, Row(factory, OVERFETCH, mapped=False)))
-        self._nlist = 0
 
     @classmethod
     def parse(cls, recipe: str) -> Self:
@@ -43,26 +42,37 @@ class Factory(FaissFamily):
     def base(self) -> str:
         return self.codec.factory
 
-    def refusal(self, entries: int, dim: int) -> str | None:
+    def why_unsuitable(self, entries: int, dim: int) -> str | None:
         del entries
         try:
-            faiss.index_factory(dim, self.base, faiss.METRIC_L2)
+            index: Any = faiss.index_factory(dim, self.base, faiss.METRIC_L2)
         except RuntimeError as err:
-            return f"FAISS says: {said(err)}"
+            return f"FAISS says: {faiss_message(err)}"
+        if isinstance(index, faiss.IndexPreTransform):
+            index = faiss.downcast_index(index.index)
+        if isinstance(index, faiss.IndexRefine):
+            return "a refinement (Refine, RFlat) is not needed: every search is rescored, from more by overfetch"
+        if not isinstance(index, faiss.IndexIVF) and faiss.try_extract_index_ivf(index) is not None:
+            return f"the lists inside of {type(index).__name__} cannot be told how many to visit"
         return None
 
-    def points(self) -> int:
-        return max(LEAST_POINTS, POINTS_PER_LIST * self._nlist)
+    def training_size(self, dim: int) -> int:
+        lists = faiss.try_extract_index_ivf(faiss.index_factory(dim, self.base, faiss.METRIC_L2))
+        return max(super().training_size(dim), 0 if lists is None else TRAINING_KEYS_PER_LIST * int(lists.nlist))
 
-    def seeded(self, index: Any, seed: int) -> None:
+    def set_seed(self, index: Any, seed: int) -> None:
         if isinstance(index, faiss.IndexIVF):
-            self._nlist = int(index.nlist)
             index.cp.seed = seed
         if hasattr(index, "pq"):
             index.pq.cp.seed = seed
 
-    def defaults(self, entries: int) -> Parameters:
-        return {"nprobe": default_nprobe(entries, self._nlist)} if self._nlist else {"ef_search": EF_SEARCH}
+    def defaults(self, index: Any) -> Parameters:
+        is_ivf = isinstance(index, faiss.IndexIVF)
+        return {"nprobe": default_nprobe(list_sizes(index))} if is_ivf else {"ef_search": EF_SEARCH}
+
+    def remark(self, file: Path) -> str | None:
+        index = faiss.read_index(str(file))
+        return None if faiss.try_extract_index_ivf(index) is None else remark_on_lists(index)
 
     def opened(self, index: Any, file: Path, parameters: Parameters, mapped: bool) -> FaissIndex:
         plain = FaissIndex(index, file, parameters, mapped)

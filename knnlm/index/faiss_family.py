@@ -2,8 +2,8 @@
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,108 +14,132 @@ from knnlm.datastore.files import CHUNK
 from knnlm.datastore.manifest import FLAT
 from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest
 from knnlm.index.codecs import Codec
-from knnlm.index.contract import Family, Float32, Index, Int64, Keys, Parameters, SearchParameters, chunks, to_float32
+from knnlm.index.contract import (
+    Family,
+    Float32,
+    Index,
+    Int64,
+    Keys,
+    Parameters,
+    Progress,
+    SearchParameters,
+    chunks,
+    to_float32,
+)
 from knnlm.index.freeing import free
-from knnlm.index.fronts import Front, Projection, reduce_all
+from knnlm.index.pre_transform import PreTransform, Projection, reduce_all
 
-__all__ = ["LEAST_POINTS", "FaissFamily", "FaissIndex", "said", "sample_rows"]
+__all__ = ["MIN_TRAINING_KEYS", "FaissFamily", "FaissIndex", "faiss_message"]
 
-PLENTY = 1 << 62  # entries
+ENOUGH_ENTRIES = 1 << 62  # entries
 # FAISS itself samples down to 256 points per centroid and warns below 39
-LEAST_POINTS = 1 << 16
+MIN_TRAINING_KEYS = 1 << 16
 PAGE = 4096  # bytes that a map brings in at once, at least
 
 
 class FaissFamily(Family):
-    """recipe: as asked for. front: what keys and queries go through first. codec: how keys are written down. reduced:
-    whether what the front makes of the keys is kept, too.
+    """recipe: as asked for. pre-transform: what keys and queries go through first. codec: how keys are written down.
+    reduced: whether what the pre-transform makes of the keys is kept, too.
     """
 
     has_file = True
     flags: ClassVar[int]  # of faiss.read_index, that leave in the file what this kind of index can use from there
 
-    def __init__(self, recipe: str, front: Front | None, codec: Codec, *, reduced: bool = False) -> None:
+    def __init__(self, recipe: str, pre_transform: PreTransform | None, codec: Codec, *, reduced: bool = False) -> None:
         self.recipe = recipe
-        self.front = front
+        self.pre_transform = pre_transform
         self.codec = codec
         self.reduced = reduced
 
     @property
     @abstractmethod
     def base(self) -> str:
-        """FAISS's name of the index behind the front."""
+        """FAISS's name of the index behind the pre-transform."""
 
     @abstractmethod
-    def defaults(self, entries: int) -> Parameters:
-        """Of a search among so many entries."""
+    def defaults(self, index: Any) -> Parameters:
+        """Default search parameters of what FAISS built, without its pre-transform."""
 
     @abstractmethod
     def opened(self, index: Any, file: Path, parameters: Parameters, mapped: bool) -> "FaissIndex":
         """index: what FAISS read, of the right kind and size. Raises DatastoreCorrupt for another kind."""
 
-    def points(self) -> int:
-        """Keys to train on."""
-        return LEAST_POINTS
+    def training_size(self, dim: int) -> int:
+        del dim
+        return MIN_TRAINING_KEYS
 
-    def seeded(self, index: Any, seed: int) -> None:
-        """Make the training of this index, without its front, depend on `seed` alone."""
+    def set_seed(self, index: Any, seed: int) -> None:
+        """Make the training of this index, without its pre-transform, depend on `seed` alone."""
 
-    def refusal(self, entries: int, dim: int) -> str | None:
-        why_not = None if self.front is None else self.front.refusal(entries, dim)
-        return self.codec.refusal(entries, self.dim_inside(dim)) if why_not is None else why_not
+    def why_unsuitable(self, entries: int, dim: int) -> str | None:
+        why_not = None if self.pre_transform is None else self.pre_transform.why_unsuitable(entries, dim)
+        return self.codec.why_unsuitable(entries, self.transformed_dim(dim)) if why_not is None else why_not
 
-    def dim_inside(self, dim: int) -> int:
-        return dim if self.front is None else self.front.dim_out(dim)
+    def transformed_dim(self, dim: int) -> int:
+        return dim if self.pre_transform is None else self.pre_transform.dim_out(dim)
 
     def least(self, dim: int) -> int:
-        """Entries that codes and front are learned from, at least."""
-        return max(self.codec.row.points, 0 if self.front is None else self.front.least(dim))
+        """Entries that codes and pre-transform are learned from, at least."""
+        return max(self.codec.row.points, 0 if self.pre_transform is None else self.pre_transform.least(dim))
 
-    def smaller(self, entries: int, dim: int) -> str | None:
-        only_few = self.refusal(entries, dim) is not None and self.refusal(PLENTY, dim) is None
+    def fallback_recipe(self, entries: int, dim: int) -> str | None:
+        only_few = self.why_unsuitable(entries, dim) is not None and self.why_unsuitable(ENOUGH_ENTRIES, dim) is None
         return FLAT if only_few else None
 
-    def always_resident(self, entries: int, dim: int) -> int:
+    def always_resident_bytes(self, entries: int, dim: int) -> int:
         """Bytes that are read into memory even when the rest is mapped."""
         del entries
-        return 0 if self.front is None else 4 * dim * self.dim_inside(dim)
+        return 0 if self.pre_transform is None else 4 * dim * self.transformed_dim(dim)
 
-    def made_on_reading(self) -> int:
+    def load_overhead_bytes(self) -> int:
         """Bytes of what FAISS computes when it reads the file."""
         return 0
 
-    def build(self, keys: Keys, file: Path, seed: int, on_progress: Callable[[int, int], None]) -> Parameters:
-        n, dim = keys.shape
-        factory = self.base if self.front is None else f"{self.front.factory},{self.base}"
+    def train(self, sample: Keys, seed: int) -> bytes:
+        dim = sample.shape[1]
+        factory = self.base if self.pre_transform is None else f"{self.pre_transform.factory},{self.base}"
         index: Any = faiss.index_factory(dim, factory, faiss.METRIC_L2)
-        base = _behind_front(index)
-        self.seeded(base, seed)
+        self.set_seed(_inner_index(index), seed)
         if self.reduced:
             _keep_reduced(index)
-        on_progress(0, n)
-        try:
-            index.train(_gather(keys, sample_rows(n, self.points(), seed)))
-            add = _adding(index) if self.reduced else index.add
+        with self._refused(len(sample)):
+            index.train(to_float32(sample))
+        trained: bytes = faiss.serialize_index(index).tobytes()
+        return trained
+
+    def add(self, trained: bytes, keys: Keys, file: Path, on_progress: Progress) -> Parameters:
+        index: Any = faiss.deserialize_index(np.frombuffer(trained, np.uint8))
+        n, dim = keys.shape
+        add = _adding(index) if self.reduced else index.add
+        with self._refused(n):
             for lo, hi in chunks(n, dim):
                 add(to_float32(keys[lo:hi]))
                 on_progress(hi, n)
-        except RuntimeError as err:  # FAISS has one class for everything; here it is what was asked of it
-            raise InvalidRequest(f"FAISS cannot build {self.recipe} of {n} keys: {said(err)}", param="recipe") from err
         try:
             faiss.write_index(index, str(file))
-        except RuntimeError as err:  # and here it is the disk
-            raise DatastoreError(f"cannot write {file}: {said(err)}") from err
-        return {**self.defaults(n), "overfetch": self.codec.row.overfetch}
+        except RuntimeError as err:  # here it is the disk
+            raise DatastoreError(f"cannot write {file}: {faiss_message(err)}") from err
+        return {**self.defaults(_inner_index(index)), "overfetch": self.codec.row.overfetch}
+
+    @contextmanager
+    def _refused(self, n: int) -> Iterator[None]:
+        """FAISS has one class of errors for everything: inside, they are about what was asked of it."""
+        try:
+            yield
+        except RuntimeError as err:
+            raise InvalidRequest(
+                f"FAISS cannot build {self.recipe} of {n} keys: {faiss_message(err)}", param="recipe"
+            ) from err
 
     def resident_bytes(self, keys: Keys, file: Path | None, *, resident: bool) -> int:
         if file is None:
             return 0
         mapped = self.codec.row.mapped and not resident
         whole = file.stat().st_size - (0 if resident else self._reduced_bytes(*keys.shape))
-        return self.made_on_reading() + (self.always_resident(*keys.shape) if mapped else whole)
+        return self.load_overhead_bytes() + (self.always_resident_bytes(*keys.shape) if mapped else whole)
 
     def _reduced_bytes(self, entries: int, dim: int) -> int:
-        return 2 * entries * self.dim_inside(dim) if self.reduced else 0
+        return 2 * entries * self.transformed_dim(dim) if self.reduced else 0
 
     def open(self, keys: Keys, file: Path | None, parameters: Parameters, *, resident: bool) -> Index:
         if file is None:
@@ -125,7 +149,7 @@ class FaissFamily(Family):
             # mapped: replicas on one machine share it, and opening is immediate
             index = faiss.read_index(str(file), self._flags(resident))
         except RuntimeError as err:
-            raise DatastoreCorrupt(f"{file} is not an index: {said(err)}") from err
+            raise DatastoreCorrupt(f"{file} is not an index: {faiss_message(err)}") from err
         if (index.ntotal, index.d) != keys.shape:
             raise DatastoreCorrupt(f"{file} holds {(index.ntotal, index.d)} keys, expected {keys.shape}")
         return self.opened(index, file, parameters, mapped)
@@ -142,12 +166,12 @@ class FaissIndex(Index):
     """Searches whatever FAISS read, without parameters of its own."""
 
     def __init__(self, index: Any, file: Path, parameters: Parameters, mapped: bool) -> None:  # Any: faiss has no types
-        self._whole = index  # owns what is behind the front
+        self._whole = index  # owns what is behind the pre-transform
         self._project: Projection | None = None
         self._index = index
         if isinstance(index, faiss.IndexPreTransform) and Projection.possible(index.chain):
             self._project = Projection(index.chain)
-            self._index = _behind_front(index)
+            self._index = _inner_index(index)
         if isinstance(index, faiss.IndexPreTransform) and isinstance(
             faiss.downcast_index(index.index), faiss.IndexRefine
         ):
@@ -168,7 +192,7 @@ class FaissIndex(Index):
         return distances, ids
 
     def is_a(self, kind: type) -> bool:
-        """Whether what searches, behind the front, is of this class of FAISS."""
+        """Whether what searches, behind the pre-transform, is of this class of FAISS."""
         return isinstance(self._index, kind)
 
     @property
@@ -190,24 +214,13 @@ class FaissIndex(Index):
             free(whole)
 
 
-def sample_rows(entries: int, size: int, seed: int) -> Int64:
-    """(min(size, entries),) ascending and distinct: one row drawn from each of `size` equal stretches of the corpus.
-
-    Uniform over the corpus, as training must be: neighboring rows come from one text and are alike.
-    """
-    size = min(size, entries)
-    edges = np.arange(size + 1, dtype=np.int64) * entries // max(size, 1)
-    widths = np.diff(edges)
-    return edges[:-1] + np.floor(np.random.default_rng(seed).random(size) * widths).astype(np.int64)
-
-
-def said(err: RuntimeError) -> str:
+def faiss_message(err: RuntimeError) -> str:
     """What FAISS complains about, without where in its code."""
     return re.sub(r"^Error in .*? at \S+:\d+: (Error: )?", "", str(err)).strip()
 
 
-def _behind_front(index: Any) -> Any:
-    """What finds candidates: behind the front, and beside the reduced keys when they are kept."""
+def _inner_index(index: Any) -> Any:
+    """What finds candidates: behind the pre-transform, and beside the reduced keys when they are kept."""
     if isinstance(index, faiss.IndexPreTransform):
         index = faiss.downcast_index(index.index)
         if isinstance(index, faiss.IndexRefine):
@@ -216,18 +229,19 @@ def _behind_front(index: Any) -> Any:
 
 
 def _keep_reduced(index: Any) -> None:
-    """Put float16 rows beside what finds candidates, behind the front, in the form in which FAISS can write both."""
+    """Put float16 rows beside what finds candidates, behind the pre-transform, in the form in which FAISS can write
+    both."""
     rows: Any = faiss.IndexScalarQuantizer(index.index.d, faiss.ScalarQuantizer.QT_fp16)
     both: Any = faiss.IndexRefine(index.index, rows)
     both.own_fields = both.own_refine_index = True
     for owned in (rows, both):
-        owned.this.disown()  # by C++ from here on: the front owns both, and both own their parts
+        owned.this.disown()  # by C++ from here on: the pre-transform owns both, and both own their parts
     index.index = both
 
 
 def _adding(index: Any) -> Callable[[Float32], None]:
-    """Adds keys as `index.add` does, but for the front, which is applied as it is to queries: what is kept of a key
-    does not depend on the keys beside it, and is the same when it is added to the version later."""
+    """Adds keys as `index.add` does, but for the pre-transform, which is applied as it is to queries: what is kept
+    of a key does not depend on the keys beside it, and is the same when it is added to the version later."""
     projection = Projection(index.chain)
 
     def add(keys: Float32) -> None:
@@ -244,10 +258,3 @@ def _reduced(both: Any) -> Keys:
     raw = faiss.rev_swig_ptr(codes.data(), codes.size())
     reduced: Keys = raw.view(np.float16).reshape(both.ntotal, both.d)
     return reduced
-
-
-def _gather(keys: Keys, rows: Int64) -> Float32:
-    result = np.empty((len(rows), keys.shape[1]), np.float32)
-    for lo, hi in chunks(len(rows), keys.shape[1]):
-        result[lo:hi] = keys[rows[lo:hi]]
-    return result

@@ -4,14 +4,13 @@ It costs 4 d bytes per entry and time in proportion to them: the right choice fo
 twin that every other family is tested against.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 import faiss
 
 from knnlm.errors import InvalidRequest
-from knnlm.index.contract import Family, Float32, Index, Int64, Keys, Parameters, SearchParameters, chunks
+from knnlm.index.contract import Family, Float32, Index, Int64, Keys, Parameters, Progress, SearchParameters, chunks
 from knnlm.index.freeing import free
 
 __all__ = ["Flat"]
@@ -28,12 +27,16 @@ class Flat(Family):
             raise InvalidRequest(f"recipe {recipe!r} is not known: exact search is called flat", param="recipe")
         return cls()
 
-    def refusal(self, entries: int, dim: int) -> str | None:
+    def why_unsuitable(self, entries: int, dim: int) -> str | None:
         del entries, dim
         return None
 
-    def build(self, keys: Keys, file: Path, seed: int, on_progress: Callable[[int, int], None]) -> Parameters:
-        del file, seed
+    def train(self, sample: Keys, seed: int) -> bytes:
+        del sample, seed
+        return b""
+
+    def add(self, trained: bytes, keys: Keys, file: Path, on_progress: Progress) -> Parameters:
+        del trained, file
         on_progress(len(keys), len(keys))
         return {}
 

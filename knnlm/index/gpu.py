@@ -15,7 +15,7 @@ from knnlm.index.contract import Float32, Index, Int64, Parameters, SearchParame
 
 __all__ = ["GpuIndex", "open_on_gpu"]
 
-MOST = 2048  # neighbors, and lists, that FAISS's GPU kernels can select
+MAX_GPU_K = 2048  # neighbors, and lists, that FAISS's GPU kernels can select
 
 
 def open_on_gpu(file: Path | None, recipe: str, parameters: Parameters, device: str) -> Index:
@@ -75,10 +75,10 @@ class GpuIndex(Index):
         settings = faiss.SearchParametersIVF()
         settings.nprobe = min(self.nprobe if parameters.nprobe is None else parameters.nprobe, self._nlist)
         for name, given in (("k", parameters.k), ("nprobe", settings.nprobe)):
-            if given > MOST:
+            if given > MAX_GPU_K:
                 raise InvalidRequest(
-                    f"FAISS on a GPU selects at most {MOST} candidates and visits at most {MOST} lists, got {name} "
-                    f"{given}, over-fetched candidates counted: lower k, overfetch or nprobe, or use index flat",
+                    f"FAISS on a GPU selects at most {MAX_GPU_K} candidates and visits at most {MAX_GPU_K} lists, "
+                    f"got {name} {given}, over-fetched candidates counted: lower k, overfetch or nprobe, or take flat",
                     param=name,
                 )
         with self._searching:

@@ -14,7 +14,7 @@ from knnlm.errors import DatastoreCorrupt, InvalidRequest
 from knnlm.index.codecs import Codec, codec, codec_names
 from knnlm.index.contract import Float32, Int64, Parameters, SearchParameters
 from knnlm.index.faiss_family import FaissFamily, FaissIndex
-from knnlm.index.fronts import Front, split
+from knnlm.index.pre_transform import PreTransform, split
 
 __all__ = ["Hnsw"]
 
@@ -25,13 +25,15 @@ PLACE_BYTES = 12  # per key: where its links begin, and its level
 class Hnsw(FaissFamily):
     flags = faiss.IO_FLAG_MMAP_IFC
 
-    def __init__(self, recipe: str, front: Front | None, links: int, codec: Codec, *, reduced: bool = False) -> None:
-        super().__init__(recipe, front, codec, reduced=reduced)
+    def __init__(
+        self, recipe: str, pre_transform: PreTransform | None, links: int, codec: Codec, *, reduced: bool = False
+    ) -> None:
+        super().__init__(recipe, pre_transform, codec, reduced=reduced)
         self._links = links
 
     @classmethod
     def parse(cls, recipe: str) -> Self:
-        front, rest, reduced = split(recipe)
+        pre_transform, rest, reduced = split(recipe)
         match = re.fullmatch(r"hnsw([1-9]\d{0,2})(?:,(.*))?", rest)
         chosen = codec(match[2] if match and match[2] is not None else "flat")
         if match is None or chosen is None or not 2 <= int(match[1]) <= 256 or not chosen.row.mapped:
@@ -40,17 +42,17 @@ class Hnsw(FaissFamily):
                 f"hnsw32,sq8; codecs: {codec_names()}, without those that end with fs",
                 param="recipe",
             )
-        return cls(recipe, front, int(match[1]), chosen, reduced=reduced)
+        return cls(recipe, pre_transform, int(match[1]), chosen, reduced=reduced)
 
     @property
     def base(self) -> str:
         return f"HNSW{self._links},{self.codec.factory}"
 
-    def always_resident(self, entries: int, dim: int) -> int:
-        return super().always_resident(entries, dim) + PLACE_BYTES * entries
+    def always_resident_bytes(self, entries: int, dim: int) -> int:
+        return super().always_resident_bytes(entries, dim) + PLACE_BYTES * entries
 
-    def defaults(self, entries: int) -> Parameters:
-        del entries
+    def defaults(self, index: Any) -> Parameters:
+        del index
         return {"ef_search": EF_SEARCH}
 
     def opened(self, index: Any, file: Path, parameters: Parameters, mapped: bool) -> "HnswIndex":

@@ -16,37 +16,41 @@ import numpy as np
 from knnlm.errors import DatastoreCorrupt, InvalidRequest
 from knnlm.index.codecs import Codec, codec, codec_names
 from knnlm.index.contract import Float32, Int64, Parameters, SearchParameters
-from knnlm.index.faiss_family import LEAST_POINTS, FaissFamily, FaissIndex
-from knnlm.index.fronts import Front, split
+from knnlm.index.faiss_family import FaissFamily, FaissIndex
+from knnlm.index.pre_transform import PreTransform, split
 from knnlm.index.rescore import rescored
 
-__all__ = ["Ivf", "default_nprobe", "lists_for", "visited"]
+__all__ = ["Ivf", "default_nprobe", "list_sizes", "lists_for", "remark_on_lists", "visited"]
 
 MAX_NLIST = 1 << 20
 PQ_CENTROIDS = 256
 ENTRIES_PER_LIST = 40  # FAISS warns below 39 training points per list
-POINTS_PER_LIST = 64
+TRAINING_KEYS_PER_LIST = 64
 
 # With 2 sqrt(n) lists of sqrt(n) / 2 entries, 24 of them hold 12 sqrt(n): finding lists and visiting them cost alike,
 # and of a million entries those visited hold most of the nearest thousand
-LISTS = 2  # times sqrt(n)
-VISITED = 12  # times sqrt(n), entries
-LEAST_VISITED = 1 << 13
-EF_QUANTIZER = 64  # candidates among the centroids, where a graph finds the lists
+LISTS_PER_SQRT = 2  # times sqrt(n)
+VISITED_PER_SQRT = 12  # times sqrt(n), entries
+MIN_VISITED = 12_288  # entries
+QUANTIZER_EF_SEARCH = 64  # candidates among the centroids, where a graph finds the lists
+OVERSIZED = 10  # times the average list
+LARGE_SHARE = 0.2  # of all entries, in one list
 SPARE_LISTS = 8  # that a matrix product may rank otherwise than true distances do
-ONE_QUERY_AT_A_TIME = 11  # of FAISS's FastScan, with a reservoir of candidates: fastest at k around a thousand
+FASTSCAN_IMPLEMENTATION = 11  # of FAISS's FastScan, with a reservoir of candidates: fastest at k around a thousand
 
 
 class Ivf(FaissFamily):
     flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
 
-    def __init__(self, recipe: str, front: Front | None, nlist: int, codec: Codec, *, reduced: bool = False) -> None:
-        super().__init__(recipe, front, codec, reduced=reduced)
+    def __init__(
+        self, recipe: str, pre_transform: PreTransform | None, nlist: int, codec: Codec, *, reduced: bool = False
+    ) -> None:
+        super().__init__(recipe, pre_transform, codec, reduced=reduced)
         self._nlist = nlist
 
     @classmethod
     def parse(cls, recipe: str) -> Self:
-        front, rest, reduced = split(recipe)
+        pre_transform, rest, reduced = split(recipe)
         match = re.fullmatch(r"ivf([1-9]\d{0,6})(?:,(.*))?", rest)
         chosen = codec(match[2] if match and match[2] is not None else "flat")
         if match is None or chosen is None or int(match[1]) > MAX_NLIST:
@@ -55,43 +59,46 @@ class Ivf(FaissFamily):
                 f"ivf256,sq8; codecs: {codec_names()}",
                 param="recipe",
             )
-        return cls(recipe, front, int(match[1]), chosen, reduced=reduced)
+        return cls(recipe, pre_transform, int(match[1]), chosen, reduced=reduced)
 
     @property
     def base(self) -> str:
         return f"IVF{self._nlist},{self.codec.factory}"
 
-    def points(self) -> int:
-        return max(POINTS_PER_LIST * self._nlist, LEAST_POINTS)
+    def training_size(self, dim: int) -> int:
+        return max(TRAINING_KEYS_PER_LIST * self._nlist, super().training_size(dim))
 
-    def seeded(self, index: Any, seed: int) -> None:
+    def set_seed(self, index: Any, seed: int) -> None:
         index.cp.seed = seed
         if hasattr(index, "pq"):
             index.pq.cp.seed = seed
 
-    def refusal(self, entries: int, dim: int) -> str | None:
-        why_not = super().refusal(entries, dim)
+    def why_unsuitable(self, entries: int, dim: int) -> str | None:
+        why_not = super().why_unsuitable(entries, dim)
         if why_not is None and entries < self._nlist:
             return f"{self._nlist} lists need at least as many entries, there are {entries}"
         return why_not
 
-    def smaller(self, entries: int, dim: int) -> str | None:
-        fallback = super().smaller(entries, dim)
+    def fallback_recipe(self, entries: int, dim: int) -> str | None:
+        fallback = super().fallback_recipe(entries, dim)
         if fallback is None or entries < max(self.least(dim), ENTRIES_PER_LIST):
             return fallback
         prefix, _, rest = self.recipe.partition(f"ivf{self._nlist}")
         return f"{prefix}ivf{lists_for(entries)}{rest}"
 
-    def always_resident(self, entries: int, dim: int) -> int:
-        return super().always_resident(entries, dim) + 4 * self._nlist * self.dim_inside(dim)
+    def always_resident_bytes(self, entries: int, dim: int) -> int:
+        return super().always_resident_bytes(entries, dim) + 4 * self._nlist * self.transformed_dim(dim)
 
-    def made_on_reading(self) -> int:
+    def load_overhead_bytes(self) -> int:
         tables = 4 * self._nlist * self.codec.parts * PQ_CENTROIDS if self.codec.row.mapped else 0
         settings: Any = faiss.cvar
         return tables if tables <= settings.precomputed_table_max_bytes else 0  # else FAISS does without
 
-    def defaults(self, entries: int) -> Parameters:
-        return {"nprobe": default_nprobe(entries, self._nlist)}
+    def defaults(self, index: Any) -> Parameters:
+        return {"nprobe": default_nprobe(list_sizes(index))}
+
+    def remark(self, file: Path) -> str | None:
+        return remark_on_lists(faiss.read_index(str(file), self.flags))
 
     def opened(self, index: Any, file: Path, parameters: Parameters, mapped: bool) -> "IvfIndex":
         return IvfIndex(index, file, parameters, mapped)
@@ -105,14 +112,14 @@ class IvfIndex(FaissIndex):
         if not isinstance(self._index, faiss.IndexIVF):
             raise DatastoreCorrupt(f"{file} is {type(self._index).__name__}, expected IndexIVF")
         self._nlist = int(self._index.nlist)
-        self.nprobe = min(int(parameters.get("nprobe", default_nprobe(int(index.ntotal), self._nlist))), self._nlist)
+        self.nprobe = min(int(parameters.get("nprobe") or default_nprobe(list_sizes(self._index))), self._nlist)
         self._quantizer = faiss.downcast_index(self._index.quantizer)
         self._centroids: Float32 | None = None
         if isinstance(self._quantizer, faiss.IndexFlat):
             raw = faiss.rev_swig_ptr(self._quantizer.get_xb(), self._nlist * self._index.d)
             self._centroids = raw.reshape(self._nlist, self._index.d)
         if isinstance(self._index, faiss.IndexIVFFastScan):
-            self._index.implem = ONE_QUERY_AT_A_TIME
+            self._index.implem = FASTSCAN_IMPLEMENTATION
 
     def search_projected(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
         # per request, never set on the index: other threads are searching it
@@ -121,7 +128,7 @@ class IvfIndex(FaissIndex):
         if self._centroids is None:
             graph: Any = faiss.SearchParametersHNSW()  # type: ignore[attr-defined]  # lives as long as what points at it
             if isinstance(self._quantizer, faiss.IndexHNSW):
-                graph.efSearch = max(EF_QUANTIZER, 2 * settings.nprobe)
+                graph.efSearch = max(QUANTIZER_EF_SEARCH, 2 * settings.nprobe)
                 settings.quantizer_params = graph
             distances, ids = self._index.search(queries, parameters.k, params=settings)
             return distances, ids
@@ -145,16 +152,40 @@ class IvfIndex(FaissIndex):
         return super().memory_bytes + (0 if tables is None else 4 * int(tables.size()))
 
 
-def default_nprobe(entries: int, nlist: int) -> int:
-    """How many lists a search visits when it does not say: those that hold VISITED sqrt(n) entries, on average."""
-    return min(nlist, max(1, math.ceil(visited(entries) * nlist / max(entries, 1))))
+def list_sizes(index: Any) -> Int64:
+    """(nlist,) entries in each list of an index that FAISS built or read."""
+    return np.array([index.invlists.list_size(i) for i in range(index.nlist)], np.int64)
+
+
+def default_nprobe(sizes: Int64) -> int:
+    """How many of these lists a search visits when it does not say: usual ones that hold visited(n) entries together.
+
+    Usual: lists of more than OVERSIZED times the average, of one beginning of many texts for example, are left out.
+    Most queries are nearest to the others, which are shorter than the average then.
+    """
+    usual = sizes[sizes <= OVERSIZED * sizes.mean()]
+    return int(min(len(sizes), max(1, math.ceil(visited(int(sizes.sum())) / max(usual.mean(), 1.0)))))
+
+
+def remark_on_lists(index: Any) -> str | None:
+    """A sentence when one list holds more than LARGE_SHARE of the entries, as many equal keys make it."""
+    sizes = list_sizes(faiss.extract_index_ivf(index))
+    share = sizes.max(initial=0) / max(sizes.sum(), 1)
+    if share <= LARGE_SHARE or len(sizes) == 1:
+        return None
+    return (
+        f"one of {len(sizes)} lists holds {share:.0%} of the entries: many keys are nearly equal, as those of repeated "
+        "text are, and queries near them are slow; consider leaving such text out"
+    )
 
 
 def visited(entries: int) -> int:
     """How many of so many entries a search looks at when it does not say; never too few for a thousand neighbors."""
-    return max(VISITED * math.isqrt(entries), LEAST_VISITED)
+    return max(VISITED_PER_SQRT * math.isqrt(entries), MIN_VISITED)
 
 
 def lists_for(entries: int) -> int:
     """How many lists suit so many entries."""
-    return int(np.clip(round(LISTS * math.sqrt(entries)), 1, min(max(1, entries // ENTRIES_PER_LIST), MAX_NLIST)))
+    return int(
+        np.clip(round(LISTS_PER_SQRT * math.sqrt(entries)), 1, min(max(1, entries // ENTRIES_PER_LIST), MAX_NLIST))
+    )

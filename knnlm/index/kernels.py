@@ -13,15 +13,15 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from knnlm.index.contract import FAR, Float32, Int64, Keys
+from knnlm.index.contract import MISSING_DISTANCE, Float32, Int64, Keys
 
 __all__ = ["gather", "project", "squared_distances"]
 
 Int32 = npt.NDArray[np.int32]
 
 NONE = np.empty(0, np.int32)
-AHEAD = 4  # rows between the one that is fetched and the one that is worked on
-LINE = 64  # bytes the processor fetches at once
+ROWS_AHEAD = 4  # rows between the one that is fetched and the one that is worked on
+LINE_BYTES = 64  # bytes the processor fetches at once
 VALUES_AHEAD = 16
 # sums may be taken in any order, which then is the same for every row; infinity and NaN keep their meaning
 RELAXED = {"reassoc", "contract", "nsz"}
@@ -67,7 +67,8 @@ def _single(number: Any) -> Any:
 
 
 def _squared_distances(widened: Any, per_line: int) -> Any:
-    """The loop for one dtype of keys. widened: float32 of a stored number; per_line: stored numbers in LINE bytes."""
+    """The loop for one dtype of keys. widened: float32 of a stored number; per_line: stored numbers in LINE_BYTES
+    bytes."""
 
     @njit(nogil=True, fastmath=RELAXED)
     def loop(keys: Any, queries: Any, ids: Any, out: Any) -> None:
@@ -76,8 +77,8 @@ def _squared_distances(widened: Any, per_line: int) -> Any:
         flat = keys.reshape(-1)
         for row in range(rows):
             for column in range(columns):
-                if column + AHEAD < columns and ids[row, column + AHEAD] >= 0:
-                    begin = ids[row, column + AHEAD] * dim
+                if column + ROWS_AHEAD < columns and ids[row, column + ROWS_AHEAD] >= 0:
+                    begin = ids[row, column + ROWS_AHEAD] * dim
                     for place in range(begin, begin + dim, per_line):
                         _prefetch(flat, place)
                 entry = ids[row, column]
@@ -86,13 +87,13 @@ def _squared_distances(widened: Any, per_line: int) -> Any:
                     for i in range(dim):
                         difference = widened(keys[entry, i]) - queries[row, i]
                         total += difference * difference
-                out[row, column] = total if entry >= 0 and total <= FAR else FAR
+                out[row, column] = total if entry >= 0 and total <= MISSING_DISTANCE else MISSING_DISTANCE
 
     return loop
 
 
-_of_halves = _squared_distances(_half, LINE // 2)
-_of_singles = _squared_distances(_single, LINE // 4)
+_of_halves = _squared_distances(_half, LINE_BYTES // 2)
+_of_singles = _squared_distances(_single, LINE_BYTES // 4)
 
 
 @njit(nogil=True)
@@ -123,10 +124,11 @@ def _project(vectors: Any, matrix: Any, offset: Any, out: Any) -> None:
 
 
 def squared_distances(keys: Keys, queries: Float32, ids: Int64) -> Float32:
-    """(n, c) squared L2 between queries (n, d) and keys[ids], ids being (n, c) with -1 for padding, which is FAR.
+    """(n, c) squared L2 between queries (n, d) and keys[ids], ids being (n, c) with -1 for padding, which is
+    MISSING_DISTANCE.
 
-    keys: (entries, d) float16 or float32, C-contiguous. What is too far for float32 is FAR. Nothing is checked: an id
-    that is no entry reads memory that is not the keys'.
+    keys: (entries, d) float16 or float32, C-contiguous. What is too far for float32 is MISSING_DISTANCE. Nothing is
+    checked: an id that is no entry reads memory that is not the keys'.
     """
     out = np.empty(ids.shape, np.float32)
     raw = np.asarray(keys)  # numba knows no maps

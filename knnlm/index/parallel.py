@@ -8,7 +8,7 @@ import faiss
 
 __all__ = ["in_slices"]
 
-FEW = 4  # rows for which a second thread is worth waking, each of some hundred microseconds
+MIN_PARALLEL_ROWS = 4  # rows for which a second thread is worth waking, each of some hundred microseconds
 
 _lock = threading.Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
@@ -20,7 +20,7 @@ def in_slices(work: Callable[[int, int], None], rows: int) -> None:
     As many as FAISS uses threads, so that OMP_NUM_THREADS holds for both. Raises what the first failing slice raised,
     when all have ended.
     """
-    threads = max(1, min(faiss.omp_get_max_threads(), rows // FEW))
+    threads = max(1, min(faiss.omp_get_max_threads(), rows // MIN_PARALLEL_ROWS))
     if threads == 1:
         work(0, rows)
         return

@@ -8,11 +8,11 @@ import numpy.typing as npt
 
 from knnlm.index.contract import Int64
 
-__all__ = ["NOTHING", "Removed"]
+__all__ = ["NO_TOMBSTONES", "Tombstones"]
 
 
 @dataclass(frozen=True)
-class Removed:
+class Tombstones:
     """count: how many entries. bits: uint8, bit i % 8 of byte i // 8 is set when entry i is one of them.
 
     Bits, and no search in ranges: that would take longer than finding the candidates.
@@ -38,4 +38,4 @@ class Removed:
         return found
 
 
-NOTHING = Removed(0, np.empty(0, np.uint8))
+NO_TOMBSTONES = Tombstones(0, np.empty(0, np.uint8))

@@ -6,7 +6,7 @@ answered does not depend on the queries that happen to be searched with it.
 
 import numpy as np
 
-from knnlm.index.contract import FAR, Float32, Int64, Keys
+from knnlm.index.contract import MISSING_DISTANCE, Float32, Int64, Keys
 from knnlm.index.kernels import squared_distances
 from knnlm.index.parallel import in_slices
 
@@ -33,12 +33,13 @@ def rescored(keys: Keys, queries: Float32, candidates: Int64, k: int) -> tuple[F
 
 
 def nearest_first(distances: Float32, ids: Int64, k: int) -> tuple[Float32, Int64]:
-    """The k nearest of every row of (n, c), padding (id -1) last at FAR; of equal distances the lower id comes first.
+    """The k nearest of every row of (n, c), padding (id -1) last at MISSING_DISTANCE; of equal distances the lower
+    id comes first.
 
     Distances below zero, which an index may find by cancellation, are zero.
     """
     # + 0: there are two zeros, and the bits of the negative one would sort behind everything
-    distances = np.where(ids >= 0, np.clip(distances, 0, FAR) + np.float32(0), FAR)
+    distances = np.where(ids >= 0, np.clip(distances, 0, MISSING_DISTANCE) + np.float32(0), MISSING_DISTANCE)
     if ids.max(initial=0) < LOW:
         return _sorted_as_bits(distances, ids, k)
     order = np.lexsort((ids.view(np.uint64), distances), axis=1)[:, :k]

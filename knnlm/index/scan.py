@@ -9,7 +9,7 @@ from knnlm.errors import InvalidRequest
 from knnlm.index.codecs import codec, codec_names
 from knnlm.index.contract import Parameters
 from knnlm.index.faiss_family import FaissFamily, FaissIndex
-from knnlm.index.fronts import split
+from knnlm.index.pre_transform import split
 
 __all__ = ["Scan"]
 
@@ -19,24 +19,24 @@ class Scan(FaissFamily):
 
     @classmethod
     def parse(cls, recipe: str) -> Self:
-        front, rest, reduced = split(recipe)
+        pre_transform, rest, reduced = split(recipe)
         chosen = codec(rest)
         if chosen is None:
             raise InvalidRequest(
                 f"recipe {recipe!r} is not known: expected a codec, one of {codec_names()}", param="recipe"
             )
-        return cls(recipe, front, chosen, reduced=reduced)
+        return cls(recipe, pre_transform, chosen, reduced=reduced)
 
     @property
     def base(self) -> str:
         return self.codec.factory
 
-    def seeded(self, index: Any, seed: int) -> None:
+    def set_seed(self, index: Any, seed: int) -> None:
         if hasattr(index, "pq"):
             index.pq.cp.seed = seed
 
-    def defaults(self, entries: int) -> Parameters:
-        del entries
+    def defaults(self, index: Any) -> Parameters:
+        del index
         return {}
 
     def opened(self, index: Any, file: Path, parameters: Parameters, mapped: bool) -> FaissIndex:

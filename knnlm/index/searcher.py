@@ -19,12 +19,12 @@ from knnlm.datastore.manifest import FLAT, Manifest
 from knnlm.datastore.reader import Datastore, Int32
 from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest, TooLarge
 from knnlm.index.added import Added, added_bytes
-from knnlm.index.contract import FAR, Float32, Index, Int64, SearchParameters
+from knnlm.index.contract import MISSING_DISTANCE, Float32, Index, Int64, SearchParameters
 from knnlm.index.exclusion import Exclusion, without
 from knnlm.index.freeing import drop_maps, drop_pages
 from knnlm.index.kernels import gather
 from knnlm.index.memory import require
-from knnlm.index.removed import NOTHING, Removed
+from knnlm.index.removed import NO_TOMBSTONES, Tombstones
 from knnlm.index.requests import check_request, rescoring
 from knnlm.index.rescore import nearest_first, rescored
 from knnlm.index.table import family
@@ -70,7 +70,9 @@ class Searcher:
         if datastore.entries > self._base:
             self._added = Added(datastore.added_keys(), self._base, index, resident=resident)
         self._added_values = datastore.added_values()
-        self._removed = Removed.of(datastore.removed, datastore.entries) if len(datastore.removed[0]) else NOTHING
+        self._removed = (
+            Tombstones.of(datastore.removed, datastore.entries) if len(datastore.removed[0]) else NO_TOMBSTONES
+        )
 
     @classmethod
     def open(
@@ -311,7 +313,7 @@ class Searcher:
         # whether the answer's distances are those between keys as the index works on them, rather than stored ones
         in_space = not rescores or (self._index.reduced is not None and request.options.rescore is None)
         if not rescores:
-            found = np.nan_to_num(found, copy=False, nan=float(FAR))  # NaN: beyond float32
+            found = np.nan_to_num(found, copy=False, nan=float(MISSING_DISTANCE))  # NaN: beyond float32
         elif in_space and self._index.reduced is not None:
             found, ids = rescored(self._index.reduced, projected, ids, k)
         else:
@@ -348,4 +350,4 @@ class Searcher:
 
 
 def _nothing(n: int, k: int) -> tuple[Float32, Int64]:
-    return np.full((n, k), FAR, np.float32), np.full((n, k), -1, np.int64)
+    return np.full((n, k), MISSING_DISTANCE, np.float32), np.full((n, k), -1, np.int64)

@@ -20,17 +20,17 @@ FAMILIES = {
     "rabitqfs": "knnlm.index.scan:Scan",
     "faiss": "knnlm.index.factory:Factory",
 }
-FRONT = r"(?:(?:pca|opq)[\d_]*,)?"  # dimensions changed first, see fronts.py
+PRE_TRANSFORM = r"(?:(?:pcar?|opq)[\d_]*,)?"  # dimensions changed first, see pre_transform.py
 
 
 def family(recipe: str) -> Family:
     """The family of a recipe, parsed. Raises InvalidRequest for one that is not known, listing those that are."""
-    match = re.match(FRONT + "([a-z]+)", recipe)
+    match = re.match(PRE_TRANSFORM + "([a-z]+)", recipe)
     name = match[1] if match else ""
     if name not in FAMILIES:
         raise InvalidRequest(
             f"unknown index recipe {recipe[:80]!r}; families: {', '.join(FAMILIES)}, each but flat and faiss with "
-            "pca<d>, or opq<M>[_<d>], before it",
+            "pca<d>, pcar<d> or opq<M>[_<d>] and a comma before it",
             param="recipe",
         )
     module, _, attribute = FAMILIES[name].partition(":")

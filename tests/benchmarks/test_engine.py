@@ -63,7 +63,7 @@ def test_both_sizes_have_the_default_kind_of_index_with_lists_of_their_own() -> 
     small, large = scaling.recipe_for(10_000, 256), scaling.recipe_for(100_000, 256)
     assert re.sub(r"ivf\d+", "", small) == re.sub(r"ivf\d+", "", large)
     assert small != large
-    assert family(small).refusal(10_000, 256) is None
+    assert family(small).why_unsuitable(10_000, 256) is None
 
 
 def test_all_programs_are_run_by_make_bench() -> None:

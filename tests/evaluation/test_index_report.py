@@ -232,7 +232,7 @@ def test_default_candidates_suit_whatever_the_size(entries: int, dim: int) -> No
     assert found[0].recipe == "flat"
     assert len({c.name for c in found}) == len(found)
     for candidate in found:
-        assert family(candidate.recipe).refusal(entries, dim) is None
+        assert family(candidate.recipe).why_unsuitable(entries, dim) is None
 
 
 def test_default_candidates_of_many_keys_have_every_family_and_the_recipe_of_the_paper() -> None:

@@ -1,5 +1,6 @@
 import threading
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -12,13 +13,14 @@ from knnlm.datastore.files import locked
 from knnlm.datastore.manifest import IndexRecord, Manifest
 from knnlm.datastore.updates.revise import with_index
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreError, InvalidRequest
-from knnlm.index.build import build_index, remove_index, suited
-from knnlm.index.faiss_family import sample_rows
+from knnlm.index.build import build_index, index_remark, remove_index, suited
+from knnlm.index.contract import SearchParameters, sample_rows
 from knnlm.index.ivf import default_nprobe, visited
 from knnlm.index.searcher import Searcher
+from knnlm.index.table import family
 from knnlm.messages import SearchRequest
 from knnlm.options import SearchOptions
-from tests.index.helpers import clustered, datastore
+from tests.index.helpers import brute_force, clustered, datastore
 
 KEYS = clustered(1000, 8)
 
@@ -188,8 +190,13 @@ def test_two_indexers_at_once_are_refused(path: Path) -> None:
 
 
 def test_full_disk_is_an_error_and_the_version_stays(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(index: object, name: str) -> None:
-        Path(name).write_bytes(b"half")
+    write_index: Any = faiss.write_index
+
+    def full(index: Any, to: Any, *flags: int) -> None:
+        if not isinstance(to, str):  # into memory
+            write_index(index, to, *flags)
+            return
+        Path(to).write_bytes(b"half")
         raise RuntimeError("write error: No space left on device")
 
     monkeypatch.setattr(faiss, "write_index", full)
@@ -246,9 +253,10 @@ def test_training_sample_is_spread_over_the_corpus(entries: int, size: int, seed
 
 @given(st.integers(1, 10**9), st.integers(1, 65536))
 def test_default_nprobe_visits_enough(entries: int, nlist: int) -> None:
-    nprobe = default_nprobe(entries, nlist)
+    sizes = np.full(nlist, -(-entries // nlist))
+    nprobe = default_nprobe(sizes)
     assert 1 <= nprobe <= nlist
-    assert nprobe == nlist or nprobe * entries / nlist >= visited(entries)
+    assert nprobe == nlist or nprobe * sizes[0] >= visited(int(sizes.sum()))
 
 
 def test_searches_while_indexing(path: Path) -> None:
@@ -261,3 +269,52 @@ def test_searches_while_indexing(path: Path) -> None:
             searcher.search(SearchRequest("toy", KEYS[:5], SearchOptions(k=10))).neighbors.values, expected
         )
     indexing.join()
+
+
+def test_nprobe_follows_the_lists_that_queries_visit() -> None:
+    """One list of nine in ten entries, as many equal keys make it, must not say how long the others are."""
+    even = default_nprobe(np.full(4000, 50))
+    assert default_nprobe(np.array([180_025, *[5] * 3995])) > 9 * even
+
+
+@pytest.mark.parametrize("share", [0.6, 0.9])
+def test_many_equal_keys_do_not_take_the_recall_of_the_others(tmp_path: Path, share: float) -> None:
+    keys = clustered(20_000, 16)
+    keys[: int(share * 20_000)] = keys[0]
+    path = datastore(tmp_path, keys)
+    build_index(path, "ivf400,flat")
+    queries = clustered(40, 16, seed=1)
+    found = Searcher.open(path).search(SearchRequest("toy", queries, SearchOptions(k=256), ids=True)).neighbors
+    distances, _ = brute_force(keys, queries, 256)
+    assert (found.distances <= distances[:, -1:] * (1 + 1e-5)).mean() > 0.9
+    remark = index_remark(path, "ivf400,flat")
+    assert remark is not None
+    assert f"one of 400 lists holds {share:.0%}" in remark
+
+
+@pytest.mark.parametrize("recipe", ["ivf16,sq8", "flat", "faiss:IVF16,Flat"])
+def test_an_ordinary_index_has_no_remark(tmp_path: Path, recipe: str) -> None:
+    path = datastore(tmp_path, clustered(2000, 16))
+    build_index(path, recipe)
+    assert index_remark(path, recipe) is None
+
+
+@pytest.mark.parametrize("recipe", ["ivf16,sq8", "pcar8,ivf16,pq4x4fs+fp16", "hnsw8", "opq4_8,pq4", "flat"])
+def test_parts_added_to_one_trained_index_find_together_what_one_index_finds(tmp_path: Path, recipe: str) -> None:
+    keys, chosen = clustered(3000, 16), family(recipe)
+    trained = chosen.train(keys[::2], 0)
+    assert trained == chosen.train(keys[::2], 0)
+    asked = SearchParameters(20, nprobe=4 if "ivf" in recipe else None)
+    parts = []
+    for number, (low, high) in enumerate([(0, 3000), (0, 1000), (1000, 3000)]):
+        file = tmp_path / str(number)
+        parameters = chosen.add(trained, keys[low:high], file, lambda *_: None)
+        index = chosen.open(keys[low:high], file if chosen.has_file else None, parameters, resident=False)
+        distances, ids = index.search(clustered(30, 16, seed=1), asked)
+        parts.append((distances, np.where(ids >= 0, ids + low, -1)))
+    whole, *others = parts
+    together = np.sort(np.concatenate([near for near, _ in others], axis=1), axis=1)[:, :20]
+    if "hnsw" in recipe:  # a graph of all keys has other links than those of its parts
+        assert (np.isclose(together, np.sort(whole[0], axis=1), rtol=1e-5)).mean() > 0.9
+    else:
+        np.testing.assert_allclose(together, np.sort(whole[0], axis=1), rtol=1e-5)

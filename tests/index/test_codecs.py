@@ -40,4 +40,4 @@ def test_number_reaches_faiss() -> None:
 def test_codec_says_why_it_does_not_suit(name: str, entries: int, dim: int, message: str | None) -> None:
     found = codec(name)
     assert found is not None
-    assert found.refusal(entries, dim) == message
+    assert found.why_unsuitable(entries, dim) == message

@@ -24,7 +24,7 @@ from tests.index.helpers import brute_force, clustered, datastore
 Floats = npt.NDArray[np.floating]
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
-FAR = np.finfo(np.float32).max
+MISSING_DISTANCE = np.finfo(np.float32).max
 DIM = 24
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))
 DEVICES = ["cpu", GPU]
@@ -40,7 +40,7 @@ def twin(keys: Floats, queries: Float32, k: int) -> tuple[Float32, Int64]:
             half = (width + 1) // 2
             squares[:, :, : width - half] += squares[:, :, half:width]
             width = half
-    distances = np.minimum(squares[:, :, 0], FAR)
+    distances = np.minimum(squares[:, :, 0], MISSING_DISTANCE)
     ids = np.argsort(distances, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(distances, ids, axis=1), ids
 
@@ -146,7 +146,7 @@ def test_more_neighbors_than_entries_are_padded(queries: Float32) -> None:
     np.testing.assert_array_equal(distances[:, :5], expected)
     np.testing.assert_array_equal(ids[:, :5], expected_ids)
     assert (ids[:, 5:] == -1).all()
-    assert (distances[:, 5:] == FAR).all()
+    assert (distances[:, 5:] == MISSING_DISTANCE).all()
 
 
 def test_no_entries_and_no_queries(queries: Float32) -> None:

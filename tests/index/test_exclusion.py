@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
 from knnlm.index.build import build_index
-from knnlm.index.contract import FAR
+from knnlm.index.contract import MISSING_DISTANCE
 from knnlm.index.exclusion import Exclusion, without
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
@@ -66,7 +66,7 @@ def excluding(own: list[tuple[int, int]], shared: list[tuple[int, int]]) -> Excl
 
 def twin(keys: Float32, queries: Float32, k: int, exclusion: Exclusion) -> tuple[Float32, Int64]:
     """Searches what is left, query by query."""
-    distances, ids = np.full((len(queries), k), FAR, np.float32), np.full((len(queries), k), -1, np.int64)
+    distances, ids = np.full((len(queries), k), MISSING_DISTANCE, np.float32), np.full((len(queries), k), -1, np.int64)
     for row, query in enumerate(queries):
         left = np.ones(len(keys), np.bool_)
         left[exclusion.lows[row] : exclusion.highs[row]] = False
@@ -162,7 +162,7 @@ def test_an_index_that_finds_no_more_is_not_asked_for_more() -> None:
     expected = expected[expected >= 150]
     assert 0 < len(expected) < 20
     np.testing.assert_array_equal(ids[0], np.pad(expected, (0, 20 - len(expected)), constant_values=-1))
-    assert (distances[0, len(expected) :] == FAR).all()
+    assert (distances[0, len(expected) :] == MISSING_DISTANCE).all()
     assert search.calls == 1
 
 
@@ -172,7 +172,7 @@ def test_when_everything_is_excluded_nothing_is_found() -> None:
         Exact(keys), clustered(3, DIM, seed=1), 7, excluding([(0, 0)] * 3, [(0, 20), (20, 50)]), 50
     )
     assert (ids == -1).all()
-    assert (distances == FAR).all()
+    assert (distances == MISSING_DISTANCE).all()
 
 
 def test_no_query_is_no_search() -> None:

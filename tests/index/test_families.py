@@ -1,6 +1,6 @@
 """What every row of the table promises, against brute force. A new family is tested by adding a recipe here."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ RECIPES = {
     "rabitqfs": 0.6,
     "pca30,ivf8,sq8": 0.6,
     "pca30,hnsw16": 0.6,
+    "pcar30,ivf8,sq8": 0.6,
     "opq4_32,ivf8,pq16x4fs": 0.3,
     "faiss:IVF8_HNSW8,SQ8": 0.98,
     "faiss:HNSW16": 0.99,
@@ -165,8 +166,14 @@ def test_unknown_family_lists_those_known(recipe: str) -> None:
     ],
 )
 def test_malformed_recipe_is_refused(recipe: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"is not known|a front without an index|unknown index recipe"):
+    with pytest.raises(InvalidRequest, match=r"is not known|a pre-transform without an index|unknown index recipe"):
         family(recipe)
+
+
+@pytest.mark.parametrize("recipe", ["faiss:IVF64,Flat,Refine(Flat)", "faiss:PCA16,IVF64,PQ8,RFlat", "faiss:Flat,RFlat"])
+def test_a_refinement_of_faiss_is_refused(recipe: str) -> None:
+    """It would hide the lists, of which one was visited then, whatever a search asked for."""
+    assert "every search is rescored" in str(family(recipe).why_unsuitable(10_000, DIM))
 
 
 def test_neighbors_are_near_enough_to_brute_force(made: Made) -> None:
@@ -237,8 +244,8 @@ def test_answer_does_not_depend_on_the_batch(made: Made) -> None:
 def test_search_with_padding_says_so(made: Made) -> None:
     """k far over what is found: FAISS gives id -1, which must never be looked up."""
     searcher = made.open()
-    request = SearchRequest("toy", QUERIES[:4], SearchOptions(k=N + 5), ids=True, passages=N, passage_tokens=1)
-    result = searcher.search(replace(request, **knobs(searcher, most=False)))
+    options = SearchOptions(k=N + 5, **knobs(searcher, most=False))
+    result = searcher.search(SearchRequest("toy", QUERIES[:4], options, ids=True, passages=N, passage_tokens=1))
     neighbors = result.neighbors
     assert neighbors.ids is not None
     assert neighbors.ids.shape == (4, N)
@@ -269,7 +276,7 @@ def test_verify_covers_the_index(made: Made) -> None:
 def bytes_per_key(recipe: str) -> float:
     """Of codes and ids alone."""
     codec = recipe.rpartition(",")[2] if not recipe.startswith(("ivf8", "hnsw16")) or "," in recipe else "flat"
-    dim = {"pca30": 30, "opq4_32": 32}.get(recipe.partition(",")[0], DIM)
+    dim = {"pca30": 30, "pcar30": 30, "opq4_32": 32}.get(recipe.partition(",")[0], DIM)
     code = {"flat": 4 * dim, "fp16": 2 * dim, "sq8": dim, "sq4": dim / 2, "pq20": 20, "pq20x4fs": 10, "pq16x4fs": 8,
             "rabitq": dim / 8, "rabitqfs": dim / 8, "hnsw16": 4 * dim}[codec]  # fmt: skip
     return code + 8 * ("ivf" in recipe)
@@ -278,7 +285,7 @@ def bytes_per_key(recipe: str) -> float:
 def test_memory_is_that_of_codes_and_not_much_more(made: Made) -> None:
     recipe, searcher = made.recipe, made.open()
     if not recipe.startswith("faiss:"):
-        # factors of rabitq and links of a graph; then what does not grow with the keys: lists, centroids, fronts
+        # factors of rabitq and links of a graph; then what does not grow with the keys: lists, centroids, matrices
         more = 16 * ("rabitq" in recipe) + (4 * 36 + 20) * ("hnsw" in recipe)
         tables = 4 * 8 * 20 * 256 * (recipe == "ivf8,pq20") + 4 * 256 * DIM * ("pq" in recipe) + 4 * DIM * DIM
         assert (
@@ -326,6 +333,27 @@ def test_parameters_of_one_search_do_not_stay(made: Made) -> None:
     for name in {"nprobe", "ef_search"} - little.keys():
         with pytest.raises(InvalidRequest, match=f"so {name} means nothing to it"):
             find(searcher, QUERIES, **{name: 1})
+
+
+@pytest.mark.parametrize("recipe", ["ivf8,flat", "pcar40,ivf8,flat", "faiss:IVF8_HNSW8,Flat"])
+@pytest.mark.parametrize("nprobe", [1, 3])
+def test_the_nearest_lists_are_visited_and_no_other(tmp_path: Path, recipe: str, nprobe: int) -> None:
+    """Brute force over the keys of the nearest centroids, by the codes of no loss, is what is found."""
+    path = datastore(tmp_path, KEYS)
+    build_index(path, recipe)
+    searcher = Searcher.open(path)
+    index: Any = faiss.read_index(str(path / str(Manifest.load(path).index.file)))
+    lists: Any = faiss.extract_index_ivf(index)
+    centroids = lists.quantizer.reconstruct_n(0, 8)
+    keys, queries = ((index.chain.at(0).apply(x) if ",ivf" in recipe else x) for x in (KEYS, QUERIES))
+    _, list_of_key = brute_force(centroids, keys, 1)
+    _, visited = brute_force(centroids, queries, nprobe)
+    found = find(searcher, QUERIES, N, nprobe=nprobe)
+    assert found.ids is not None
+    for row, near in enumerate(visited):
+        expected = np.flatnonzero(np.isin(list_of_key[:, 0], near))
+        assert 0 < len(expected) < N
+        assert set(found.ids[row][found.ids[row] >= 0]) == set(expected)
 
 
 def test_parameters_of_a_search_do_something(made: Made) -> None:

@@ -80,7 +80,7 @@ def test_an_index_that_visits_all_is_as_exact(half: Path, tmp_path: Path, recipe
 
 
 def in_space(path: Path, recipe: str, keys: npt.NDArray[np.floating]) -> tuple[Float32, Float32]:
-    """Keys and queries as the index reduces them, by the front that lies in its file."""
+    """Keys and queries as the index reduces them, by the pre-transform that lies in its file."""
     index: Any = Searcher.open(path, index=recipe)._index  # its projection is the point
     made = project(np.asarray(keys, np.float32), index._project._matrix, index._project._offset)
     return made, index.project(queries())

@@ -8,7 +8,7 @@ import pytest
 
 from knnlm.index.kernels import gather, project, squared_distances
 
-FAR = np.finfo(np.float32).max
+MISSING_DISTANCE = np.finfo(np.float32).max
 DTYPES = [np.float16, np.float32]
 
 
@@ -30,7 +30,7 @@ def test_distances_are_true_in_every_dimension(dtype: type[np.floating], dim: in
     ids = np.random.default_rng(2).integers(-1, 50, (7, 30))
     distances = squared_distances(keys, queries, ids)
     np.testing.assert_allclose(distances[ids >= 0], true(keys, queries, ids)[ids >= 0], rtol=1e-5)
-    assert (distances[ids < 0] == FAR).all()
+    assert (distances[ids < 0] == MISSING_DISTANCE).all()
     assert distances.dtype == np.float32
 
 
@@ -88,13 +88,15 @@ def test_beyond_float32_is_far_and_finite(dtype: type[np.floating], size: float)
     queries = np.full((2, 16), size, np.float32)
     queries[1, ::2] *= -1
     distances = squared_distances(np.ones((3, 16), dtype), queries, np.array([[0, 1, -1], [2, 1, 0]]))
-    assert (distances == FAR).all()
+    assert (distances == MISSING_DISTANCE).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_keys_that_are_no_numbers_are_far(dtype: type[np.floating]) -> None:
     keys = np.array([[np.nan, 0], [np.inf, 0], [0, 0]], dtype)
-    assert squared_distances(keys, np.zeros((1, 2), np.float32), np.array([[0, 1, 2]])).tolist() == [[FAR, FAR, 0]]
+    assert squared_distances(keys, np.zeros((1, 2), np.float32), np.array([[0, 1, 2]])).tolist() == [
+        [MISSING_DISTANCE, MISSING_DISTANCE, 0]
+    ]
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])

@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 import pytest
 
-from knnlm.index.parallel import FEW, in_slices
+from knnlm.index.parallel import MIN_PARALLEL_ROWS, in_slices
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -26,7 +26,7 @@ def counting(rows: int) -> tuple[np.ndarray, Callable[[int, int], None]]:
     return seen, work
 
 
-@pytest.mark.parametrize("rows", [0, 1, FEW, 2 * FEW, 2 * FEW + 1, 103])
+@pytest.mark.parametrize("rows", [0, 1, MIN_PARALLEL_ROWS, 2 * MIN_PARALLEL_ROWS, 2 * MIN_PARALLEL_ROWS + 1, 103])
 def test_every_row_is_worked_on_once(threads: int, rows: int) -> None:
     seen, work = counting(rows)
     in_slices(work, rows)
@@ -48,7 +48,7 @@ def test_as_many_threads_as_faiss_uses(threads: int) -> None:
 
 def test_few_rows_wake_no_thread(threads: int) -> None:
     names: list[str] = []
-    in_slices(lambda *_: names.append(threading.current_thread().name), 2 * FEW - 1)
+    in_slices(lambda *_: names.append(threading.current_thread().name), 2 * MIN_PARALLEL_ROWS - 1)
     assert names == [threading.current_thread().name]
 
 

@@ -1,4 +1,4 @@
-"""Recipes with +fp16: distances between keys as the front makes them, unless the stored keys are asked for."""
+"""Recipes with +fp16: distances between keys as the pre-transform makes them, unless the stored keys are asked for."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def reduced(path: Path, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """By FAISS's own front, in one matrix product."""
+    """By FAISS's own pre-transform, in one matrix product."""
     index: Any = faiss.read_index(str(path / str(Manifest.load(path).index.file)))
     projected: npt.NDArray[np.float32] = index.chain.at(0).apply(vectors)
     return projected

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 
 from knnlm.index.exclusion import Exclusion, without
-from knnlm.index.removed import NOTHING, Removed
+from knnlm.index.removed import NO_TOMBSTONES, Tombstones
 from tests.index.helpers import clustered
 from tests.index.test_exclusion import DIM, Exact, Float32, cases, excluding, twin
 
 
 def as_removed(exclusion: Exclusion, entries: int) -> Exclusion:
     """What it excludes for every query, as removed from a version of so many entries."""
-    removed = Removed.of((exclusion.starts, exclusion.ends), entries)
+    removed = Tombstones.of((exclusion.starts, exclusion.ends), entries)
     nothing = np.empty(0, np.int64)
     return replace(exclusion, starts=nothing, ends=nothing, removed=removed)
 
@@ -28,15 +28,15 @@ def test_bits_are_those_of_the_ranges(entries: int) -> None:
         expected = np.zeros(entries, np.bool_)
         for start, end in edges.reshape(-1, 2):
             expected[start:end] = True
-        removed = Removed.of((edges[::2], edges[1::2]), entries)
+        removed = Tombstones.of((edges[::2], edges[1::2]), entries)
         np.testing.assert_array_equal(removed.holds(np.arange(entries)), expected)
         assert removed.count == expected.sum()
 
 
 def test_nothing_is_not_removed() -> None:
-    everything = Removed.of((np.array([0]), np.array([16])), 16)
+    everything = Tombstones.of((np.array([0]), np.array([16])), 16)
     np.testing.assert_array_equal(everything.holds(np.array([[-1, 0], [15, -1]])), [[False, True], [True, False]])
-    assert not NOTHING.holds(np.array([[0, -1]])).any()
+    assert not NO_TOMBSTONES.holds(np.array([[0, -1]])).any()
 
 
 @settings(max_examples=100, deadline=None)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from knnlm.index.rescore import nearest_first, rescored
 from tests.index.helpers import brute_force, clustered
 
-FAR = float(np.finfo(np.float32).max)
+MISSING_DISTANCE = float(np.finfo(np.float32).max)
 LARGE = 2**32 + 5  # more than half of a packed pair holds
 
 
@@ -33,7 +33,7 @@ def test_farther_than_float32_is_nearer_than_nothing() -> None:
     keys = np.ones((3, 4), np.float32)
     distances, ids = rescored(keys, np.full((1, 4), 3e38, np.float32), np.array([[-1, 2, 0]]), 3)
     assert ids.tolist() == [[0, 2, -1]]
-    assert (distances == FAR).all()
+    assert (distances == MISSING_DISTANCE).all()
 
 
 @pytest.mark.parametrize("large", [0, LARGE])
@@ -42,7 +42,7 @@ def test_order_is_by_distance_then_id_with_padding_last(large: int) -> None:
     ids = np.array([[7, 5, -1, 3, 9, 1, 8]]) + np.where([1, 1, 0, 1, 1, 1, 1], large, 0)
     kept, order = nearest_first(distances, ids, 7)
     assert order.tolist() == [[1 + large, 5 + large, 9 + large, 3 + large, 7 + large, 8 + large, -1]]
-    assert kept.tolist() == [[0, 0, 0, 2, 2, FAR, FAR]]
+    assert kept.tolist() == [[0, 0, 0, 2, 2, MISSING_DISTANCE, MISSING_DISTANCE]]
 
 
 @given(st.integers(0, 2**16), st.integers(0, 12), st.sampled_from([0, 2**32 - 3, LARGE]))
@@ -53,7 +53,10 @@ def test_both_ways_of_sorting_agree_with_a_plain_one(seed: int, k: int, large: i
     ids = np.stack([rng.permutation(10) for _ in range(3)]) + large
     ids[rng.random((3, 10)) < 0.2] = -1
     expected: list[list[tuple[float, int]]] = [
-        sorted(((FAR if i < 0 else d, i) for d, i in zip(*row, strict=True)), key=lambda pair: (pair[1] < 0, pair))[:k]
+        sorted(
+            ((MISSING_DISTANCE if i < 0 else d, i) for d, i in zip(*row, strict=True)),
+            key=lambda pair: (pair[1] < 0, pair),
+        )[:k]
         for row in zip(distances.tolist(), ids.tolist(), strict=True)
     ]
     kept, order = nearest_first(distances, ids, k)

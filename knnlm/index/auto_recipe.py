@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 
-from knnlm.index.fronts import KEPT
 from knnlm.index.ivf import lists_for, visited
+from knnlm.index.pre_transform import REDUCED_SUFFIX
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "auto_recipe"]
 
-FLAT_ENTRIES = 20_000
+MIN_TRAINED_ENTRIES = 20_000
 DIMENSIONS_PER_CODE = 2  # of four bits: d / 4 bytes per entry
-WIDE = 128  # dimensions from which on half of them are enough: docs/datastore.md
+MIN_WIDE_DIM = 128  # dimensions from which on half of them are enough: docs/datastore.md
 ID_BYTES = 8
-COARSEST = 16  # dimensions that one code may stand for, at most
+MAX_DIMENSIONS_PER_CODE = 16  # dimensions that one code may stand for, at most
 
 
 @dataclass(frozen=True)
@@ -22,22 +22,24 @@ class Choice:
     reasons: tuple[str, ...]
 
 
-def choose(entries: int, dim: int, memory_bytes: int | None = None) -> Choice:
+def auto_recipe(entries: int, dim: int, memory_bytes: int | None = None) -> Choice:
     """A recipe for so many keys of this dimension, for a process that may hold `memory_bytes`; None = enough."""
-    if entries < FLAT_ENTRIES:
+    if entries < MIN_TRAINED_ENTRIES:
         return Choice("flat", (f"{entries} entries are few: exact search is fast, and nothing has to be trained",))
     lists = lists_for(entries)
     reasons = [f"{entries} entries in {lists} lists: a search visits those with the nearest {visited(entries)} or so"]
-    front, end = "", ""
-    if dim >= WIDE and dim % 2 == 0:
+    pre_transform, end = "", ""
+    if dim >= MIN_WIDE_DIM and dim % 2 == 0:
         dim //= 2
-        front, end = f"pca{dim},", KEPT
+        pre_transform, end = f"pcar{dim},", REDUCED_SUFFIX
         reasons.append(f"the {dim} dimensions of most variance: half the work, and distances that predict no worse")
     parts = _parts(dim)
     held = entries * (ID_BYTES + (parts or 0) // 2)
     if parts is None:
         code = "sq8"
-        reasons.append(f"{dim} dimensions cannot be cut into equal codes of 2 to {COARSEST}: a byte for each instead")
+        reasons.append(
+            f"{dim} dimensions cannot be cut into equal codes of 2 to {MAX_DIMENSIONS_PER_CODE}: a byte each instead"
+        )
     elif memory_bytes is not None and held > memory_bytes:
         code = "sq8"
         reasons.append(
@@ -45,17 +47,18 @@ def choose(entries: int, dim: int, memory_bytes: int | None = None) -> Choice:
             "a byte per dimension, which stays in the file, instead"
         )
     else:
-        code = f"pq{parts}x4fs"
+        code, pre_transform = f"pq{parts}x4fs", f"pcar{dim},"
+        reasons.append("turned at random, so that every code stands for as much of the variance as any other")
         reasons.append(
             f"codes of 4 bits for {dim // parts} dimensions each, scanned in registers, {held / 1e9:.2g} GB in memory"
         )
     reasons.append("distances are rescored, so what codes lose decides only which candidates there are")
-    return Choice(f"{front}ivf{lists},{code}{end}", tuple(reasons))
+    return Choice(f"{pre_transform}ivf{lists},{code}{end}", tuple(reasons))
 
 
 def _parts(dim: int) -> int | None:
-    """Into how many equal parts a key can be cut, an even number, each of at least DIMENSIONS_PER_CODE dimensions."""
-    for width in range(DIMENSIONS_PER_CODE, COARSEST + 1):
+    """Equal parts that a key can be cut into, an even number, each of at least DIMENSIONS_PER_CODE dimensions."""
+    for width in range(DIMENSIONS_PER_CODE, MAX_DIMENSIONS_PER_CODE + 1):
         if dim % width == 0 and dim // width % 2 == 0:
             return dim // width
     return None

@@ -1,8 +1,10 @@
-"""Fewer or turned dimensions in front of an index: PCA and OPQ, learned from the keys.
+"""Fewer or turned dimensions before an index: PCA and OPQ, learned from the keys.
 
-Recipes begin with "pca<d>," (the d directions of most variance) or "opq<M>[_<d>],", (a rotation that suits M codes per
-key, of d dimensions). He et al. 2021 (Efficient Nearest Neighbor Language Models, arXiv 2109.04212) found fewer
-dimensions faster and better. With "+fp16" at their end the index keeps every key as the front makes it, in float16, and
+Recipes begin with "pca<d>," (the d directions of most variance), "pcar<d>," (the same, then turned at random) or
+"opq<M>[_<d>]," (a rotation that suits M codes per key, of d dimensions). Codes of equal size for equal parts of a key
+want equal variance in each part; a random rotation gives it, whatever the variances of the directions were. He et al.
+2021 (arXiv 2109.04212), who found fewer dimensions faster and better, turn their keys in this way, too. With "+fp16"
+at their end the index keeps every key as the pre-transform makes it, in float16, and
 distances are those between such keys; without, rescoring takes the stored keys, with all dimensions.
 """
 
@@ -19,15 +21,16 @@ from knnlm.index.contract import Float32, Keys
 from knnlm.index.kernels import project
 from knnlm.index.parallel import in_slices
 
-__all__ = ["KEPT", "Front", "Projection", "project_all", "reduce_all", "split"]
+__all__ = ["REDUCED_SUFFIX", "PreTransform", "Projection", "project_all", "reduce_all", "split"]
 
-KEPT = "+fp16"
-PATTERN = r"(pca|opq)([1-9]\d{0,4})(?:_([1-9]\d{0,4}))?"
+REDUCED_SUFFIX = "+fp16"
+FORMS = "pca<d>, pcar<d> or opq<M>[_<d>]"
+PATTERN = r"(pcar?|opq)([1-9]\d{0,4})(?:_([1-9]\d{0,4}))?"
 
 
 @dataclass(frozen=True)
-class Front:
-    """kind: "pca" or "opq". dim: of what comes out; None = as many as go in. parts: of opq, codes per key."""
+class PreTransform:
+    """kind: "pca", "pcar" or "opq". dim: of what comes out; None = as many as go in. parts: of opq, codes per key."""
 
     kind: str
     dim: int | None
@@ -36,22 +39,22 @@ class Front:
     @classmethod
     def parse(cls, text: str) -> Self:
         match = re.fullmatch(PATTERN, text)
-        if match is None or (match[1] == "pca" and match[3]):
-            raise InvalidRequest(f"front {text!r} is not known: expected pca<d> or opq<M>[_<d>]", param="recipe")
-        if match[1] == "pca":
-            return cls("pca", int(match[2]))
+        if match is None or (match[1] != "opq" and match[3]):
+            raise InvalidRequest(f"pre-transform {text!r} is not known: expected {FORMS}", param="recipe")
+        if match[1] != "opq":
+            return cls(match[1], int(match[2]))
         return cls("opq", int(match[3]) if match[3] else None, int(match[2]))
 
     @property
     def factory(self) -> str:
-        if self.kind == "pca":
-            return f"PCA{self.dim}"
+        if self.kind != "opq":
+            return f"{self.kind.upper()}{self.dim}"
         return f"OPQ{self.parts}" + ("" if self.dim is None else f"_{self.dim}")
 
     def dim_out(self, dim: int) -> int:
         return self.dim or dim
 
-    def refusal(self, entries: int, dim: int) -> str | None:
+    def why_unsuitable(self, entries: int, dim: int) -> str | None:
         if self.dim_out(dim) > dim:
             return f"{self.kind} cannot make {self.dim} dimensions of {dim}"
         if self.dim_out(dim) % self.parts:
@@ -111,18 +114,20 @@ def reduce_all(projection: Callable[[Float32], Float32], keys: Float32) -> Keys:
         return project_all(projection, keys).astype(np.float16)
 
 
-def split(recipe: str) -> tuple[Front | None, str, bool]:
-    """The front of a recipe, the recipe without it, and whether it keeps what the front makes of the keys (+fp16)."""
-    kept = recipe.endswith(KEPT)
-    recipe = recipe.removesuffix(KEPT)
+def split(recipe: str) -> tuple[PreTransform | None, str, bool]:
+    """The pre-transform of a recipe, the recipe without it, and whether it keeps what the pre-transform makes of the
+    keys (+fp16)."""
+    kept = recipe.endswith(REDUCED_SUFFIX)
+    recipe = recipe.removesuffix(REDUCED_SUFFIX)
     first, _, rest = recipe.partition(",")
     if not re.match("(pca|opq)", first):
         if kept:
             raise InvalidRequest(
-                f"recipe {recipe + KEPT!r} has no front: {KEPT} keeps the keys that pca<d> or opq<M>[_<d>] makes",
+                f"recipe {recipe + REDUCED_SUFFIX!r} has no pre-transform: {REDUCED_SUFFIX} keeps the keys that "
+                f"{FORMS} makes",
                 param="recipe",
             )
         return None, recipe, False
     if not rest:
-        raise InvalidRequest(f"recipe {recipe!r} is a front without an index", param="recipe")
-    return Front.parse(first), rest, kept
+        raise InvalidRequest(f"recipe {recipe!r} is a pre-transform without an index", param="recipe")
+    return PreTransform.parse(first), rest, kept

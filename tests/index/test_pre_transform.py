@@ -5,33 +5,36 @@ import numpy as np
 import pytest
 
 from knnlm.errors import InvalidRequest
-from knnlm.index.fronts import Front, Projection, split
+from knnlm.index.pre_transform import PreTransform, Projection, split
 from tests.index.helpers import clustered
 
 
 @pytest.mark.parametrize(
-    ("recipe", "front", "rest"),
+    ("recipe", "pre_transform", "rest"),
     [
         ("ivf8,sq8", None, "ivf8,sq8"),
-        ("pca64,ivf8,sq8", Front("pca", 64), "ivf8,sq8"),
-        ("opq16,pq16", Front("opq", None, 16), "pq16"),
-        ("opq16_64,ivf8", Front("opq", 64, 16), "ivf8"),
+        ("pca64,ivf8,sq8", PreTransform("pca", 64), "ivf8,sq8"),
+        ("pcar64,ivf8,sq8", PreTransform("pcar", 64), "ivf8,sq8"),
+        ("opq16,pq16", PreTransform("opq", None, 16), "pq16"),
+        ("opq16_64,ivf8", PreTransform("opq", 64, 16), "ivf8"),
     ],
 )
-def test_recipe_is_split(recipe: str, front: Front | None, rest: str) -> None:
-    assert split(recipe) == (front, rest, False)
-    if front is not None:
-        assert split(recipe + "+fp16") == (front, rest, True)
+def test_recipe_is_split(recipe: str, pre_transform: PreTransform | None, rest: str) -> None:
+    assert split(recipe) == (pre_transform, rest, False)
+    if pre_transform is not None:
+        assert split(recipe + "+fp16") == (pre_transform, rest, True)
 
 
-@pytest.mark.parametrize("recipe", ["pca,sq8", "pca8_4,sq8", "pca0,sq8", "opq_4,sq8", "opq4_,sq8", "pcax,sq8", "pca8"])
+@pytest.mark.parametrize(
+    "recipe", ["pca,sq8", "pca8_4,sq8", "pcar8_4,sq8", "pca0,sq8", "opq_4,sq8", "opq4_,sq8", "pcax,sq8", "pca8"]
+)
 def test_malformed_front_is_refused(recipe: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"front .* is not known|a front without an index"):
+    with pytest.raises(InvalidRequest, match=r"pre-transform .* is not known|a pre-transform without an index"):
         split(recipe)
 
 
 @pytest.mark.parametrize(
-    ("front", "entries", "message"),
+    ("pre_transform", "entries", "message"),
     [
         ("pca17", 1000, "pca cannot make 17 dimensions of 16"),
         ("opq4_32", 1000, "opq cannot make 32 dimensions of 16"),
@@ -43,8 +46,8 @@ def test_malformed_front_is_refused(recipe: str) -> None:
         ("opq4_12", 256, None),
     ],
 )
-def test_front_says_why_it_does_not_suit(front: str, entries: int, message: str | None) -> None:
-    why_not = Front.parse(front).refusal(entries, 16)
+def test_front_says_why_it_does_not_suit(pre_transform: str, entries: int, message: str | None) -> None:
+    why_not = PreTransform.parse(pre_transform).why_unsuitable(entries, 16)
     assert why_not is None if message is None else message in str(why_not)
 
 
