@@ -8,7 +8,7 @@ one answer never mixes two. Replicas may let go of it meanwhile; then the call i
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ __all__ = ["BATCHES_UNDER_WAY", "Mixer", "NextTokens", "Options", "Plan", "Score
 
 T = TypeVar("T")
 Ids = npt.NDArray[np.int32]
+MAX_EXPECTED = 256  # kinds of options whose plans are remembered
 Options = KnnOptions | Mapping[str, Any] | None  # Any: a record of options for each row of knnlm.sources.SOURCES
 
 
@@ -51,6 +52,27 @@ class NextTokens:
     found: Sequence[SearchResult] = ()
     degraded: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
+
+
+class Wanted(NamedTuple):
+    """What a plan needs of a forward pass beside the distributions."""
+
+    keys: bool
+    statistics: bool
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A forward pass under way. timings: seconds per stage, when it is done."""
+
+    wanted: Wanted
+    forward: "asyncio.Future[ForwardResult]"
+    timings: dict[str, float]
+
+    async def stop(self) -> None:
+        """Leave nothing running; what it would have raised is not."""
+        self.forward.cancel()
+        await asyncio.gather(self.forward, return_exceptions=True)
 
 
 class Mixer:
@@ -77,6 +99,7 @@ class Mixer:
         self._batch_tokens = batch_tokens
         self._window_model = replace(info, context_length=min(info.context_length, max_window or info.context_length))
         self._down = down
+        self._expected: dict[tuple[object, ...] | None, Wanted] = {}
 
     async def plan(self, options: Options = None) -> Plan:
         """The sources that the options mean, resolved, pinned and checked; none for the LM alone.
@@ -107,23 +130,29 @@ class Mixer:
         )
 
     async def step(
-        self, plan: Plan, contexts: Sequence[Ids], *, passages: int = 0, passage_tokens: int = 24
+        self,
+        plan: Plan,
+        contexts: Sequence[Ids],
+        *,
+        passages: int = 0,
+        passage_tokens: int = 24,
+        begun: Begun | None = None,
     ) -> NextTokens:
         """The distribution of the token after each context, a (t_i,) int32 array with its BOS.
 
-        passages: also find the text around this many nearest neighbors of each context. Raises InvalidRequest for an
-        empty context, TooLarge for one that the model does not take, and what the services raise.
+        passages: also find the text around this many nearest neighbors of each context. begun: a forward pass of these
+        contexts that is under way, used when it is the one that the plan needs. Raises InvalidRequest for an empty
+        context, TooLarge for one that the model does not take, and what the services raise.
         """
         self._check_contexts(contexts)
-        timings: dict[str, float] = {}
-        request = ForwardRequest(
-            tokens=contexts,
-            positions=[np.array([len(c) - 1], np.int32) for c in contexts],
-            full=True,
-            keys=plan.needs_keys,
-            statistics=plan.statistics,
-        )
-        forward = await self._forward(request, timings)
+        wanted = Wanted(plan.needs_keys, plan.statistics)
+        if begun is None or begun.wanted != wanted:
+            begun = self._begin(contexts, wanted)
+        try:
+            forward = await begun.forward
+        finally:
+            await begun.stop()
+        timings = dict(begun.timings)
         stretches = [Stretch(context, 0, np.array([len(context)])) for context in contexts]
         asked = Step(stretches, forward.keys, passages=passages, passage_tokens=passage_tokens)
         plan, answers = await self._answers(plan, asked, timings)
@@ -154,11 +183,24 @@ class Mixer:
     async def next_token(
         self, contexts: Sequence[Ids], options: Options = None, *, passages: int = 0, passage_tokens: int = 24
     ) -> NextTokens:
-        """`plan` and `step`."""
+        """`plan` and `step`. When options like these made a plan before, the forward pass begins beside the plan."""
         self._check_contexts(contexts)
-        return await self.planned(
-            options, lambda plan: self.step(plan, contexts, passages=passages, passage_tokens=passage_tokens)
-        )
+        likeness = _likeness(options)
+        wanted = self._expected.pop(likeness, None)
+        begun = None if wanted is None else self._begin(contexts, wanted)
+
+        async def step(plan: Plan) -> NextTokens:
+            if plan.sources and likeness is not None:
+                self._expected[likeness] = Wanted(plan.needs_keys, plan.statistics)
+                if len(self._expected) > MAX_EXPECTED:
+                    del self._expected[next(iter(self._expected))]
+            return await self.step(plan, contexts, passages=passages, passage_tokens=passage_tokens, begun=begun)
+
+        try:
+            return await self.planned(options, step)
+        finally:
+            if begun is not None:
+                await begun.stop()
 
     async def score_text(
         self,
@@ -183,6 +225,17 @@ class Mixer:
             if plan.pinned:
                 raise
         return await work(await self.plan(options))
+
+    def _begin(self, contexts: Sequence[Ids], wanted: Wanted) -> Begun:
+        request = ForwardRequest(
+            tokens=contexts,
+            positions=[np.array([len(c) - 1], np.int32) for c in contexts],
+            full=True,
+            keys=wanted.keys,
+            statistics=wanted.statistics,
+        )
+        timings: dict[str, float] = {}
+        return Begun(wanted, asyncio.ensure_future(self._forward(request, timings)), timings)
 
     async def _answers(self, plan: Plan, step: Step, timings: dict[str, float]) -> tuple[Plan, list[Answered]]:
         """What the sources say, and the plan that goes on: without sources once they failed and are optional."""
@@ -218,6 +271,14 @@ class Mixer:
                 raise TooLarge(
                     f"the context has {len(context)} tokens, the model takes {self.info.context_length}", param="text"
                 )
+
+
+def _likeness(options: Options) -> tuple[object, ...] | None:
+    """Equal for options whose plans need the same of the model, most likely; None where that is not known."""
+    knn = options.get("knn") if isinstance(options, Mapping) and len(options) == 1 else options
+    if not isinstance(knn, KnnOptions):
+        return None
+    return (knn.rule, *((d.domain, d.version, d.lmbda is None) for d in knn.domains))
 
 
 def _check_weights(sources: Sequence[Source]) -> None:
