@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -124,37 +124,46 @@ class _ReceiveSlots:
         self._seconds = seconds
         self._free = asyncio.Semaphore(slots)
         self._waiting = 0
-        self._holders: dict[asyncio.Timeout, float] = {}  # to when they began
+        self._holders: dict[asyncio.Timeout, tuple[float, float]] = {}  # to when they began and must end
 
-    @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """Wait for a slot and hold it inside. Raises Overloaded when it is taken away."""
+    async def receive(self, messages: AsyncIterator[bytes], seconds: float) -> bytes | None:
+        """The next message, None when there is none. Raises Overloaded when its slot is taken away, DeadlineExceeded
+        after `seconds`.
+        """
+        now = asyncio.get_running_loop().time
+        deadline = now() + seconds
+        limit = asyncio.timeout_at(deadline)
+        try:
+            async with limit:
+                await self._wait_for_slot()
+                self._holders[limit] = now(), deadline
+                try:
+                    self._hurry()
+                    return await anext(messages, None)
+                finally:
+                    del self._holders[limit]
+                    self._free.release()
+        except TimeoutError as err:
+            if limit.when() != deadline:
+                raise Overloaded("no message came, and other calls wait to send theirs") from err
+            raise DeadlineExceeded("the request's time was over before its message had arrived") from err
+
+    async def _wait_for_slot(self) -> None:
         self._waiting += 1
         try:
             self._hurry()
             await self._free.acquire()
         finally:
             self._waiting -= 1
-        try:
-            async with asyncio.timeout(None) as limit:
-                self._holders[limit] = asyncio.get_running_loop().time()
-                self._hurry()
-                try:
-                    yield
-                finally:
-                    del self._holders[limit]
-        except TimeoutError as err:
-            raise Overloaded("no message came, and other calls wait to send theirs") from err
-        finally:
-            self._free.release()
 
     def _hurry(self) -> None:
+        """Shorten what holders have left, when others wait."""
         if self._waiting == 0 or not self._free.locked():
             return
         share = self._seconds / math.ceil(self._waiting / self._slots)
-        for limit, since in self._holders.items():
+        for limit, (since, deadline) in self._holders.items():
             if not limit.expired():
-                limit.reschedule(since + share)
+                limit.reschedule(min(since + share, deadline))
 
 
 class _Interceptor(grpc.aio.ServerInterceptor):
@@ -244,11 +253,7 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         InvalidRequest.
         """
         slots = self._probe_slots if call.probe else self._slots
-        try:
-            async with asyncio.timeout(call.remaining()), slots.slot():
-                raw = await anext(messages, None)
-        except TimeoutError as err:
-            raise DeadlineExceeded("the request's time was over before its message had arrived") from err
+        raw = await slots.receive(messages, call.remaining())
         received.complete()
         if raw is None:
             return None
