@@ -311,9 +311,16 @@ class Searching(Protocol):
 
 
 class LanguageModelClient(Protocol):
-    """A language model somewhere: in this process, or behind gRPC or HTTP."""
+    """A language model somewhere: in this process, or behind gRPC or HTTP.
 
-    async def forward(self, request: ForwardRequest) -> ForwardResult: ...
+    Behind a service every method raises Unavailable where nobody answers, Overloaded where the queue is full,
+    DeadlineExceeded when the caller's time is over, and Unauthenticated or PermissionDenied for the key.
+    """
+
+    async def forward(self, request: ForwardRequest) -> ForwardResult:
+        """Raises InvalidRequest, naming the field, for what the model cannot take; TooLarge over a service's limit."""
+        ...
+
     async def get_model(self) -> ModelInfo: ...
     async def get_tokenizer(self) -> str:
         """The tokenizer as the JSON of the tokenizers library; its sha256 is in ModelInfo."""
@@ -321,12 +328,26 @@ class LanguageModelClient(Protocol):
 
 
 class DatastoreClient(Protocol):
-    """A set of domains somewhere."""
+    """A set of domains somewhere. Behind a service its methods raise what those of LanguageModelClient do, too.
 
-    async def search(self, request: SearchRequest) -> SearchResult: ...
-    async def list_domains(self) -> Sequence[DomainInfo]: ...
-    async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo: ...
-    async def activate(self, domain: str, version: str) -> DomainInfo: ...
+    UnknownDomain is raised for a domain that it does not have, UnknownVersion for a version that is not loaded.
+    """
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        """Raises InvalidRequest, naming the field; TooLarge over a service's limit; DatastoreCorrupt for damage."""
+        ...
+
+    async def list_domains(self) -> Sequence[DomainInfo]:
+        """Every domain, by name."""
+        ...
+
+    async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
+        """The domain as it is, or as that version of it is."""
+        ...
+
+    async def activate(self, domain: str, version: str) -> DomainInfo:
+        """Make the version the current one. Raises Conflict or DatastoreError when it cannot be used."""
+        ...
 
 
 class DocumentsClient(Protocol):

@@ -5,7 +5,8 @@ differ from the model's own.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Protocol
 
@@ -51,6 +52,29 @@ class Datastore(DatastoreClient, DocumentsClient, Protocol):
     async def replicas(self, domain: str) -> Sequence[DomainReplica]: ...
 
 
+class Room:
+    """Bounds what lies in memory at a time: who comes first goes first, and waits until there is room."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Event()
+
+    @asynccontextmanager
+    async def hold(self, size: int) -> AsyncIterator[None]:
+        """size: not more than that of the room."""
+        async with self._turn:
+            while self._left < size:
+                self._freed.clear()
+                await self._freed.wait()
+            self._left -= size
+        try:
+            yield
+        finally:
+            self._left += size
+            self._freed.set()
+
+
 class Aggregator:
     """One model and a set of domains, mixed. Make it with `connect`. degraded: told of each answer by the LM alone that
     was to have been mixed."""
@@ -69,6 +93,7 @@ class Aggregator:
         self._datastore = datastore
         self._settings = settings
         self._degraded = degraded
+        self._room = Room(settings.max_distribution_numbers)
         self._mixer = Mixer(
             lm,
             datastore,
@@ -101,12 +126,12 @@ class Aggregator:
         model, sources = chosen(request, self.info.model_id, self._settings)
         self._check_shown(request, mixed=bool(sources))
         contexts = [self._fitting(context, request) for context in await self._contexts(request)]
-        self._check_numbers(request, len(contexts))
-        answer = await self._mixer.next_token(
-            contexts, sources, passages=request.neighbors, passage_tokens=request.neighbor_tokens
-        )
-        self._note(answer.degraded, answer.timings, call)
-        results = await asyncio.to_thread(next_tokens, request, contexts, answer, self.tokenizer)
+        async with self._room.hold(self._numbers(request, len(contexts))):
+            answer = await self._mixer.next_token(
+                contexts, sources, passages=request.neighbors, passage_tokens=request.neighbor_tokens
+            )
+            self._note(answer.degraded, answer.timings, call)
+            results = await asyncio.to_thread(next_tokens, request, contexts, answer, self.tokenizer)
         return mixing.NextTokenResponse(
             model=model, domains=used_domains(answer), degraded=answer.degraded, results=results
         )
@@ -168,8 +193,8 @@ class Aggregator:
         if request.neighbors and not mixed:
             raise InvalidRequest("neighbors were asked for, but no domain is named in knn or model", param="neighbors")
 
-    def _check_numbers(self, request: mixing.NextTokenRequest, contexts: int) -> None:
-        """Before any work: a distribution is made for each context, and lists of numbers are slow for everybody."""
+    def _numbers(self, request: mixing.NextTokenRequest, contexts: int) -> int:
+        """Numbers in the distributions that the request needs. Raises TooLarge, before any work."""
         most, numbers = self._settings.max_distribution_numbers, contexts * self.info.vocab_size
         if numbers > most:
             raise TooLarge(
@@ -179,6 +204,7 @@ class Aggregator:
             )
         if request.full and request.encoding == "list":
             ListBudget(LIST_LIMIT).spend(3 * numbers)  # p, p_lm and p_knn
+        return numbers
 
     def _fitting(self, context: Ids, request: mixing.NextTokenRequest) -> Ids:
         """The context, or with `truncate` its BOS and as much of its end as the model takes."""

@@ -67,7 +67,9 @@ class AggregatorSettings(HttpSettings):
         65_536, ge=2, description="tokens fed at once at most; not more than the lm service's max_tokens"
     )
     max_distribution_numbers: int = Field(
-        1 << 24, ge=1, description="contexts times tokens of the vocabulary in one next_token request"
+        1 << 24,
+        ge=1,
+        description="contexts times vocabulary of a next_token request, and of all under way; others wait",
     )
     max_texts: int = Field(64, ge=1, description="contexts in one next_token request")
     max_top_n: int = Field(1000, ge=0, description="tokens listed per context")

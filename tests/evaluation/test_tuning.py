@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from knnlm.domains import knn_evidence
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.tuning import (
     LARGEST_LAMBDA,
@@ -19,7 +20,10 @@ from knnlm.evaluation.tuning import (
     smallest_k,
     temperature_scale,
 )
+from knnlm.evidence import LmStatistics
 from knnlm.neighbors import Neighbors, target_log_probs
+from knnlm.rules import RULES
+from tests.toys import LEVEL, level  # noqa: F401  a fixture
 
 FLT_MAX = float(np.finfo(np.float32).max)
 
@@ -195,3 +199,29 @@ def test_observations_must_agree_in_length() -> None:
     observations = observe()
     with pytest.raises(InvalidRequest, match="expected one or more observed tokens"):
         replace(observations, targets=observations.targets[1:])
+
+
+@pytest.mark.usefixtures("level")
+def test_another_rule_is_fitted_through_the_table_and_measured_as_it_is_served() -> None:
+    observations = observe(5)
+    with pytest.raises(InvalidRequest, match="looks at statistics of the LM"):
+        fit(observations, LEVEL)
+    rng = np.random.default_rng(1)
+    n = len(observations.targets)
+    statistics = LmStatistics(rng.uniform(0.1, 3, n), np.log(rng.uniform(0.1, 1, n)))
+    found = fit(replace(observations, statistics=statistics), LEVEL).tuning
+    assert found.rule == LEVEL
+    neighbors, targets = observations.neighbors, observations.targets
+    evidence = knn_evidence(neighbors, found.temperature, targets, RULES[LEVEL].features)
+    weight = np.where(neighbors.present, RULES[LEVEL].weights(evidence, statistics, found.parameters), 0)
+    knn = np.exp(target_log_probs(neighbors, targets, found.temperature))
+    p = (1 - weight) * np.exp(observations.lm_log_probs.astype(np.float64)) + weight * knn
+    np.testing.assert_allclose(found.knn_perplexity, np.exp(-np.log(p).mean()), rtol=1e-6)
+    assert found.lmbda == fit_lambda(observations, found.temperature)
+    assert fit(observations).tuning.parameters == {}
+
+
+def fit_lambda(observations: Observations, temperature: float) -> float:
+    knn = target_log_probs(observations.neighbors, observations.targets, temperature)
+    present = observations.neighbors.present
+    return best_lambda(observations.lm_log_probs[present], knn[present])

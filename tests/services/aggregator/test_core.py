@@ -1,5 +1,6 @@
 """The aggregator follows the lm service: a restart with another model is taken over."""
 
+import asyncio
 import time
 
 import pytest
@@ -9,12 +10,13 @@ from knnlm.errors import Unavailable
 from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
 from knnlm.testing import ToyLanguageModel
 from services.aggregator.core import AggregatorCore
-from services.aggregator.engine import Aggregator
+from services.aggregator.engine import Aggregator, Room
 from services.aggregator.schemas.mixing import NextTokenRequest
 from services.aggregator.settings import AggregatorSettings
 from services.aggregator.upstream import UpstreamMetrics
 from services.runtime.context import RequestContext
 from services.runtime.observability import Metrics
+from tests.services.waiting import until
 
 CALL = RequestContext("test", "none", time.monotonic() + 600)
 
@@ -56,3 +58,25 @@ async def test_another_model_is_taken_over() -> None:
     await core.look(lm, NoDatastore())
     after = await core.aggregator.next_token(request, CALL)
     assert after.results[0].top != before.results[0].top
+
+
+async def test_who_comes_first_goes_first_and_nobody_passes_the_bound() -> None:
+    log: list[int] = []
+    room, gates = Room(10), [asyncio.Event() for _ in range(4)]
+
+    async def hold(number: int, size: int) -> None:
+        async with room.hold(size):
+            log.append(number)
+            await gates[number].wait()
+
+    tasks = [asyncio.create_task(hold(i, size)) for i, size in enumerate((6, 10, 1, 1))]
+    await until(lambda: log == [0])
+    gates[0].set()
+    await until(lambda: log == [0, 1])  # those behind it would have fitted before
+    tasks[2].cancel()
+    gates[1].set()
+    await until(lambda: log == [0, 1, 3])
+    gates[3].set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    async with asyncio.timeout(5), room.hold(10):
+        pass
