@@ -2,11 +2,11 @@
 
     python -m benchmarks.engine [--size N] [--text PATH ...] [--datastore FOLDER]
 
-The paper's recipe (Khandelwal et al. 2020): 4096 lists, 64 bytes of product quantisation, 32 probes, distances as the
-codes give them. It is built and searched by faiss alone, with none of this project's code; trained without the
-polysemous order of the codes, which takes minutes and changes nothing in such a search. With fewer than 39 entries
-for each of 4096 lists there are fewer lists; the line says how many. The default: what `knnlm index` takes by itself,
-with all that a search of this project does, rescoring and the lookup of values included.
+The paper's recipe (Khandelwal et al. 2020, arXiv 1911.00172): 4096 lists, 64 bytes of product quantisation, 32 probes,
+distances as the codes give them. It is built and searched by faiss alone, with none of this project's code; trained
+without the polysemous order of the codes, which takes minutes and changes nothing in such a search. With fewer than 39
+entries for each of 4096 lists there are fewer lists; the line says how many. The default: what `knnlm index` takes by
+itself, with all that a search of this project does, rescoring and the lookup of values included.
 
 The searches of both, and of exact search for orientation, take turns in one process with the same threads.
 """

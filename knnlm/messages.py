@@ -57,8 +57,7 @@ class ForwardResult:
 
     log_probs: (n, V). target_log_probs: (n,). top_tokens: (n, m) int32, likeliest first; top_log_probs: (n, m).
     keys: (n, d) float32, or float16 when the model's dtype is a half. entropy: (n,) nats. largest_log_prob: (n,), of
-    the likeliest token. fingerprint: of the model that answered, as in
-    ModelInfo. timings: seconds per stage.
+    the likeliest token. fingerprint: of the model that answered, as in ModelInfo. timings: seconds per stage.
     """
 
     log_probs: npt.NDArray[np.float32] | None = None
@@ -298,7 +297,7 @@ class Searching(Protocol):
         ...
 
     def info(self, versions: Sequence[str], state: str = "ready") -> DomainInfo:
-        """versions: all of the domain on disk, oldest first."""
+        """What the version is. versions: all of the domain on disk, oldest first."""
         ...
 
     def warm(self) -> None:
@@ -353,7 +352,12 @@ class DatastoreClient(Protocol):
 class DocumentsClient(Protocol):
     """A set of domains somewhere that documents can be added to and removed from, while they answer."""
 
-    async def add_documents(
-        self, domain: str, documents: Sequence[Document], *, replace: bool = False
-    ) -> DomainChange: ...
-    async def remove_documents(self, domain: str, ids: Sequence[str]) -> DomainChange: ...
+    async def add_documents(self, domain: str, documents: Sequence[Document], *, replace: bool = False) -> DomainChange:
+        """replace: documents that have the id of a new one are removed in the same step. Raises UnknownDomain; Conflict
+        for an id that exists without `replace`, or when another change is under way; InvalidRequest for a document
+        that cannot be taken; PermissionDenied without an admin key."""
+        ...
+
+    async def remove_documents(self, domain: str, ids: Sequence[str]) -> DomainChange:
+        """Raises NotFound when one of the ids is no document: then nothing is removed. Else as `add_documents`."""
+        ...

@@ -114,7 +114,8 @@ def token_masses(neighbors: Neighbors, temperature: float) -> TokenMasses:
 
 
 def neighbor_log_probs(neighbors: Neighbors, temperature: float) -> TokenMasses:
-    """p_kNN in log space (Khandelwal et al. 2020, eq. 2, with a temperature): every non-empty row sums to one."""
+    """p_kNN in log space (Khandelwal et al. 2020, arXiv 1911.00172, eq. 2, with a temperature): every row that is not
+    empty sums to one."""
     _check_temperature(temperature)
     near = np.where(neighbors.values >= 0, -neighbors.distances.astype(np.float64), -np.inf)
     # from the nearest neighbor on, and only then divided: -16000 and its logarithm of a sum would cancel to 1e-12

@@ -37,17 +37,19 @@ class Observed:
 
 
 class Rule(Protocol):
-    """statistics: whether it looks at the LM's own. features: the names of the evidence's features that it looks at."""
+    """One way to weigh a source. statistics: whether it looks at the LM's own. features: names of the evidence's
+    features that it looks at."""
 
     statistics: bool
     features: Sequence[str]
 
     def weights(self, evidence: Evidence, lm: LmStatistics | None, parameters: Parameters) -> Weights:
-        """(n,) in [0, 1]. Where the source is absent the weight does not count."""
+        """(n,) in [0, 1]. Where the source is absent the weight does not count. Raises KeyError for parameters that
+        `fit` of this rule did not give."""
         ...
 
     def fit(self, observed: Observed) -> Parameters:
-        """The parameters that make the observed tokens likeliest."""
+        """The parameters that make the observed tokens likeliest. Raises InvalidRequest for whole distributions."""
         ...
 
 

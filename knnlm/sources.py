@@ -16,10 +16,7 @@ from knnlm.rules import Weighing
 
 __all__ = ["SOURCES", "Resolved", "Services", "Source", "SourceKind", "source_kind"]
 
-SOURCES: dict[str, str] = {"knn": "knnlm.domains:KNN"}
-
-
-""""""
+SOURCES: dict[str, str] = {"knn": "knnlm.domains:KNN"}  # a kind's name in requests, and where it is
 
 
 class Source(Protocol):
@@ -44,7 +41,7 @@ class Source(Protocol):
     def optional(self) -> bool: ...
 
     async def evidence(self, step: Step) -> Evidence:
-        """What it says of the step. Blocking work runs on a thread.
+        """What the source says of the predictions of a step. Blocking work runs on a thread.
 
         Raises Unavailable or DeadlineExceeded when what is behind it cannot answer, UnknownVersion when what the plan
         pinned was let go, and InvalidRequest for what was asked wrongly.
@@ -78,7 +75,7 @@ class SourceKind(Protocol):
     def options(self) -> type: ...
 
     def optional(self, options: Any) -> bool:  # Any: of the type `options`, here and below
-        """Whether the LM alone may answer when what is behind cannot."""
+        """Whether the LM alone may answer when what is behind the source cannot."""
         ...
 
     async def resolve(self, options: Any, services: Services) -> Resolved:

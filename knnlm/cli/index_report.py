@@ -27,7 +27,7 @@ def report(
     dtype: str,
     as_json: bool,
 ) -> None:
-    """For the version in folder `path`. Its index stays what it is."""
+    """Compare indexes of the version in folder `path`, whose own index stays what it is."""
     from knnlm.datastore.manifest import Manifest
     from knnlm.datastore.text import read_documents
     from knnlm.evaluation.collect import observe

@@ -39,6 +39,6 @@ def refuse_without(option: str, context: typer.Context, *names: str) -> None:
 
 
 def is_given(context: typer.Context, name: str) -> bool:
-    """On the command line: what the environment says is meant for other commands as well."""
+    """Whether the option stands on the command line: what the environment says is meant for other commands as well."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"

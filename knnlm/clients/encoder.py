@@ -30,7 +30,7 @@ class _Closing(Protocol):
 
 
 class RemoteEncoder:
-    """Keeps the LanguageModel protocol of knnlm.datastore.encode over `client`.
+    """Keeps the LanguageModel protocol of knnlm.messages over `client`, for keys alone.
 
     loop: a running event loop of another thread, to which the client belongs; None: a loop of its own, in a thread that
     `close` ends. The client is then used in that loop alone, and `close` closes it. Not for the thread of the loop.
@@ -58,7 +58,7 @@ class RemoteEncoder:
 
     def forward(self, request: ForwardRequest) -> ForwardResult:
         """The keys. Raises InvalidRequest for a request that asks for anything else."""
-        if not request.keys or request.full or request.top_n or request.targets is not None:
+        if not request.keys or any(replace(request, keys=False).wanted):
             raise InvalidRequest("an encoder gives keys and nothing else: expected keys alone", param="keys")
         results = list(self._parts(request))
         keys = [result.keys for result in results if result.keys is not None]

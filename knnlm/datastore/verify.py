@@ -16,7 +16,7 @@ from knnlm.errors import DatastoreError
 
 __all__ = ["Check", "verify"]
 
-CHUNK = 1 << 20  # entries, or rows of keys worth about as many numbers
+SLICE_NUMBERS = 1 << 20  # read at a time: values, or numbers of keys
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def _documents_problem(datastore: Datastore, part: Segment) -> str | None:
 def _values_problem(datastore: Datastore, part: Segment, first: int, first_token: int) -> str | None:
     """first, first_token: the numbers of its first entry and of its first token."""
     table, vocab_size = datastore.documents, datastore.manifest.model.vocab_size
-    for lo in range(0, len(part.values), CHUNK):
-        values = part.values[lo : lo + CHUNK]
+    for lo in range(0, len(part.values), SLICE_NUMBERS):
+        values = part.values[lo : lo + SLICE_NUMBERS]
         documents, positions = table.locate(np.arange(first + lo, first + lo + len(values)))
         expected = part.tokens[table.starts[documents] - first_token + positions]
         wrong = np.flatnonzero(values != expected)
@@ -112,7 +112,7 @@ def _values_problem(datastore: Datastore, part: Segment, first: int, first_token
 
 def _keys_problem(part: Segment, first: int) -> str | None:
     """first: the number of its first entry."""
-    step = max(1, CHUNK // part.keys.shape[1])
+    step = max(1, SLICE_NUMBERS // part.keys.shape[1])
     for lo in range(0, len(part.keys), step):
         finite = np.isfinite(part.keys[lo : lo + step]).all(axis=1)
         if not finite.all():

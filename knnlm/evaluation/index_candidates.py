@@ -16,7 +16,7 @@ __all__ = ["Candidate", "candidates", "default_candidates"]
 NUMBERS: Mapping[str, type[int] | type[float]] = {
     name: option.kind for name, option in SEARCH_OPTIONS.items() if option.kind in (int, float) and name != "k"
 }
-PAPER_LISTS, PAPER_BYTES, PAPER_PROBES = 4096, 64, 32  # Khandelwal et al. 2020
+PAPER_LISTS, PAPER_BYTES, PAPER_PROBES = 4096, 64, 32  # Khandelwal et al. 2020 (arXiv 1911.00172)
 TRAINING_KEYS_PER_LIST = 39  # below which FAISS warns
 
 

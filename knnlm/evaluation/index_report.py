@@ -191,7 +191,7 @@ class _Run:
         )
 
     def _lines(self, candidate: Candidate, exact: Neighbors, temperature: float) -> list[Line]:
-        """Of one candidate: with rescoring and, where that changes anything, without."""
+        """The lines of one candidate: with rescoring and, where that changes anything, without."""
         self._steps(f"building {candidate.recipe}")
         built = self._shop.built(candidate.recipe)
         self._steps(f"searching {candidate.name}")
@@ -206,7 +206,7 @@ class _Run:
         return found
 
     def _rescored_bytes(self, recipe: str) -> int:
-        """Of one entry, in what rescoring reads."""
+        """Bytes of one entry, in what rescoring reads."""
         return self._shop.opened(recipe).memory.keys_bytes // max(1, self._manifest.entries)
 
     def _judged(self, candidate: Candidate, rescored: bool, exact: Neighbors, temperature: float) -> _Judged:

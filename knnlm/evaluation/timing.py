@@ -23,7 +23,7 @@ class Rate:
 
     @property
     def spread(self) -> float:
-        """From the slowest round to the fastest, as a share of the median."""
+        """The distance from the slowest round to the fastest, as a share of the median."""
         return (max(self.rounds) - min(self.rounds)) / self.median
 
     def over(self, other: "Rate") -> float:

@@ -98,8 +98,8 @@ def fit(observations: Observations, name: str = FIXED) -> Fit:
 
 
 def smallest_k(fits: Iterable[Fit]) -> Fit:
-    """Of fits to neighbors of the same queries, each with another k, the one with the smallest k whose perplexity is
-    within RELATIVE_TOLERANCE of the best; its curve holds the points of all."""
+    """The fit with the smallest k whose perplexity is within RELATIVE_TOLERANCE of the best; its curve holds the points
+    of all. fits: to neighbors of the same queries, each with another k."""
     by_k = sorted(fits, key=lambda found: found.tuning.k)
     limit = min(found.tuning.knn_perplexity for found in by_k) * (1 + RELATIVE_TOLERANCE)
     best = next(found for found in by_k if found.tuning.knn_perplexity <= limit)

@@ -150,7 +150,7 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Over the bytes of the weight files, in the order of their names."""
+    """sha256 over the bytes of the weight files, in the order of their names."""
     digest = hashlib.sha256()
     for name in _names(folder):
         with (folder / name).open("rb") as file:
@@ -160,7 +160,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def config_sha256(config: Any) -> str:
-    """Of the canonical JSON of what the configuration says besides its class's defaults, and of what model it is.
+    """sha256 of the canonical JSON of what the configuration says besides its class's defaults, and of the model type.
 
     Left out is what answers do not depend on: names, paths, versions, dtype, ids of special tokens, and what only
     training or other heads use (see UNUSED). Defaults are left out so that an option which a later release of

@@ -43,7 +43,7 @@ class LanguageModel:
     """`info` and `tokenizer` are what a datastore's manifest records of it. Callers from several threads take turns."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, info: ModelInfo) -> None:
-        """For a model in eval mode whose facts are `info`; `load` is the usual way."""
+        """model: in eval mode, whose facts are `info`. `load` is the usual way."""
         self.info = info
         self.tokenizer = tokenizer
         self._model = model
@@ -58,7 +58,7 @@ class LanguageModel:
     def load(
         cls, path_or_id: str, *, device: str = "auto", dtype: str = "auto", key_function: str = "ffn_input"
     ) -> "LanguageModel":
-        """From a Hugging Face folder or hub id with safetensors weights and a tokenizer.json.
+        """The model of a Hugging Face folder or hub id with safetensors weights and a tokenizer.json.
 
         device: auto (CUDA when there is one), cpu, cuda, cuda:N. dtype: auto (float32 on CPU, bfloat16 on CUDA),
         float32, bfloat16, float16 (CUDA only). key_function: see knnlm/lm/architectures.py. Raises InvalidRequest for

@@ -56,7 +56,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Map:
-    """By text."""
+    """Values by their names."""
 
     item: "Kind"
 

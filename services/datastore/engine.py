@@ -31,7 +31,7 @@ __all__ = ["Engine"]
 
 LOG = logging.getLogger(__name__)
 ENVELOPE_BYTES = 4096  # of an answer beside its arrays
-TURN = 64  # queries of a domain before it is another's turn: larger batches are hardly faster per query
+QUANTUM_QUERIES = 64  # of a domain before it is another's turn: larger batches are hardly faster per query
 LIMITED_OPTIONS = ("k", "overfetch", "nprobe", "ef_search")  # each by the setting max_<name>
 PASSAGE_BYTES = 256  # of a passage beside its tokens; document names are short
 
@@ -43,7 +43,8 @@ class _Search:
 
 
 class Engine:
-    """Keeps the runtime's Core protocol, and that of knnlm.messages.DatastoreClient but for the calls it is given."""
+    """The core of the datastore service (runtime.service.Core): what knnlm.messages.DatastoreClient has, each call with
+    the request that it belongs to."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class Engine:
             size=lambda search: len(search.request.queries),
             group=_group,
             flow=lambda search: search.request.domain,
-            quantum=TURN,
+            quantum=QUANTUM_QUERIES,
             max_queue=self._settings.max_queue_queries,
             max_batch=self._settings.max_batch_queries,
             metrics=self._metrics,
@@ -169,7 +170,7 @@ class Engine:
             )
 
     def _process(self, searches: Sequence[_Search]) -> list[SearchResult]:
-        """In the worker thread. All are of one version and want the same: one search answers them."""
+        """Answer searches of one version that want the same by one search. Called in the worker thread."""
         loaded, request = searches[0].loaded, searches[0].request
         sizes = [len(search.request.queries) for search in searches]
         if len(searches) > 1:

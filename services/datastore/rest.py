@@ -40,7 +40,7 @@ def routes(engine: Engine) -> APIRouter:
 
     @router.get("/v1/domains/{domain}", summary="One of them", response_model=DomainAnswer)
     async def get_domain(domain: str, version: str | None = None) -> JSONResponse:
-        """As it is, or as a version that is still loaded says."""
+        """The domain as it is, or as a version that is still loaded says."""
         return JSONResponse(to_json(await engine.get_domain(domain, version)))
 
     @router.post(
@@ -72,7 +72,7 @@ def routes(engine: Engine) -> APIRouter:
         dependencies=[Depends(admin_only)],
     )
     async def remove_documents(domain: str, body: RemoveDocumentsBody) -> JSONResponse:
-        """From the moment this returns, none of their entries is found here."""
+        """None of their entries is found here from the moment this returns."""
         return JSONResponse(to_json(await engine.updates.remove(domain, body.ids, current())))
 
     return router

@@ -54,7 +54,9 @@ class DatastoreSettings(GrpcSettings):
     lm_tls_cert_file: OptionalPath = Field(None, description="certificate to show to the lm service: mutual TLS")
     lm_tls_key_file: OptionalPath = Field(None, description="private key of that certificate")
     watch_interval_s: float = Field(1.0, gt=0, description="how often the store is looked at for changes")
-    grace_s: float = Field(60.0, ge=0, description="how long a version that was replaced still answers who pins it")
+    grace_s: float = Field(
+        60.0, ge=0, description="how long a version that was replaced still answers requests that pin it"
+    )
 
     @model_validator(mode="after")
     def _upstream_is_consistent(self) -> Self:

@@ -25,7 +25,7 @@ WHOLE = ("fingerprint", "timings")  # of an answer: not split by rows
 
 
 class Engine:
-    """Keeps the runtime's Core protocol."""
+    """The core of the lm service (runtime.service.Core): one model, and a queue before it."""
 
     def __init__(
         self, settings: LmSettings, metrics: Metrics, load: Callable[[LmSettings], LanguageModel] | None = None
@@ -100,7 +100,7 @@ class Engine:
             )
 
     def _process(self, requests: Sequence[ForwardRequest]) -> list[ForwardResult]:
-        """In the worker thread. The requests want the same: one call answers all."""
+        """Answer requests that want the same by one call of the model. Called in the worker thread."""
         first = requests[0]
         joined = first if len(requests) == 1 else _joined(requests)
         with self._seconds.time():

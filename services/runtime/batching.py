@@ -23,7 +23,7 @@ from services.runtime.observability import Metrics
 
 __all__ = ["Batcher"]
 
-RATE_WEIGHT = 0.1  # the last batch's, in the rate that says when a refused request should come again
+RATE_WEIGHT = 0.1  # of the last batch, in the rate that says when a refused request should come again
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -216,7 +216,7 @@ class Batcher(Generic[Item, Result]):
         return [outcome for item in items for outcome in self._work([item])]
 
     def _settle(self, batch: Sequence[_Waiting[Item, Result]], outcomes: Sequence[Result | Exception]) -> None:
-        """In the loop: hand every outcome to its caller, all at once."""
+        """Hand every outcome to its caller, all at once. Called in the event loop."""
         size = sum(waiting.size for waiting in batch)
         self._metrics.batch_rows.observe(size)
         if batch[0].worked:

@@ -1,7 +1,7 @@
 """uvicorn for one service: a port that is bound here, no signals, and limits on request heads.
 
 uvicorn's protocol takes headers of any length, for any time, before anything of ours hears of the request: a caller
-without a key could fill the memory, or hold connections for ever. From the first byte of a request, or from connecting,
+without a key could fill the memory, or hold connections forever. From the first byte of a request, or from connecting,
 to the end of its headers the bytes and seconds are bounded here; what comes after is bounded in middleware.py.
 """
 

@@ -166,7 +166,7 @@ class FileReloader:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """In the event loop; does nothing when there is nothing to refresh."""
+        """Called in the event loop. Does nothing when there is nothing to refresh."""
         if self._parts:
             self._task = asyncio.create_task(self._run())
 

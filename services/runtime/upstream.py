@@ -10,11 +10,11 @@ __all__ = ["check_upstream", "connection"]
 
 
 def connection(settings: HttpSettings, service: str, *, wait: float, observer: Observer | None = None) -> Connection:
-    """The settings `<service>_target`, `_api_key`, `_api_key_file`, `_tls_ca_file`, `_tls_cert_file`, `_tls_key_file`.
+    """The connection of the settings `<service>_target`, `_api_key`, `_api_key_file`, `_tls_ca_file`, `_tls_cert_file`
+    and `_tls_key_file`.
 
     Raises InvalidRequest for a file that cannot be used.
     """
-
     secret: SecretStr | None = getattr(settings, f"{service}_api_key")
     file = getattr(settings, f"{service}_api_key_file")
     key: ApiKey = None if secret is None else secret.get_secret_value()
