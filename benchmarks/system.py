@@ -52,11 +52,15 @@ class System:
 
 
 @contextmanager
-def system(store: Path, model: Path, logs: Path, *, threads: int = THREADS) -> Iterator[System]:
-    """All three, ready; they are stopped on leaving. logs: the folder that their log files go to."""
+def system(
+    store: Path, model: Path, logs: Path, *, threads: int = THREADS, lm_for_datastore: bool = False
+) -> Iterator[System]:
+    """All three, ready; they are stopped on leaving. logs: the folder that their log files go to. lm_for_datastore: so
+    that documents can be added."""
     with ExitStack() as stack:
         lm = stack.enter_context(service("lm", logs, "--model", str(model), threads=threads))
-        datastore = stack.enter_context(service("datastore", logs, "--store", str(store), threads=threads))
+        flags = ["--store", str(store), *(["--lm-target", lm.grpc] if lm_for_datastore else [])]
+        datastore = stack.enter_context(service("datastore", logs, *flags, threads=threads))
         targets = ["--lm-target", lm.grpc, "--datastore-target", datastore.grpc]
         yield System(lm, datastore, stack.enter_context(service("aggregator", logs, *targets, threads=1)))
 

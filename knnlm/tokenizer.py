@@ -46,6 +46,7 @@ class Tokenizer:
         self._shape = _Shape(json)
         self._added = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items()}
         self._bytes: dict[int, bytes] = {}  # of the tokens met so far
+        self._texts: dict[int, str | None] = {}  # the same where they are whole characters, else None
         self._anchor = next((i for c in "aeo01" if (i := self._backend.token_to_id(c)) is not None), None)
 
     @property
@@ -80,17 +81,20 @@ class Tokenizer:
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         found: list[str] = []
-        begins = not inside
+        begins, split = not inside, False
         for start in range(0, len(ids), PORTION_TOKENS):
             for token in np.asarray(ids[start : start + PORTION_TOKENS]).tolist():
-                raw = self._bytes.get(token)
-                if raw is None:
-                    raw = self._bytes[token] = self._bytes_of(token)
+                text = self._texts.get(token)
+                if text is not None and not (begins or split):
+                    found.append(text)
+                    continue
+                raw = self._learned(token)
                 if begins and token not in self._added:
                     begins = False
                     if not self._shape.byte_level and raw.startswith(b" "):
                         raw = self._backend.decode([token], skip_special_tokens=False).encode()
                 found.append(decoder.decode(raw))
+                split = bool(decoder.getstate()[0])
         rest = decoder.decode(b"", final=True)
         if rest:
             found[-1] += rest
@@ -115,6 +119,16 @@ class Tokenizer:
             plain.encode_special_tokens = True  # as any other text
             self._plain = plain
         return self._plain
+
+    def _learned(self, token_id: int) -> bytes:
+        raw = self._bytes.get(token_id)
+        if raw is None:
+            raw = self._bytes[token_id] = self._bytes_of(token_id)
+            try:
+                self._texts[token_id] = raw.decode()
+            except UnicodeDecodeError:
+                self._texts[token_id] = None
+        return raw
 
     def _bytes_of(self, token_id: int) -> bytes:
         """What a token inside a text stands for, which need not be whole characters."""

@@ -253,11 +253,9 @@ class Aggregator:
     async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
         """The text of the tokens."""
         self.check_model(request.model)
-        if len(request.tokens) > self._settings.max_text_bytes:
-            raise TooLarge(
-                f"tokens may hold {self._settings.max_text_bytes}, got {len(request.tokens)} (--max-text-bytes)",
-                param="tokens",
-            )
+        most = self._settings.max_score_tokens
+        if len(request.tokens) > most:
+            raise TooLarge(f"tokens may hold {most}, got {len(request.tokens)} (--max-score-tokens)", param="tokens")
         text = await asyncio.to_thread(lambda: self.tokenizer.decode(self._token_array(request.tokens)))
         return DetokenizeResponse(prompt=text)
 

@@ -1,5 +1,6 @@
 """From mixed arrays to the shapes of answers: probabilities, token texts, neighbors with their source."""
 
+import json
 import math
 from collections.abc import Sequence
 
@@ -16,8 +17,11 @@ from knnlm.wire.jsonable import to_json
 from services.aggregator.schemas import mixing
 from services.aggregator.schemas.domains import Domain, DomainStatus
 from services.aggregator.schemas.domains import DomainReplica as ReplicaAnswer
+from services.aggregator.schemas.tokenizer import TokenizeResponse
 
-__all__ = ["domain_shape", "domain_status_shape", "next_tokens", "score_response", "used_domains"]
+__all__ = ["domain_shape", "domain_status_shape", "next_tokens", "score_response", "tokenized", "used_domains"]
+
+JSON_PORTION = 1 << 14  # values written at a time
 
 
 def next_tokens(
@@ -118,6 +122,19 @@ def _scored_components(score: Score) -> list[mixing.ScoredComponent]:
         )
         for name, kind, weight, log_probs in columns
     ]
+
+
+def tokenized(answer: TokenizeResponse) -> bytes:
+    """The answer as JSON, made in portions: other threads run meanwhile."""
+    lists = {"tokens": answer.tokens, "token_strs": answer.token_strs}
+    parts = {name: "null" if values is None else _json_list(values) for name, values in lists.items()}
+    head = f'"count":{answer.count},"max_model_len":{answer.max_model_len}'
+    return f'{{{head},"tokens":{parts["tokens"]},"token_strs":{parts["token_strs"]}}}'.encode()
+
+
+def _json_list(values: Sequence[int] | Sequence[str]) -> str:
+    starts = range(0, len(values), JSON_PORTION)
+    return f"[{','.join(json.dumps(values[at : at + JSON_PORTION])[1:-1] for at in starts)}]"
 
 
 def used_domains(answer: NextTokens | Score) -> list[mixing.UsedDomain]:

@@ -2,10 +2,15 @@
 
 import asyncio
 import time
+from collections.abc import Callable, Coroutine
+from typing import Any
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.routing import APIRoute
 
+from knnlm.errors import TooLarge
 from services.aggregator.core import AggregatorCore
+from services.aggregator.responses import tokenized
 from services.aggregator.retrieval_options import named_as_asked
 from services.aggregator.schemas import mixing
 from services.aggregator.schemas.domains import ActivateRequest, Domain, DomainList, DomainStatus, Model, ModelList
@@ -19,9 +24,14 @@ from services.runtime.context import current
 from services.runtime.schemas import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
 from services.runtime.security import admin_only
 
+ESCAPED_BYTES = 6  # of JSON for one byte of text, at most: \\u0001
+OTHER_BYTES = 1 << 16  # of a body beside its text
 
-def routes(core: AggregatorCore) -> APIRouter:
+
+def routes(core: AggregatorCore, max_text_bytes: int) -> APIRouter:
+    """max_text_bytes: of the texts of a request; a body that has room for many times as much is not even parsed."""
     router = APIRouter()
+    texts = APIRouter(route_class=_bounded(ESCAPED_BYTES * max_text_bytes + OTHER_BYTES))
     started = int(time.time())
 
     async def next_token(request: mixing.NextTokenRequest) -> mixing.NextTokenResponse:
@@ -39,7 +49,7 @@ def routes(core: AggregatorCore) -> APIRouter:
         ("/v1/score", score, mixing.ScoreRequest, "Log-probability of every token of a text of any length"),
     ):
         endpoint.__annotations__["request"] = mixing.with_sources(schema)  # FastAPI reads the body's schema from it
-        router.post(path, tags=["kNN-LM"], summary=summary)(endpoint)
+        texts.post(path, tags=["kNN-LM"], summary=summary)(endpoint)
 
     @router.get("/v1/models", tags=["models"], summary="The LM, and the LM with each of the domains")
     async def models() -> ModelList:
@@ -92,8 +102,27 @@ def routes(core: AggregatorCore) -> APIRouter:
         return await core.aggregator.remove_documents(domain, request)
 
     for prefix in ("", "/v1"):
-        _add_tokenizer_routes(router, core, prefix)
+        _add_tokenizer_routes(texts, core, prefix)
+    router.include_router(texts)
     return router
+
+
+def _bounded(most: int) -> type[APIRoute]:
+    """A route that refuses bodies over `most` bytes: parsing JSON holds up everything else."""
+
+    class Bounded(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:  # Any: of the event loop
+            handle = super().get_route_handler()
+
+            async def handle_bounded(request: Request) -> Response:
+                size = len(await request.body())
+                if size > most:
+                    raise TooLarge(f"the body may have {most} bytes here, got {size} (--max-text-bytes)", param="text")
+                return await handle(request)
+
+            return handle_bounded
+
+    return Bounded
 
 
 def _add_tokenizer_routes(router: APIRouter, core: AggregatorCore, prefix: str) -> None:
@@ -107,7 +136,7 @@ def _add_tokenizer_routes(router: APIRouter, core: AggregatorCore, prefix: str) 
     )
     async def tokenize(request: TokenizeRequest) -> Response:
         answer = await core.aggregator.tokenize(request)
-        return Response(await asyncio.to_thread(answer.model_dump_json), media_type="application/json")
+        return Response(await asyncio.to_thread(tokenized, answer), media_type="application/json")
 
     @router.post(f"{prefix}/detokenize", tags=["tokenizer"], summary="Token ids to text")
     async def detokenize(request: DetokenizeRequest) -> DetokenizeResponse:
