@@ -41,7 +41,7 @@ def evaluate(
     context_length: WindowOption = None,
     min_context: MinContextOption = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Report on a sample of so many tokens, spread over all documents.")
+        int | None, typer.Option(help="Report on a sample of this many tokens, spread over all documents.")
     ] = None,
     per_document: Annotated[bool, typer.Option("--per-document", help="One line for each document too.")] = False,
     device: DeviceOption = "auto",

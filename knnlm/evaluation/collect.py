@@ -17,7 +17,7 @@ from knnlm.messages import DomainInfo, ForwardRequest, LanguageModel, Searching,
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
 
-__all__ = ["LEAK_ALARM", "HeldOut", "coincide", "find", "leak", "observe"]
+__all__ = ["LEAK_ALARM", "LEAK_SEARCH", "HeldOut", "coincide", "find", "leak", "observe"]
 
 # How far, in squared norms of the query, a key lies from the same text's stored one. In float32 what is left is the
 # rounding to float16, 5e-8; other text was never nearer than 4e-5, even to a model that has hardly been trained. Halves
@@ -25,6 +25,7 @@ __all__ = ["LEAK_ALARM", "HeldOut", "coincide", "find", "leak", "observe"]
 SAME_KEY = 4e-6
 SAME_HALF_KEY = 1e-4
 LEAK_CONTEXT = 16  # tokens before a query that counts, where there are so long documents: many texts begin alike
+LEAK_SEARCH = SearchOptions(k=8, rescore=True)  # true distances, however the domain is searched otherwise
 LEAK_ALARM = 0.05  # share of coinciding queries from which on a report warns
 BLOCK_ROWS = 512  # queries searched at a time
 
@@ -34,7 +35,7 @@ Answer = tuple[npt.NDArray[np.floating], npt.NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the model alone says about n held-out tokens of so many documents.
+    """What the model alone says about n held-out tokens of `documents` documents.
 
     queries: (n, d), in the dtype of the model's keys. lm_log_probs: (n,). targets: (n,). depths: (n,) tokens of the
     document before each; None where they are not known.
@@ -122,7 +123,7 @@ def find(
 
 
 def leak(held_out: HeldOut, neighbors: Neighbors, *dtypes: str | None) -> float:
-    """The share of the queries that coincide with a stored key.
+    """The share of the queries that coincide with a stored key. neighbors: as LEAK_SEARCH finds them.
 
     dtypes: of the model that made the queries and of the one that made the keys; None, not recorded, may have been any.
     What one of them rounded to a half is no nearer than that. Only queries with LEAK_CONTEXT tokens before them count,

@@ -14,10 +14,10 @@ import numpy as np
 from knnlm.decoding import choose_windows
 from knnlm.domains import UsedDomain
 from knnlm.errors import InvalidRequest
-from knnlm.evaluation.collect import LEAK_ALARM, find, leak, observe
+from knnlm.evaluation.collect import LEAK_ALARM, LEAK_SEARCH, find, leak, observe
 from knnlm.evaluation.splits import Encoded, sample
 from knnlm.mixer import Score
-from knnlm.options import KnnOptions, SearchOptions
+from knnlm.options import KnnOptions
 from knnlm.pipeline import Pipeline
 
 __all__ = ["DocumentFigures", "Figures", "Report", "evaluate", "leaks"]
@@ -171,7 +171,7 @@ def leaks(
     shares = {}
     for domain in domains:
         searcher = pipeline.searchers[domain]
-        found = find(searcher, domain, held_out, SearchOptions(k=1)).neighbors
+        found = find(searcher, domain, held_out, LEAK_SEARCH).neighbors
         shares[domain] = leak(held_out, found, lm.info.dtype, searcher.info(()).model_dtype)
     return shares
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from knnlm.datastore.manifest import FLAT, Manifest
 from knnlm.errors import InvalidRequest
-from knnlm.evaluation.collect import HeldOut, find, leak
+from knnlm.evaluation.collect import LEAK_SEARCH, HeldOut, find, leak
 from knnlm.evaluation.timing import Rate, interleave
 from knnlm.evaluation.tuning import Fit, Point, fit, smallest_k
 from knnlm.index.contract import Index
@@ -96,12 +96,12 @@ def tune(
         search, near = chosen.search, chosen.perplexity <= limit
         best = SearchQuality(EXACT, SearchOptions(), exact.tuning.knn_perplexity)
         rows = (best, *(replace(row, chosen=row == chosen) for row in measured))
-    fits, leaked = [], 0.0
+    fits = []
     for i, k in enumerate(ks):  # once for each: fewer neighbors are found among fewer candidates
         report(f"searching, k {k}", i, len(ks))
-        observed = find(searcher, manifest.domain, held_out, replace(search, k=k))
-        fits.append(fit(observed))
-        leaked = leak(held_out, observed.neighbors, dtype, manifest.model.dtype)
+        fits.append(fit(find(searcher, manifest.domain, held_out, replace(search, k=k))))
+    nearest = find(searcher, manifest.domain, held_out, LEAK_SEARCH).neighbors
+    leaked = leak(held_out, nearest, dtype, manifest.model.dtype)
     found = smallest_k(fits)
     tuning = replace(found.tuning, search=search, index=searcher.recipe, quality=rows)
     others = tuple(point for point in curve if point.k != tuning.k)

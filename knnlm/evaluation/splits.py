@@ -30,7 +30,7 @@ class Part(StrEnum):
     REPORT = "report"
 
 
-SPREAD = 32  # documents a sample is drawn from, at least, where there are so many
+SAMPLE_DOCUMENTS = 32  # a sample is drawn from at least this many, where there are more
 BUCKETS = 10  # of equal size: the first is for reporting, the second for tuning, the rest is stored
 
 
@@ -85,13 +85,13 @@ def unseen(documents: Sequence[Encoded], datastore: Path) -> list[Encoded]:
 def sample(documents: Sequence[Encoded], tokenizer: Tokenizer, max_tokens: int) -> list[Encoded]:
     """The beginnings of documents, `max_tokens` predicted tokens together, spread over all, in their order.
 
-    Documents are chosen by the hash of their id, and none gives more than 1 / SPREAD of the tokens unless there are too
-    few. All documents, whole, when they fit. Raises InvalidRequest for fewer than one token.
+    Documents are chosen by the hash of their id, and none gives more than 1 / SAMPLE_DOCUMENTS of the tokens unless
+    there are too few. All documents, whole, when they fit. Raises InvalidRequest for fewer than one token.
     """
     if max_tokens < 1:
         raise InvalidRequest(f"max_tokens must be at least 1, got {max_tokens}", param="max_tokens")
     lengths = np.array([len(d.tokens) - 1 for d in documents], np.int64)
-    limit = -(-max_tokens // SPREAD)
+    limit = -(-max_tokens // SAMPLE_DOCUMENTS)
     while np.minimum(lengths, limit).sum() < min(max_tokens, lengths.sum()):
         limit *= 2
     chosen: dict[int, Encoded] = {}

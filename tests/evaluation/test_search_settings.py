@@ -161,6 +161,20 @@ def test_temperature_and_lambda_are_those_of_what_is_served(outlying: Path, held
     assert {point.k for point in found.fit.curve} == set(KS)
 
 
+def test_the_leak_canary_sees_true_distances_however_the_domain_is_searched(outlying: Path) -> None:
+    stored = Datastore.open(outlying)
+    rows = np.arange(0, ENTRIES, 40)
+    targets = np.full(len(rows), 2, np.int32)  # tokens that neighbors do not help with: the cheapest search is taken
+    copies = HeldOut(np.asarray(stored.keys)[rows], np.full(len(rows), -1.0, np.float32), targets, 1)
+    found = tune(Searcher.open(outlying), copies, "float32", ks=[8], quality="fast", timing=without_rescoring)
+    assert found.fit.tuning.search.rescore is False
+    assert found.leak == 1.0
+
+
+def without_rescoring(programs: Mapping[str, Callable[[], int]]) -> Mapping[str, Rate]:
+    return {name: Rate((2.0 if name == "rescore=false" else 1.0,)) for name in programs}
+
+
 def test_without_exact_queries_the_index_is_taken_as_it_is(outlying: Path, held_out: HeldOut) -> None:
     found = tuned(outlying, held_out, exact_queries=0)
     assert (found.fit.tuning.search, found.fit.tuning.quality, found.near) == (SearchOptions(), (), True)
