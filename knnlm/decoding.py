@@ -12,11 +12,19 @@ from knnlm.messages import DomainInfo, ModelInfo
 from knnlm.mixture import Component, mix
 from knnlm.rules import Weighing, shared
 
-__all__ = ["Answered", "Mixed", "Share", "Window", "choose_windows", "mix_evidence", "plan_fed_windows", "plan_windows",
-           "top_tokens"]  # fmt: skip
+__all__ = ["Answered", "Mixed", "Share", "Window", "choose_windows", "end_of_context", "mix_evidence",
+           "plan_fed_windows", "plan_windows", "top_tokens"]  # fmt: skip
 
 MIX_BYTES = 1 << 24  # of float64 probabilities that are mixed at a time, for each component
 DEFAULT_WINDOW = 2048  # tokens fed at once when nobody says how many: a model that takes 131,072 would need minutes
+
+
+def end_of_context(context: npt.NDArray[np.int32], length: int, bos_token_id: int | None) -> npt.NDArray[np.int32]:
+    """The last `length` tokens of a context; one that begins with the BOS keeps it, and the last length - 1."""
+    if len(context) <= length:
+        return context
+    begin = context[:1] if bos_token_id is not None and context[0] == bos_token_id else context[:0]
+    return np.concatenate([begin, context[len(context) - length + len(begin) :]])
 
 
 @dataclass(frozen=True)

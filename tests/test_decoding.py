@@ -11,6 +11,7 @@ from knnlm.decoding import (
     DEFAULT_WINDOW,
     Answered,
     choose_windows,
+    end_of_context,
     mix_evidence,
     plan_fed_windows,
     plan_windows,
@@ -79,6 +80,22 @@ def test_windows_that_begin_with_bos_feed_no_more_and_ask_for_the_same_targets(
         np.testing.assert_array_equal(fed[w.positions], tokens[w.first - 1 : w.end - 1])
         assert w.positions[0] + 1 >= min(least, w.first)
     assert plan_fed_windows(length, context, least, None) == plan_windows(length, context, least)
+
+
+@pytest.mark.parametrize(
+    ("context", "length", "bos", "expected"),
+    [
+        ([0, 5, 6, 7], 4, 0, [0, 5, 6, 7]),
+        ([0, 5, 6, 7], 3, 0, [0, 6, 7]),
+        ([0, 5, 6, 7], 1, 0, [0]),
+        ([0, 5, 6, 7], 2, None, [6, 7]),
+        ([5, 6, 7], 2, 0, [6, 7]),
+    ],
+)
+def test_the_end_of_a_context_keeps_its_bos(
+    context: list[int], length: int, bos: int | None, expected: list[int]
+) -> None:
+    assert end_of_context(np.array(context, np.int32), length, bos).tolist() == expected
 
 
 @pytest.mark.parametrize("least", [0, 8, 9, -1])

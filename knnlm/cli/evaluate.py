@@ -22,7 +22,7 @@ from knnlm.cli.common import (
     progress,
     remark,
 )
-from knnlm.cli.retrieval import domain_names, retrieving
+from knnlm.cli.retrieval import described, domain_names, retrieving
 from knnlm.errors import InvalidRequest
 from knnlm.options import KnnOptions
 
@@ -98,9 +98,6 @@ def _print_report(report: "Report", *, per_document: bool) -> None:
         f"windows of {report.context_length} tokens, at least {report.min_context} of context; model {report.model_id}"
     )
     for used in report.domains:
-        print(
-            f"{used.domain} {used.version}: lambda {used.lmbda:.3f}, temperature {used.temperature:.5g}, k {used.k}; "
-            f"{report.leaks[used.domain]:.1%} of the queries coincide with a stored key"
-        )
+        print(f"{described(used)}; {report.leaks[used.domain]:.1%} of the queries coincide with a stored key")
     if report.knn:
         print(f"{report.improved:.1%} of the tokens became likelier")

@@ -17,12 +17,16 @@ from knnlm.cli.common import (
     print_table,
     read_text,
 )
-from knnlm.cli.retrieval import domain_names, retrieving
-from knnlm.errors import InvalidRequest
+from knnlm.cli.retrieval import described, domain_names, retrieving
+from knnlm.errors import InvalidRequest, TooLarge
 from knnlm.options import KnnOptions
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from knnlm.mixer import NextTokens
+    from knnlm.pipeline import Pipeline
     from knnlm.tokenizer import Tokenizer
 
 PASSAGE_TOKENS = 16  # a side
@@ -36,6 +40,12 @@ def next_token(
     knn: KnnOptions | None = None,
     top: Annotated[int, typer.Option(help="Number of likeliest tokens to show.")] = 10,
     neighbors: Annotated[int, typer.Option(help="Number of nearest neighbors of each domain to show.")] = 5,
+    context_length: Annotated[
+        int | None, typer.Option(help="Tokens that the model may see; by default all that it takes.")
+    ] = None,
+    truncate: Annotated[
+        str | None, typer.Option(help="left: of a longer text see the end; without it, it is refused.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -46,10 +56,13 @@ def next_token(
     for name, value in (("--top", top), ("--neighbors", neighbors)):
         if value < 0:
             raise InvalidRequest(f"{name} must be at least 0, got {value}", param=name)
+    if truncate not in (None, "left"):
+        raise InvalidRequest(f"--truncate must be left, got {truncate!r}", param="--truncate")
     domains = domain_names(knn)
     text = read_text(text)
     with Pipeline.load(model, store, domains, device=device, dtype=dtype) as pipeline:
-        result = pipeline.next_token(text, knn, passages=neighbors, passage_tokens=PASSAGE_TOKENS)
+        context = _fitting(pipeline, text, context_length, truncate)
+        result = pipeline.next_token(context, knn, passages=neighbors, passage_tokens=PASSAGE_TOKENS)
         likeliest = _likeliest(result, pipeline.tokenizer, top)
         nearest = _nearest(result, pipeline.tokenizer)
     if as_json:
@@ -59,7 +72,7 @@ def next_token(
     columns = ["p", "p_lm", "p_knn"][: 3 if result.domains else 2]
     print_table(["token", *columns], [[repr(t["token"]), *(f"{t[c]:.5f}" for c in columns)] for t in likeliest])
     for d in result.domains:
-        print(f"\n{d.domain} {d.version}: lambda {d.lmbda:.3f}, temperature {d.temperature:.5g}, k {d.k}")
+        print(f"\n{described(d)}")
         rows = [
             [f"{n['distance']:.4g}", f"{n['before']!r} → {n['token']!r}", f"{n['document']}:{n['position']}"]
             for n in nearest
@@ -67,6 +80,26 @@ def next_token(
         ]
         if rows:
             print_table(["distance", "neighbor", "document:token"], rows, left=(1, 2))
+
+
+def _fitting(
+    pipeline: "Pipeline", text: str, context_length: int | None, truncate: str | None
+) -> "npt.NDArray[np.int32]":
+    """The text's tokens, no more than are to be seen. Raises TooLarge for more, unless they are to be truncated."""
+    from knnlm.decoding import end_of_context
+
+    info = pipeline.lm.info
+    most = info.context_length if context_length is None else context_length
+    if not 1 <= most <= info.context_length:
+        raise InvalidRequest(
+            f"context_length must lie in [1, {info.context_length}], got {most}", param="context_length"
+        )
+    tokens = pipeline.tokenizer.encode(text)
+    if len(tokens) > most and truncate is None:
+        raise TooLarge(
+            f"the text has {len(tokens)} tokens, at most {most} are taken: --truncate left keeps its end", param="text"
+        )
+    return end_of_context(tokens, most, info.bos_token_id)
 
 
 def _likeliest(result: "NextTokens", tokenizer: "Tokenizer", top: int) -> list[dict[str, Any]]:  # Any: JSON

@@ -1,15 +1,19 @@
 """The options of retrieval that several commands have: declared once, given to a command as one KnnOptions."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from knnlm.errors import InvalidRequest
 from knnlm.options import SEARCH_OPTIONS, DomainOptions, KnnOptions, SearchOptions
 
-__all__ = ["domain_names", "retrieving"]
+if TYPE_CHECKING:
+    from knnlm.domains import UsedDomain
+    from knnlm.rules import Parameters
+
+__all__ = ["described", "domain_names", "retrieving", "weight_of"]
 
 
 def retrieving(command: Callable[..., None]) -> Callable[..., None]:
@@ -38,6 +42,24 @@ def domain_names(knn: KnnOptions | None) -> list[str]:
     return [] if knn is None else [d.domain for d in knn.domains]
 
 
+def weight_of(rule: str, parameters: "Parameters") -> str:
+    """What retrieval weighs, in words: "lambda 0.300", or another rule with its parameters."""
+    value = parameters.get("lambda")
+    if rule == "fixed" and isinstance(value, int | float):
+        return f"lambda {value:.3f}"
+    return f"rule {rule} ({', '.join(f'{name} {_short(value)}' for name, value in parameters.items())})"
+
+
+def _short(value: float | Sequence[float]) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else " ".join(f"{v:.4g}" for v in value)
+
+
+def described(used: "UsedDomain") -> str:
+    """One line of what a domain was asked with."""
+    weight = weight_of(used.rule, used.weighing.parameters)
+    return f"{used.domain} {used.version}: {weight}, temperature {used.temperature:.5g}, k {used.k}"
+
+
 def _option(kind: Any, flag: str, description: str) -> Any:  # Any: a type, as typer reads it
     return Annotated[kind | None, typer.Option(flag, help=description)]
 
@@ -63,7 +85,7 @@ def _options(chosen: Mapping[str, Any]) -> KnnOptions | None:  # Any: as typer r
             raise InvalidRequest(f"{flag} means nothing without --domain", param=flag)
         return None
     parts = [DomainOptions(d, lmbda=given.get("lmbda"), temperature=given.get("temperature")) for d in given["domain"]]
-    others = {name: given[name] for name in ("combine",) if name in given}
+    others = {name: given[name] for name in ("combine", "rule") if name in given}
     return KnnOptions(tuple(parts), search=SearchOptions.of(given), **others)
 
 
@@ -71,6 +93,7 @@ OPTIONS: Mapping[str, Any] = {
     "domain": _option(list[str], "--domain", "Retrieve from this domain; may be repeated. None: the LM alone."),
     "lmbda": _option(float, "--lambda", "Weight of what is retrieved, 0 to 1; by default as tuned."),
     "temperature": _option(float, "--temperature", "Divides squared distances; by default as tuned."),
+    "rule": _option(str, "--rule", "Weigh what is retrieved by this lambda rule; by default as tuned."),
     "combine": _option(str, "--combine", "Several domains: mixture (a weight each, default) or union (one softmax)."),
     **{name: _search_option(name) for name, option in SEARCH_OPTIONS.items() if option.public},
 }

@@ -27,6 +27,7 @@ from knnlm.cli.common import (
     remark,
     version_folder,
 )
+from knnlm.cli.retrieval import weight_of
 from knnlm.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def tune(
             help="Search as near to exact search as: exact (0.05 % of perplexity), balanced (0.3 %), fast (1 %)."
         ),
     ] = "balanced",
+    rule: Annotated[str, typer.Option(help="Fit this lambda rule, which weighs what is retrieved.")] = "fixed",
     max_tokens: Annotated[
         int, typer.Option(help="Fit on a sample of this many tokens, spread over all documents.")
     ] = 20_000,
@@ -80,10 +82,11 @@ def tune(
     from knnlm.evaluation.splits import encode, sample, select, unseen
     from knnlm.index.searcher import Searcher
     from knnlm.lm.model import LanguageModel
+    from knnlm.rules import RULES
 
     path = version_folder(Catalog(store), domain, version)
     manifest = Manifest.load(path)
-    ks = search_settings.check(manifest, k or search_settings.KS, quality, exact_queries)
+    ks = search_settings.check(manifest, k or search_settings.KS, quality, exact_queries, rule)
     chosen = list(select(read_documents(sources), parse_part(part)))
     lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=manifest.key_function)
     searcher = Searcher.open(path, index=index, expect=lm.info)
@@ -102,6 +105,7 @@ def tune(
                 domains=[searcher.info(())],
                 context_length=context_length,
                 min_context=min_context,
+                statistics=RULES[rule].statistics,
                 on_progress=lambda done: update(done),
             )
         with progress("steps", None, description="searching") as update:
@@ -112,6 +116,7 @@ def tune(
                 ks=ks,
                 quality=quality,
                 exact_queries=exact_queries,
+                rule=rule,
                 on_progress=lambda what, done, total: update(done, what, total),
             )
     finally:
@@ -133,7 +138,8 @@ def tune(
         print_json({**answer, "warnings": warnings, "curve": curve})
         return
     _print_quality(tuning.quality)
-    print(f"{domain} {path.name}: temperature {tuning.temperature:.5g}, lambda {tuning.lmbda:.3f}, k {tuning.k}")
+    weight = weight_of(tuning.rule, tuning.parameters or {"lambda": tuning.lmbda})
+    print(f"{domain} {path.name}: temperature {tuning.temperature:.5g}, {weight}, k {tuning.k}")
     print(
         f"perplexity {tuning.lm_perplexity:.4f} of the LM alone, {tuning.knn_perplexity:.4f} with neighbors, "
         f"on {tuning.tokens:,} tokens of {tuning.documents:,} documents"
@@ -167,7 +173,7 @@ def _warnings(found: "Tuned") -> list[str]:
             "no way to search this index is as near to exact search as was asked for: the nearest one was taken; "
             "`knnlm index` can build another index"
         )
-    if found.fit.tuning.lmbda == 0:
+    if found.fit.tuning.rule == "fixed" and found.fit.tuning.lmbda == 0:
         warnings.append(
             "retrieval does not help on these documents: lambda is 0, and the domain answers as the LM alone"
         )

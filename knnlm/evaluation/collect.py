@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.decoding import Window, choose_windows, plan_fed_windows
-from knnlm.errors import InvalidRequest, ModelError
+from knnlm.errors import InvalidRequest
 from knnlm.evaluation.splits import Encoded
 from knnlm.evaluation.tuning import Observations
-from knnlm.messages import DomainInfo, ForwardRequest, LanguageModel, Searching, SearchRequest
+from knnlm.evidence import LmStatistics
+from knnlm.messages import DomainInfo, ForwardRequest, ForwardResult, LanguageModel, Searching, SearchRequest
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
+from knnlm.scoring import required
 
 __all__ = ["LEAK_ALARM", "LEAK_SEARCH", "HeldOut", "coincide", "find", "leak", "observe"]
 
@@ -30,7 +32,6 @@ LEAK_ALARM = 0.05  # share of coinciding queries from which on a report warns
 BLOCK_ROWS = 512  # queries searched at a time
 
 Batch = list[tuple[Encoded, Window]]
-Answer = tuple[npt.NDArray[np.floating], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class HeldOut:
     """What the model alone says about n held-out tokens of `documents` documents.
 
     queries: (n, d), in the dtype of the model's keys. lm_log_probs: (n,). targets: (n,). depths: (n,) tokens of the
-    document before each; None where they are not known.
+    document before each; None where they are not known. statistics: of n distributions, None where not asked for.
     """
 
     queries: npt.NDArray[np.floating]
@@ -46,6 +47,7 @@ class HeldOut:
     targets: npt.NDArray[np.int32]
     documents: int
     depths: npt.NDArray[np.int64] | None = None
+    statistics: LmStatistics | None = None
 
     def sample(self, n: int) -> "HeldOut":
         """An even sample of n tokens, all where there are no more."""
@@ -54,10 +56,18 @@ class HeldOut:
             return self
         rows = np.arange(n) * total // n
         depths = None if self.depths is None else self.depths[rows]
-        return HeldOut(self.queries[rows], self.lm_log_probs[rows], self.targets[rows], self.documents, depths)
+        lm = self.statistics
+        return HeldOut(
+            self.queries[rows],
+            self.lm_log_probs[rows],
+            self.targets[rows],
+            self.documents,
+            depths,
+            None if lm is None else LmStatistics(lm.entropy[rows], lm.largest_log_prob[rows]),
+        )
 
     def with_neighbors(self, neighbors: Neighbors) -> Observations:
-        return Observations(self.lm_log_probs, self.targets, neighbors, self.documents)
+        return Observations(self.lm_log_probs, self.targets, neighbors, self.documents, self.statistics)
 
 
 def observe(
@@ -67,22 +77,30 @@ def observe(
     domains: Sequence[DomainInfo] = (),
     context_length: int | None = None,
     min_context: int | None = None,
+    statistics: bool = False,
     batch_tokens: int = 4096,
     on_progress: Callable[[int], None] | None = None,
 ) -> HeldOut:
     """Every token of `documents` but the first of each: its log-probability, and the key of its context.
 
-    domains, context_length, min_context: see `choose_windows`. on_progress: called with the tokens done so far. Memory:
-    a key per token. Raises InvalidRequest when there is no token.
+    domains, context_length, min_context: see `choose_windows`. statistics: also those of the model's distributions, at
+    which some rules look. on_progress: called with the tokens done so far. Memory: a key per token. Raises
+    InvalidRequest when there is no token.
     """
     chosen = choose_windows(lm.info, domains, context_length, min_context)
     windows = (*chosen, domains[0].window_bos_token_id if domains else None)
     keys, log_probs, targets, depths = [], [], [], []
+    entropies, largest = [], []
     done = 0
-    for batch, expected, (queries, answered) in _answers(lm, documents, windows, batch_tokens):
-        keys.append(queries)
-        log_probs.append(answered)
+    for batch in _batches(documents, windows, batch_tokens):
+        expected = np.concatenate([d.tokens[w.first : w.end] for d, w in batch])  # (n,) int32
+        answer = _asked(lm, batch, expected, statistics)
+        keys.append(required(answer.keys))
+        log_probs.append(required(answer.target_log_probs))
         targets.append(expected)
+        if statistics:
+            entropies.append(required(answer.entropy))
+            largest.append(required(answer.largest_log_prob))
         depths += [np.arange(w.first, w.end) for _, w in batch]
         done += len(expected)
         if on_progress is not None:
@@ -90,7 +108,8 @@ def observe(
     if not done:
         raise InvalidRequest("no document with at least two tokens", param="sources")
     made = (np.concatenate(keys), np.concatenate(log_probs), np.concatenate(targets))
-    return HeldOut(*made, len(documents), np.concatenate(depths))
+    lm_statistics = LmStatistics(np.concatenate(entropies), np.concatenate(largest)) if statistics else None
+    return HeldOut(*made, len(documents), np.concatenate(depths), lm_statistics)
 
 
 def find(
@@ -142,23 +161,15 @@ def coincide(queries: npt.NDArray[np.floating], neighbors: Neighbors, same: floa
     return found
 
 
-def _answers(
-    lm: LanguageModel, documents: Sequence[Encoded], windows: tuple[int, int, int | None], batch_tokens: int
-) -> Iterator[tuple[Batch, npt.NDArray[np.int32], Answer]]:
-    """Windows, the (n,) tokens that they predict, and what the model says: (keys (n, d), log-probabilities (n,))."""
-    for batch in _batches(documents, windows, batch_tokens):
-        expected = np.concatenate([d.tokens[w.first : w.end] for d, w in batch])  # (n,) int32
-        forward = lm.forward(
-            ForwardRequest(
-                tokens=[w.fed(d.tokens) for d, w in batch],
-                positions=[w.positions for _, w in batch],
-                targets=expected,
-                keys=True,
-            )
-        )
-        if forward.target_log_probs is None or forward.keys is None:
-            raise ModelError(f"model {lm.info.model_id} did not answer with log-probabilities and keys")
-        yield batch, expected, (forward.keys, forward.target_log_probs)
+def _asked(lm: LanguageModel, batch: Batch, targets: npt.NDArray[np.int32], statistics: bool) -> ForwardResult:
+    request = ForwardRequest(
+        tokens=[w.fed(d.tokens) for d, w in batch],
+        positions=[w.positions for _, w in batch],
+        targets=targets,
+        keys=True,
+        statistics=statistics,
+    )
+    return lm.forward(request)
 
 
 def _batches(documents: Sequence[Encoded], windows: tuple[int, int, int | None], batch_tokens: int) -> Iterator[Batch]:

@@ -22,6 +22,8 @@ from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchQuality, SearchRequest
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
+from knnlm.rules import FIXED
+from knnlm.rules import rule as known_rule
 
 __all__ = ["EXACT", "EXACT_QUERIES", "KS", "QUALITIES", "Ladder", "Tuned", "check", "choose", "settings", "tune"]
 
@@ -67,31 +69,32 @@ def tune(
     ks: Sequence[int] = KS,
     quality: str = "balanced",
     exact_queries: int = EXACT_QUERIES,
+    rule: str = FIXED,
     on_progress: Progress | None = None,
     timing: Timing | None = None,
 ) -> Tuned:
-    """Fit k, how to search, temperature and lambda of one version of a domain to held-out tokens.
+    """Fit k, how to search, temperature and a lambda rule of one version of a domain to held-out tokens.
 
     First, by exact search for `exact_queries` of them: k, the smallest of `ks` that is as good as any. Then, for the
     same ones, the fastest setting whose perplexity at this k lies within QUALITIES[quality] of exact search, else the
-    nearest one. Then, for all of them, temperature and lambda, as served with both. exact_queries = 0, or an index that
-    is exact search itself: the index's own setting, with the smallest of `ks` that is as good as any.
+    nearest one. Then, for all of them, temperature and parameters, as served with both. exact_queries = 0, or an index
+    that is exact search itself: the index's own setting, with the smallest of `ks` that is as good as any.
 
     dtype: of the model that made the queries. on_progress hears (what is done now, steps done, steps). timing: measures
     programs in turn. Raises InvalidRequest for a quality that is not known, a number out of range or a version without
     entries.
     """
     manifest, report = searcher.manifest, on_progress or _silent
-    ks = check(manifest, ks, quality, exact_queries)
+    ks = check(manifest, ks, quality, exact_queries, rule)
     search, near = SearchOptions(), True
     rows: tuple[SearchQuality, ...] = ()
     curve: tuple[Point, ...] = ()
     if exact_queries and searcher.recipe != FLAT:
         few = held_out.sample(exact_queries)
-        exact = smallest_k(_exact_fits(searcher, few, ks, report))
+        exact = smallest_k(_exact_fits(searcher, few, ks, rule, report))
         ks, curve = [exact.tuning.k], exact.curve
         limit = exact.tuning.knn_perplexity * (1 + QUALITIES[quality])
-        measured = _measured(searcher, few, ks[0], limit, report, timing or _in_turn)
+        measured = _measured(searcher, few, ks[0], rule, limit, report, timing or _in_turn)
         chosen = choose(measured, limit)
         search, near = chosen.search, chosen.perplexity <= limit
         best = SearchQuality(EXACT, SearchOptions(), exact.tuning.knn_perplexity)
@@ -99,7 +102,7 @@ def tune(
     fits = []
     for i, k in enumerate(ks):  # once for each: fewer neighbors are found among fewer candidates
         report(f"searching, k {k}", i, len(ks))
-        fits.append(fit(find(searcher, manifest.domain, held_out, replace(search, k=k))))
+        fits.append(fit(find(searcher, manifest.domain, held_out, replace(search, k=k)), rule))
     nearest = find(searcher, manifest.domain, held_out, LEAK_SEARCH).neighbors
     leaked = leak(held_out, nearest, dtype, manifest.model.dtype)
     found = smallest_k(fits)
@@ -137,10 +140,11 @@ def choose(rows: Sequence[SearchQuality], limit: float) -> SearchQuality:
     return min(among or rows, key=lambda row: row.perplexity)
 
 
-def check(manifest: Manifest, ks: Sequence[int], quality: str, exact_queries: int) -> list[int]:
+def check(manifest: Manifest, ks: Sequence[int], quality: str, exact_queries: int, rule: str) -> list[int]:
     """ks, ascending, each once and none beyond the entries. Raises as `tune`, before a model has to be asked."""
     if quality not in QUALITIES:
         raise InvalidRequest(f"quality must be one of {', '.join(QUALITIES)}, got {quality!r}", param="quality")
+    known_rule(rule)
     if exact_queries < 0:
         raise InvalidRequest(f"exact_queries must be at least 0, got {exact_queries}", param="exact_queries")
     if min(ks, default=0) < 1:
@@ -152,7 +156,7 @@ def check(manifest: Manifest, ks: Sequence[int], quality: str, exact_queries: in
     return sorted({min(k, manifest.live_entries) for k in ks})
 
 
-def _exact_fits(searcher: Searcher, held_out: HeldOut, ks: Sequence[int], report: Progress) -> list[Fit]:
+def _exact_fits(searcher: Searcher, held_out: HeldOut, ks: Sequence[int], rule: str, report: Progress) -> list[Fit]:
     """What is fitted to exact search, for every k: its k nearest are the first of more."""
     entries = searcher.manifest.entries
 
@@ -160,11 +164,11 @@ def _exact_fits(searcher: Searcher, held_out: HeldOut, ks: Sequence[int], report
         report(EXACT, done, entries)
 
     found = exact_neighbors(searcher.datastore, held_out.queries, ks[-1], on_progress=on_progress)
-    return [fit(held_out.with_neighbors(Neighbors(found.distances[:, :k], found.values[:, :k]))) for k in ks]
+    return [fit(held_out.with_neighbors(Neighbors(found.distances[:, :k], found.values[:, :k])), rule) for k in ks]
 
 
 def _measured(
-    searcher: Searcher, held_out: HeldOut, k: int, limit: float, report: Progress, timing: Timing
+    searcher: Searcher, held_out: HeldOut, k: int, rule: str, limit: float, report: Progress, timing: Timing
 ) -> list[SearchQuality]:
     """Settings with their perplexities and speeds. Of each ladder no more than the first below `limit`, which is the
     cheapest, and none after two that gain nothing."""
@@ -175,7 +179,7 @@ def _measured(
         best, misses = (measured[DEFAULT][1], 1) if ladder.costlier else (math.inf, 0)
         for name, options in ladder.steps.items():
             report(f"searching, {name}", done, len(ladders) + 1)
-            perplexity = fit(find(searcher, domain, held_out, replace(options, k=k))).tuning.knn_perplexity
+            perplexity = fit(find(searcher, domain, held_out, replace(options, k=k)), rule).tuning.knn_perplexity
             measured[name] = options, perplexity
             misses += perplexity > best * (1 - GAIN)
             if perplexity <= limit or misses > 1:

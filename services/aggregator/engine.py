@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.clients.rpc import DomainReplica
+from knnlm.decoding import end_of_context
 from knnlm.domains import differs
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, Unavailable
 from knnlm.messages import DatastoreClient, Document, DocumentsClient, DomainInfo, LanguageModelClient, ModelInfo
@@ -216,9 +217,7 @@ class Aggregator:
                 f'a context has {len(context)} tokens, at most {most} are taken; truncate "left" keeps its end',
                 param="text" if request.tokens is None else "tokens",
             )
-        bos = self.info.bos_token_id
-        begin = context[:1] if bos is not None and context[0] == bos else context[:0]
-        return np.concatenate([begin, context[len(context) - most + len(begin) :]])
+        return end_of_context(context, most, self.info.bos_token_id)
 
     async def model_ids(self) -> list[str]:
         """The LM's own id, and one id per domain that this LM can be mixed with. Without retrieval, the LM's alone."""

@@ -18,6 +18,9 @@ from knnlm.messages import ForwardRequest, ForwardResult
 from knnlm.options import DomainOptions, KnnOptions
 from knnlm.pipeline import Pipeline
 from tests.cli.conftest import Knnlm
+from tests.toys import LEVEL, level
+
+__all__ = ["level"]  # a fixture
 
 
 def manifest(store: Path, version: str = "v1") -> Manifest:
@@ -242,6 +245,39 @@ def test_tune_chooses_how_to_search_and_requests_follow_it(knnlm: Knnlm, store: 
     assert (own["quality"], manifest(store).tuning.message().search.asked()) == ([], {})  # type: ignore[union-attr]
     wrong = knnlm(*command, "--quality", "best")
     assert (wrong.code, "quality must be one of exact, balanced, fast" in wrong.err) == (2, True)
+
+
+def test_a_rule_is_fitted_stored_and_served(knnlm: Knnlm, store: Path, corpus: Path, level: None) -> None:
+    """One class and one row: it looks at the model's entropy and the nearest distance."""
+    found = knnlm("tune", "toy", corpus, "--part", "tune", "--k", 8, "--rule", LEVEL, "--json").json
+    assert found["rule"] == LEVEL
+    assert found["parameters"]["most"] == 0.5
+    assert found["parameters"]["scale"] > 0
+    served = ("eval", corpus, "--part", "tune", "--domain", "toy")
+    assert knnlm(*served, "--json").json["knn"]["perplexity"] == pytest.approx(found["knn_perplexity"], rel=1e-6)
+    other = knnlm(*served, "--rule", "fixed", "--json").json["knn"]["perplexity"]
+    assert other == pytest.approx(knnlm(*served, "--lambda", found["lmbda"], "--json").json["knn"]["perplexity"])
+    assert other != pytest.approx(found["knn_perplexity"], rel=1e-6)
+    assert "rule level (most 0.5, scale " in knnlm(*served).out
+    assert "rule level (most 0.5, scale " in knnlm("next", "the cat", "--domain", "toy").out
+    for command in (("tune", "toy", corpus), ("score", "the cat", "--domain", "toy")):
+        unknown = knnlm(*command, "--rule", "none")
+        assert (unknown.code, "unknown rule 'none'; known: fixed, level" in unknown.err) == (2, True)
+
+
+def test_next_sees_the_end_of_a_text_that_is_too_long(knnlm: Knnlm, store: Path) -> None:
+    text = "the cat sat on the mat. " * 4
+    refused = knnlm("next", text)
+    assert (refused.code, "the text has 97 tokens, at most 64 are taken: --truncate left keeps" in refused.err) == (
+        2,
+        True,
+    )
+    end = knnlm("next", text[-63:], "--json").json["tokens"]
+    assert knnlm("next", text, "--truncate", "left", "--json").json["tokens"] == end
+    short = knnlm("next", text, "--truncate", "left", "--context-length", 9, "--json").json["tokens"]
+    assert short == knnlm("next", text[-8:], "--json").json["tokens"] != end
+    assert "--truncate must be left" in knnlm("next", text, "--truncate", "right").err
+    assert "context_length must lie in [1, 64], got 65" in knnlm("next", text, "--context-length", 65).err
 
 
 def test_an_empty_domain_cannot_be_tuned(

@@ -243,6 +243,7 @@ def test_the_fastest_that_is_near_enough_is_chosen_and_noise_decides_nothing() -
     [
         ({"quality": "best"}, "quality must be one of exact, balanced, fast, got 'best'"),
         ({"ks": [8, 0]}, "k must be at least 1, got 0"),
+        ({"rule": "none"}, "unknown rule 'none'; known: fixed"),
         ({"exact_queries": -1}, "exact_queries must be at least 0, got -1"),
     ],
 )
