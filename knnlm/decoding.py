@@ -1,4 +1,4 @@
-"""The single kNN-LM step and how a long text is cut into such steps. Pure: no I/O, no model, no clock."""
+"""The single kNN-LM step, and how a long text is cut into steps. Pure: no I/O, no model, no clock."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -166,7 +166,7 @@ class Mixed:
         return _mean(present)[0] if present else None
 
     def mean(self, kind: str) -> npt.NDArray[np.float64] | None:
-        """Of every prediction, in the shape of log_probs, -inf where all are absent; None without that kind."""
+        """That mean for every prediction, in the shape of log_probs, -inf where all are absent; None without any."""
         chosen = [c for c in self.components if c.kind == kind]
         if not chosen:
             return None

@@ -16,11 +16,11 @@ __all__ = [
     "MIN_TEMPERATURE",
     "Neighbors",
     "TokenMasses",
-    "add",
     "merge",
     "neighbor_log_probs",
     "target_log_probs",
     "token_masses",
+    "union_masses",
 ]
 
 BLOCK_BYTES = 1 << 19  # of float64 weights made at a time in scoring: they stay in a core's cache
@@ -141,7 +141,7 @@ def target_log_probs(
     return result
 
 
-def add(parts: Sequence[TokenMasses]) -> TokenMasses:
+def union_masses(parts: Sequence[TokenMasses]) -> TokenMasses:
     """The union of several sets of neighbors in one softmax: masses of equal tokens added, row by row.
 
     Exact for shards of one datastore and for a union of domains, when all were made with the same temperature.

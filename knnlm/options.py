@@ -1,8 +1,8 @@
 """What a caller may choose about retrieval: records that check their values when they are made. Pure.
 
-`SearchOptions` is how a datastore is searched, and the only place where such an option is written down: the schemas of
+`SearchOptions` is how a datastore is searched, and the only place where a search option is written down: the schemas of
 the services, the options of the commands, the conversions to protobuf and the key by which searches are batched are
-made from its fields. An error names the field as it is called here; who nests it in a request adds the path.
+made from its fields. An error names the field as it is called here; a caller that nests it in a request adds the path.
 """
 
 import math
@@ -60,7 +60,7 @@ class SearchOptions:
 
     rescore: by the squared L2 to the stored keys (True), or not at all (False); None: to the keys as the index's
     pre-transform reduces them, where it keeps those, else to the stored keys. overfetch: a factor on k.
-    exclude_own_documents: with the request's exclude_entries, not such an entry alone, but all of its document.
+    exclude_own_documents: with the request's exclude_entries, not that entry alone, but all of its document.
 
     Raises InvalidRequest, with the field as `param`, for a value that no search can have. Whether an index knows the
     option is said by the search.

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knnlm.errors import InvalidRequest
-from knnlm.neighbors import Neighbors, TokenMasses, add, merge, neighbor_log_probs, target_log_probs, token_masses
+from knnlm.neighbors import (
+    Neighbors,
+    TokenMasses,
+    merge,
+    neighbor_log_probs,
+    target_log_probs,
+    token_masses,
+    union_masses,
+)
 
 FAISS_FAR = np.finfo(np.float32).max
 
@@ -103,7 +111,7 @@ def test_padding_is_no_neighbor_and_never_a_hit() -> None:
 def test_masses_of_shards_add_up_to_the_whole(r: list[tuple[float, int]], temperature: float, shards: int) -> None:
     whole = neighbor_log_probs(make([r], 12), temperature).dense(7)
     parts = [token_masses(make([r[s::shards]], 12), temperature) for s in range(shards)]
-    np.testing.assert_allclose(add(parts).normalized().dense(7), whole, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(union_masses(parts).normalized().dense(7), whole, rtol=1e-9, atol=1e-9)
 
 
 def test_far_neighbors_keep_a_finite_log_probability() -> None:
@@ -192,6 +200,6 @@ def test_merge_and_add_refuse_nothing() -> None:
     with pytest.raises(InvalidRequest):
         merge([], 3)
     with pytest.raises(InvalidRequest):
-        add([])
+        union_masses([])
     with pytest.raises(InvalidRequest, match="equal numbers"):
-        add([TokenMasses(np.zeros(n + 1, np.int64), np.empty(0, np.int32), np.empty(0)) for n in (1, 2)])
+        union_masses([TokenMasses(np.zeros(n + 1, np.int64), np.empty(0, np.int32), np.empty(0)) for n in (1, 2)])

@@ -54,7 +54,7 @@ class Datastore(DatastoreClient, DocumentsClient, Protocol):
 
 
 class Room:
-    """Bounds what lies in memory at a time: who comes first goes first, and waits until there is room."""
+    """Admission by size: first come, first served, each waits until there is room for it."""
 
     def __init__(self, size: int) -> None:
         self._left = size
