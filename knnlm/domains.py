@@ -291,6 +291,8 @@ def _tuned_search(tuning: Tuning | None, asked: SearchOptions, index: str) -> Se
         return SearchOptions(k=tuning.k)
     if asked.rescore is not None:  # the fitted candidates were for the other way of rescoring
         return replace(tuning.search, k=tuning.k, overfetch=None)
+    if asked.overfetch is not None:  # candidates for rescoring, which may have been fitted without
+        return replace(tuning.search, k=tuning.k, rescore=tuning.search.rescore or None)
     return replace(tuning.search, k=tuning.k)
 
 

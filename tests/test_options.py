@@ -1,5 +1,6 @@
 """A search option is written down once: its field in knnlm/options.py. All that carries it follows the record."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def info(tuning: Tuning | None, index: str = "ivf4") -> DomainInfo:
 
 
 TUNING = Tuning(10.0, 0.25, 64, 20.0, 15.0, 1000, 10, search=SearchOptions(nprobe=3, overfetch=2.0), index="ivf4")
+FAST = replace(TUNING, search=SearchOptions(rescore=False))
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,12 @@ TUNING = Tuning(10.0, 0.25, 64, 20.0, 15.0, 1000, 10, search=SearchOptions(nprob
         (SearchOptions(), info(TUNING), SearchOptions(k=64, nprobe=3, overfetch=2.0)),
         (SearchOptions(k=5, nprobe=9), info(TUNING), SearchOptions(k=5, nprobe=9, overfetch=2.0)),
         (SearchOptions(rescore=False), info(TUNING), SearchOptions(k=64, nprobe=3, rescore=False)),
+        (SearchOptions(), info(FAST), SearchOptions(k=64, rescore=False)),
+        (
+            SearchOptions(overfetch=3.0),
+            info(FAST),
+            SearchOptions(k=64, overfetch=3.0),
+        ),  # it means nothing without rescoring
         (
             SearchOptions(),
             info(TUNING, "flat"),
