@@ -2,7 +2,7 @@
 
     python -m benchmarks.families [--size N] [--text PATH ...] [--datastore FOLDER] [--recipes "..."] [--queries N]
 
-The report of `knnlm index --report`. The plot is written to build/bench/families-ENTRIES.html. Each index has a line of
+The report of `knnlm index report`. The plot is written to build/bench/families-ENTRIES.html. Each index has a line of
 its own, whose value is its queries/s at batch 64, k = 1024; there is no goal.
 """
 
@@ -10,7 +10,7 @@ import sys
 
 from benchmarks.data import FOLDER, add_datastore_option, asked_for
 from benchmarks.harness import arguments, figure
-from knnlm.cli.index_report import print_report
+from knnlm.cli.index import print_report
 from knnlm.evaluation.collect import HeldOut
 from knnlm.evaluation.index_candidates import candidates, default_candidates
 from knnlm.evaluation.index_page import plotted_cell, write_index_page

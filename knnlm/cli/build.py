@@ -20,7 +20,7 @@ from knnlm.cli.common import (
     remark,
     showing,
 )
-from knnlm.cli.index import AUTO, make_index, print_index
+from knnlm.cli.index import make_index, print_index
 from knnlm.errors import KnnlmError
 
 NO_INDEX = "none"
@@ -70,7 +70,7 @@ def build(
     # what can be refused is refused before hours of work
     catalog = Catalog(store)
     catalog.folder(domain, catalog.next_version(domain) if version is None else version)
-    if index not in (AUTO, NO_INDEX):
+    if index not in ("auto", NO_INDEX):
         family(index)
     documents = require_documents(select(read_documents(sources), parse_part(part)))
     lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=key_function)
@@ -98,7 +98,7 @@ def build(
             reasons = make_index(path, index)[1]
         except (KnnlmError, KeyboardInterrupt):
             remark(
-                f"the keys of {path.name} are complete, its index is not: continue with `knnlm index {domain} "
+                f"the keys of {path.name} are complete, its index is not: continue with `knnlm index build {domain} "
                 f"--version {path.name}` and `knnlm domains activate {domain} {path.name}`"
             )
             raise

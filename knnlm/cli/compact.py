@@ -22,7 +22,8 @@ def compact(
     domain: DomainArgument,
     store: StoreOption = DEFAULT_STORE,
     index: Annotated[
-        str | None, typer.Option(help="auto, or a recipe of `knnlm index`; by default that of the version's index.")
+        str | None,
+        typer.Option(help="auto, or a recipe of `knnlm index`; by default that of the version's index."),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for another change of the domain to end.")] = False,
     activate: ActivateOption = True,
@@ -58,6 +59,6 @@ def compact(
     if new.tuning is not None and new.index.recipe != old.index.recipe:
         remark(f"the tuning was fitted to neighbors found by {old.index.recipe}: run `knnlm tune {domain}` again")
     for other in old.other_indexes:
-        remark(f"{old.version} also has the index {other.recipe}: build it with `knnlm index {domain} --recipe "
+        remark(f"{old.version} also has the index {other.recipe}: build it with `knnlm index build {domain} --recipe "
                f"{other.recipe} --beside`, if it is wanted")  # fmt: skip
     print_change(catalog, change, active=activate, as_json=as_json)

@@ -125,7 +125,7 @@ def tune(
     default = with_tuning(path, tuning).index.recipe
     if index not in (None, default):
         remark(
-            f"fitted to neighbors found by {index}; {default} answers: `knnlm index {domain} --use {index}` changes it"
+            f"fitted to neighbors found by {index}; {default} answers: `knnlm index use {domain} {index}` changes it"
         )
     warnings = _warnings(found)
     if page is not None:
@@ -171,7 +171,7 @@ def _warnings(found: "Tuned") -> list[str]:
     if not found.near:
         warnings.append(
             "no way to search this index is as near to exact search as was asked for: the nearest one was taken; "
-            "`knnlm index` can build another index"
+            "`knnlm index build` can build another index"
         )
     if found.fit.tuning.rule == "fixed" and found.fit.tuning.lmbda == 0:
         warnings.append(

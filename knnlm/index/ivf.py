@@ -168,10 +168,10 @@ def default_nprobe(sizes: Int64) -> int:
 
 
 def remark_on_lists(index: Any) -> str | None:
-    """A sentence when one list holds more than LARGE_SHARE of the entries, as many equal keys make it."""
+    """A sentence when one list, of many, holds more than LARGE_SHARE of the entries, as many equal keys make it."""
     sizes = list_sizes(faiss.extract_index_ivf(index))
     share = sizes.max(initial=0) / max(sizes.sum(), 1)
-    if share <= LARGE_SHARE or len(sizes) == 1:
+    if share <= max(LARGE_SHARE, OVERSIZED / len(sizes)):
         return None
     return (
         f"one of {len(sizes)} lists holds {share:.0%} of the entries: many keys are nearly equal, as those of repeated "

@@ -84,30 +84,30 @@ def test_build_that_was_stopped_says_how_to_continue_and_continues(
 def test_build_whose_index_fails_says_how_to_finish(knnlm: Knnlm, store: Path, corpus: Path) -> None:
     answer = knnlm("build", "toy", corpus, "--index", "ivf4,pq31")
     assert answer.code == 2
-    assert "continue with `knnlm index toy --version v2` and `knnlm domains activate toy v2`" in answer.err
+    assert "continue with `knnlm index build toy --version v2` and `knnlm domains activate toy v2`" in answer.err
     assert answer.err.splitlines()[-1].startswith("error: index ivf4,pq31 does not suit")
     assert Catalog(store).current("toy") == "v1"
-    assert knnlm("index", "toy", "--version", "v2").code == 0
+    assert knnlm("index", "build", "toy", "--version", "v2").code == 0
 
 
 def test_index_rebuilds_and_says_when_to_tune_again(knnlm: Knnlm, store: Path) -> None:
     assert manifest(store).tuning is not None
-    answer = knnlm("index", "toy", "--recipe", "ivf4,sq8")
+    answer = knnlm("index", "build", "toy", "--recipe", "ivf4,sq8")
     assert answer.code == 0
     assert "index ivf4,sq8 of toy v1: as asked" in answer.out
     assert "fitted to neighbors found by flat: run `knnlm tune toy` again" in answer.err
-    again = knnlm("index", "toy", "--recipe", "ivf4,sq8", "--json")
+    again = knnlm("index", "build", "toy", "--recipe", "ivf4,sq8", "--json")
     assert (again.json["index"], again.err) == ("ivf4,sq8", "")
 
 
 def test_index_gives_way_to_a_smaller_one_and_auto_says_why(knnlm: Knnlm, store: Path) -> None:
-    smaller = knnlm("index", "toy", "--recipe", "ivf100000,sq8")
+    smaller = knnlm("index", "build", "toy", "--recipe", "ivf100000,sq8")
     assert smaller.code == 0
     assert "ivf100000,sq8 was asked for, but 100000 lists need at least as many entries" in smaller.out
-    auto = knnlm("index", "toy", "--json").json
+    auto = knnlm("index", "build", "toy", "--json").json
     assert (auto["index"], auto["indexes"]) == ("flat", ["flat"])
     assert "exact search" in auto["reasons"][0]
-    assert knnlm("index", "toy").out == f"index flat of toy v1: {auto['reasons'][0]}\n"
+    assert knnlm("index", "build", "toy").out == f"index flat of toy v1: {auto['reasons'][0]}\n"
 
 
 def test_reasons_stand_below_each_other(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,44 +116,34 @@ def test_reasons_stand_below_each_other(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_several_indexes_are_built_beside_used_and_removed(knnlm: Knnlm, store: Path) -> None:
-    beside = knnlm("index", "toy", "--recipe", "ivf4", "--beside")
+    beside = knnlm("index", "build", "toy", "--recipe", "ivf4", "--beside")
     assert beside.out.splitlines()[1] == "flat answers, ivf4 beside it"
     assert beside.err == ""  # the tuning is that of what answers
     assert manifest(store).index.recipe == "flat"
-    used = knnlm("index", "toy", "--use", "ivf4", "--json")
+    used = knnlm("index", "use", "toy", "ivf4", "--json")
     assert used.json["indexes"] == ["ivf4", "flat"]
     assert "fitted to neighbors found by flat" in used.err
-    assert knnlm("index", "toy", "--remove", "ivf4").code == 1
-    assert knnlm("index", "toy", "--remove", "flat", "--json").json["indexes"] == ["ivf4"]
-    missing = knnlm("index", "toy", "--use", "ivf9")
+    assert knnlm("index", "remove", "toy", "ivf4").code == 1
+    assert knnlm("index", "remove", "toy", "flat", "--json").json["indexes"] == ["ivf4"]
+    missing = knnlm("index", "use", "toy", "ivf9")
     assert (missing.code, "has no index 'ivf9': it has flat, ivf4" in missing.err) == (2, True)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--use", "flat", "--recipe", "flat"), "--use builds nothing, so --recipe means nothing with it"),
-        (("--remove", "flat", "--beside"), "--remove builds nothing, so --beside means nothing with it"),
-        (("--use", "flat", "--remove", "flat"), "--use builds nothing, so --remove means nothing with it"),
-        (("--report", "--use", "flat"), "mean nothing with --report"),
-    ],
-)
-def test_index_options_that_contradict_each_other_are_refused(
-    knnlm: Knnlm, store: Path, options: tuple[str, ...], message: str
-) -> None:
-    answer = knnlm("index", "toy", *options)
-    assert answer.code == 2
-    assert message in answer.err
+def test_what_is_unusual_about_an_index_is_remarked(knnlm: Knnlm, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("knnlm.index.build.index_remark", lambda path, recipe: f"{recipe} of {path.name} is odd")
+    answer = knnlm("index", "build", "toy", "--recipe", "ivf4,sq8", "--json")
+    assert answer.json["index"] == "ivf4,sq8"
+    assert "ivf4,sq8 of v1 is odd" in answer.err
 
 
 def test_eval_and_tune_search_with_the_index_that_is_named(knnlm: Knnlm, store: Path, corpus: Path) -> None:
-    knnlm("index", "toy", "--recipe", "ivf4", "--beside")
+    knnlm("index", "build", "toy", "--recipe", "ivf4", "--beside")
     for command in (("eval", corpus, "--domain", "toy"), ("tune", "toy", corpus)):
         missing = knnlm(*command, "--index", "ivf9")
         assert (missing.code, "has no index 'ivf9'" in missing.err) == (2, True)
     assert knnlm("eval", corpus, "--domain", "toy", "--index", "ivf4", "--json").json["domains"]
     tuned = knnlm("tune", "toy", corpus, "--part", "tune", "--index", "ivf4")
-    assert "fitted to neighbors found by ivf4; flat answers: `knnlm index toy --use ivf4`" in tuned.err
+    assert "fitted to neighbors found by ivf4; flat answers: `knnlm index use toy ivf4`" in tuned.err
     assert "--index means nothing without --domain" in knnlm("eval", corpus, "--index", "ivf4").err
 
 
@@ -175,7 +165,7 @@ def test_show_and_list_tell_every_index_and_what_it_holds_in_memory(knnlm: Knnlm
     flat = 4 * m.entries * m.key_dim
     assert knnlm("show", "toy", "--json").json["memory"] == {"flat": flat}
     assert f"flat, {flat:,} bytes in memory" in knnlm("show", "toy").out
-    knnlm("index", "toy", "--recipe", "ivf4,flat")
+    knnlm("index", "build", "toy", "--recipe", "ivf4,flat")
     with_index(store / "toy" / "v1", IndexRecord(recipe="of-the-future"), {}, beside=True)
     shown = knnlm("show", "toy", "--json").json
     assert shown["memory"] == {"ivf4,flat": 4 * 4 * m.key_dim, "of-the-future": None}  # the first: centroids
@@ -214,7 +204,7 @@ def test_tune_stores_what_it_found(knnlm: Knnlm, store: Path, corpus: Path, tmp_
 
 def test_tune_fits_every_k_to_what_a_request_with_that_k_gets(knnlm: Knnlm, store: Path, corpus: Path) -> None:
     """Not to the first of more candidates, which this index finds better."""
-    knnlm("index", "toy", "--recipe", "pq4x4fs")
+    knnlm("index", "build", "toy", "--recipe", "pq4x4fs")
     command = ("tune", "toy", corpus, "--part", "tune", "--exact-queries", 0, "--json")
     both = [p for p in knnlm(*command, "--k", 8, "--k", 512).json["curve"] if p["k"] == 8]
     alone = knnlm(*command, "--k", 8).json
@@ -224,7 +214,7 @@ def test_tune_fits_every_k_to_what_a_request_with_that_k_gets(knnlm: Knnlm, stor
 
 
 def test_tune_chooses_how_to_search_and_requests_follow_it(knnlm: Knnlm, store: Path, corpus: Path) -> None:
-    knnlm("index", "toy", "--recipe", "pq4x4fs")
+    knnlm("index", "build", "toy", "--recipe", "pq4x4fs")
     command = ("tune", "toy", corpus, "--part", "tune", "--k", 8)
     found = knnlm(*command, "--json").json
     exact, *ways = found["quality"]

@@ -43,7 +43,7 @@ def test_show_shows_entries_that_were_added(knnlm: Knnlm, store: Path) -> None:
 
 
 def test_index_is_of_the_base(knnlm: Knnlm, store: Path) -> None:
-    made = knnlm("index", "toy", "--store", store, "--version", "v2", "--recipe", "ivf4,sq8", "--json").json
+    made = knnlm("index", "build", "toy", "--store", store, "--version", "v2", "--recipe", "ivf4,sq8", "--json").json
     assert made["index"] == "ivf4,sq8"
     assert knnlm("verify", "toy", "--store", store, "--version", "v2").code == 0
     assert knnlm("verify", "--all", "--store", store).code == 0

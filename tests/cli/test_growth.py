@@ -146,7 +146,7 @@ def test_forget_removes_documents(knnlm: Knnlm, store: Path, tmp_path: Path) -> 
 
 
 def test_compact_folds_keeps_the_tuning_and_says_what_is_not_kept(knnlm: Knnlm, store: Path, new: Path) -> None:
-    knnlm("index", "toy", "--recipe", "ivf4", "--beside")
+    knnlm("index", "build", "toy", "--recipe", "ivf4", "--beside")
     knnlm("add", "toy", new)
     knnlm("forget", "toy", "d0")
     answer = knnlm("compact", "toy", "--index", "ivf2,flat")
@@ -156,7 +156,7 @@ def test_compact_folds_keeps_the_tuning_and_says_what_is_not_kept(knnlm: Knnlm, 
     assert [index.recipe for index in manifest.indexes] == ["ivf2,flat"]
     assert "v4 is now the current version of toy (was v3)" in answer.out
     assert "the tuning was fitted to neighbors found by flat: run `knnlm tune toy` again" in answer.err
-    assert "v3 also has the index ivf4: build it with `knnlm index toy --recipe ivf4 --beside`" in answer.err
+    assert "v3 also has the index ivf4: build it with `knnlm index build toy --recipe ivf4 --beside`" in answer.err
     assert sound(store)
     again = knnlm("compact", "toy")
     assert (again.code, again.out) == (0, "toy v4 has nothing to fold: no document was added or removed\n")

@@ -56,7 +56,7 @@ def test_help_lists_every_command_and_the_exit_codes(knnlm: Knnlm) -> None:
         (["build", "Bad Name", "x"], 2, "domain 'Bad Name' is not a name"),
         (["build", "toy", "x", "--part", "half"], 2, "part must be one of all, store, tune, report, got 'half'"),
         (["build", "toy", "x", "--index", "magic"], 2, "unknown index recipe 'magic'"),
-        (["index", "toy", "--recipe", "magic"], 2, "unknown index recipe 'magic'"),
+        (["index", "build", "toy", "--recipe", "magic"], 2, "unknown index recipe 'magic'"),
         (["verify"], 2, "expected either a domain or --all"),
         (["verify", "toy", "--all"], 2, "expected either a domain or --all"),
         (["score", "x", "--domain", "law"], 1, "unknown domain 'law'"),
