@@ -16,7 +16,7 @@ import numpy.typing as npt
 from knnlm.clients.rpc import DomainReplica
 from knnlm.decoding import end_of_context
 from knnlm.domains import differs
-from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, Unavailable
+from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, TooLarge, Unavailable
 from knnlm.messages import DatastoreClient, Document, DocumentsClient, DomainInfo, LanguageModelClient, ModelInfo
 from knnlm.mixer import Mixer
 from knnlm.tokenizer import Tokenizer
@@ -53,8 +53,8 @@ class Datastore(DatastoreClient, DocumentsClient, Protocol):
     async def replicas(self, domain: str) -> Sequence[DomainReplica]: ...
 
 
-class Room:
-    """Admission by size: first come, first served, each waits until there is room for it."""
+class MemoryBudget:
+    """Bounds the numbers that requests hold in memory together. Requests wait in the order of their arrival."""
 
     def __init__(self, size: int) -> None:
         self._left = size
@@ -62,13 +62,16 @@ class Room:
         self._freed = asyncio.Event()
 
     @asynccontextmanager
-    async def hold(self, size: int) -> AsyncIterator[None]:
-        """size: not more than that of the room."""
-        async with self._turn:
-            while self._left < size:
-                self._freed.clear()
-                await self._freed.wait()
-            self._left -= size
+    async def hold(self, size: int, seconds: float) -> AsyncIterator[None]:
+        """size: at most that of the budget. Raises DeadlineExceeded when it is not free within `seconds`."""
+        try:
+            async with asyncio.timeout(seconds), self._turn:
+                while self._left < size:
+                    self._freed.clear()
+                    await self._freed.wait()
+                self._left -= size
+        except TimeoutError as err:
+            raise DeadlineExceeded("the request's time was over before memory for its distributions was free") from err
         try:
             yield
         finally:
@@ -94,7 +97,7 @@ class Aggregator:
         self._datastore = datastore
         self._settings = settings
         self._degraded = degraded
-        self._room = Room(settings.max_distribution_numbers)
+        self._budget = MemoryBudget(settings.max_distribution_numbers)
         self._mixer = Mixer(
             lm,
             datastore,
@@ -127,7 +130,7 @@ class Aggregator:
         model, sources = chosen(request, self.info.model_id, self._settings)
         self._check_shown(request, mixed=bool(sources))
         contexts = [self._fitting(context, request) for context in await self._contexts(request)]
-        async with self._room.hold(self._numbers(request, len(contexts))):
+        async with self._budget.hold(self._numbers(request, len(contexts)), call.remaining()):
             answer = await self._mixer.next_token(
                 contexts, sources, passages=request.neighbors, passage_tokens=request.neighbor_tokens
             )

@@ -165,11 +165,12 @@ def _finite(value: float) -> float | None:
 def _neighbors(answer: NextTokens, row: int, count: int, tokenizer: Tokenizer) -> list[mixing.Neighbor]:
     """The nearest `count` over all domains, each with its share of its own domain's distribution."""
     shown = []
-    for result, used in zip(answer.found, answer.domains, strict=True):
+    temperatures = {used.domain: used.temperature for used in answer.domains}
+    for result in answer.found:
         neighbors = result.neighbors
-        if not result.passages or not neighbors.present[row]:
+        if result.domain not in temperatures or not result.passages or not neighbors.present[row]:
             continue
-        log_weights = neighbors.log_weights(used.temperature)[row]  # (k,)
+        log_weights = neighbors.log_weights(temperatures[result.domain])[row]  # (k,)
         weights = np.exp(log_weights - np.logaddexp.reduce(log_weights))
         for j, passage in enumerate(result.passages[row]):
             value = int(neighbors.values[row, j])

@@ -6,11 +6,11 @@ import time
 import pytest
 
 from knnlm.domains import NoDatastore
-from knnlm.errors import Unavailable
+from knnlm.errors import DeadlineExceeded, Unavailable
 from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
 from knnlm.testing import ToyLanguageModel
 from services.aggregator.core import AggregatorCore
-from services.aggregator.engine import Aggregator, Room
+from services.aggregator.engine import Aggregator, MemoryBudget
 from services.aggregator.schemas.mixing import NextTokenRequest
 from services.aggregator.settings import AggregatorSettings
 from services.aggregator.upstream import UpstreamMetrics
@@ -62,10 +62,10 @@ async def test_another_model_is_taken_over() -> None:
 
 async def test_who_comes_first_goes_first_and_nobody_passes_the_bound() -> None:
     log: list[int] = []
-    room, gates = Room(10), [asyncio.Event() for _ in range(4)]
+    budget, gates = MemoryBudget(10), [asyncio.Event() for _ in range(4)]
 
     async def hold(number: int, size: int) -> None:
-        async with room.hold(size):
+        async with budget.hold(size, 60):
             log.append(number)
             await gates[number].wait()
 
@@ -78,5 +78,8 @@ async def test_who_comes_first_goes_first_and_nobody_passes_the_bound() -> None:
     await until(lambda: log == [0, 1, 3])
     gates[3].set()
     await asyncio.gather(*tasks, return_exceptions=True)
-    async with asyncio.timeout(5), room.hold(10):
+    with pytest.raises(DeadlineExceeded):
+        async with budget.hold(4, 60), budget.hold(7, 0.01):
+            raise AssertionError("more than the budget was held")
+    async with budget.hold(10, 5):
         pass
