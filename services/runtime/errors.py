@@ -4,6 +4,7 @@ Services raise knnlm.errors; nothing else in services/ knows a status.
 """
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,17 +98,16 @@ def metadata(err: KnnlmError) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def from_validation(problems: Sequence[Mapping[str, Any]], body: object = None) -> InvalidRequest:
-    """pydantic's list of problems (their values are of any type) as one error about the first. body: what they are
-    about, where it is JSON: the field is named as it stands there."""
-    problem = problems[0]
+def from_validation(problem: Mapping[str, Any], body: object = None) -> InvalidRequest:
+    """One of pydantic's problems (its values are of any type) as an error. body: what it is about, where it is JSON:
+    the field is named as it stands there."""
     if problem["type"] == "json_invalid":
         reason = problem.get("ctx", {}).get("error", problem["msg"])
         return InvalidRequest(f"the body is not JSON: {reason} at character {problem['loc'][-1]}")
     path = _path(problem["loc"][1:], body)
     param = ".".join(path) or str(problem["loc"][0])
     words = {"missing": f"{param} is required", "extra_forbidden": f"{param} is not a known field"}
-    given = repr(problem.get("input"))
+    given = _SHORTENED.repr(problem.get("input"))
     shown = given if len(given) <= MAX_SHOWN_CHARACTERS else given[:MAX_SHOWN_CHARACTERS] + "…"
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return InvalidRequest(words.get(problem["type"], f"{param}: {message}, got {shown}"), param=param)
@@ -124,6 +124,10 @@ def _path(parts: Sequence[str | int], body: object) -> list[str]:
         if inside:
             body = body[part]  # type: ignore[index]  # just checked
     return path
+
+
+_SHORTENED = reprlib.Repr()  # of a long list only the beginning is written, of a long text as much as is shown
+_SHORTENED.maxlevel, _SHORTENED.maxlist, _SHORTENED.maxstring = 2, MAX_SHOWN_CHARACTERS // 2, 4 * MAX_SHOWN_CHARACTERS
 
 
 def _printable(text: str) -> str:

@@ -100,8 +100,7 @@ async def _answer_error(request: Request, exc: Exception) -> Response:
 
 async def _answer_validation(request: Request, exc: Exception) -> Response:
     if isinstance(exc, RequestValidationError):
-        problems: list[dict[str, Any]] = list(exc.errors())  # pydantic's dicts hold values of any type
-        return _response(errors.from_validation(problems, exc.body))
+        return _response(errors.from_validation(exc.errors()[0], exc.body))
     return await _answer_internal(request, exc)
 
 

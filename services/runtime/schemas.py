@@ -9,17 +9,19 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    FailFast,
     Field,
     StrictBool,
     StrictInt,
     StrictStr,
     WithJsonSchema,
     create_model,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from knnlm.messages import DomainChange
-from knnlm.options import SearchOptions, options_of
+from knnlm.options import MAX_EXCLUDED_DOCUMENTS, SearchOptions, options_of
 from knnlm.wire.records import Array as ArrayKind
 from knnlm.wire.records import Field as RecordField
 from knnlm.wire.records import Kind, List, Map, Numbers, Record, Scalar, fields_of
@@ -30,6 +32,7 @@ __all__ = [
     "ChangeAnswer",
     "DocumentBody",
     "Encoding",
+    "FirstProblem",
     "RemoveDocumentsBody",
     "Strict",
     "Text",
@@ -40,6 +43,8 @@ __all__ = [
 ]
 
 Given = TypeVar("Given")
+
+MAX_DOCUMENTS = 16_384  # in one body, whatever a service's max_documents
 
 _PACKED = {
     "type": "object",
@@ -78,10 +83,30 @@ Encoding = Annotated[
 ]
 
 
+class FirstProblem(FailFast):
+    """Annotates a list: its first wrong element is the last that is looked at. Unlike FailFast it can be hashed, as
+    alternatives of a type must be."""
+
+    __hash__ = object.__hash__
+
+
 class Strict(BaseModel):
-    """A request body: unknown fields are refused, nothing is accepted and ignored."""
+    """A request body: unknown fields are refused, nothing is accepted and ignored.
+
+    Its lists are annotated with FirstProblem: pydantic describes every problem it finds, and a body may have millions.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_field(cls, given: Any) -> Any:  # Any: JSON
+        """The object with the first of its unknown fields and no other, where it has more fields than are known."""
+        if not isinstance(given, dict) or len(given) <= len(cls.model_fields):
+            return given
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        known.add(next(name for name in given if name not in known))
+        return {name: given[name] for name in known if name in given}
 
 
 def option_fields(name: str, record: type, *, public: bool) -> type[Strict]:
@@ -91,7 +116,7 @@ def option_fields(name: str, record: type, *, public: bool) -> type[Strict]:
         float: Annotated[float, Field(strict=True, allow_inf_nan=False)],
         bool: StrictBool,
         str: Text,
-        tuple: list[Text],
+        tuple: Annotated[list[Text], FirstProblem(), Field(max_length=MAX_EXCLUDED_DOCUMENTS)],
     }
     chosen: dict[str, Any] = {}
     defaults: dict[str, Any] = {field.name: field.default for field in dataclass_fields(record)}
@@ -159,7 +184,7 @@ def _annotation(kind: Kind) -> Any:  # Any: a type as pydantic takes it
         case ArrayKind():
             return Array
         case List(item=item):
-            return list[_annotation(item)]  # type: ignore[misc]  # computed
+            return Annotated[list[_annotation(item)], FirstProblem()]  # type: ignore[misc]  # computed
         case Map(item=item):
             return dict[str, _annotation(item)]  # type: ignore[misc]  # computed
         case Numbers():
@@ -176,14 +201,16 @@ class DocumentBody(Strict):
 
 
 class AddDocumentsBody(Strict):
-    documents: list[DocumentBody]
+    documents: Annotated[list[DocumentBody], FirstProblem(), Field(max_length=MAX_DOCUMENTS)]
     replace: StrictBool = Field(
         False, description="Documents of these ids that exist are removed in the same step; otherwise they are refused."
     )
 
 
 class RemoveDocumentsBody(Strict):
-    ids: list[Text] = Field(description="Ids of documents; when one does not exist, nothing is removed.")
+    ids: Annotated[list[Text], FirstProblem(), Field(max_length=MAX_DOCUMENTS)] = Field(
+        description="Ids of documents; when one does not exist, nothing is removed."
+    )
 
 
 class ChangeAnswer(answer(DomainChange)):  # type: ignore[misc]  # made of the record

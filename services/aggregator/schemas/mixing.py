@@ -3,13 +3,13 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
+    Discriminator,
     Field,
     PlainValidator,
     StrictBool,
     StrictInt,
-    StrictStr,
+    Tag,
     WithJsonSchema,
     create_model,
 )
@@ -18,13 +18,13 @@ from pydantic_core import PydanticCustomError
 from knnlm.options import SearchOptions
 from knnlm.sources import SOURCES, source_kind
 from services.aggregator.schemas.tokenizer import ParseSpecial
-from services.runtime.schemas import Strict, Text, encodable, option_fields
+from services.runtime.schemas import FirstProblem, Strict, Text, option_fields
 
 Lambda = Annotated[
     float, Field(strict=True, ge=0, le=1, allow_inf_nan=False, description="Weight of what is retrieved.")
 ]
 Temperature = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description="Divides squared distances.")]
-TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], FirstProblem(), Field(min_length=1)]
 
 
 def _token_rows(value: Any) -> list[list[int]]:  # Any: JSON
@@ -42,6 +42,16 @@ TokenRows = Annotated[
 ]
 
 
+def _by_type(**kinds: type) -> Discriminator:
+    """Which alternative a value is, by its JSON type, so that its problems are told of that one. kinds: type by tag."""
+
+    def tag(value: Any) -> str | None:  # Any: JSON
+        return next((name for name, kind in kinds.items() if isinstance(value, kind)), None)
+
+    expected = " or ".join(name.replace("_", " ") for name in kinds)
+    return Discriminator(tag, custom_error_type="alternatives", custom_error_message=f"expected {expected}")
+
+
 class DomainChoice(Strict):
     """One of several domains. What is left out comes from the tuning stored with the domain."""
 
@@ -51,14 +61,29 @@ class DomainChoice(Strict):
     temperature: Temperature | None = None
 
 
+MAX_DOMAIN_CHOICES = 1024  # whatever max_domains
+DomainChoices = Annotated[
+    list[
+        Annotated[
+            Annotated[Text, Tag("a_name")] | Annotated[DomainChoice, Tag("an_object")],
+            _by_type(a_name=str, an_object=dict),
+        ]
+    ],
+    FirstProblem(),
+    Field(min_length=1, max_length=MAX_DOMAIN_CHOICES),
+]
+Texts = Annotated[
+    Annotated[Text, Tag("a_text")] | Annotated[list[Text], FirstProblem(), Tag("a_list_of_texts")],
+    _by_type(a_text=str, a_list_of_texts=list),
+]
+
+
 # type: ignore: mypy does not know classes that are made of a table
 class Knn(option_fields("SearchFields", SearchOptions, public=True)):  # type: ignore[misc]
     """Retrieval. Name a domain and nothing else, and its fitted temperature, lambda and k are used."""
 
     domain: Text | None = Field(None, description="The one domain to retrieve from.")
-    domains: Annotated[list[StrictStr | DomainChoice], AfterValidator(encodable)] | None = Field(
-        None, min_length=1, description="Or several."
-    )
+    domains: DomainChoices | None = Field(None, description="Or several.")
     combine: Literal["mixture", "union"] = Field(
         "mixture", description="Several domains: each its own softmax and weight, or one softmax over all neighbors."
     )
@@ -80,9 +105,7 @@ class Request(Strict):
 
 
 class NextTokenRequest(Request):
-    text: Annotated[StrictStr | list[StrictStr], AfterValidator(encodable)] | None = Field(
-        None, description="One context, or several."
-    )
+    text: Texts | None = Field(None, description="One context, or several.")
     tokens: TokenRows | None = Field(None, description="The same as token ids, used as they are.")
     truncate: Literal["left"] | None = Field(
         None, description="A context longer than the model takes: keep BOS and its end, instead of refusing it."

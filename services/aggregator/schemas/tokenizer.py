@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, StrictBool, StrictInt
 
-from services.runtime.schemas import Strict, Text
+from services.runtime.schemas import FirstProblem, Strict, Text
 
 ParseSpecial = Annotated[
     StrictBool, Field(description="Special tokens written in the text count as such; else they are text.")
@@ -30,7 +30,7 @@ class TokenizeResponse(BaseModel):
 
 class DetokenizeRequest(Strict):
     model: Text | None = None
-    tokens: list[Annotated[StrictInt, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[StrictInt, Field(ge=0)]], FirstProblem()]
 
 
 class DetokenizeResponse(BaseModel):
