@@ -29,6 +29,7 @@ PORTION_TOKENS = 1 << 14
 CUT_CONTEXT = 256  # characters on either side of a cut by which it is judged
 CUT_TRIES = 32
 CUT = re.compile(r"(?<=\S)(?=[ \n]\S)")  # before a single space or line end, between words
+STEPS = {"decoder": "decoders", "pre_tokenizer": "pretokenizers", "normalizer": "normalizers"}  # of a sequence of them
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 Ids = npt.NDArray[np.int32]
@@ -39,11 +40,12 @@ class Tokenizer:
 
     def __init__(self, json: str, *, bos_token_id: int | None, eos_token_id: int | None) -> None:
         self._backend = _backend(json)
-        self._plain: tokenizers.Tokenizer | None = None  # one that takes special tokens in a text for text
+        self._backend.encode_special_tokens = True  # as any other text
+        self._parsing: tokenizers.Tokenizer | None = None  # one to which special tokens in a text are special
         self.json = json
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
-        self._shape = _Shape(json)
+        self._shape = _Shape(self._backend)
         self._added = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items()}
         self._bytes: dict[int, bytes] = {}  # of the tokens met so far
         self._texts: dict[int, str | None] = {}  # the same where they are whole characters, else None
@@ -62,7 +64,7 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[str], *, parse_special: bool = False) -> list[Ids]:
         """Each text as `encode` gives it; several at the same time on a machine with several cores."""
-        backend = self._backend if parse_special else self._without_specials()
+        backend = self._parser() if parse_special else self._backend
         cut = [self._portions(backend, text) for text in texts]
         start = [] if self.bos_token_id is None else [np.array([self.bos_token_id], np.int32)]
         parts = iter(_encoded(backend, [portion for portions in cut for portion in portions]))
@@ -113,12 +115,10 @@ class Tokenizer:
         size: int = self._backend.get_vocab_size(with_added_tokens=True)
         return size
 
-    def _without_specials(self) -> tokenizers.Tokenizer:
-        if self._plain is None:
-            plain = _backend(self.json)
-            plain.encode_special_tokens = True  # as any other text
-            self._plain = plain
-        return self._plain
+    def _parser(self) -> tokenizers.Tokenizer:
+        if self._parsing is None:
+            self._parsing = _backend(self.json)
+        return self._parsing
 
     def _learned(self, token_id: int) -> bytes:
         raw = self._bytes.get(token_id)
@@ -181,27 +181,27 @@ class _Shape:
     text is parted by a regular expression, and tokens do not reach over its parts.
     """
 
-    def __init__(self, serialised: str) -> None:
-        fields = json.loads(serialised)
-        decoders, pre = (_steps(fields.get(name), name) for name in ("decoder", "pre_tokenizer"))
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        decoders, pre, normalizers = (_steps(getattr(backend, name), name) for name in STEPS)
         self.byte_level = any(step["type"] == "ByteLevel" for step in decoders)
         self.byte_fallback = any(step["type"] == "ByteFallback" for step in decoders)
         parted = any(step["type"] == "Split" or step.get("use_regex") for step in pre)
         local = all(step["type"] in ("Split", "ByteLevel", "Digits") for step in pre)
         prefixed = any(step.get("add_prefix_space") for step in pre)
-        stable = all(step["type"] == "NFC" for step in _steps(fields.get("normalizer"), "normalizer"))
+        stable = all(step["type"] == "NFC" for step in normalizers)
         # an added token is looked for before all else: over a cut, or with the space beside it
-        added = fields.get("added_tokens") or []
-        apart = not any(t["lstrip"] or t["rstrip"] or CUT.search(t["content"]) for t in added)
+        added = backend.get_added_tokens_decoder().values()
+        apart = not any(t.lstrip or t.rstrip or CUT.search(t.content) for t in added)
         self.splits = parted and local and not prefixed and stable and apart
 
 
-def _steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
-    """What a part of a tokenizer's JSON consists of: the steps of a sequence, else itself."""
-    if part is None:
-        return []
-    steps = {"decoder": "decoders", "pre_tokenizer": "pretokenizers", "normalizer": "normalizers"}[name]
-    return [inner for step in part[steps] for inner in _steps(step, name)] if part["type"] == "Sequence" else [part]
+def _steps(component: Any, name: str) -> list[dict[str, Any]]:  # Any: one of the library's many classes, or None
+    """What a component of a tokenizer does one after the other, each as its JSON."""
+    return [] if component is None else _flat(json.loads(component.__getstate__()), STEPS[name])
+
+
+def _flat(part: dict[str, Any], inner: str) -> list[dict[str, Any]]:  # Any: JSON
+    return [step for p in part[inner] for step in _flat(p, inner)] if part["type"] == "Sequence" else [part]
 
 
 def _backend(json: str) -> tokenizers.Tokenizer:

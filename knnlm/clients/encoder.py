@@ -8,6 +8,7 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
@@ -29,6 +30,12 @@ class _Closing(Protocol):
     async def aclose(self) -> None: ...
 
 
+@lru_cache(maxsize=2)
+def _tokenizer(json: str, bos_token_id: int | None, eos_token_id: int | None) -> Tokenizer:
+    """The same one again for the next encoder: reading a large vocabulary holds up every other thread."""
+    return Tokenizer(json, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
+
+
 class RemoteEncoder:
     """Keeps the LanguageModel protocol of knnlm.messages over `client`, for keys alone.
 
@@ -47,10 +54,8 @@ class RemoteEncoder:
         self._loop = loop
         try:
             self.info: ModelInfo = self._wait(client.get_model())
-            self.tokenizer = Tokenizer(
-                self._wait(client.get_tokenizer()),
-                bos_token_id=self.info.bos_token_id,
-                eos_token_id=self.info.eos_token_id,
+            self.tokenizer = _tokenizer(
+                self._wait(client.get_tokenizer()), self.info.bos_token_id, self.info.eos_token_id
             )
         except BaseException:
             self.close()
