@@ -17,7 +17,7 @@ from knnlm.messages import DatastoreClient, Document, DomainInfo, ModelInfo, Sea
 from knnlm.neighbors import Neighbors, TokenMasses, neighbor_log_probs, target_log_probs
 from knnlm.options import DEFAULT_K, DomainOptions, KnnOptions, SearchOptions
 from knnlm.rules import FIXED, Weighing, rule
-from knnlm.sources import Resolved, Services
+from knnlm.sources import Resolved, Services, computed
 
 __all__ = ["KNN", "DomainSource", "NoDatastore", "UsedDomain", "differs", "knn_evidence", "used_domain"]
 
@@ -80,7 +80,8 @@ class DomainSource:
         shown = (False, step.passages, step.passage_tokens)
         requests = [SearchRequest(u.domain, step.keys, u.search, u.version, *shown) for u in self.used]
         found = await asyncio.gather(*(self.datastore.search(request) for request in requests))
-        return await asyncio.to_thread(self._evidence, found, step)
+        numbers = sum(result.neighbors.values.size for result in found)
+        return await computed(numbers, self._evidence, found, step)
 
     def _evidence(self, found: Sequence[SearchResult], step: Step) -> Evidence:
         neighbors = _united([result.neighbors for result in found])

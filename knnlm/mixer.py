@@ -30,7 +30,7 @@ from knnlm.options import KnnOptions
 from knnlm.plan import Plan
 from knnlm.rules import FIXED
 from knnlm.scoring import BATCHES_UNDER_WAY, Score, Scoring, required, statistics, timed
-from knnlm.sources import Services, Source, source_kind
+from knnlm.sources import Services, Source, computed, source_kind
 
 __all__ = ["BATCHES_UNDER_WAY", "Mixer", "NextTokens", "Options", "Plan", "Score"]
 
@@ -156,8 +156,8 @@ class Mixer:
         stretches = [Stretch(context, 0, np.array([len(context)])) for context in contexts]
         asked = Step(stretches, forward.keys, passages=passages, passage_tokens=passage_tokens)
         plan, answers = await self._answers(plan, asked, timings)
-        # on a thread: whole distributions of a large vocabulary would hold up everybody
-        mixing = asyncio.to_thread(mix_evidence, required(forward.log_probs), answers, statistics(forward))
+        log_probs = required(forward.log_probs)
+        mixing = computed(log_probs.size, mix_evidence, log_probs, answers, statistics(forward))
         mixed = await timed(mixing, "mix", timings)
         found = [result for answer in answers for result in answer.evidence.found]
         return NextTokens(mixed, plan.domains, found, plan.degraded, timings)

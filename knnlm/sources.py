@@ -4,17 +4,21 @@ A kind is one file and one row of SOURCES. It has a record of options, which req
 resolves them into sources once per plan, before any work is done.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from knnlm.errors import InvalidRequest
 from knnlm.evidence import Evidence, Step
 from knnlm.messages import DatastoreClient, DomainInfo, ModelInfo
 from knnlm.rules import Weighing
 
-__all__ = ["SOURCES", "Resolved", "Services", "Source", "SourceKind", "source_kind"]
+__all__ = ["SOURCES", "Resolved", "Services", "Source", "SourceKind", "computed", "source_kind"]
+
+T = TypeVar("T")
+INLINE_NUMBERS = 1 << 15  # some tens of nanoseconds each: the event loop does not notice
 
 SOURCES: dict[str, str] = {"knn": "knnlm.domains:KNN"}  # a kind's name in requests, and where it is
 
@@ -47,6 +51,11 @@ class Source(Protocol):
         pinned was let go, and InvalidRequest for what was asked wrongly.
         """
         ...
+
+
+async def computed(numbers: int, program: Callable[..., T], *given: Any) -> T:  # Any: what the program takes
+    """program(*given), which works on `numbers` numbers: on a thread, unless that would take longer than the work."""
+    return await asyncio.to_thread(program, *given) if numbers > INLINE_NUMBERS else program(*given)
 
 
 @dataclass(frozen=True)

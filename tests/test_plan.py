@@ -132,6 +132,7 @@ async def test_the_event_loop_runs_while_large_distributions_are_mixed(monkeypat
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(timeout=30)
         return mix_evidence(*given)
 
+    monkeypatch.setattr("knnlm.sources.INLINE_NUMBERS", 2 * TOY.info.vocab_size - 1)
     monkeypatch.setattr("knnlm.mixer.mix_evidence", waiting)
     assert (await Mixer(Lm(), BruteForce(), TOY.info).next_token(CONTEXTS, knn())).degraded is None
 
