@@ -3,6 +3,7 @@
 A ForwardRequest alone is written otherwise: its sequences are joined into one array.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from itertools import pairwise
@@ -14,7 +15,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from knnlm.errors import InvalidRequest
+from knnlm.errors import InvalidRequest, TooLarge
 from knnlm.messages import ForwardRequest
 from knnlm.v1 import common_pb2, datastore_pb2, lm_pb2
 from knnlm.wire.arrays import INT32, array_from_tensor, array_to_tensor
@@ -27,6 +28,9 @@ __all__ = [
 Sent = TypeVar("Sent", bound=Message)
 Made = TypeVar("Made")
 Ids = npt.NDArray[np.int32]
+
+MAX_INT32 = 2**31 - 1
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def to_proto(record: object, message: type[Sent], **more: object) -> Sent:
@@ -120,6 +124,8 @@ def _writers(message: Descriptor) -> Mapping[str, Callable[[Any], Any]]:  # Any:
 def _writer(field: Any) -> Callable[[Any], Any]:  # Any: a FieldDescriptor; see above
     if field.type == FieldDescriptor.TYPE_INT32:
         return partial(_int32, name=field.name)
+    if field.type == FieldDescriptor.TYPE_FLOAT and not field.is_repeated:
+        return partial(_float32, name=field.name)
     if field.message_type is None:
         return _unchanged
     message = GetMessageClass(field.message_type)
@@ -190,6 +196,15 @@ def _split(flat: Ids, sizes: Sequence[int], name: str, sizes_name: str) -> list[
 
 
 def _int32(value: int, name: str) -> int:
-    if not -(2**31) <= value < 2**31:
+    if value > MAX_INT32:
+        raise TooLarge(f"{name} must be at most {MAX_INT32}, got {value}", param=name)
+    if value < -MAX_INT32 - 1:
         raise InvalidRequest(f"{name} must be a 32-bit number, got {value}", param=name)
+    return value
+
+
+def _float32(value: float, name: str) -> float:
+    """A number that float32 has no place for would arrive as infinity."""
+    if MAX_FLOAT32 < abs(value) < math.inf:
+        raise TooLarge(f"{name} must be at most {MAX_FLOAT32:g}, got {value:g}", param=name)
     return value

@@ -36,12 +36,12 @@ def routes(core: AggregatorCore, max_text_bytes: int) -> APIRouter:
 
     async def next_token(request: mixing.NextTokenRequest) -> mixing.NextTokenResponse:
         """The mixture's likeliest tokens with p, p_lm and p_knn; on request the whole distribution and neighbors."""
-        with named_as_asked():
+        with named_as_asked(request):
             return await core.aggregator.next_token(request, current())
 
     async def score(request: mixing.ScoreRequest) -> mixing.ScoreResponse:
         """The text is scored in windows; one version of a domain answers for all of them."""
-        with named_as_asked():
+        with named_as_asked(request):
             return await core.aggregator.score(request, current())
 
     for path, endpoint, schema, summary in (

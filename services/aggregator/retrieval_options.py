@@ -7,7 +7,7 @@ from typing import Any
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, UnknownModel
 from knnlm.options import SEARCH_OPTIONS, DomainOptions, KnnOptions, SearchOptions, record_of
 from knnlm.sources import SOURCES, source_kind
-from services.aggregator.schemas.mixing import DomainChoice, Knn, Request
+from services.aggregator.schemas.mixing import DomainChoice, Knn, NextTokenRequest, Request, ScoreRequest
 from services.aggregator.settings import AggregatorSettings
 
 __all__ = ["chosen", "domain_of", "named_as_asked", "short_name"]
@@ -17,13 +17,28 @@ RENAMED = {"passages": "neighbors", "passage_tokens": "neighbor_tokens", **{name
 
 
 @contextmanager
-def named_as_asked() -> Iterator[None]:
+def named_as_asked(request: NextTokenRequest | ScoreRequest) -> Iterator[None]:
     """Errors name the field of the request, as the caller wrote it, whichever service or record refused its value."""
     try:
         yield
     except KnnlmError as err:
-        err.param = RENAMED.get(err.param or "", err.param)
+        if err.param is not None:
+            asked = _asked(err.param, request)
+            if err.message.startswith(f"{err.param} "):
+                err.message = asked + err.message.removeprefix(err.param)
+            err.param = asked
         raise
+
+
+def _asked(param: str, request: NextTokenRequest | ScoreRequest) -> str:
+    knn = request.knn
+    if param == "domain" and knn is not None and knn.domains is not None:
+        return "knn.domains"
+    if param == "domain" and (knn is None or knn.domain is None) and "+" in (request.model or ""):
+        return "model"
+    if param == "text" and request.text is None and request.tokens is not None:
+        return "tokens"
+    return RENAMED.get(param, param)
 
 
 def short_name(model_id: str) -> str:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from services.aggregator.settings import AggregatorSettings
+from services.datastore.settings import DatastoreSettings
 from tests.contract.system import System, store, with_system
 
 __all__ = ["store"]
@@ -26,7 +28,17 @@ REFUSED: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("/v1/next_token", {"text": "a", "model": "toy+cat", "neighbors": 257}, 413, "too_large", "neighbors"),
     ("/v1/next_token", {"text": ["a"] * 65}, 413, "too_large", "text"),
     ("/v1/next_token", {"text": "a", "model": "gpt2"}, 404, "unknown_model", "model"),
-    ("/v1/next_token", {"text": "a", "model": "toy+law"}, 404, "unknown_domain", None),
+    ("/v1/next_token", {"text": "a", "model": "toy+law"}, 404, "unknown_domain", "model"),
+    ("/v1/score", {"text": "ab", "model": "toy+law"}, 404, "unknown_domain", "model"),
+    ("/v1/next_token", {"text": "a", "model": "toy+law", "knn": {"k": 3}}, 404, "unknown_domain", "model"),
+    ("/v1/next_token", {"text": "a", "model": "toy", "knn": {"domain": "law"}}, 404, "unknown_domain", "knn.domain"),
+    ("/v1/next_token", {"text": "a", "model": "toy", "knn": {"k": 3}}, 400, "invalid_request", "knn.domain"),
+    ("/v1/next_token", {"text": "a", "knn": {"domains": ["cat", "law"]}}, 404, "unknown_domain", "knn.domains"),
+    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "overfetch": 1e308}}, 413, "too_large", "knn.overfetch"),
+    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "overfetch": 17}}, 413, "too_large", "knn.overfetch"),
+    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "nprobe": 1025}}, 413, "too_large", "knn.nprobe"),
+    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "nprobe": 2**31}}, 413, "too_large", "knn.nprobe"),
+    ("/v1/next_token", {"text": "a", "knn": {"domain": "cat", "nprobe": 10**30}}, 413, "too_large", "knn.nprobe"),
     ("/v1/next_token", {"text": "a", "model": "toy+cat", "knn": {"domain": "dog"}}, 400, "invalid_request", None),
     ("/v1/next_token", {"text": "a", "knn": {}}, 400, "invalid_request", "knn.domain"),
     ("/v1/next_token", {"text": "a", "knn": {"domain": "raw"}}, 400, "invalid_request", "knn.temperature"),
@@ -96,7 +108,8 @@ REFUSED: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("/v1/next_token", {"text": "a", "knn": {"domains": ["cat", "cat"]}}, 400, "invalid_request", "knn.domains"),
     ("/v1/next_token", {"text": "a", "knn": {"domains": ["cat"] * 9}}, 413, "too_large", "knn.domains"),
     ("/v1/score", {"text": ""}, 400, "invalid_request", "text"),
-    ("/v1/score", {"tokens": [5]}, 400, "invalid_request", "text"),
+    ("/v1/score", {"text": "a", "tokens": [5, 6]}, 400, "invalid_request", "text"),
+    ("/v1/score", {"tokens": [5]}, 400, "invalid_request", "tokens"),
     ("/v1/score", {"text": "abc", "min_context": 32}, 400, "invalid_request", "min_context"),
     (
         "/v1/score",
@@ -135,6 +148,18 @@ def test_bad_input_is_refused_by_name(store: Path) -> None:
             assert lonely.json()["error"]["param"] in ("text", "knn.exclude_documents.0")
 
     with_system(store, check)
+
+
+def test_as_many_neighbors_as_the_documentation_says_are_shown(store: Path) -> None:
+    async def check(s: System) -> None:
+        body = {"text": "a", "model": "toy+cat", "neighbors": AggregatorSettings().max_neighbors}
+        assert (await s.post("/v1/next_token", body))["results"][0]["neighbors"]
+        most = DatastoreSettings(store=store).max_passages
+        error = (await s.post("/v1/next_token", {**body, "neighbors": most + 1}, status=413))["error"]
+        assert error["param"] == "neighbors"
+        assert error["message"].startswith(f"neighbors must be at most {most}, got")
+
+    with_system(store, check, max_neighbors=1000)
 
 
 def test_a_text_that_is_too_long_is_refused(store: Path) -> None:
