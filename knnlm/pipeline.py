@@ -100,10 +100,11 @@ class Pipeline:
         key_function: str | None = None,
         index: str | None = None,
     ) -> Self:
-        """A Hugging Face folder or hub id, and the current versions of `domains` in `store` (all by default).
+        """A Hugging Face folder or hub id, and the current versions of `domains` in `store`: by default, of all domains
+        that have one.
 
         key_function: by default the one that the first domain was made with. index: the recipe of the index to search
-        with, by default that of each version. Raises UnknownDomain, UnknownVersion for a domain without a current
+        with, by default that of each version. Raises UnknownDomain, UnknownVersion for a named domain without a current
         version, InvalidRequest for one without such an index, DatastoreMismatch for one of another model, and as
         LanguageModel.load does.
         """
@@ -236,6 +237,8 @@ def _current_versions(store: str | Path | None, domains: Sequence[str] | None) -
     paths = {}
     for domain in catalog.domains() if domains is None else domains:
         version = catalog.current(domain)
+        if version is None and domains is None:  # none was activated yet; as the datastore service does
+            continue
         if version is None:
             raise UnknownVersion(
                 f"domain {domain} has no current version: activate one of {', '.join(catalog.versions(domain))}",

@@ -105,18 +105,17 @@ def shared(weights: Sequence[Weights], asked: Sequence[bool]) -> list[Weights]:
     """The weights (n,) of several sources as they can stand beside each other.
 
     Each was fitted as if it stood alone with the LM. Where they add up to more than LARGEST_LAMBDA, those that were not
-    asked for keep their odds against the LM, o = w / (1 - w), in what the others leave: w' = rest * o / (1 + sum of o).
+    asked for are scaled by one factor, to add up to what the asked ones leave of it: continuous in every weight.
     """
     total = np.sum(weights, axis=0) if weights else np.zeros(0)
     fitted = [w for w, given in zip(weights, asked, strict=True) if not given]
     crowded = total > LARGEST_LAMBDA
     if len(weights) < 2 or not fitted or not crowded.any():
         return list(weights)
-    odds = [np.minimum(w, LARGEST_LAMBDA) / (1 - np.minimum(w, LARGEST_LAMBDA)) for w in fitted]
-    rest = np.clip(1 - (total - np.sum(fitted, axis=0)), 0, 1)
-    share = rest / (1 + np.sum(odds, axis=0))
-    reduced = iter(np.where(crowded, share * o, w) for o, w in zip(odds, fitted, strict=True))
-    return [w if given else next(reduced) for w, given in zip(weights, asked, strict=True)]
+    together = np.sum(fitted, axis=0)
+    rest = np.clip(LARGEST_LAMBDA - (total - together), 0, 1)
+    factor = np.divide(rest, together, out=np.ones_like(rest), where=crowded & (together > 0))
+    return [w if given else w * factor for w, given in zip(weights, asked, strict=True)]
 
 
 def best_lambda(lm_log_probs: npt.NDArray[np.floating], knn_log_probs: npt.NDArray[np.floating]) -> float:

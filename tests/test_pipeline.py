@@ -153,6 +153,18 @@ def test_load_refuses_before_it_loads_a_model(tmp_path: Path) -> None:
         Pipeline.load(no_model)
 
 
+def test_a_domain_without_a_current_version_is_in_nobodys_way_unless_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy_datastore(tmp_path)
+    toy_datastore(tmp_path, domain="law", activate=False)
+    monkeypatch.setattr("knnlm.lm.model.LanguageModel.load", lambda *_, **__: ToyLanguageModel())
+    with Pipeline.load("toy", tmp_path) as opened:
+        assert list(opened.searchers) == ["toy"]
+    with pytest.raises(UnknownVersion, match="domain law has no current version"):
+        Pipeline.load("toy", tmp_path, ["toy", "law"])
+
+
 def test_a_text_is_scored_with_windows_as_the_keys_of_its_domain_were_made(tmp_path: Path) -> None:
     """So that stored text finds itself, at no distance, in later windows as well."""
     lm, text, searchers = ToyLanguageModel(), "".join(TEXTS), {}

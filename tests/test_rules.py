@@ -67,15 +67,40 @@ def test_weights_of_several_sources_leave_something_to_the_lm(weights: list[floa
     if sum(weights) <= LARGEST_LAMBDA or all(asked):
         assert [float(w[0]) for w in found] == weights
     elif not any(asked):
-        lm = 1 - total
-        for w, after in zip(weights, found, strict=True):  # each has its own odds against the LM
-            np.testing.assert_allclose(after[0] / lm, w / (1 - w), rtol=1e-9, atol=1e-300)
+        np.testing.assert_allclose(total, LARGEST_LAMBDA)
+        for w, after in zip(weights, found, strict=True):  # all by the same factor
+            np.testing.assert_allclose(after[0] * sum(weights), w * LARGEST_LAMBDA, rtol=1e-9, atol=1e-300)
 
 
 def test_only_the_rows_that_are_crowded_are_shared_out() -> None:
     first, second = shared([np.array([0.3, 0.8]), np.array([0.4, 0.8])], [False, False])
     assert (first[0], second[0]) == (0.3, 0.4)
-    np.testing.assert_allclose([first[1], second[1]], [4 / 9, 4 / 9])
+    np.testing.assert_allclose([first[1], second[1]], [LARGEST_LAMBDA / 2] * 2)
+
+
+@given(
+    st.lists(st.floats(0, LARGEST_LAMBDA), min_size=2, max_size=4),
+    st.lists(st.booleans(), min_size=4, max_size=4),
+    st.integers(0, 3),
+)
+def test_a_little_more_of_one_weight_changes_the_others_a_little(
+    direction: list[float], asked: list[bool], changed: int
+) -> None:
+    """Also where the sum passes LARGEST_LAMBDA, which the weights are brought to here."""
+    asked = asked[: len(direction)]
+    if sum(direction) < 0.5:
+        return
+    before = [w * LARGEST_LAMBDA / sum(direction) for w in direction]
+    step = 1e-6
+    after = [w + step * (i == changed % len(direction)) for i, w in enumerate(before)]
+    found = [np.concatenate(shared([np.array([w]) for w in weights], asked)) for weights in (before, after)]
+    np.testing.assert_allclose(found[0], found[1], atol=2 * step)
+
+
+def test_where_the_asked_weights_leave_nothing_the_fitted_have_none() -> None:
+    first, second = shared([np.array([1.0, 0.99, 1.0]), np.array([0.5, 0.5, 0.0])], [True, False])
+    np.testing.assert_array_equal(first, [1.0, 0.99, 1.0])
+    np.testing.assert_array_equal(second, [0.0, 0.0, 0.0])
 
 
 def test_a_rule_is_fitted_to_targets() -> None:

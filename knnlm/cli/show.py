@@ -15,6 +15,7 @@ from knnlm.cli.common import (
     print_table,
     version_folder,
 )
+from knnlm.cli.retrieval import weight_of
 from knnlm.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -121,8 +122,9 @@ def _summary(m: "Manifest", memory: Mapping[str, int | None], added: int) -> lis
     """(what, value) of everything that a person decides by. added: bytes in memory of what was added."""
     tuned = "no: run `knnlm tune`"
     if m.tuning is not None:
+        weight = weight_of(m.tuning.rule, m.tuning.parameters or {"lambda": m.tuning.lmbda})
         tuned = (
-            f"temperature {m.tuning.temperature:.5g}, lambda {m.tuning.lmbda:.3f}, k {m.tuning.k}; perplexity "
+            f"temperature {m.tuning.temperature:.5g}, {weight}, k {m.tuning.k}; perplexity "
             f"{m.tuning.lm_perplexity:.3f} → {m.tuning.knn_perplexity:.3f} on {m.tuning.tokens:,} tokens"
         )
     return [

@@ -249,6 +249,7 @@ def test_a_rule_is_fitted_stored_and_served(knnlm: Knnlm, store: Path, corpus: P
     assert other == pytest.approx(knnlm(*served, "--lambda", found["lmbda"], "--json").json["knn"]["perplexity"])
     assert other != pytest.approx(found["knn_perplexity"], rel=1e-6)
     assert "rule level (most 0.5, scale " in knnlm(*served).out
+    assert "rule level (most 0.5, scale " in " ".join(knnlm("show", "toy").out.split())
     assert "rule level (most 0.5, scale " in knnlm("next", "the cat", "--domain", "toy").out
     for command in (("tune", "toy", corpus), ("score", "the cat", "--domain", "toy")):
         unknown = knnlm(*command, "--rule", "none")

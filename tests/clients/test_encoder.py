@@ -139,7 +139,8 @@ def test_a_model_that_was_changed_is_not_used() -> None:
 
 def test_nothing_but_keys_is_given() -> None:
     with RemoteEncoder(Client()) as lm:
-        for change in ({"full": True}, {"top_n": 3}, {"targets": np.zeros(2, np.int32)}, {"keys": False}):
+        targets = {"targets": np.zeros(2, np.int32)}
+        for change in ({"full": True}, {"top_n": 3}, targets, {"statistics": True}, {"keys": False}):
             with pytest.raises(InvalidRequest, match="expected keys alone"):
                 lm.forward(dataclasses.replace(request(3), **change))
 
