@@ -13,6 +13,7 @@ from knnlm.datastore.document_table import Row
 from knnlm.datastore.files import disk_errors, sync_folder, written
 from knnlm.datastore.layout import DOCUMENTS, TOKENS
 from knnlm.datastore.manifest import Record
+from knnlm.datastore.text import check_id
 from knnlm.errors import DatastoreError, InvalidRequest
 from knnlm.messages import Document
 from knnlm.tokenizer import Tokenizer
@@ -51,13 +52,14 @@ def write_corpus(
     parse_special: as in `Tokenizer.encode`.
 
     Raises DatastoreError, naming the document, for a token outside [0, vocab_size): it could not be predicted;
-    InvalidRequest for an id or a text that is not text.
+    InvalidRequest for an id or a text that is not text, or an id with a control character.
     """
     digest = _Digest()
     count = entries = 0
     table = folder / DOCUMENTS
     with ArrayStream(folder / TOKENS, "<i4") as tokens, written(table) as lines:
         for document in documents:
+            check_id(document.id, f"the id {document.id!r}", param="documents")
             digest.add(document)
             ids = tokenizer.encode(document.text, parse_special=parse_special)  # (t,) int32
             if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):

@@ -5,6 +5,7 @@ entry's source is named by it. Nothing here knows about tokens.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -14,9 +15,10 @@ from typing import TextIO
 from knnlm.errors import InvalidRequest
 from knnlm.messages import Document
 
-__all__ = ["SUFFIXES", "Document", "read_documents"]
+__all__ = ["SUFFIXES", "Document", "check_id", "read_documents"]
 
 SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".parquet")
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 ENCODING = "utf-8-sig"  # UTF-8, and a byte order mark is not text
 
 
@@ -27,7 +29,8 @@ def read_documents(sources: Sequence[str | Path], *, stdin: TextIO | None = None
     "text" required, "id" optional. .parquet: columns "text" and, optionally, "id". "-": standard input, as JSON lines
     when its first character is "{", else as one document. Documents with nothing but white space are skipped, and so
     are files and folders whose name begins with a dot, unless they are given themselves.
-    Raises InvalidRequest that names the source (and line) that is missing, unreadable, of another kind or malformed.
+    Raises InvalidRequest that names the source (and line) that is missing, unreadable, of another kind or malformed, or
+    whose id has a control character.
     """
     for source in sources:
         name = "standard input" if str(source) == "-" else str(source)
@@ -38,6 +41,14 @@ def read_documents(sources: Sequence[str | Path], *, stdin: TextIO | None = None
                 yield from _read_path(Path(source))
         except OSError as err:
             raise _malformed(f"{err.filename or name} cannot be read: {err.strerror or err}") from err
+
+
+def check_id(name: str, where: str, *, param: str) -> None:
+    """Raises InvalidRequest for the id of a new document with a control character: no command line could name it."""
+    if found := CONTROL_CHARACTER.search(name):
+        raise InvalidRequest(
+            f"{where} has the control character {found[0]!r} at {found.start()}: expected an id without", param=param
+        )
 
 
 def _read_path(path: Path) -> Iterator[Document]:
@@ -88,6 +99,7 @@ def _whole(first: str, file: TextIO, *, name: str, where: str) -> Iterator[Docum
     except UnicodeDecodeError as err:
         raise _malformed(f"{where} is not UTF-8 text: {err}") from err
     if text.strip():
+        check_id(name, f"the name of {where!r}, which is its id,", param="sources")
         yield Document(name, text)
 
 
@@ -122,6 +134,7 @@ def _document(id_: object, text: object, *, default: str, where: str) -> Iterato
         except UnicodeEncodeError as err:  # "\ud800" is valid JSON
             raise _malformed(f"{where} is not text: {err}") from err
     if text.strip():
+        check_id(name, f'{where}: "id"', param="sources")
         yield Document(name, text)
 
 

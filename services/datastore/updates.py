@@ -15,6 +15,7 @@ from prometheus_client import Counter
 
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.progress import Progress
+from knnlm.datastore.text import check_id
 from knnlm.datastore.updates.growth import add, remove
 from knnlm.datastore.updates.transaction import Activate
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
@@ -61,6 +62,7 @@ class DocumentUpdates:
         """
         self._check(domain, [document.id for document in documents], "documents")
         for number, document in enumerate(documents):
+            check_id(document.id, f"the id of document {number}", param=f"documents.{number}.id")
             if not document.text.strip():
                 raise InvalidRequest(f"the text of document {number} is empty", param=f"documents.{number}.text")
         opener = self.open_encoder

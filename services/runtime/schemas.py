@@ -196,7 +196,7 @@ def _annotation(kind: Kind) -> Any:  # Any: a type as pydantic takes it
 
 
 class DocumentBody(Strict):
-    id: Text = Field(description="1 to 4096 characters, the name it is removed by.")
+    id: Text = Field(description="1 to 4096 characters, none a control character: the name it is removed by.")
     text: Text = Field(description="Not empty.")
 
 

@@ -1,11 +1,14 @@
 import io
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from knnlm.datastore.corpus import write_corpus
 from knnlm.datastore.text import Document, read_documents
 from knnlm.errors import InvalidRequest
+from knnlm.testing import byte_tokenizer
 
 
 def write(path: Path, data: str | bytes) -> Path:
@@ -51,6 +54,22 @@ def test_malformed_json_line_is_named(tmp_path: Path, line: str) -> None:
     assert next(documents).text == "fine"
     with pytest.raises(InvalidRequest, match=r"a\.jsonl, line 2"):
         next(documents)
+
+
+@pytest.mark.parametrize("name", ["a\x00b", "\n", "a\x7f", "\x85"])
+def test_ids_that_no_command_line_can_name_are_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "a.jsonl", json.dumps({"id": name, "text": "one"}))
+    with pytest.raises(InvalidRequest, match=r'a\.jsonl, line 1: "id" has the control character'):
+        list(read_documents([path]))
+    with pytest.raises(InvalidRequest, match="has the control character") as caught:
+        write_corpus([Document(name, "one")], byte_tokenizer(), 300, tmp_path, lambda _: None, parse_special=False)
+    assert caught.value.param == "documents"
+
+
+def test_a_file_whose_name_has_a_control_character_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a\nb.txt", "one")
+    with pytest.raises(InvalidRequest, match="has the control character '.n' at 1: expected an id without"):
+        list(read_documents([tmp_path]))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])

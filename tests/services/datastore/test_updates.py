@@ -97,6 +97,20 @@ async def nearest(client: GrpcDatastore, text: str) -> str:
 
 
 @pytest.mark.parametrize("face", ["grpc", "http"])
+def test_an_id_with_a_control_character_is_refused_and_named(store: Path, face: str) -> None:
+    async def check(host: Host, client: GrpcDatastore) -> None:
+        http = HttpDatastore("http://test", transport=httpx.ASGITransport(host.app))
+        changing = client if face == "grpc" else http
+        with pytest.raises(InvalidRequest, match=r"the id of document 1 has the control character '.x00' at 1") as caught:
+            await changing.add_documents("toy", [Document("fine", TEXT), Document("a\x00b", TEXT)])
+        assert caught.value.param == "documents.1.id"
+        assert (await client.get_domain("toy")).version == "v1"
+        await http.aclose()
+
+    served(store, check)
+
+
+@pytest.mark.parametrize("face", ["grpc", "http"])
 def test_what_is_added_is_found_and_what_is_removed_is_not(store: Path, face: str) -> None:
     async def check(host: Host, client: GrpcDatastore) -> None:
         http = HttpDatastore("http://test", transport=httpx.ASGITransport(host.app))
