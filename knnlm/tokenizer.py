@@ -47,6 +47,12 @@ class Tokenizer:
         self.eos_token_id = eos_token_id
         self._shape = _Shape(self._backend)
         self._added = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items()}
+        # the added tokens behind which a text begins anew, for the tokenizer
+        self._restarts = {
+            i
+            for i, token in self._backend.get_added_tokens_decoder().items()
+            if self._shape.prefixes_parts or (self._shape.prefixes_normalized and not token.normalized)
+        }
         self._bytes: dict[int, bytes] = {}  # of the tokens met so far
         self._texts: dict[int, str | None] = {}  # the same where they are whole characters, else None
         self._anchor = next((i for c in "aeo01" if (i := self._backend.token_to_id(c)) is not None), None)
@@ -79,7 +85,9 @@ class Tokenizer:
 
         A character that is split over several tokens stands at the one that completes it, the others are empty; bytes
         that never become a character show as U+FFFD. inside: the tokens stand inside a text. Else the first of them,
-        after special tokens, begins one: without the space that the tokenizer puts before every text, if it does.
+        after special tokens, begins one: without the space that the tokenizer puts before every text, if it does. Some
+        put one behind every special token too. A tokenizer that puts none before a text that begins with one
+        (Metaspace, `add_prefix_space`) gives both texts the same tokens: shown is the one without.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         found: list[str] = []
@@ -89,12 +97,16 @@ class Tokenizer:
                 text = self._texts.get(token)
                 if text is not None and not (begins or split):
                     found.append(text)
+                    begins = token in self._restarts
                     continue
                 raw = self._learned(token)
                 if begins and token not in self._added:
                     begins = False
-                    if not self._shape.byte_level and raw.startswith(b" "):
+                    if self._shape.byte_level:
+                        raw = raw.removeprefix(b" ") if self._shape.prefixes_parts else raw
+                    elif raw.startswith(b" "):
                         raw = self._backend.decode([token], skip_special_tokens=False).encode()
+                begins = begins or token in self._restarts
                 found.append(decoder.decode(raw))
                 split = bool(decoder.getstate()[0])
         rest = decoder.decode(b"", final=True)
@@ -178,7 +190,8 @@ class _Shape:
     """What the kind of a tokenizer says of its tokens.
 
     byte_level: tokens are written in the alphabet of bytes. byte_fallback: tokens like <0xE2> are bytes. splits: the
-    text is parted by a regular expression, and tokens do not reach over its parts.
+    text is parted by a regular expression, and tokens do not reach over its parts. prefixes_parts: a space is put
+    before a text and behind every added token. prefixes_normalized: the same, behind those alone that are not normalized.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -189,9 +202,11 @@ class _Shape:
         local = all(step["type"] in ("Split", "ByteLevel", "Digits") for step in pre)
         prefixed = any(step.get("add_prefix_space") for step in pre)
         stable = all(step["type"] == "NFC" for step in normalizers)
+        self.prefixes_normalized = any(step["type"] == "Prepend" for step in normalizers)
+        self.prefixes_parts = any(_prefixes(step) for step in pre)
         # an added token is looked for before all else: over a cut, or with the space beside it
         added = backend.get_added_tokens_decoder().values()
-        apart = not any(t.lstrip or t.rstrip or CUT.search(t.content) for t in added)
+        apart = not any(t.lstrip or t.rstrip or t.content != t.content.strip() or CUT.search(t.content) for t in added)
         self.splits = parted and local and not prefixed and stable and apart
 
 
@@ -202,6 +217,13 @@ def _steps(component: Any, name: str) -> list[dict[str, Any]]:  # Any: one of th
 
 def _flat(part: dict[str, Any], inner: str) -> list[dict[str, Any]]:  # Any: JSON
     return [step for p in part[inner] for step in _flat(p, inner)] if part["type"] == "Sequence" else [part]
+
+
+def _prefixes(step: dict[str, Any]) -> bool:  # Any: JSON
+    """Whether a step of a pre-tokenizer puts a space before every part that it is given."""
+    if "prepend_scheme" in step:
+        return bool(step["prepend_scheme"] == "always")
+    return bool(step.get("add_prefix_space"))
 
 
 def _backend(json: str) -> tokenizers.Tokenizer:

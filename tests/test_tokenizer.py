@@ -156,6 +156,38 @@ def test_special_tokens_in_a_text_are_text_unless_asked_for(tokenizer: Tokenizer
     assert (parsed.count(bos), parsed[-1]) == (1, eos)
 
 
+@pytest.mark.parametrize("text", ["a</s>the cat", "the </s>  cat", "</s>cat", "a</s></s> the", "<s>the</s>cat<s>"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_pieces_of_a_text_with_special_tokens_joined_are_the_text(name: str, text: str) -> None:
+    """Also where the tokenizer puts a space behind every special token."""
+    tokenizer = TOKENIZERS[name]
+    tokens = tokenizer.encode(text, parse_special=True)
+    assert tokens.tolist().count(tokenizer.eos_token_id or 0) == text.count("</s>")
+    assert tokenizer.decode(tokens[1:]) == text
+    assert tokenizer.pieces(tokens[1:], inside=True)[1:] == tokenizer.pieces(tokens[1:])[1:]
+
+
+@pytest.mark.parametrize("text", ["the cat", "a\ufffdb", "the</s>cat", "日本 the"])
+def test_a_byte_level_tokenizer_may_put_a_space_before_a_text(text: str) -> None:
+    serialised = json.loads(byte_level().json)
+    serialised["pre_tokenizer"]["add_prefix_space"] = True
+    tokenizer = Tokenizer(json.dumps(serialised), bos_token_id=0, eos_token_id=1)
+    tokens = tokenizer.encode(text, parse_special=True)
+    assert tokenizer.decode(tokens[1:]) == text
+    assert tokenizer.pieces(tokens[1:], inside=True)[0].startswith(" ")
+    np.testing.assert_array_equal(tokens, tokenizer.encode(f" {text}", parse_special=True))  # no piece can tell
+
+
+@pytest.mark.parametrize("content", ["the ", " the", " "])
+@pytest.mark.usefixtures("small_portions")
+def test_added_tokens_with_a_space_at_an_end_are_never_cut(content: str) -> None:
+    backend = tokenizers.Tokenizer.from_str(byte_level().json)
+    backend.add_tokens([AddedToken(content, normalized=False)])
+    tokenizer = Tokenizer(backend.to_str(), bos_token_id=None, eos_token_id=None)
+    text = "the cat the dog " * 50
+    assert tokenizer.encode(text).tolist() == backend.encode(text, add_special_tokens=False).ids
+
+
 @pytest.fixture
 def small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_module, "PORTION_CHARACTERS", 50)

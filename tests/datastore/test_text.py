@@ -68,7 +68,7 @@ def test_ids_that_no_command_line_can_name_are_refused(tmp_path: Path, name: str
 
 def test_a_file_whose_name_has_a_control_character_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a\nb.txt", "one")
-    with pytest.raises(InvalidRequest, match="has the control character '.n' at 1: expected an id without"):
+    with pytest.raises(InvalidRequest, match=r"has the control character '.n' at 1: expected an id without"):
         list(read_documents([tmp_path]))
 
 

@@ -101,8 +101,9 @@ def test_an_id_with_a_control_character_is_refused_and_named(store: Path, face: 
     async def check(host: Host, client: GrpcDatastore) -> None:
         http = HttpDatastore("http://test", transport=httpx.ASGITransport(host.app))
         changing = client if face == "grpc" else http
-        with pytest.raises(InvalidRequest, match=r"the id of document 1 has the control character '.x00' at 1") as caught:
-            await changing.add_documents("toy", [Document("fine", TEXT), Document("a\x00b", TEXT)])
+        documents = [Document("fine", TEXT), Document("a\x00b", TEXT)]
+        with pytest.raises(InvalidRequest, match="the id of document 1 has the control character") as caught:
+            await changing.add_documents("toy", documents)
         assert caught.value.param == "documents.1.id"
         assert (await client.get_domain("toy")).version == "v1"
         await http.aclose()
