@@ -191,7 +191,7 @@ class _Shape:
 
     byte_level: tokens are written in the alphabet of bytes. byte_fallback: tokens like <0xE2> are bytes. splits: the
     text is parted by a regular expression, and tokens do not reach over its parts. prefixes_parts: a space is put
-    before a text and behind every added token. prefixes_normalized: the same, behind those alone that are not normalized.
+    before a text and behind every added token. prefixes_normalized: the same, but only behind those not normalized.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
