@@ -3,7 +3,6 @@
 The arrays' part is `knn_evidence`, pure and used for tuning too. The rest asks a datastore.
 """
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
@@ -17,7 +16,7 @@ from knnlm.messages import DatastoreClient, Document, DomainInfo, ModelInfo, Sea
 from knnlm.neighbors import Neighbors, TokenMasses, neighbor_log_probs, target_log_probs
 from knnlm.options import DEFAULT_K, DomainOptions, KnnOptions, SearchOptions
 from knnlm.rules import FIXED, Weighing, rule
-from knnlm.sources import Resolved, Services, computed
+from knnlm.sources import Resolved, Services, computed, together
 
 __all__ = ["KNN", "DomainSource", "NoDatastore", "UsedDomain", "differs", "knn_evidence", "used_domain"]
 
@@ -79,7 +78,7 @@ class DomainSource:
             raise Unavailable("the language model service did not answer with the keys it was asked for")
         shown = (False, step.passages, step.passage_tokens)
         requests = [SearchRequest(u.domain, step.keys, u.search, u.version, *shown) for u in self.used]
-        found = await asyncio.gather(*(self.datastore.search(request) for request in requests))
+        found = await together([self.datastore.search(request) for request in requests])
         numbers = sum(result.neighbors.values.size for result in found)
         return await computed(numbers, self._evidence, found, step)
 
@@ -150,17 +149,17 @@ class Knn:
         """The version that each domain serves now and the values that hold for it; see knnlm.sources.SourceKind."""
         if options.rule is not None:
             rule(options.rule)
-        infos = await asyncio.gather(*(services.datastore.get_domain(d.domain, d.version) for d in options.domains))
+        infos = await together([services.datastore.get_domain(d.domain, d.version) for d in options.domains])
         used = tuple(
             used_domain(domain, options, info, services.info)
             for domain, info in zip(options.domains, infos, strict=True)
         )
-        together = options.combine == "union"
-        if together:
+        union = options.combine == "union"
+        if union:
             _check_union(used)
         sources = [
             DomainSource(services.datastore, part, services.info.vocab_size, self.optional(options))
-            for part in ([used] if together else [(u,) for u in used])
+            for part in ([used] if union else [(u,) for u in used])
         ]
         return Resolved(sources, used, infos, pinned=all(d.version is not None for d in options.domains))
 

@@ -30,7 +30,7 @@ from knnlm.options import KnnOptions
 from knnlm.plan import Plan
 from knnlm.rules import FIXED
 from knnlm.scoring import BATCHES_UNDER_WAY, Score, Scoring, required, statistics, timed
-from knnlm.sources import Services, Source, computed, source_kind
+from knnlm.sources import Services, Source, computed, source_kind, together
 
 __all__ = ["BATCHES_UNDER_WAY", "Mixer", "NextTokens", "Options", "Plan", "Score"]
 
@@ -71,8 +71,8 @@ class Begun:
 
     async def stop(self) -> None:
         """Leave nothing running; what it would have raised is not."""
-        self.forward.cancel()
-        await asyncio.gather(self.forward, return_exceptions=True)
+        if self.forward.cancel():
+            await asyncio.gather(self.forward, return_exceptions=True)
 
 
 class Mixer:
@@ -115,7 +115,7 @@ class Mixer:
         if down is not None:
             return Plan(degraded=down)
         try:
-            found = await asyncio.gather(*(kind.resolve(asked[name], self._services) for name, kind in kinds.items()))
+            found = await together([kind.resolve(asked[name], self._services) for name, kind in kinds.items()])
         except (Unavailable, DeadlineExceeded) as err:
             if not optional:
                 raise
@@ -241,9 +241,8 @@ class Mixer:
         """What the sources say, and the plan that goes on: without sources once they failed and are optional."""
         if not plan.sources:
             return plan, []
-        asking = asyncio.gather(*(source.evidence(step) for source in plan.sources))
         try:
-            found = await timed(asking, "search", timings)
+            found = await timed(together([source.evidence(step) for source in plan.sources]), "search", timings)
         except (Unavailable, DeadlineExceeded) as err:
             if not plan.optional:
                 raise

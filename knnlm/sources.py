@@ -5,7 +5,7 @@ resolves them into sources once per plan, before any work is done.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol, TypeVar, cast
@@ -15,7 +15,8 @@ from knnlm.evidence import Evidence, Step
 from knnlm.messages import DatastoreClient, DomainInfo, ModelInfo
 from knnlm.rules import Weighing
 
-__all__ = ["SOURCES", "Resolved", "Services", "Source", "SourceKind", "computed", "source_kind"]
+__all__ = ["SOURCES", "Resolved", "Services", "Source", "SourceKind", "computed", "source_kind",
+           "together"]  # fmt: skip
 
 T = TypeVar("T")
 INLINE_NUMBERS = 1 << 15  # some tens of nanoseconds each: the event loop does not notice
@@ -56,6 +57,11 @@ class Source(Protocol):
 async def computed(numbers: int, program: Callable[..., T], *given: Any) -> T:  # Any: what the program takes
     """program(*given), which works on `numbers` numbers: on a thread, unless that would take longer than the work."""
     return await asyncio.to_thread(program, *given) if numbers > INLINE_NUMBERS else program(*given)
+
+
+async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:  # Any: what a loop sends and is yielded
+    """The results of all calls, made at the same time; one alone without a task of its own. Raises what one raises."""
+    return [await calls[0]] if len(calls) == 1 else await asyncio.gather(*calls)
 
 
 @dataclass(frozen=True)
