@@ -15,6 +15,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -32,6 +33,7 @@ DEFAULTS = {  # where nobody says otherwise; as in the services' settings
     "LM_PORT": "8001", "LM_GRPC_PORT": "9001", "DATASTORE_PORT": "8002", "DATASTORE_GRPC_PORT": "9002",
     "AGGREGATOR_PORT": "8000",
 }  # fmt: skip
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed
 LOOK_SECONDS = 0.3
 STOP_SECONDS = 60.0  # more than a service takes to finish what it accepted
 TAIL_LINES = 10
@@ -66,7 +68,9 @@ def serve(
         "DATASTORE_PORT": datastore_port, "DATASTORE_GRPC_PORT": datastore_grpc_port,
     }  # fmt: skip
     settings = environment({f"KNNLM_{name}": str(value) for name, value in given.items() if value is not None})
-    with _Group(home(), settings) as group:
+    folder = home()
+    _check_ports(settings)
+    with _Group(folder, settings) as group:
         for names in (("lm", "datastore"), ("aggregator",)):
             for name in names:
                 group.start(name)
@@ -108,21 +112,27 @@ def environment(given: Mapping[str, str], environ: Mapping[str, str] = os.enviro
 class _Group:
     """Child processes that live and end together. Leaving stops those that run, the one started last first.
 
-    SIGINT and SIGTERM end `wait` and `wait_until_ready`; a second one kills. exit_code: 0, or what it was that ended.
+    SIGNALS end `wait` and `wait_until_ready`; a second one kills, unless it is SIGHUP, which comes from the shell and
+    from the system. Children end by themselves when this process does without stopping them. exit_code: 0, or what it
+    was that ended.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
         path = os.pathsep.join(part for part in (str(folder), settings.get("PYTHONPATH")) if part)
-        self._environment = {**settings, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        self._environment = {
+            **settings, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "KNNLM_END_WITH_STDIN": "1",
+        }  # fmt: skip
         self._children: dict[str, subprocess.Popen[str]] = {}
         self._readers: dict[str, threading.Thread] = {}
         self._tails: dict[str, deque[str]] = {}
         self._asked = threading.Event()
+        self._handlers: dict[signal.Signals, signal._HANDLER] = {}  # as they were
         self.exit_code = 0
 
     def __enter__(self) -> "_Group":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                self._handlers[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -133,16 +143,18 @@ class _Group:
                 try:
                     child.wait(STOP_SECONDS)
                 except subprocess.TimeoutExpired:
-                    remark(f"the {name} service does not end: killed")
+                    _say(f"the {name} service does not end: killed")
                     child.kill()
             self._readers[name].join()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def start(self, name: str) -> None:
         child = subprocess.Popen(
             [sys.executable, "-m", f"services.{name}"],
-            env=self._environment, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=self._environment, text=True, errors="replace",
+            stdin=subprocess.PIPE,  # whose end tells it that this process has ended, however that was
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches this process alone, which stops them in order
         )  # fmt: skip
         tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -150,7 +162,7 @@ class _Group:
         def read() -> None:
             for line in child.stdout or ():
                 tail.append(line.rstrip("\n"))
-                remark(f"{name:10} | {tail[-1]}")
+                _say(f"{name:10} | {tail[-1]}")
 
         self._children[name], self._tails[name] = child, tail
         self._readers[name] = threading.Thread(target=read, name=name)
@@ -180,16 +192,38 @@ class _Group:
     def _tell_end(self, name: str, code: int) -> None:
         self._readers[name].join()  # all it said
         ended = f"by signal {-code}" if code < 0 else f"with {code}"
-        remark(f"error: the {name} service ended {ended}; the end of its log:")
+        _say(f"error: the {name} service ended {ended}; the end of its log:")
         for line in self._tails[name]:
-            remark(f"  {line}")
+            _say(f"  {line}")
         self.exit_code = code if code > 0 else 1
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  as signal.signal wants it
-        if self._asked.is_set():
+        if self._asked.is_set() and number != signal.SIGHUP:
             for child in self._children.values():
                 child.kill()
         self._asked.set()
+
+
+def _say(text: str) -> None:
+    """A remark, where somebody can still read it: what the services say is taken from them in any case."""
+    with suppress(OSError):  # the terminal was closed
+        remark(text)
+
+
+def _check_ports(settings: Mapping[str, str]) -> None:
+    """Raises KnnlmError, naming the option, for a port that is taken: whoever has it would be asked in our stead."""
+    with ExitStack() as held:  # together, so that none of them is another's
+        for name in DEFAULTS:
+            host = settings.get(f"KNNLM_{name.split('_')[0]}_HOST") or "127.0.0.1"
+            port = settings[f"KNNLM_{name}"]
+            if not port.isdecimal() or int(port) > 65535:
+                continue  # the service says what is wrong with it
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            try:
+                held.enter_context(socket.create_server((host, int(port)), family=family))
+            except OSError as err:
+                option = "--" + name.removeprefix("AGGREGATOR_").lower().replace("_", "-")
+                raise KnnlmError(f"cannot listen on {host}:{port} ({option}): {err.strerror or err}") from err
 
 
 def _greet(settings: Mapping[str, str], store: Path) -> None:

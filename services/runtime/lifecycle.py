@@ -21,7 +21,7 @@ from knnlm.errors import KnnlmError
 from services.runtime.http import build_app
 from services.runtime.http_server import HttpServer, StartupFailed, bind
 from services.runtime.observability import configure_logs, event
-from services.runtime.process import configure_malloc, set_omp_wait_policy
+from services.runtime.process import configure_malloc, end_with_stdin, set_omp_wait_policy
 from services.runtime.rpc import RpcServer, address
 from services.runtime.security import FileReloader, Reloadable, is_loopback
 from services.runtime.service import Admission, Service
@@ -43,6 +43,7 @@ def main(service: Service) -> NoReturn:
     configure_logs(settings.log_format, settings.log_level)
     configure_malloc(os.environ)
     set_omp_wait_policy(os.environ)
+    end_with_stdin(os.environ)
     for name in unknown_variables(type(settings), os.environ):
         event(LOG, "unknown_setting", logging.WARNING, variable=name)
     event(LOG, "starting", service=service.name, version=knnlm.__version__, **described(settings))

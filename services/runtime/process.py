@@ -1,9 +1,12 @@
 """What is set for the whole process of a service, before torch or FAISS is loaded."""
 
 import ctypes
+import os
+import signal
+import threading
 from collections.abc import Mapping, MutableMapping
 
-__all__ = ["configure_malloc", "set_omp_wait_policy"]
+__all__ = ["configure_malloc", "end_with_stdin", "set_omp_wait_policy"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MMAP_THRESHOLD_BYTES = 32 << 20  # glibc allows no more
@@ -25,6 +28,22 @@ def configure_malloc(environ: Mapping[str, str]) -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)) and bool(
         mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
     )
+
+
+def end_with_stdin(environ: Mapping[str, str]) -> bool:
+    """Where KNNLM_END_WITH_STDIN is set, end as at SIGTERM when standard input ends: whoever started the service holds
+    its other end, and has ended. False where it is not set.
+    """
+    if not environ.get("KNNLM_END_WITH_STDIN"):
+        return False
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="stdin", daemon=True).start()
+    return True
 
 
 def set_omp_wait_policy(environ: MutableMapping[str, str]) -> bool:

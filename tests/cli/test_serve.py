@@ -4,14 +4,20 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
+from knnlm.cli import serve
 from knnlm.cli.serve import environment, home
+from knnlm.errors import KnnlmError
 from tests.services.processes import ROOT
 
 SECONDS = 120  # for any step: far more than it takes
@@ -101,6 +107,62 @@ def test_a_service_that_dies_ends_the_others_and_its_last_words_are_shown(
         told = running.lines.index("error: the datastore service ended by signal 9; the end of its log:\n")
         assert any(line.startswith("  ") and "event=ready" in line for line in running.lines[told:])
         assert not running.children()
+
+
+def test_closing_the_terminal_ends_all(model: Path, built: Path, tmp_path: Path) -> None:
+    with serving(model, built, tmp_path) as running:
+        running.line(lambda line: line.startswith("ready: "))
+        for _ in range(2):  # from the shell and from the system
+            running.process.send_signal(signal.SIGHUP)
+            time.sleep(0.2)
+        assert running.end() == 0
+        stopped = [line.split("|")[0].strip() for line in running.lines if "event=stopped" in line]
+        assert stopped == ["aggregator", "datastore", "lm"]
+
+
+def test_what_services_say_is_taken_from_them_when_nobody_can_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(text: str) -> None:
+        raise OSError(5, text)
+
+    monkeypatch.setattr(serve, "remark", gone)
+    serve._say("x")
+
+
+def test_services_end_when_the_command_was_killed(model: Path, built: Path, tmp_path: Path) -> None:
+    def alive(pid: int) -> bool:
+        state = subprocess.run(
+            ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
+        ).stdout
+        return bool(state) and not state.startswith("Z")
+
+    with serving(model, built, tmp_path) as running:
+        running.line(lambda line: line.startswith("lm") and "event=ready" in line)
+        children = running.children()
+        assert {"lm", "datastore"} <= set(children)
+        running.process.kill()
+        assert running.end() == -signal.SIGKILL
+        until = time.monotonic() + SECONDS
+        while any(map(alive, children.values())):
+            assert time.monotonic() < until, children
+            time.sleep(0.1)
+
+
+def test_a_port_that_is_taken_is_the_error_of_the_command_before_anything_is_started(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with serving("model", tmp_path, tmp_path, "--lm-grpc-port", str(port)) as running:
+            assert running.end() == 1
+            assert len(running.lines) == 1
+            said = f"error: cannot listen on 127.0.0.1:{port} (--lm-grpc-port): Address already in use"
+            assert running.lines[0].startswith(said)
+
+
+def test_two_services_cannot_have_one_port() -> None:
+    port = serve._free_port()
+    with pytest.raises(KnnlmError, match=rf"127\.0\.0\.1:{port} \(--port\)"):
+        serve._check_ports(environment({"KNNLM_LM_PORT": str(port), "KNNLM_AGGREGATOR_PORT": str(port)}, {
+            "KNNLM_LM_GRPC_PORT": "0", "KNNLM_DATASTORE_PORT": "0", "KNNLM_DATASTORE_GRPC_PORT": "0",
+        }))  # fmt: skip
 
 
 def test_what_a_service_cannot_start_with_is_the_error_of_the_command(tmp_path: Path) -> None:
