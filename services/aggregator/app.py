@@ -17,5 +17,5 @@ def service(settings: AggregatorSettings) -> Service:
         settings=settings,
         core=core,
         metrics=metrics,
-        routers=[routes(core, settings.max_text_bytes)],
+        routers=[routes(core, settings)],
     )

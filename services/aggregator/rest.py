@@ -2,13 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
-from fastapi.routing import APIRoute
+from fastapi import APIRouter, Depends, Response
 
-from knnlm.errors import TooLarge
 from services.aggregator.core import AggregatorCore
 from services.aggregator.responses import tokenized
 from services.aggregator.retrieval_options import named_as_asked
@@ -20,18 +16,27 @@ from services.aggregator.schemas.tokenizer import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from services.aggregator.settings import AggregatorSettings
+from services.runtime.bodies import bounded
 from services.runtime.context import current
-from services.runtime.schemas import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
+from services.runtime.schemas import MAX_DOCUMENTS, AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
 from services.runtime.security import admin_only
 
 ESCAPED_BYTES = 6  # of JSON for one byte of text, at most: \\u0001
-OTHER_BYTES = 1 << 16  # of a body beside its text
+TOKEN_BYTES = 12  # of JSON for one token id, with a comma and spaces
+OTHER_BYTES = 1 << 16  # of a body beside its texts and token ids
+OTHER_VALUES = 1 << 13  # domains and their fields, documents to leave out, ...
 
 
-def routes(core: AggregatorCore, max_text_bytes: int) -> APIRouter:
-    """max_text_bytes: of the texts of a request; a body that has room for many times as much is not even parsed."""
-    router = APIRouter()
-    texts = APIRouter(route_class=_bounded(ESCAPED_BYTES * max_text_bytes + OTHER_BYTES))
+def routes(core: AggregatorCore, settings: AggregatorSettings) -> APIRouter:
+    """settings: those that bound what a request holds; a body that holds more is not even parsed."""
+    router = APIRouter(route_class=bounded(settings.max_body_bytes, 4 * MAX_DOCUMENTS, "4 for each document"))
+    content = max(ESCAPED_BYTES * settings.max_text_bytes, TOKEN_BYTES * settings.max_score_tokens)
+    texts = APIRouter(
+        route_class=bounded(
+            content + OTHER_BYTES, settings.max_score_tokens + OTHER_VALUES, "--max-text-bytes, --max-score-tokens"
+        )
+    )
     started = int(time.time())
 
     async def next_token(request: mixing.NextTokenRequest) -> mixing.NextTokenResponse:
@@ -105,24 +110,6 @@ def routes(core: AggregatorCore, max_text_bytes: int) -> APIRouter:
         _add_tokenizer_routes(texts, core, prefix)
     router.include_router(texts)
     return router
-
-
-def _bounded(most: int) -> type[APIRoute]:
-    """A route that refuses bodies over `most` bytes: parsing JSON holds up everything else."""
-
-    class Bounded(APIRoute):
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:  # Any: of the event loop
-            handle = super().get_route_handler()
-
-            async def handle_bounded(request: Request) -> Response:
-                size = len(await request.body())
-                if size > most:
-                    raise TooLarge(f"the body may have {most} bytes here, got {size} (--max-text-bytes)", param="text")
-                return await handle(request)
-
-            return handle_bounded
-
-    return Bounded
 
 
 def _add_tokenizer_routes(router: APIRouter, core: AggregatorCore, prefix: str) -> None:

@@ -79,7 +79,9 @@ class AggregatorSettings(HttpSettings):
     max_text_bytes: int = Field(
         1 << 20, ge=1, description="bytes (UTF-8) of the texts of a request, which are tokenized here"
     )
-    max_score_tokens: int = Field(131_072, ge=2, description="tokens of the longest text that is scored")
+    max_score_tokens: int = Field(
+        131_072, ge=2, description="tokens of the longest text that is scored, and token ids in any request"
+    )
     score_batch_tokens: int = Field(4096, ge=1, description="tokens of windows sent to the lm service at once")
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from knnlm.wire.records import Field as RecordField
 from knnlm.wire.records import Kind, List, Map, Numbers, Record, Scalar, fields_of
 
 __all__ = [
+    "MAX_DOCUMENTS",
     "AddDocumentsBody",
     "Array",
     "ChangeAnswer",

@@ -1,11 +1,15 @@
 """What the aggregator refuses it refuses by name: bad input, too much of it, no key, retrieval that is down."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+from starlette.requests import Request
+
 from services.aggregator.settings import AggregatorSettings
 from services.datastore.settings import DatastoreSettings
-from tests.contract.system import System, store, with_system
+from tests.contract.system import System, store, system, with_system
 
 __all__ = ["store"]
 
@@ -122,7 +126,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("/v1/next_token", {"text": ["x" * (1 << 19)] * 3}, 413, "too_large", "text"),
     ("/v1/score", {"text": "x" * (1 << 20) + "y"}, 413, "too_large", "text"),
     ("/tokenize", {"prompt": "x" * (6 << 20)}, 413, "too_large", "prompt"),
-    ("/tokenize", {"prompt": "x" * (7 << 20)}, 413, "too_large", "text"),
+    ("/tokenize", {"prompt": "x" * (7 << 20)}, 413, "too_large", None),
     ("/detokenize", {"tokens": [9] * 131_073}, 413, "too_large", "tokens"),
     ("/detokenize", {"tokens": [999]}, 400, "invalid_request", "tokens"),
     ("/v1/domains/cat:activate", {"version": "v2", "wait": "yes"}, 400, "invalid_request", "wait"),
@@ -148,6 +152,43 @@ def test_bad_input_is_refused_by_name(store: Path) -> None:
             assert lonely.json()["error"]["param"] in ("text", "knn.exclude_documents.0")
 
     with_system(store, check)
+
+
+@pytest.mark.parametrize("path", ["/v1/next_token", "/v1/score", "/tokenize", "/detokenize", "/v1/detokenize"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"tokens":[' + b"1," * 140_000 + b"1]}",
+        b'{"tokens":[' + b"[1]," * 140_000 + b"[1]]}",
+        b'{"knn":{"domains":[' + b'"a",' * 140_000 + b'"a"]}}',
+        b'{"knn":{' + b",".join(b'"%d":1' % i for i in range(140_000)) + b"}}",
+        b'{"text":"' + b"x" * (7 << 20) + b'"}',
+    ],
+    ids=["ids", "rows of ids", "domains", "fields", "text"],
+)
+async def test_a_body_with_too_much_in_it_is_not_parsed(
+    store: Path, path: str, body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parse(self: Request) -> object:
+        raise AssertionError("the body is parsed")
+
+    monkeypatch.setattr(Request, "json", parse)
+    async with system(store) as s:
+        answer = await s.client.post(path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+    assert "--max-text-bytes, --max-score-tokens" in answer.json()["error"]["message"]
+
+
+async def test_a_body_is_read_as_utf_8_alone(store: Path) -> None:
+    headers = {"content-type": "application/json"}
+    async with system(store) as s:
+        for encoding in ("utf-16", "utf-16-le", "utf-32-be"):
+            content = json.dumps({"tokens": [5]}).encode(encoding)
+            answer = await s.client.post("/detokenize", content=content, headers=headers)
+            assert answer.status_code == 400
+            assert "UTF-8" in answer.json()["error"]["message"]
+        text = {"prompt": '",' * (1 << 18)}  # commas and quotes of a text are counted as text
+        assert (await s.post("/tokenize", text))["count"] > 1 << 18
 
 
 def test_as_many_neighbors_as_the_documentation_says_are_shown(store: Path) -> None:

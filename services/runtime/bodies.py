@@ -1,0 +1,47 @@
+"""How large a JSON body may be before it is parsed: parsing holds up everything else that a service does."""
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from knnlm.errors import InvalidRequest, TooLarge
+
+__all__ = ["bounded", "has_more_values"]
+
+
+def bounded(max_bytes: int, max_values: int, settings: str) -> type[APIRoute]:
+    """A route that refuses bodies of more bytes, or of more values and keys, without parsing them.
+
+    settings: the options that the two numbers follow from, as they are told to the caller.
+    """
+
+    class Bounded(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:  # Any: of the event loop
+            handle = super().get_route_handler()
+
+            async def handle_bounded(request: Request) -> Response:
+                body = await request.body()
+                if len(body) > max_bytes:
+                    raise TooLarge(f"the body may have {max_bytes} bytes here, got {len(body)} ({settings})")
+                if b"\0" in body:  # UTF-16 and UTF-32 cannot do without: commas and quotes could not be counted
+                    raise InvalidRequest("the body is not JSON in UTF-8: it has a zero byte")
+                if has_more_values(body, max_values):
+                    raise TooLarge(f"the body may hold {max_values} values and keys here, got more ({settings})")
+                return await handle(request)
+
+            return handle_bounded
+
+    return Bounded
+
+
+def has_more_values(body: bytes, most: int) -> bool:
+    """Whether a JSON text has more than `most` commas and colons: one per value but the first, one per key."""
+    if body.count(b",") + body.count(b":") <= most:
+        return False
+    # what is outside of texts: JSON has no backslash there, and in a text each begins an escape
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if plain.count(b'"') > 2 * (most + 1):  # between two texts is one of them at least
+        return True
+    return sum(part.count(b",") + part.count(b":") for part in plain.split(b'"')[::2]) > most
