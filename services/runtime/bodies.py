@@ -3,6 +3,7 @@
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import numpy as np
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
@@ -38,10 +39,16 @@ def bounded(max_bytes: int, max_values: int, settings: str) -> type[APIRoute]:
 
 def has_more_values(body: bytes, most: int) -> bool:
     """Whether a JSON text has more than `most` commas and colons: one per value but the first, one per key."""
-    if body.count(b",") + body.count(b":") <= most:
+    if _count(body, b",:") <= most:
         return False
     # what is outside of texts: JSON has no backslash there, and in a text each begins an escape
-    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if plain.count(b'"') > 2 * (most + 1):  # between two texts is one of them at least
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in body else body
+    if _count(plain, b'"') > 2 * (most + 1):  # between two texts is one of them at least
         return True
-    return sum(part.count(b",") + part.count(b":") for part in plain.split(b'"')[::2]) > most
+    return _count(b"".join(plain.split(b'"')[::2]), b",:") > most
+
+
+def _count(body: bytes, characters: bytes) -> int:
+    """Times that any of the characters occurs; bytes.count is several times slower where they are many."""
+    numbers = np.frombuffer(body, np.uint8)
+    return sum(int(np.count_nonzero(numbers == character)) for character in characters)
