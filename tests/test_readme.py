@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT_CHARACTERS = 16_000  # of each document: enough to retrieve from, and read by the model in seconds
 
 
 def blocks(language: str) -> list[str]:
@@ -18,9 +19,11 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder that looks like a fresh clone, in which blocks may write."""
-    for name in ("docs", "models", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    """A folder that looks like a fresh clone with shorter texts, in which blocks may write."""
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/api.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8")[:TEXT_CHARACTERS], encoding="utf-8")
     return tmp_path
 
 
