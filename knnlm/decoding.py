@@ -15,7 +15,7 @@ from knnlm.rules import Weighing, shared
 __all__ = ["Answered", "Mixed", "Share", "Window", "choose_windows", "end_of_context", "mix_evidence",
            "plan_fed_windows", "plan_windows", "top_tokens"]  # fmt: skip
 
-MIX_BYTES = 1 << 24  # of float64 probabilities that are mixed at a time, for each component
+MIX_BYTES = 1 << 24  # float64 probabilities mixed at a time, for each component
 DEFAULT_WINDOW = 2048  # tokens fed at once when nobody says how many: a model that takes 131,072 would need minutes
 
 

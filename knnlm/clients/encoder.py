@@ -19,7 +19,7 @@ from knnlm.tokenizer import Tokenizer
 
 __all__ = ["RemoteEncoder"]
 
-MAX_ANSWER_BYTES = 48 << 20  # of keys in one answer, at four bytes a number: leaves room below 64 MiB
+MAX_ANSWER_BYTES = 48 << 20  # keys in one answer, four bytes a number: leaves room below 64 MiB
 MAX_REQUEST_TOKENS = 65_536  # an lm service takes as many unless its settings say otherwise
 
 Answer = TypeVar("Answer")

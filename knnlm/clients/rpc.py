@@ -34,7 +34,7 @@ __all__ = ["ABSENT", "Connection", "DomainReplica", "GrpcDatastore", "GrpcLangua
 ASK_SECONDS = 5.0  # for one of several replicas to say how it is
 MARGIN_SECONDS = 0.1  # before the deadline, to name the replicas that are late
 POLL_SECONDS = 0.25  # between two questions which version each replica serves
-MAX_SAID_CHARS = 200  # of what one replica says, in an error about several
+MAX_SAID_CHARS = 200  # one replica's words, in an error about several
 ABSENT, DOWN = "absent", "down"
 
 Stub = TypeVar("Stub")

@@ -62,7 +62,7 @@ def _relations(path: Path) -> Iterator[Check]:
         return
     if datastore.manifest.removed is not None:
         yield Check(f"{REMOVED}: names documents", None)  # or it would not have been opened
-    first = tokens = 0  # of the part: its first entry, its first token
+    first = tokens = 0  # where the part begins
     for part in open_segments(path, datastore.manifest):
         names = segment_files(part.number)
         yield _checked(f"{names.documents}: covers the tokens", partial(_documents_problem, datastore, part))

@@ -28,14 +28,14 @@ from knnlm.rules import rule as known_rule
 __all__ = ["EXACT", "EXACT_QUERIES", "KS", "QUALITIES", "Ladder", "Tuned", "check", "choose", "settings", "tune"]
 
 KS = (64, 256, 1024)
-QUALITIES: Mapping[str, float] = {"exact": 5e-4, "balanced": 3e-3, "fast": 1e-2}  # of perplexity, above exact search
+QUALITIES: Mapping[str, float] = {"exact": 5e-4, "balanced": 3e-3, "fast": 1e-2}  # share of perplexity
 EXACT_QUERIES = 4096  # compared with exact search: of two million keys of 512 dimensions, minutes on two cores
 EXACT, DEFAULT = "exact search", "default"  # rows of the table: exact search, and the index's own setting
 EFFORTS = (0.5, 2.0, 4.0)  # times the index's own nprobe or ef_search
 OVERFETCH = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 8.0)  # times the index's own
-GAIN = 1e-4  # of perplexity: where more work gains less twice, still more is not tried
+GAIN = 1e-4  # share of perplexity: where more work gains less twice, still more is not tried
 BATCH = 64  # queries in a call that is timed
-SECONDS, ROUNDS = 0.2, 3  # of timing, for each setting
+SECONDS, ROUNDS = 0.2, 3  # how long each setting is timed
 SPEED_TOLERANCE = 0.05  # rates this near are one: the better perplexity decides
 
 Progress = Callable[[str, int, int], None]

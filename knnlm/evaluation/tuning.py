@@ -26,7 +26,7 @@ __all__ = ["LARGEST_LAMBDA", "Fit", "Observations", "Point", "best_lambda", "fit
 GRID = 2.0 ** np.arange(-10, 11)  # temperatures to try, as multiples of the scale
 GOLDEN_STEPS = 16  # narrows two grid steps (a factor of 4) to a relative width of 6e-4
 GOLDEN = (np.sqrt(5) - 1) / 2
-RELATIVE_TOLERANCE = 1e-3  # of perplexity: a gain this small is no reason for a larger k, which every search pays for
+RELATIVE_TOLERANCE = 1e-3  # a gain of perplexity this small is no reason for a larger k, which every search pays for
 
 
 @dataclass(frozen=True)
