@@ -34,7 +34,11 @@ class ForwardRequest:
     array per sequence; position j asks for the distribution of the token *after* tokens[:j + 1]. n = sum of p_i.
     full: log-probabilities of every token. targets: (n,) int32, log-probability of these tokens alone. top_n: the n
     likeliest tokens. keys: the context vectors. statistics: of each distribution, its entropy and its largest
-    log-probability.
+    log-probability. candidates: one (c,) int32 array of tokens per position, n arrays, whose log-probabilities are
+    wanted. temperatures: (n,) float32, finite and > 0, for the log power sums.
+
+    cache: what is kept of earlier sequences may be used, and what is computed for these is kept: their next step will
+    come. Answers are the same without it.
     """
 
     tokens: Sequence[npt.NDArray[np.int32]]
@@ -44,11 +48,20 @@ class ForwardRequest:
     top_n: int = 0
     keys: bool = False
     statistics: bool = False
+    candidates: Sequence[npt.NDArray[np.int32]] | None = None
+    temperatures: npt.NDArray[np.float32] | None = None
+    cache: bool = False
 
     @property
     def wanted(self) -> tuple[bool | int, ...]:
-        """What is asked of each position: requests that want the same can be put together."""
-        return (self.full, self.targets is not None, self.top_n, self.keys, self.statistics)
+        """What is asked of each position."""
+        given = (values is not None for values in (self.targets, self.candidates, self.temperatures))
+        return (self.full, self.top_n, self.keys, self.statistics, *given)
+
+    @property
+    def batch_key(self) -> tuple[bool | int, ...]:
+        """Equal for requests that can be put together."""
+        return (self.cache, *self.wanted)
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,9 @@ class ForwardResult:
 
     log_probs: (n, V). target_log_probs: (n,). top_tokens: (n, m) int32, likeliest first; top_log_probs: (n, m).
     keys: (n, d) float32, or float16 when the model's dtype is a half. entropy: (n,) nats. largest_log_prob: (n,), of
-    the likeliest token. fingerprint: of the model that answered, as in ModelInfo. timings: seconds per stage.
+    the likeliest token. candidate_log_probs: of all candidates, position after position. log_power_sums: (n,), the
+    logarithm of the sum over all tokens of p ** (1 / temperature), by which tempered probabilities are divided.
+    fingerprint: of the model that answered, as in ModelInfo. timings: seconds per stage.
     """
 
     log_probs: npt.NDArray[np.float32] | None = None
@@ -67,6 +82,8 @@ class ForwardResult:
     keys: npt.NDArray[np.floating] | None = None
     entropy: npt.NDArray[np.float32] | None = None
     largest_log_prob: npt.NDArray[np.float32] | None = None
+    candidate_log_probs: npt.NDArray[np.float32] | None = None
+    log_power_sums: npt.NDArray[np.float32] | None = None
     fingerprint: str = ""
     timings: Mapping[str, float] = field(default_factory=dict)
 

@@ -90,6 +90,13 @@ class ToyLanguageModel:
         if log_probs is not None and request.statistics:
             entropy = -(np.exp(log_probs, dtype=np.float64) * log_probs).sum(axis=1).astype(np.float32)
             largest = log_probs.max(axis=1)
+        candidate_log_probs = log_power_sums = None
+        if log_probs is not None and request.candidates is not None:
+            chosen = [row[tokens.astype(np.int64)] for row, tokens in zip(log_probs, request.candidates, strict=True)]
+            candidate_log_probs = np.concatenate([np.empty(0, np.float32), *chosen])
+        if log_probs is not None and request.temperatures is not None:
+            tempered = log_probs / request.temperatures.astype(np.float64)[:, None]
+            log_power_sums = np.logaddexp.reduce(tempered, axis=1).astype(np.float32)
         return ForwardResult(
             log_probs=log_probs if request.full else None,
             target_log_probs=target_log_probs,
@@ -98,6 +105,8 @@ class ToyLanguageModel:
             keys=keys.astype(np.float32) if request.keys else None,
             entropy=entropy,
             largest_log_prob=largest,
+            candidate_log_probs=candidate_log_probs,
+            log_power_sums=log_power_sums,
             fingerprint=self.info.fingerprint,
             timings={"forward": 0.0},
         )

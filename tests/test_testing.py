@@ -25,8 +25,14 @@ def test_answers_agree_with_one_another() -> None:
     n = sum(len(p) for p in EVERYWHERE)
     targets = np.random.default_rng(0).integers(0, LM.info.vocab_size, n).astype(np.int32)
     result = LM.forward(
-        ForwardRequest(SEQUENCES, EVERYWHERE, full=True, targets=targets, top_n=5, keys=True, statistics=True)
-    )
+        ForwardRequest(
+            SEQUENCES, EVERYWHERE, full=True, targets=targets, top_n=5, keys=True, statistics=True,
+            candidates=[np.array([target, 7], np.int32) for target in targets],
+            temperatures=np.full(n, 0.5, np.float32),
+        )
+    )  # fmt: skip
+    assert result.candidate_log_probs is not None
+    assert result.log_power_sums is not None
     assert result.log_probs is not None
     assert result.keys is not None
     assert result.keys.shape == (n, LM.info.key_dim)
@@ -34,6 +40,9 @@ def test_answers_agree_with_one_another() -> None:
     np.testing.assert_array_equal(result.target_log_probs, result.log_probs[np.arange(n), targets])
     np.testing.assert_array_equal(result.top_log_probs, -np.sort(-result.log_probs, axis=1)[:, :5])
     exact = result.log_probs.astype(np.float64)
+    np.testing.assert_array_equal(result.candidate_log_probs[::2], result.target_log_probs)
+    np.testing.assert_array_equal(result.candidate_log_probs[1::2], result.log_probs[:, 7])
+    np.testing.assert_allclose(result.log_power_sums, np.log(np.exp(2 * exact).sum(axis=1)), rtol=1e-5)
     assert result.entropy is not None
     np.testing.assert_allclose(result.entropy, -(np.exp(exact) * exact).sum(axis=1), rtol=1e-5)
     np.testing.assert_array_equal(result.largest_log_prob, result.log_probs.max(axis=1))

@@ -203,6 +203,11 @@ FORWARD_REQUESTS = st.lists(st.tuples(TOKENS, TOKENS), max_size=3).flatmap(
         top_n=INT,
         keys=st.booleans(),
         statistics=st.booleans(),
+        candidates=maybe(st.lists(TOKENS, min_size=n, max_size=n))
+        if (n := sum(len(p) for _, p in pairs))
+        else st.none(),
+        temperatures=maybe(of("float32", 1)),
+        cache=st.booleans(),
     )
 )
 FORWARD_RESULTS = st.builds(
@@ -214,6 +219,8 @@ FORWARD_RESULTS = st.builds(
     keys=maybe(of("float32", 2, least=1)),
     entropy=maybe(of("float32", 1)),
     largest_log_prob=maybe(of("float32", 1)),
+    candidate_log_probs=maybe(of("float32", 1)),
+    log_power_sums=maybe(of("float32", 1)),
     timings=TIMINGS,
 )
 SEARCH_REQUESTS = st.builds(
@@ -372,6 +379,11 @@ def test_lambda_is_called_lambda_on_the_wire() -> None:
         ({"tokens": None}, "tokens"),
         ({"positions": None}, "positions"),
         ({"targets": tensor(shape=[9])}, "targets"),
+        ({"candidates": tensor()}, "candidates"),
+        ({"candidates": tensor(), "candidate_counts": [1]}, "candidate_counts"),
+        ({"candidates": tensor(), "candidate_counts": [-2]}, "candidate_counts"),
+        ({"candidates": tensor(shape=[9]), "candidate_counts": [9]}, "candidates"),
+        ({"temperatures": tensor()}, "temperatures"),
     ],
 )
 def test_a_forward_request_that_does_not_add_up_is_refused(changed: dict[str, Any], param: str) -> None:

@@ -7,7 +7,6 @@ log_softmax(model(...).logits) of the plain model in transformers.
 
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 
 from knnlm.errors import ModelError
 from knnlm.lm import loading
+from knnlm.lm.answers import Answers
 from knnlm.lm.architectures import find
 from knnlm.lm.capture import capture, capture_keys, encode, only_at
 from knnlm.lm.requests import Feed, batches, plan
@@ -101,7 +101,8 @@ class LanguageModel:
         not as knnlm/messages.py says, ModelError when the model's numbers overflow its dtype or the keys float16.
         """
         feeds = plan(request, vocab_size=self.info.vocab_size, context_length=self.info.context_length)
-        out = self._empty(request)
+        answers = Answers(request, self.info)
+        out = answers.arrays
         wants_logits = any(replace(request, keys=False).wanted)
         seconds = {"forward": 0.0, "logits": 0.0}
         with self._alone, torch.inference_mode():
@@ -111,28 +112,10 @@ class LanguageModel:
                 hidden = self._encode(batch, rows, out, keys_alone=not wants_logits)  # (m, h)
                 encoded = time.perf_counter()
                 if hidden is not None:
-                    self._score(hidden, rows, request, out)
+                    self._score(hidden, rows, answers)
                 seconds["forward"] += encoded - started
                 seconds["logits"] += time.perf_counter() - encoded
         return ForwardResult(**out, fingerprint=self.info.fingerprint, timings=seconds)
-
-    def _empty(self, request: ForwardRequest) -> Arrays:
-        n = sum(len(positions) for positions in request.positions)
-        out: Arrays = {}
-        if request.full:
-            out["log_probs"] = np.empty((n, self.info.vocab_size), np.float32)
-        if request.targets is not None:
-            out["target_log_probs"] = np.empty(n, np.float32)
-        if request.top_n:
-            out["top_tokens"] = np.empty((n, request.top_n), np.int32)
-            out["top_log_probs"] = np.empty((n, request.top_n), np.float32)
-        if request.statistics:
-            out["entropy"] = np.empty(n, np.float32)
-            out["largest_log_prob"] = np.empty(n, np.float32)
-        if request.keys:
-            key_dtype = np.float32 if self.info.dtype == "float32" else np.float16
-            out["keys"] = np.empty((n, self.info.key_dim), key_dtype)
-        return out
 
     @property
     def _on_cpu(self) -> bool:
@@ -177,28 +160,11 @@ class LanguageModel:
             raise ModelError(f"keys ({self.info.key_function}) of this model {what}")
         return found
 
-    def _score(self, hidden: Tensor, rows: npt.NDArray[np.int64], request: ForwardRequest, out: Arrays) -> None:
-        """Put into out[rows] what is asked of the log-probabilities, all of it read from the same numbers."""
-        parts: dict[str, list[Tensor]] = defaultdict(list)
-        targets = None if request.targets is None else torch.as_tensor(np.asarray(request.targets, np.int64)[rows])
+    def _score(self, hidden: Tensor, rows: npt.NDArray[np.int64], answers: Answers) -> None:
+        """Fill what is asked of the log-probabilities of these rows."""
         step = max(1, CHUNK_BYTES // (4 * self.info.vocab_size))
         step = min(step, CPU_CHUNK_ROWS) if self._on_cpu else step
         for start in range(0, len(rows), step):
             chunk = slice(start, start + step)
             logits = self._architecture.adjust_logits(self._head(hidden[chunk]), self._model.config)
-            log_probs = torch.log_softmax(logits.float(), -1)  # (chunk, V)
-            if request.full:
-                out["log_probs"][rows[chunk]] = log_probs.cpu().numpy()
-            if targets is not None:
-                wanted = targets[chunk, None].to(log_probs.device)
-                parts["target_log_probs"].append(log_probs.gather(1, wanted)[:, 0])
-            if request.top_n:
-                best = log_probs.topk(request.top_n)
-                parts["top_tokens"].append(best.indices)
-                parts["top_log_probs"].append(best.values)
-            if request.statistics:
-                parts["largest_log_prob"].append(log_probs.amax(-1))
-                p = log_probs.exp_()  # in place: read last
-                parts["entropy"].append(torch.special.entr(p, out=p).sum(-1))
-        for name, tensors in parts.items():
-            out[name][rows] = torch.cat(tensors).cpu().numpy()
+            answers.fill(rows[chunk], torch.log_softmax(logits.float(), -1))

@@ -27,7 +27,10 @@ class Feed:
 def check(request: ForwardRequest, *, vocab_size: int, context_length: int) -> None:
     """Raises InvalidRequest, naming the field, its value and what was expected, for a request that no model answers."""
     if not any(request.wanted):
-        raise InvalidRequest("nothing is wanted: expected full, targets, top_n, keys or statistics", param="full")
+        raise InvalidRequest(
+            "nothing is wanted: expected full, targets, top_n, keys, statistics, candidates or temperatures",
+            param="full",
+        )
     if not 0 <= request.top_n <= vocab_size:
         raise InvalidRequest(f"top_n must be 0 ... {vocab_size}, got {request.top_n}", param="top_n")
     if not len(request.tokens):
@@ -60,6 +63,16 @@ def check(request: ForwardRequest, *, vocab_size: int, context_length: int) -> N
                 f"targets has {len(targets)} tokens, expected one per position: {len(positions)}", param="targets"
             )
         _refuse_outside(targets, count, vocab_size, "targets")
+    if request.candidates is not None:
+        if len(request.candidates) != len(positions):
+            raise InvalidRequest(
+                f"candidates has {len(request.candidates)} arrays, expected one per position: {len(positions)}",
+                param="candidates",
+            )
+        candidates, counts = _joined(request.candidates, "candidates")
+        _refuse_outside(candidates, counts, vocab_size, "candidates")
+    if request.temperatures is not None:
+        _check_temperatures(request.temperatures, len(positions))
 
 
 def plan(request: ForwardRequest, *, vocab_size: int, context_length: int) -> list[Feed]:
@@ -87,6 +100,19 @@ def batches(feeds: Sequence[Feed], max_tokens: int) -> list[list[Feed]]:
         else:
             grouped.append([feed])
     return grouped
+
+
+def _check_temperatures(temperatures: npt.NDArray[np.float32], n: int) -> None:
+    if temperatures.shape != (n,) or temperatures.dtype.kind not in "fiu":
+        raise InvalidRequest(
+            f"temperatures must be one number per position, ({n},), got {temperatures.dtype} {temperatures.shape}",
+            param="temperatures",
+        )
+    wrong = np.flatnonzero(~(np.isfinite(temperatures) & (temperatures > 0)))
+    if len(wrong):
+        raise InvalidRequest(
+            f"temperatures[{wrong[0]}] must be finite and > 0, got {temperatures[wrong[0]]}", param="temperatures"
+        )
 
 
 def _joined(parts: Sequence[npt.NDArray[np.int32]], name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from knnlm.v1 import common_pb2 as knnlm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11knnlm/v1/lm.proto\x12\x08knnlm.v1\x1a\x15knnlm/v1/common.proto\"\xe3\x01\n\x0e\x46orwardRequest\x12 \n\x06tokens\x18\x01 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x0f\n\x07lengths\x18\x02 \x03(\x05\x12#\n\tpositions\x18\x03 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x17\n\x0fposition_counts\x18\x04 \x03(\x05\x12\x0c\n\x04\x66ull\x18\x05 \x01(\x08\x12!\n\x07targets\x18\x06 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\r\n\x05top_n\x18\x07 \x01(\x05\x12\x0c\n\x04keys\x18\x08 \x01(\x08\x12\x12\n\nstatistics\x18\t \x01(\x08\"\xd8\x02\n\x0f\x46orwardResponse\x12#\n\tlog_probs\x18\x01 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12*\n\x10target_log_probs\x18\x02 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12$\n\ntop_tokens\x18\x03 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\'\n\rtop_log_probs\x18\x04 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x1e\n\x04keys\x18\x05 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12!\n\x07timings\x18\x06 \x03(\x0b\x32\x10.knnlm.v1.Timing\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\x12!\n\x07\x65ntropy\x18\x08 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12*\n\x10largest_log_prob\x18\t \x01(\x0b\x32\x10.knnlm.v1.Tensor\",\n\x0fGetModelRequest\x12\x19\n\x11include_tokenizer\x18\x01 \x01(\x08\"\xe5\x02\n\x10GetModelResponse\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0eweights_sha256\x18\x03 \x01(\t\x12\x18\n\x10tokenizer_sha256\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\x05\x12\x14\n\x0ckey_function\x18\x07 \x01(\t\x12\x0f\n\x07key_dim\x18\x08 \x01(\x05\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\x19\n\x0c\x62os_token_id\x18\x0b \x01(\x05H\x00\x88\x01\x01\x12\x19\n\x0c\x65os_token_id\x18\x0c \x01(\x05H\x01\x88\x01\x01\x12\x16\n\x0etokenizer_json\x18\r \x01(\t\x12\x15\n\rconfig_sha256\x18\x0e \x01(\tB\x0f\n\r_bos_token_idB\x0f\n\r_eos_token_id2\x9c\x01\n\rLanguageModel\x12\x43\n\x07\x46orward\x12\x18.knnlm.v1.ForwardRequest\x1a\x19.knnlm.v1.ForwardResponse\"\x03\x90\x02\x01\x12\x46\n\x08GetModel\x12\x19.knnlm.v1.GetModelRequest\x1a\x1a.knnlm.v1.GetModelResponse\"\x03\x90\x02\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11knnlm/v1/lm.proto\x12\x08knnlm.v1\x1a\x15knnlm/v1/common.proto\"\xda\x02\n\x0e\x46orwardRequest\x12 \n\x06tokens\x18\x01 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x0f\n\x07lengths\x18\x02 \x03(\x05\x12#\n\tpositions\x18\x03 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x17\n\x0fposition_counts\x18\x04 \x03(\x05\x12\x0c\n\x04\x66ull\x18\x05 \x01(\x08\x12!\n\x07targets\x18\x06 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\r\n\x05top_n\x18\x07 \x01(\x05\x12\x0c\n\x04keys\x18\x08 \x01(\x08\x12\x12\n\nstatistics\x18\t \x01(\x08\x12$\n\ncandidates\x18\n \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x18\n\x10\x63\x61ndidate_counts\x18\x0b \x03(\x05\x12&\n\x0ctemperatures\x18\x0c \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\r\n\x05\x63\x61\x63he\x18\r \x01(\x08\"\xb1\x03\n\x0f\x46orwardResponse\x12#\n\tlog_probs\x18\x01 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12*\n\x10target_log_probs\x18\x02 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12$\n\ntop_tokens\x18\x03 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\'\n\rtop_log_probs\x18\x04 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12\x1e\n\x04keys\x18\x05 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12!\n\x07timings\x18\x06 \x03(\x0b\x32\x10.knnlm.v1.Timing\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\x12!\n\x07\x65ntropy\x18\x08 \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12*\n\x10largest_log_prob\x18\t \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12-\n\x13\x63\x61ndidate_log_probs\x18\n \x01(\x0b\x32\x10.knnlm.v1.Tensor\x12(\n\x0elog_power_sums\x18\x0b \x01(\x0b\x32\x10.knnlm.v1.Tensor\",\n\x0fGetModelRequest\x12\x19\n\x11include_tokenizer\x18\x01 \x01(\x08\"\xe5\x02\n\x10GetModelResponse\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0eweights_sha256\x18\x03 \x01(\t\x12\x18\n\x10tokenizer_sha256\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\x05\x12\x14\n\x0ckey_function\x18\x07 \x01(\t\x12\x0f\n\x07key_dim\x18\x08 \x01(\x05\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\x19\n\x0c\x62os_token_id\x18\x0b \x01(\x05H\x00\x88\x01\x01\x12\x19\n\x0c\x65os_token_id\x18\x0c \x01(\x05H\x01\x88\x01\x01\x12\x16\n\x0etokenizer_json\x18\r \x01(\t\x12\x15\n\rconfig_sha256\x18\x0e \x01(\tB\x0f\n\r_bos_token_idB\x0f\n\r_eos_token_id2\x9c\x01\n\rLanguageModel\x12\x43\n\x07\x46orward\x12\x18.knnlm.v1.ForwardRequest\x1a\x19.knnlm.v1.ForwardResponse\"\x03\x90\x02\x01\x12\x46\n\x08GetModel\x12\x19.knnlm.v1.GetModelRequest\x1a\x1a.knnlm.v1.GetModelResponse\"\x03\x90\x02\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,13 +37,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LANGUAGEMODEL'].methods_by_name['GetModel']._loaded_options = None
   _globals['_LANGUAGEMODEL'].methods_by_name['GetModel']._serialized_options = b'\220\002\001'
   _globals['_FORWARDREQUEST']._serialized_start=55
-  _globals['_FORWARDREQUEST']._serialized_end=282
-  _globals['_FORWARDRESPONSE']._serialized_start=285
-  _globals['_FORWARDRESPONSE']._serialized_end=629
-  _globals['_GETMODELREQUEST']._serialized_start=631
-  _globals['_GETMODELREQUEST']._serialized_end=675
-  _globals['_GETMODELRESPONSE']._serialized_start=678
-  _globals['_GETMODELRESPONSE']._serialized_end=1035
-  _globals['_LANGUAGEMODEL']._serialized_start=1038
-  _globals['_LANGUAGEMODEL']._serialized_end=1194
+  _globals['_FORWARDREQUEST']._serialized_end=401
+  _globals['_FORWARDRESPONSE']._serialized_start=404
+  _globals['_FORWARDRESPONSE']._serialized_end=837
+  _globals['_GETMODELREQUEST']._serialized_start=839
+  _globals['_GETMODELREQUEST']._serialized_end=883
+  _globals['_GETMODELRESPONSE']._serialized_start=886
+  _globals['_GETMODELRESPONSE']._serialized_end=1243
+  _globals['_LANGUAGEMODEL']._serialized_start=1246
+  _globals['_LANGUAGEMODEL']._serialized_end=1402
 # @@protoc_insertion_point(module_scope)

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("tokens", "lengths", "positions", "position_counts", "full", "targets", "top_n", "keys", "statistics")
+    __slots__ = ("tokens", "lengths", "positions", "position_counts", "full", "targets", "top_n", "keys", "statistics", "candidates", "candidate_counts", "temperatures", "cache")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,10 @@ class ForwardRequest(_message.Message):
     TOP_N_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     STATISTICS_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURES_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
     tokens: _common_pb2.Tensor
     lengths: _containers.RepeatedScalarFieldContainer[int]
     positions: _common_pb2.Tensor
@@ -27,10 +31,14 @@ class ForwardRequest(_message.Message):
     top_n: int
     keys: bool
     statistics: bool
-    def __init__(self, tokens: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., position_counts: _Optional[_Iterable[int]] = ..., full: _Optional[bool] = ..., targets: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_n: _Optional[int] = ..., keys: _Optional[bool] = ..., statistics: _Optional[bool] = ...) -> None: ...
+    candidates: _common_pb2.Tensor
+    candidate_counts: _containers.RepeatedScalarFieldContainer[int]
+    temperatures: _common_pb2.Tensor
+    cache: bool
+    def __init__(self, tokens: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., position_counts: _Optional[_Iterable[int]] = ..., full: _Optional[bool] = ..., targets: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_n: _Optional[int] = ..., keys: _Optional[bool] = ..., statistics: _Optional[bool] = ..., candidates: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., candidate_counts: _Optional[_Iterable[int]] = ..., temperatures: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., cache: _Optional[bool] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
-    __slots__ = ("log_probs", "target_log_probs", "top_tokens", "top_log_probs", "keys", "timings", "fingerprint", "entropy", "largest_log_prob")
+    __slots__ = ("log_probs", "target_log_probs", "top_tokens", "top_log_probs", "keys", "timings", "fingerprint", "entropy", "largest_log_prob", "candidate_log_probs", "log_power_sums")
     LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
     TARGET_LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +48,8 @@ class ForwardResponse(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ENTROPY_FIELD_NUMBER: _ClassVar[int]
     LARGEST_LOG_PROB_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    LOG_POWER_SUMS_FIELD_NUMBER: _ClassVar[int]
     log_probs: _common_pb2.Tensor
     target_log_probs: _common_pb2.Tensor
     top_tokens: _common_pb2.Tensor
@@ -49,7 +59,9 @@ class ForwardResponse(_message.Message):
     fingerprint: str
     entropy: _common_pb2.Tensor
     largest_log_prob: _common_pb2.Tensor
-    def __init__(self, log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., target_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_tokens: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., keys: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., timings: _Optional[_Iterable[_Union[_common_pb2.Timing, _Mapping]]] = ..., fingerprint: _Optional[str] = ..., entropy: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., largest_log_prob: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    candidate_log_probs: _common_pb2.Tensor
+    log_power_sums: _common_pb2.Tensor
+    def __init__(self, log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., target_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_tokens: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., keys: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., timings: _Optional[_Iterable[_Union[_common_pb2.Timing, _Mapping]]] = ..., fingerprint: _Optional[str] = ..., entropy: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., largest_log_prob: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., candidate_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., log_power_sums: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("include_tokenizer",)

@@ -1,6 +1,6 @@
 """The records of knnlm/messages.py as protobuf messages of knnlm/v1, and back: field by field, by name.
 
-A ForwardRequest alone is written otherwise: its sequences are joined into one array.
+A ForwardRequest alone is written otherwise: its sequences are joined into one array, and so are its candidates.
 """
 
 import math
@@ -18,7 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 from knnlm.errors import InvalidRequest, TooLarge
 from knnlm.messages import ForwardRequest
 from knnlm.v1 import common_pb2, datastore_pb2, lm_pb2
-from knnlm.wire.arrays import INT32, array_from_tensor, array_to_tensor
+from knnlm.wire.arrays import FLOATS, INT32, array_from_tensor, array_to_tensor
 from knnlm.wire.records import Array, Field, Kind, List, Map, Numbers, Record, absent, fields_of, values_of
 
 __all__ = [
@@ -66,6 +66,10 @@ def forward_request_to_proto(request: ForwardRequest) -> lm_pb2.ForwardRequest:
         top_n=_int32(request.top_n, "top_n"),
         keys=request.keys,
         statistics=request.statistics,
+        candidates=None if request.candidates is None else array_to_tensor(_joined(request.candidates)),
+        candidate_counts=[len(tokens) for tokens in request.candidates or ()],
+        temperatures=None if request.temperatures is None else array_to_tensor(_float32s(request.temperatures)),
+        cache=request.cache,
     )
 
 
@@ -82,6 +86,15 @@ def forward_request_from_proto(message: lm_pb2.ForwardRequest) -> ForwardRequest
             f"{len(message.lengths)} sequences of {len(tokens)} tokens together: each must have at least one",
             param="tokens",
         )
+    candidates = None
+    if message.HasField("candidates"):
+        if len(message.candidate_counts) != len(positions):
+            raise InvalidRequest(
+                f"candidate_counts must be one per position, {len(positions)}, got {len(message.candidate_counts)}",
+                param="candidates",
+            )
+        flat = _required(message, "candidates")
+        candidates = _split(flat, message.candidate_counts, "candidates", "candidate_counts")
     return ForwardRequest(
         tokens=_split(tokens, message.lengths, "tokens", "lengths"),
         positions=_split(positions, message.position_counts, "positions", "position_counts"),
@@ -90,6 +103,9 @@ def forward_request_from_proto(message: lm_pb2.ForwardRequest) -> ForwardRequest
         top_n=message.top_n,
         keys=message.keys,
         statistics=message.statistics,
+        candidates=candidates,
+        temperatures=_required(message, "temperatures", FLOATS[:1]) if message.HasField("temperatures") else None,
+        cache=message.cache,
     )
 
 
@@ -175,10 +191,15 @@ def _received(value: Any, kind: Kind, name: str) -> Any:  # Any: what a message 
             return value
 
 
-def _required(message: lm_pb2.ForwardRequest, name: str) -> Ids:
+def _required(message: lm_pb2.ForwardRequest, name: str, dtypes: Sequence[str] = INT32) -> npt.NDArray[Any]:
     if not message.HasField(name):
         raise InvalidRequest(f"{name} is required", param=name)
-    return array_from_tensor(getattr(message, name), name, INT32, 1)
+    return array_from_tensor(getattr(message, name), name, dtypes, 1)
+
+
+def _float32s(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # becomes infinite, which is refused where it is read
+        return values.astype(np.float32, copy=False)
 
 
 def _joined(parts: Sequence[Ids]) -> Ids:

@@ -50,7 +50,7 @@ class Engine:
         self._batcher = Batcher(
             self._process,
             size=_tokens,
-            group=lambda request: request.wanted,
+            group=lambda request: request.batch_key,
             max_queue=self._settings.max_queue_tokens,
             max_batch=self._settings.max_batch_tokens,
             metrics=self._metrics,
@@ -91,11 +91,12 @@ class Engine:
         info = self.model.info
         check(request, vocab_size=info.vocab_size, context_length=info.context_length)
         numbers = info.vocab_size * request.full + info.key_dim * request.keys + 2 * request.top_n
-        answer = 4 * rows * (numbers + (request.targets is not None) + 2 * request.statistics)
+        numbers += (request.targets is not None) + (request.temperatures is not None) + 2 * request.statistics
+        answer = 4 * (rows * numbers + sum(_candidates(request)))
         if answer > self._settings.grpc_max_message_bytes - ENVELOPE_BYTES:
             raise TooLarge(
                 f"the answer would have {answer} bytes, at most {self._settings.grpc_max_message_bytes} can be sent: "
-                "ask for fewer positions, or for targets or top_n instead of full",
+                "ask for fewer positions, or for targets, candidates or top_n instead of full",
                 param="positions",
             )
 
@@ -107,7 +108,7 @@ class Engine:
             result = self.model.forward(joined)
         self._tokens.labels("input").inc(_tokens(joined))
         self._tokens.labels("rows").inc(_rows(joined))
-        return [result] if len(requests) == 1 else _parts(result, [_rows(request) for request in requests])
+        return [result] if len(requests) == 1 else _parts(result, requests)
 
 
 def _load(settings: LmSettings) -> LanguageModel:
@@ -126,21 +127,33 @@ def _rows(request: ForwardRequest) -> int:
     return sum(len(positions) for positions in request.positions)
 
 
+def _candidates(request: ForwardRequest) -> list[int]:
+    return [len(tokens) for tokens in request.candidates or ()]
+
+
 def _joined(requests: Sequence[ForwardRequest]) -> ForwardRequest:
     targets = [request.targets for request in requests if request.targets is not None]
+    temperatures = [request.temperatures for request in requests if request.temperatures is not None]
+    candidates = [tokens for request in requests for tokens in request.candidates or ()]
     return replace(
         requests[0],
         tokens=[tokens for request in requests for tokens in request.tokens],
         positions=[positions for request in requests for positions in request.positions],
         targets=np.concatenate(targets) if targets else None,
+        temperatures=np.concatenate(temperatures) if temperatures else None,
+        candidates=None if requests[0].candidates is None else candidates,
     )
 
 
-def _parts(result: ForwardResult, rows: Sequence[int]) -> list[ForwardResult]:
-    ends = np.cumsum([0, *rows])
+def _parts(result: ForwardResult, requests: Sequence[ForwardRequest]) -> list[ForwardResult]:
+    rows = pairwise(np.cumsum([0, *map(_rows, requests)]))
+    candidates = pairwise(np.cumsum([0, *(sum(_candidates(request)) for request in requests)]))
+    arrays = {field.name: getattr(result, field.name) for field in fields(result) if field.name not in WHOLE}
     parts = []
-    for start, end in pairwise(ends):
-        arrays = {field.name: getattr(result, field.name) for field in fields(result) if field.name not in WHOLE}
-        mine = {name: None if array is None else array[start:end] for name, array in arrays.items()}
+    for row, candidate in zip(rows, candidates, strict=True):
+        mine = {
+            name: None if array is None else array[slice(*(candidate if name == "candidate_log_probs" else row))]
+            for name, array in arrays.items()
+        }
         parts.append(ForwardResult(**mine, fingerprint=result.fingerprint, timings=result.timings))
     return parts

@@ -75,6 +75,8 @@ SEEDS: Mapping[type[Message], Sequence[Message]] = {
         lm_pb2.ForwardRequest(
             tokens=_tensor(3, (6,), b"\5\0\0\0"), lengths=[4, 2], positions=_tensor(3, (2,), b"\1\0\0\0"),
             position_counts=[1, 1], targets=_tensor(3, (2,), b"\7\0\0\0"), top_n=3, keys=True,
+            candidates=_tensor(3, (3,), b"\7\0\0\0"), candidate_counts=[1, 2],
+            temperatures=_tensor(1, (2,), b"\0\0\x80\x3f"), cache=True,
         ),
         lm_pb2.ForwardRequest(
             tokens=_tensor(3, (6,), b"\5\0\0\0"), lengths=[6], positions=_tensor(3, (1,), b"\5\0\0\0"),

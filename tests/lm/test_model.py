@@ -108,6 +108,25 @@ def test_statistics_equal_those_of_the_plain_model_whatever_else_is_asked(tiny: 
 
 
 @pytest.mark.usefixtures("small_steps")
+def test_candidates_and_log_power_sums_are_read_from_the_same_numbers(llama: Tiny) -> None:
+    tokens, positions = sequences(), some_positions()
+    n = sum(map(len, positions))
+    rng = np.random.default_rng(5)
+    candidates = [rng.integers(tiny_models.VOCAB, size=count).astype(np.int32) for count in rng.integers(0, 9, n)]
+    temperatures = rng.choice([1e-3, 0.1, 1, 1.5, 1e3], n).astype(np.float32)
+    result = ask(llama.lm, tokens, positions, full=True, candidates=candidates, temperatures=temperatures)
+    chosen = [row[these] for row, these in zip(result.log_probs, candidates, strict=True)]
+    np.testing.assert_array_equal(result.candidate_log_probs, np.concatenate(chosen))
+    tempered = result.log_probs.astype(np.float64) / temperatures[:, None]
+    np.testing.assert_allclose(result.log_power_sums, np.logaddexp.reduce(tempered, axis=1), rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(result.log_power_sums[temperatures == 1], 0, atol=1e-5)
+    alone = ask(llama.lm, tokens, positions, candidates=candidates)
+    np.testing.assert_array_equal(alone.candidate_log_probs, result.candidate_log_probs)
+    none = ask(llama.lm, tokens, positions, candidates=[np.empty(0, np.int32)] * n)
+    assert none.candidate_log_probs.shape == (0,)
+
+
+@pytest.mark.usefixtures("small_steps")
 def test_keys_do_not_depend_on_batching(tiny: Tiny) -> None:
     tokens, positions = sequences(), some_positions()
     together = ask(tiny.lm, tokens, positions, keys=True)

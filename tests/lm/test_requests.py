@@ -72,6 +72,14 @@ def positions(*first: int) -> list[Any]:
         ({"targets": np.array([7, 8])}, "targets", "2 tokens, expected one per position: 3"),
         ({"targets": np.array([7, 8, 10])}, "targets", r"targets holds 10, expected 0 \.\.\. 9"),
         ({"targets": np.array([7.0, 8.0, 9.0])}, "targets", "targets must hold integers, got float64"),
+        ({"candidates": tokens(1)}, "candidates", "2 arrays, expected one per position: 3"),
+        ({"candidates": [*tokens(1), np.array([10])]}, "candidates", r"candidates\[2\] holds 10, expected 0 \.\.\. 9"),
+        ({"candidates": [*tokens(1), np.array([0.5])]}, "candidates", r"candidates\[2\] must hold integers"),
+        ({"temperatures": np.ones(2)}, "temperatures", r"one number per position, \(3,\), got float64 \(2,\)"),
+        ({"temperatures": np.array([True] * 3)}, "temperatures", "one number per position"),
+        ({"temperatures": np.array([1, 0, 1.0])}, "temperatures", r"temperatures\[1\] must be finite and > 0, got 0"),
+        ({"temperatures": np.array([1, 1, np.inf])}, "temperatures", r"temperatures\[2\] must be finite and > 0"),
+        ({"temperatures": np.array([np.nan, 1, 1])}, "temperatures", r"temperatures\[0\] must be finite and > 0"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_value_and_what_was_expected(

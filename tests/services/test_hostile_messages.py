@@ -47,7 +47,7 @@ def test_a_shape_is_not_believed(tmp_path: Path) -> None:
     search, forward = SEEDS[datastore_pb2.SearchRequest][1], SEEDS[lm_pb2.ForwardRequest][0]
     fields = {
         "datastore": (search, ("queries", "exclude_entries")),
-        "lm": (forward, ("tokens", "positions", "targets")),
+        "lm": (forward, ("tokens", "positions", "targets", "candidates", "temperatures")),
     }
     paths = {"datastore": "/knnlm.v1.Datastore/Search", "lm": "/knnlm.v1.LanguageModel/Forward"}
 
