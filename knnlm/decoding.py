@@ -7,12 +7,13 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
-from knnlm.evidence import Evidence, LmStatistics
-from knnlm.messages import DomainInfo, ModelInfo
+from knnlm.evidence import Evidence
+from knnlm.messages import DomainInfo, LmStatistics, ModelInfo
 from knnlm.mixture import Component, mix
-from knnlm.rules import Weighing, shared
+from knnlm.rules import shared
+from knnlm.sources import Source
 
-__all__ = ["Answered", "Mixed", "Share", "Window", "choose_windows", "end_of_context", "mix_evidence",
+__all__ = ["Mixed", "Share", "Window", "choose_windows", "end_of_context", "mix_evidence",
            "plan_fed_windows", "plan_windows", "top_tokens"]  # fmt: skip
 
 MIX_BYTES = 1 << 24  # float64 probabilities mixed at a time, for each component
@@ -113,16 +114,6 @@ def plan_windows(length: int, context_length: int, min_context: int) -> list[Win
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What a source answered, and how it is weighed."""
-
-    name: str
-    kind: str
-    weighing: Weighing
-    evidence: Evidence
-
-
-@dataclass(frozen=True)
 class Share:
     """One component of a mixture as it was mixed: `weight` (n,), 0 where the component is absent."""
 
@@ -130,13 +121,6 @@ class Share:
     kind: str
     weight: npt.NDArray[np.float64]
     evidence: Evidence
-
-    @property
-    def target_log_probs(self) -> npt.NDArray[np.float64]:
-        """(n,) of the targets, -inf where it gives them nothing. Raises TypeError for whole distributions."""
-        if not isinstance(self.evidence.log_probs, np.ndarray):
-            raise TypeError("whole distributions were mixed, there are no targets")
-        return self.evidence.log_probs
 
     def row(self, i: int, vocab_size: int) -> npt.NDArray[np.float64] | None:
         """(V,) log-probabilities at prediction i of whole distributions, None where the component is absent."""
@@ -172,7 +156,7 @@ class Mixed:
             return None
         n, shape = len(self.log_probs), self.log_probs.shape
         return _mean(
-            [(c.weight, c.evidence.rows(0, n, shape[1]) if len(shape) == 2 else c.target_log_probs) for c in chosen]
+            [(c.weight, c.evidence.rows(0, n, shape[1]) if len(shape) == 2 else c.evidence.of_targets) for c in chosen]
         )
 
     @property
@@ -182,17 +166,22 @@ class Mixed:
 
 
 def mix_evidence(
-    lm_log_probs: npt.NDArray[np.floating], answers: Sequence[Answered], lm: LmStatistics | None = None
+    lm_log_probs: npt.NDArray[np.floating],
+    sources: Sequence[Source] = (),
+    evidence: Sequence[Evidence] = (),
+    lm: LmStatistics | None = None,
 ) -> Mixed:
-    """The mixture of the LM with what sources answered: of targets, lm_log_probs (n,), or whole distributions (n, V).
+    """The mixture of the LM with what each source answered: of targets, lm_log_probs (n,), or whole distributions
+    (n, V).
 
     lm: statistics, for rules that look at them. Whole distributions are mixed a few rows at a time: beside the result,
     a block of MIX_BYTES is held for each component. What is mixed of one row does not depend on the others.
     """
-    weights = shared([a.weighing.weights(a.evidence, lm) for a in answers], [a.weighing.asked for a in answers])
-    shares = [Share(a.name, a.kind, w, a.evidence) for a, w in zip(answers, weights, strict=True)]
+    answers = list(zip(sources, evidence, strict=True))
+    weights = shared([s.weighing.weights(found, lm) for s, found in answers], [s.weighing.asked for s in sources])
+    shares = [Share(s.name, s.kind, w, found) for (s, found), w in zip(answers, weights, strict=True)]
     if lm_log_probs.ndim == 1:
-        components = [Component(s.name, s.target_log_probs, s.weight) for s in shares]
+        components = [Component(s.name, s.evidence.of_targets, s.weight) for s in shares]
         return Mixed(mix(lm_log_probs, components), lm_log_probs, shares)
     n, vocab_size = lm_log_probs.shape
     mixed = np.empty((n, vocab_size))

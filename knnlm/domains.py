@@ -12,44 +12,22 @@ import numpy.typing as npt
 
 from knnlm.errors import DatastoreMismatch, InvalidRequest, Unavailable
 from knnlm.evidence import Evidence, Step
-from knnlm.messages import DatastoreClient, Document, DomainInfo, ModelInfo, SearchRequest, SearchResult, Tuning
+from knnlm.messages import (
+    DatastoreClient,
+    Document,
+    DomainInfo,
+    ModelInfo,
+    SearchRequest,
+    SearchResult,
+    Tuning,
+    differs,
+)
 from knnlm.neighbors import Neighbors, TokenMasses, neighbor_log_probs, target_log_probs
 from knnlm.options import DEFAULT_K, DomainOptions, KnnOptions, SearchOptions
 from knnlm.rules import FIXED, Weighing, rule
-from knnlm.sources import Resolved, Services, computed, together
+from knnlm.sources import Plan, Services, UsedDomain, computed, together
 
-__all__ = ["KNN", "DomainSource", "NoDatastore", "UsedDomain", "differs", "knn_evidence", "used_domain"]
-
-IDENTITY = ("weights_sha256", "tokenizer_sha256", "key_function", "key_dim")
-
-
-@dataclass(frozen=True)
-class UsedDomain:
-    """What a domain is asked with in the end, and the version that answers."""
-
-    domain: str
-    version: str
-    temperature: float
-    search: SearchOptions
-    weighing: Weighing
-
-    @property
-    def k(self) -> int:
-        return self.search.k or DEFAULT_K
-
-    @property
-    def rule(self) -> str:
-        return self.weighing.rule
-
-    @property
-    def lmbda(self) -> float | None:
-        """The weight of retrieval where the rule has one for all predictions."""
-        value = self.weighing.parameters.get("lambda")
-        return value if isinstance(value, int | float) else None
-
-    def as_json(self) -> dict[str, object]:
-        """What answers say of it."""
-        return {n: getattr(self, n) for n in ("domain", "version", "temperature", "lmbda", "k", "rule")}
+__all__ = ["KNN", "DomainSource", "NoDatastore", "knn_evidence", "used_domain"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +90,7 @@ def used_domain(options: DomainOptions, knn: KnnOptions, info: DomainInfo, model
     Raises DatastoreMismatch, with both values, for a domain that another model, configuration, tokenizer or key
     function made, and InvalidRequest for a value that is neither asked for nor tuned.
     """
-    name = differs(info, model)
+    name = differs(vars(info), model)
     if name is not None:
         raise DatastoreMismatch(
             f"domain {info.domain} was made with {name} {getattr(info, name)} (model {info.model_id}), "
@@ -131,12 +109,6 @@ def used_domain(options: DomainOptions, knn: KnnOptions, info: DomainInfo, model
     )
 
 
-def differs(info: DomainInfo, model: ModelInfo) -> str | None:
-    """The first field in which what made a domain's keys is not this model; None when the model can use it."""
-    recorded = ("config_sha256", "bos_token_id") if info.config_sha256 is not None else ()
-    return next((name for name in (*IDENTITY, *recorded) if getattr(info, name) != getattr(model, name)), None)
-
-
 class Knn:
     """Retrieval from one or several domains, as a kind of source."""
 
@@ -145,7 +117,7 @@ class Knn:
     def optional(self, options: KnnOptions) -> bool:
         return options.on_datastore_error == "lm_only"
 
-    async def resolve(self, options: KnnOptions, services: Services) -> Resolved:
+    async def resolve(self, options: KnnOptions, services: Services) -> Plan:
         """The version that each domain serves now and the values that hold for it; see knnlm.sources.SourceKind."""
         if options.rule is not None:
             rule(options.rule)
@@ -157,11 +129,11 @@ class Knn:
         union = options.combine == "union"
         if union:
             _check_union(used)
-        sources = [
+        sources = tuple(
             DomainSource(services.datastore, part, services.info.vocab_size, self.optional(options))
             for part in ([used] if union else [(u,) for u in used])
-        ]
-        return Resolved(sources, used, infos, pinned=all(d.version is not None for d in options.domains))
+        )
+        return Plan(sources, used, tuple(infos), pinned=all(d.version is not None for d in options.domains))
 
 
 KNN = Knn()

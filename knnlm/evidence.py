@@ -14,17 +14,9 @@ import numpy.typing as npt
 from knnlm.messages import SearchResult
 from knnlm.neighbors import TokenMasses
 
-__all__ = ["Evidence", "LmStatistics", "Step", "Stretch"]
+__all__ = ["Evidence", "Step", "Stretch"]
 
 Ids = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class LmStatistics:
-    """The LM's distributions at n positions. entropy: (n,) nats. largest_log_prob: (n,), of the likeliest token."""
-
-    entropy: npt.NDArray[np.floating]
-    largest_log_prob: npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -72,6 +64,13 @@ class Evidence:
     log_probs: npt.NDArray[np.float64] | TokenMasses
     features: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     found: Sequence[SearchResult] = ()
+
+    @property
+    def of_targets(self) -> npt.NDArray[np.float64]:
+        """(n,) of the targets, -inf where the source gives them nothing. Raises TypeError for whole distributions."""
+        if not isinstance(self.log_probs, np.ndarray):
+            raise TypeError("whole distributions were asked for, there are no targets")
+        return self.log_probs
 
     def rows(self, start: int, end: int, vocab_size: int) -> npt.NDArray[np.float64]:
         """(end - start, V) of whole distributions, -inf where a row holds no mass."""

@@ -7,12 +7,12 @@ flat: the answers to several sequences or positions stand one below the other, i
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.errors import InvalidRequest
+from knnlm.errors import InvalidRequest, Unavailable
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
 
@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DatastoreClient", "Document", "DocumentsClient", "DomainChange", "DomainInfo", "ForwardRequest", "ForwardResult",
-    "LanguageModel", "LanguageModelClient", "Memory", "ModelInfo", "Passage", "SearchQuality", "SearchRequest",
-    "SearchResult", "Searching", "Tuning",
+    "LanguageModel", "LanguageModelClient", "LmStatistics", "Memory", "ModelInfo", "Passage", "SearchQuality",
+    "SearchRequest", "SearchResult", "Searching", "Tuning", "differs", "required",
 ]  # fmt: skip
+
+T = TypeVar("T")
+# what a model's answers follow from, by the names of ModelInfo's fields
+IDENTITY = ("weights_sha256", "tokenizer_sha256", "key_function", "config_sha256", "bos_token_id")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,14 @@ class ForwardRequest:
 
 
 @dataclass(frozen=True)
+class LmStatistics:
+    """The LM's distributions at n positions. entropy: (n,) nats. largest_log_prob: (n,), of the likeliest token."""
+
+    entropy: npt.NDArray[np.floating]
+    largest_log_prob: npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
 class ForwardResult:
     """What was asked for, None elsewhere; n rows. All log-probabilities are natural logarithms, float32.
 
@@ -86,6 +98,20 @@ class ForwardResult:
     log_power_sums: npt.NDArray[np.float32] | None = None
     fingerprint: str = ""
     timings: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def statistics(self) -> LmStatistics | None:
+        """None when they were not asked for."""
+        if self.entropy is None or self.largest_log_prob is None:
+            return None
+        return LmStatistics(self.entropy, self.largest_log_prob)
+
+
+def required(value: T | None) -> T:
+    """A field that the request asked for. Raises Unavailable for a service that left it out: it broke the protocol."""
+    if value is None:
+        raise Unavailable("the language model service did not answer what it was asked for")
+    return value
 
 
 @dataclass(frozen=True)
@@ -115,10 +141,17 @@ class ModelInfo:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that differ when answers could: other weights, configuration, tokenizer, BOS token or
         key function."""
-        parts = (
-            self.weights_sha256, self.tokenizer_sha256, self.key_function, self.config_sha256, str(self.bos_token_id),
-        )  # fmt: skip
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        return hashlib.sha256(" ".join(str(getattr(self, name)) for name in IDENTITY).encode()).hexdigest()[:16]
+
+
+def differs(made_by: Mapping[str, object], model: ModelInfo) -> str | None:
+    """The first field in which what made a datastore's keys is not this model; None when the model can use them.
+
+    made_by: fields of ModelInfo as they were recorded. Where it has no config_sha256, its bos_token_id says nothing.
+    """
+    unrecorded = ("config_sha256", "bos_token_id") if made_by["config_sha256"] is None else ()
+    looked_at = [n for n in (*IDENTITY, "key_dim", "vocab_size") if n in made_by and n not in unrecorded]
+    return next((name for name in looked_at if made_by[name] != getattr(model, name)), None)
 
 
 @dataclass(frozen=True)

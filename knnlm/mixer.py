@@ -5,18 +5,17 @@ cannot drift apart. A plan asks once which version of each domain answers, and e
 one answer never mixes two. Replicas may let go of it meanwhile; then the call is made again with a new plan, once.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.decoding import Answered, Mixed, choose_windows, mix_evidence, plan_fed_windows
-from knnlm.domains import NoDatastore, UsedDomain
+from knnlm.decoding import Mixed, choose_windows, mix_evidence, plan_fed_windows
+from knnlm.domains import NoDatastore
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable, UnknownVersion
-from knnlm.evidence import Step, Stretch
+from knnlm.evidence import Evidence, Step, Stretch
 from knnlm.messages import (
     DatastoreClient,
     ForwardRequest,
@@ -24,19 +23,18 @@ from knnlm.messages import (
     LanguageModelClient,
     ModelInfo,
     SearchResult,
+    required,
 )
 from knnlm.mixture import TOLERANCE
 from knnlm.options import KnnOptions
-from knnlm.plan import Plan
 from knnlm.rules import FIXED
-from knnlm.scoring import BATCHES_UNDER_WAY, Score, Scoring, required, statistics, timed
-from knnlm.sources import Services, Source, computed, source_kind, together
+from knnlm.scoring import BATCHES_UNDER_WAY, Score, Scoring
+from knnlm.sources import Plan, Services, Source, Timings, UsedDomain, computed, source_kind, timed, together
 
 __all__ = ["BATCHES_UNDER_WAY", "Mixer", "NextTokens", "Options", "Plan", "Score"]
 
 T = TypeVar("T")
 Ids = npt.NDArray[np.int32]
-MAX_EXPECTED = 256  # kinds of options whose plans are remembered
 Options = KnnOptions | Mapping[str, Any] | None  # Any: a record of options for each row of knnlm.sources.SOURCES
 
 
@@ -52,27 +50,6 @@ class NextTokens:
     found: Sequence[SearchResult] = ()
     degraded: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
-
-
-class Wanted(NamedTuple):
-    """What a plan needs of a forward pass beside the distributions."""
-
-    keys: bool
-    statistics: bool
-
-
-@dataclass(frozen=True)
-class Begun:
-    """A forward pass under way. timings: seconds per stage, when it is done."""
-
-    wanted: Wanted
-    forward: "asyncio.Future[ForwardResult]"
-    timings: dict[str, float]
-
-    async def stop(self) -> None:
-        """Leave nothing running; what it would have raised is not."""
-        if self.forward.cancel():
-            await asyncio.gather(self.forward, return_exceptions=True)
 
 
 class Mixer:
@@ -99,7 +76,6 @@ class Mixer:
         self._batch_tokens = batch_tokens
         self._window_model = replace(info, context_length=min(info.context_length, max_window or info.context_length))
         self._down = down
-        self._expected: dict[tuple[object, ...] | None, Wanted] = {}
 
     async def plan(self, options: Options = None) -> Plan:
         """The sources that the options mean, resolved, pinned and checked; none for the LM alone.
@@ -115,19 +91,14 @@ class Mixer:
         if down is not None:
             return Plan(degraded=down)
         try:
-            found = await together([kind.resolve(asked[name], self._services) for name, kind in kinds.items()])
+            plans = await together([kind.resolve(asked[name], self._services) for name, kind in kinds.items()])
         except (Unavailable, DeadlineExceeded) as err:
             if not optional:
                 raise
             return Plan(degraded=err.message)
-        sources = tuple(source for resolved in found for source in resolved.sources)
-        _check_weights(sources)
-        return Plan(
-            sources,
-            domains=tuple(used for resolved in found for used in resolved.domains),
-            infos=tuple(info for resolved in found for info in resolved.infos),
-            pinned=all(resolved.pinned for resolved in found),
-        )
+        plan = sum(plans, Plan())
+        _check_weights(plan.sources)
+        return plan
 
     async def step(
         self,
@@ -136,30 +107,29 @@ class Mixer:
         *,
         passages: int = 0,
         passage_tokens: int = 24,
-        begun: Begun | None = None,
     ) -> NextTokens:
         """The distribution of the token after each context, a (t_i,) int32 array with its BOS.
 
-        passages: also find the text around this many nearest neighbors of each context. begun: a forward pass of these
-        contexts that is under way, used when it is the one that the plan needs. Raises InvalidRequest for an empty
-        context, TooLarge for one that the model does not take, and what the services raise.
+        passages: also find the text around this many nearest neighbors of each context. Raises InvalidRequest for an
+        empty context, TooLarge for one that the model does not take, and what the services raise.
         """
         self._check_contexts(contexts)
-        wanted = Wanted(plan.needs_keys, plan.statistics)
-        if begun is None or begun.wanted != wanted:
-            begun = self._begin(contexts, wanted)
-        try:
-            forward = await begun.forward
-        finally:
-            await begun.stop()
-        timings = dict(begun.timings)
+        request = ForwardRequest(
+            tokens=contexts,
+            positions=[np.array([len(c) - 1], np.int32) for c in contexts],
+            full=True,
+            keys=plan.needs_keys,
+            statistics=plan.statistics,
+        )
+        timings: Timings = {}
+        forward = await self._forward(request, timings)
         stretches = [Stretch(context, 0, np.array([len(context)])) for context in contexts]
         asked = Step(stretches, forward.keys, passages=passages, passage_tokens=passage_tokens)
         plan, answers = await self._answers(plan, asked, timings)
         log_probs = required(forward.log_probs)
-        mixing = computed(log_probs.size, mix_evidence, log_probs, answers, statistics(forward))
+        mixing = computed(log_probs.size, mix_evidence, log_probs, plan.sources, answers, forward.statistics)
         mixed = await timed(mixing, "mix", timings)
-        found = [result for answer in answers for result in answer.evidence.found]
+        found = [result for answer in answers for result in answer.found]
         return NextTokens(mixed, plan.domains, found, plan.degraded, timings)
 
     async def score(
@@ -183,24 +153,11 @@ class Mixer:
     async def next_token(
         self, contexts: Sequence[Ids], options: Options = None, *, passages: int = 0, passage_tokens: int = 24
     ) -> NextTokens:
-        """`plan` and `step`. When options like these made a plan before, the forward pass begins beside the plan."""
+        """`plan` and `step`. A context that cannot be taken is refused before anything is asked."""
         self._check_contexts(contexts)
-        likeness = _likeness(options)
-        wanted = self._expected.pop(likeness, None)
-        begun = None if wanted is None else self._begin(contexts, wanted)
-
-        async def step(plan: Plan) -> NextTokens:
-            if plan.sources and likeness is not None:
-                self._expected[likeness] = Wanted(plan.needs_keys, plan.statistics)
-                if len(self._expected) > MAX_EXPECTED:
-                    del self._expected[next(iter(self._expected))]
-            return await self.step(plan, contexts, passages=passages, passage_tokens=passage_tokens, begun=begun)
-
-        try:
-            return await self.planned(options, step)
-        finally:
-            if begun is not None:
-                await begun.stop()
+        return await self.planned(
+            options, lambda plan: self.step(plan, contexts, passages=passages, passage_tokens=passage_tokens)
+        )
 
     async def score_text(
         self,
@@ -226,33 +183,18 @@ class Mixer:
                 raise
         return await work(await self.plan(options))
 
-    def _begin(self, contexts: Sequence[Ids], wanted: Wanted) -> Begun:
-        request = ForwardRequest(
-            tokens=contexts,
-            positions=[np.array([len(c) - 1], np.int32) for c in contexts],
-            full=True,
-            keys=wanted.keys,
-            statistics=wanted.statistics,
-        )
-        timings: dict[str, float] = {}
-        return Begun(wanted, asyncio.ensure_future(self._forward(request, timings)), timings)
-
-    async def _answers(self, plan: Plan, step: Step, timings: dict[str, float]) -> tuple[Plan, list[Answered]]:
-        """What the sources say, and the plan that goes on: without sources once they failed and are optional."""
+    async def _answers(self, plan: Plan, step: Step, timings: Timings) -> tuple[Plan, list[Evidence]]:
+        """What each source says, and the plan that goes on: without sources once they failed and are optional."""
         if not plan.sources:
             return plan, []
         try:
-            found = await timed(together([source.evidence(step) for source in plan.sources]), "search", timings)
+            return plan, await timed(together([source.evidence(step) for source in plan.sources]), "search", timings)
         except (Unavailable, DeadlineExceeded) as err:
             if not plan.optional:
                 raise
-            return plan.without_sources(err.message), []
-        return plan, [
-            Answered(source.name, source.kind, source.weighing, evidence)
-            for source, evidence in zip(plan.sources, found, strict=True)
-        ]
+            return Plan(degraded=err.message), []
 
-    async def _forward(self, request: ForwardRequest, timings: dict[str, float]) -> ForwardResult:
+    async def _forward(self, request: ForwardRequest, timings: Timings) -> ForwardResult:
         """Raises Unavailable when another model than `info` answers: its keys would find nonsense without a word."""
         result = await timed(self._lm.forward(request), "lm", timings)
         if result.fingerprint != self.info.fingerprint:
@@ -270,14 +212,6 @@ class Mixer:
                 raise TooLarge(
                     f"the context has {len(context)} tokens, the model takes {self.info.context_length}", param="text"
                 )
-
-
-def _likeness(options: Options) -> tuple[object, ...] | None:
-    """Equal for options whose plans need the same of the model, most likely; None where that is not known."""
-    knn = options.get("knn") if isinstance(options, Mapping) and len(options) == 1 else options
-    if not isinstance(knn, KnnOptions):
-        return None
-    return (knn.rule, *((d.domain, d.version, d.lmbda is None) for d in knn.domains))
 
 
 def _check_weights(sources: Sequence[Source]) -> None:

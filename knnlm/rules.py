@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
-from knnlm.evidence import Evidence, LmStatistics
+from knnlm.evidence import Evidence
+from knnlm.messages import LmStatistics
 
 __all__ = ["FIXED", "LARGEST_LAMBDA", "RULES", "Observed", "Parameters", "Rule", "Weighing", "best_lambda", "rule",
            "shared"]  # fmt: skip
@@ -49,7 +50,7 @@ class Rule(Protocol):
         ...
 
     def fit(self, observed: Observed) -> Parameters:
-        """The parameters that make the observed tokens likeliest. Raises InvalidRequest for whole distributions."""
+        """The parameters that make the observed tokens likeliest. Raises TypeError for whole distributions."""
         ...
 
 
@@ -65,9 +66,7 @@ class Fixed:
 
     def fit(self, observed: Observed) -> Parameters:
         present = observed.evidence.present  # elsewhere the LM has all the weight, whatever lambda is
-        log_probs = observed.evidence.log_probs
-        if not isinstance(log_probs, np.ndarray):
-            raise InvalidRequest("a rule is fitted to log-probabilities of targets, got whole distributions")
+        log_probs = observed.evidence.of_targets
         return {"lambda": best_lambda(observed.lm_log_probs[present], log_probs[present])}
 
 

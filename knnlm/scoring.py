@@ -2,25 +2,18 @@
 (knnlm/mixer.py), what is computed in decoding.py."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.decoding import Answered, Mixed, Share, Window, mix_evidence
-from knnlm.domains import UsedDomain
-from knnlm.errors import Unavailable
-from knnlm.evidence import Evidence, LmStatistics, Step, Stretch
-from knnlm.messages import ForwardRequest, ForwardResult
-from knnlm.plan import Plan
+from knnlm.decoding import Mixed, Share, Window, mix_evidence
+from knnlm.evidence import Evidence, Step, Stretch
+from knnlm.messages import ForwardRequest, ForwardResult, required
+from knnlm.sources import Plan, Timings, UsedDomain, timed
 
-__all__ = ["BATCHES_UNDER_WAY", "Score", "Scoring", "required", "statistics", "timed"]
-
-T = TypeVar("T")
-Timings = dict[str, float]
+__all__ = ["BATCHES_UNDER_WAY", "Score", "Scoring"]
 
 BATCHES_UNDER_WAY = 4  # of one text that is scored
 
@@ -82,7 +75,7 @@ class Scoring:
         plan: Plan,
         *,
         forward: Callable[[ForwardRequest, Timings], Awaitable[ForwardResult]],
-        answers: Callable[[Plan, Step, Timings], Awaitable[tuple[Plan, list[Answered]]]],
+        answers: Callable[[Plan, Step, Timings], Awaitable[tuple[Plan, list[Evidence]]]],
     ) -> None:
         self.plan = plan
         self.timings: Timings = {}
@@ -107,7 +100,7 @@ class Scoring:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         if self.plan.degraded is not None:  # one answer never mixes two ways of making it
-            parts = [mix_evidence(part.lm_log_probs, []) for part in parts]
+            parts = [mix_evidence(part.lm_log_probs) for part in parts]
         return _joined(parts)
 
     async def _batch(self, windows: Sequence[Window]) -> Mixed:
@@ -124,40 +117,15 @@ class Scoring:
                     statistics=plan.statistics,
                 )
                 forward = await self._forward(request, timings)
-            answers: list[Answered] = []
             async with self._at_sources:
-                if self.plan.sources:
-                    stretches = [Stretch(tokens, w.start, np.arange(w.first, w.end), self._state) for w in windows]
-                    after, answers = await self._answers(self.plan, Step(stretches, forward.keys, targets), timings)
-                    if after.degraded is not None:
-                        self.plan = after
-            lm_log_probs = required(forward.target_log_probs)
-            return await timed(
-                asyncio.to_thread(mix_evidence, lm_log_probs, answers, statistics(forward)), "mix", timings
+                stretches = [Stretch(tokens, w.start, np.arange(w.first, w.end), self._state) for w in windows]
+                after, answers = await self._answers(self.plan, Step(stretches, forward.keys, targets), timings)
+                if after.degraded is not None:
+                    self.plan = after
+            mixing = asyncio.to_thread(
+                mix_evidence, required(forward.target_log_probs), after.sources, answers, forward.statistics
             )
-
-
-def required(value: T | None) -> T:
-    """A field that the request asked for. Raises Unavailable for a service that left it out: it broke the protocol."""
-    if value is None:
-        raise Unavailable("the language model service did not answer what it was asked for")
-    return value
-
-
-def statistics(forward: ForwardResult) -> LmStatistics | None:
-    """Those of a forward pass that was asked for them."""
-    if forward.entropy is None or forward.largest_log_prob is None:
-        return None
-    return LmStatistics(forward.entropy, forward.largest_log_prob)
-
-
-async def timed(call: Awaitable[T], stage: str, timings: Timings) -> T:
-    """Await, and add the seconds it took to timings[stage]."""
-    begin = time.perf_counter()
-    try:
-        return await call
-    finally:
-        timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - begin
+            return await timed(mixing, "mix", timings)
 
 
 def _batches(windows: Sequence[Window], batch_tokens: int) -> list[list[Window]]:
@@ -178,7 +146,8 @@ def _joined(parts: Sequence[Mixed]) -> Mixed:
     components = []
     for shares in zip(*(part.components for part in parts), strict=True):
         evidence = Evidence(
-            np.concatenate([s.evidence.present for s in shares]), np.concatenate([s.target_log_probs for s in shares])
+            np.concatenate([s.evidence.present for s in shares]),
+            np.concatenate([s.evidence.of_targets for s in shares]),
         )
         components.append(Share(shares[0].name, shares[0].kind, np.concatenate([s.weight for s in shares]), evidence))
     return Mixed(

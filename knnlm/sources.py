@@ -1,11 +1,13 @@
-"""Where the components of a mixture come from besides the LM: the contract of a source, and the table of all kinds.
+"""Where the components of a mixture come from besides the LM: the contract of a source, the plan that one call is made
+with, and the table of all kinds of sources.
 
 A kind is one file and one row of SOURCES. It has a record of options, which requests give under the row's name, and
 resolves them into sources once per plan, before any work is done.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol, TypeVar, cast
@@ -13,12 +15,14 @@ from typing import Any, Protocol, TypeVar, cast
 from knnlm.errors import InvalidRequest
 from knnlm.evidence import Evidence, Step
 from knnlm.messages import DatastoreClient, DomainInfo, ModelInfo
+from knnlm.options import DEFAULT_K, SearchOptions
 from knnlm.rules import Weighing
 
-__all__ = ["SOURCES", "Resolved", "Services", "Source", "SourceKind", "computed", "source_kind",
-           "together"]  # fmt: skip
+__all__ = ["SOURCES", "Plan", "Services", "Source", "SourceKind", "Timings", "UsedDomain", "computed", "source_kind",
+           "timed", "together"]  # fmt: skip
 
 T = TypeVar("T")
+Timings = dict[str, float]  # seconds per stage
 INLINE_NUMBERS = 1 << 15  # some tens of nanoseconds each: the event loop does not notice
 
 SOURCES: dict[str, str] = {"knn": "knnlm.domains:KNN"}  # a kind's name in requests, and where it is
@@ -64,6 +68,15 @@ async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:  # Any: 
     return [await calls[0]] if len(calls) == 1 else await asyncio.gather(*calls)
 
 
+async def timed(call: Awaitable[T], stage: str, timings: Timings) -> T:
+    """Await, and add the seconds it took to timings[stage]."""
+    begin = time.perf_counter()
+    try:
+        return await call
+    finally:
+        timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - begin
+
+
 @dataclass(frozen=True)
 class Services:
     """What sources may be made of. info: the language model, whose keys and vocabulary they must fit."""
@@ -73,14 +86,74 @@ class Services:
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """The sources that options of one kind became. domains: what answers say of those that are domains, and how they
-    were made; pinned: whether the caller chose every version, so that none can have been switched under the call."""
+class UsedDomain:
+    """What a domain is asked with in the end, and the version that answers."""
 
-    sources: Sequence[Source]
-    domains: Sequence[Any] = ()  # Any: knnlm.domains.UsedDomain, which is above
-    infos: Sequence[DomainInfo] = ()
+    domain: str
+    version: str
+    temperature: float
+    search: SearchOptions
+    weighing: Weighing
+
+    @property
+    def k(self) -> int:
+        return self.search.k or DEFAULT_K
+
+    @property
+    def rule(self) -> str:
+        return self.weighing.rule
+
+    @property
+    def lmbda(self) -> float | None:
+        """The weight of retrieval where the rule has one for all predictions."""
+        value = self.weighing.parameters.get("lambda")
+        return value if isinstance(value, int | float) else None
+
+    def as_json(self) -> dict[str, object]:
+        """What answers say of it."""
+        return {n: getattr(self, n) for n in ("domain", "version", "temperature", "lmbda", "k", "rule")}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one call or one completion is made with: resolved, pinned, checked and possibly degraded, once.
+
+    sources: what is mixed with the LM, in the order of the answer. domains: those among them, as answers show them.
+    infos: how each of these was made. pinned: whether the caller chose every version, so that none can have been
+    switched under the call. degraded: why the LM alone answers, None when it is as asked.
+    """
+
+    sources: tuple[Source, ...] = ()
+    domains: tuple[UsedDomain, ...] = ()
+    infos: tuple[DomainInfo, ...] = ()
     pinned: bool = True
+    degraded: str | None = None
+
+    @property
+    def needs_keys(self) -> bool:
+        return any(source.needs_keys for source in self.sources)
+
+    @property
+    def statistics(self) -> bool:
+        return any(source.weighing.statistics for source in self.sources)
+
+    @property
+    def in_order(self) -> bool:
+        return any(source.in_order for source in self.sources)
+
+    @property
+    def optional(self) -> bool:
+        """Whether the LM alone may answer when a source cannot."""
+        return all(source.optional for source in self.sources)
+
+    def __add__(self, other: "Plan") -> "Plan":
+        """The sources of both, of which neither is degraded."""
+        return Plan(
+            self.sources + other.sources,
+            self.domains + other.domains,
+            self.infos + other.infos,
+            self.pinned and other.pinned,
+        )
 
 
 class SourceKind(Protocol):
@@ -93,9 +166,10 @@ class SourceKind(Protocol):
         """Whether the LM alone may answer when what is behind the source cannot."""
         ...
 
-    async def resolve(self, options: Any, services: Services) -> Resolved:
-        """Everything that can be refused is refused here. Raises InvalidRequest, UnknownDomain, UnknownVersion,
-        DatastoreMismatch, and Unavailable or DeadlineExceeded when what is behind cannot be asked."""
+    async def resolve(self, options: Any, services: Services) -> Plan:
+        """The plan with these sources alone. Everything that can be refused is refused here. Raises InvalidRequest,
+        UnknownDomain, UnknownVersion, DatastoreMismatch, and Unavailable or DeadlineExceeded when what is behind
+        cannot be asked."""
         ...
 
 

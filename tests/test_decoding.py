@@ -1,5 +1,6 @@
 """One kNN-LM step and the windows over a long text."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from knnlm.decoding import (
     DEFAULT_WINDOW,
-    Answered,
+    Mixed,
     choose_windows,
     end_of_context,
     mix_evidence,
@@ -24,6 +25,7 @@ from knnlm.messages import DomainInfo
 from knnlm.neighbors import Neighbors
 from knnlm.rules import Weighing
 from knnlm.testing import ToyLanguageModel
+from tests.toys import CountSource
 
 VOCAB = 8
 TOY = ToyLanguageModel()
@@ -48,8 +50,11 @@ def neighbors(seed: int, n: int = 4) -> Neighbors:
     return Neighbors(np.sort(rng.uniform(0, 9, (n, 5)), axis=1).astype(np.float32), values)
 
 
-def answered(name: str, evidence: Evidence, lmbda: float = 0.3) -> Answered:
-    return Answered(name, "knn", Weighing("fixed", {"lambda": lmbda}, asked=True), evidence)
+def mixed(lm_log_probs: np.ndarray, *evidence: Evidence, lambdas: Sequence[float] = (0.3, 0.3, 0.3)) -> Mixed:
+    """The mixture with sources a, b, c, which answered with that evidence."""
+    weighings = [Weighing("fixed", {"lambda": lmbda}, asked=True) for lmbda in lambdas]
+    sources = [CountSource(w, VOCAB, name, "knn") for w, name, _ in zip(weighings, "abc", evidence, strict=False)]
+    return mix_evidence(lm_log_probs, sources, evidence)
 
 
 @given(st.integers(0, 200), st.integers(2, 20), st.data())
@@ -147,9 +152,8 @@ def test_windows_that_cannot_be_are_refused(asked: tuple[int | None, int | None]
 def test_targets_equal_the_distribution(domains: int) -> None:
     found = [neighbors(seed) for seed in range(domains)]
     targets = np.array([0, 3, 7, 2], np.int32)
-    whole = mix_evidence(lm(4), [answered(str(i), knn_evidence(f, 2.0)) for i, f in enumerate(found)])
-    some = [answered(str(i), knn_evidence(f, 2.0, targets)) for i, f in enumerate(found)]
-    one = mix_evidence(lm(4)[np.arange(4), targets], some)
+    whole = mixed(lm(4), *(knn_evidence(f, 2.0) for f in found))
+    one = mixed(lm(4)[np.arange(4), targets], *(knn_evidence(f, 2.0, targets) for f in found))
     np.testing.assert_allclose(one.log_probs, whole.log_probs[np.arange(4), targets], rtol=1e-12)
     np.testing.assert_allclose(np.exp(whole.log_probs).sum(axis=1), 1, rtol=1e-12)
     if domains:
@@ -161,8 +165,7 @@ def test_targets_equal_the_distribution(domains: int) -> None:
 
 
 def test_the_components_explain_the_mixture() -> None:
-    parts = [answered("a", knn_evidence(neighbors(1), 2.0)), answered("b", knn_evidence(neighbors(2), 9.0), 0.1)]
-    whole = mix_evidence(lm(4), parts)
+    whole = mixed(lm(4), knn_evidence(neighbors(1), 2.0), knn_evidence(neighbors(2), 9.0), lambdas=(0.3, 0.1))
     assert [(c.name, c.kind) for c in whole.components] == [("a", "knn"), ("b", "knn")]
     p = (1 - whole.weight[:, None]) * np.exp(whole.lm_log_probs)
     for component in whole.components:
@@ -180,10 +183,10 @@ def test_the_components_explain_the_mixture() -> None:
 
 
 def test_a_few_rows_at_a_time_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [answered("a", knn_evidence(neighbors(1, 9), 2.0)), answered("b", knn_evidence(neighbors(2, 9), 9.0))]
-    whole = mix_evidence(lm(9), parts).log_probs
+    parts = [knn_evidence(neighbors(1, 9), 2.0), knn_evidence(neighbors(2, 9), 9.0)]
+    whole = mixed(lm(9), *parts).log_probs
     monkeypatch.setattr("knnlm.decoding.MIX_BYTES", 2 * 8 * VOCAB)
-    np.testing.assert_array_equal(mix_evidence(lm(9), parts).log_probs, whole)
+    np.testing.assert_array_equal(mixed(lm(9), *parts).log_probs, whole)
 
 
 @given(st.lists(st.sampled_from([-3.0, -2.0, -1.0, -np.inf]), min_size=1, max_size=9), st.integers(0, 12))

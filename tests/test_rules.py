@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from knnlm.domains import knn_evidence
 from knnlm.errors import InvalidRequest
-from knnlm.evidence import Evidence, LmStatistics
+from knnlm.evidence import Evidence
+from knnlm.messages import LmStatistics
 from knnlm.neighbors import Neighbors
 from knnlm.rules import LARGEST_LAMBDA, RULES, Observed, Weighing, best_lambda, shared
 from tests.toys import LEVEL, level  # noqa: F401  a fixture
@@ -104,7 +105,7 @@ def test_where_the_asked_weights_leave_nothing_the_fitted_have_none() -> None:
 
 
 def test_a_rule_is_fitted_to_targets() -> None:
-    with pytest.raises(InvalidRequest, match="log-probabilities of targets"):
+    with pytest.raises(TypeError, match="there are no targets"):
         RULES["fixed"].fit(Observed(OBSERVED.lm_log_probs, knn_evidence(NEIGHBORS, 1.0)))
 
 

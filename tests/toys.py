@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from knnlm.errors import InvalidRequest
-from knnlm.evidence import Evidence, LmStatistics, Step
+from knnlm.evidence import Evidence, Step
+from knnlm.messages import LmStatistics
 from knnlm.options import option
 from knnlm.rules import RULES, Observed, Parameters, Weighing, Weights
-from knnlm.sources import SOURCES, Resolved, Services
+from knnlm.sources import SOURCES, Plan, Services
 
 LEVEL, COUNTS = "level", "counts"
 
@@ -86,9 +87,9 @@ class Counts:
         del options
         return False
 
-    async def resolve(self, options: CountOptions, services: Services) -> Resolved:
+    async def resolve(self, options: CountOptions, services: Services) -> Plan:
         weighing = Weighing("fixed", {"lambda": options.lmbda}, asked=True)
-        return Resolved([CountSource(weighing, services.info.vocab_size)])
+        return Plan((CountSource(weighing, services.info.vocab_size),))
 
 
 KIND = Counts()

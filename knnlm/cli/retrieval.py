@@ -10,8 +10,8 @@ from knnlm.errors import InvalidRequest
 from knnlm.options import SEARCH_OPTIONS, DomainOptions, KnnOptions, SearchOptions
 
 if TYPE_CHECKING:
-    from knnlm.domains import UsedDomain
     from knnlm.rules import Parameters
+    from knnlm.sources import UsedDomain
 
 __all__ = ["described", "domain_names", "retrieving", "weight_of"]
 

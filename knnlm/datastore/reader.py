@@ -22,7 +22,7 @@ from knnlm.datastore.document_table import DocumentTable, Int64, Row, Sizes, rea
 from knnlm.datastore.layout import REMOVED, Checksums, require_unchanged, segment_files
 from knnlm.datastore.manifest import Manifest
 from knnlm.errors import DatastoreCorrupt, DatastoreMismatch, InvalidRequest
-from knnlm.messages import ModelInfo, Passage
+from knnlm.messages import ModelInfo, Passage, differs
 
 __all__ = ["Datastore", "Int32", "Keys", "Segment", "open_segments"]
 
@@ -264,13 +264,11 @@ def _entry_ranges(path: Path, manifest: Manifest, documents: DocumentTable, remo
 
 
 def _refuse_other_model(path: Path, manifest: Manifest, info: ModelInfo) -> None:
-    made = manifest.model
-    recorded = ("config_sha256", "bos_token_id") if made.config_sha256 is not None else ()
-    for name in ("weights_sha256", "tokenizer_sha256", "key_function", "key_dim", "vocab_size", *recorded):
-        stored, wanted = getattr(manifest if name.startswith("key_") else made, name), getattr(info, name)
-        if stored != wanted:
-            raise DatastoreMismatch(
-                f"{path} was made by model {made.model_id} with {name} {stored}, "
-                f"model {info.model_id} has {name} {wanted}",
-                param=name,
-            )
+    made_by = {**manifest.model.model_dump(), "key_function": manifest.key_function, "key_dim": manifest.key_dim}
+    name = differs(made_by, info)
+    if name is not None:
+        raise DatastoreMismatch(
+            f"{path} was made by model {manifest.model.model_id} with {name} {made_by[name]}, "
+            f"model {info.model_id} has {name} {getattr(info, name)}",
+            param=name,
+        )

@@ -13,11 +13,18 @@ from knnlm.decoding import Window, choose_windows, plan_fed_windows
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.splits import Encoded
 from knnlm.evaluation.tuning import Observations
-from knnlm.evidence import LmStatistics
-from knnlm.messages import DomainInfo, ForwardRequest, ForwardResult, LanguageModel, Searching, SearchRequest
+from knnlm.messages import (
+    DomainInfo,
+    ForwardRequest,
+    ForwardResult,
+    LanguageModel,
+    LmStatistics,
+    Searching,
+    SearchRequest,
+    required,
+)
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
-from knnlm.scoring import required
 
 __all__ = ["LEAK_ALARM", "LEAK_SEARCH", "HeldOut", "coincide", "find", "leak", "observe"]
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from knnlm.decoding import choose_windows
-from knnlm.domains import UsedDomain
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import LEAK_ALARM, LEAK_SEARCH, find, leak, observe
 from knnlm.evaluation.splits import Encoded, sample
 from knnlm.mixer import Score
 from knnlm.options import KnnOptions
 from knnlm.pipeline import Pipeline
+from knnlm.sources import UsedDomain
 
 __all__ = ["DocumentFigures", "Figures", "Report", "evaluate", "leaks"]
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.decoding import Answered, mix_evidence
 from knnlm.domains import knn_evidence
 from knnlm.errors import InvalidRequest
-from knnlm.evidence import LmStatistics
-from knnlm.messages import Tuning
+from knnlm.messages import LmStatistics, Tuning
+from knnlm.mixture import Component, mix
 from knnlm.neighbors import Neighbors
 from knnlm.rules import FIXED, LARGEST_LAMBDA, Observed, Parameters, Weighing, best_lambda, rule
 
@@ -165,5 +164,7 @@ def _best_at(observations: Observations, temperature: float, name: str) -> Point
 
 
 def _loss(observed: Observed, weighing: Weighing) -> float:
-    answered = Answered("knn", "knn", weighing, observed.evidence)
-    return -float(mix_evidence(observed.lm_log_probs, [answered], observed.lm).log_probs.mean())
+    """Mean negative log-probability of the observed tokens; evidence of targets."""
+    evidence = observed.evidence
+    component = Component("knn", evidence.of_targets, weighing.weights(evidence, observed.lm))
+    return -float(mix(observed.lm_log_probs, [component]).mean())

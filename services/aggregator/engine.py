@@ -15,9 +15,16 @@ import numpy.typing as npt
 
 from knnlm.clients.rpc import DomainReplica
 from knnlm.decoding import end_of_context
-from knnlm.domains import differs
 from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, TooLarge, Unavailable
-from knnlm.messages import DatastoreClient, Document, DocumentsClient, DomainInfo, LanguageModelClient, ModelInfo
+from knnlm.messages import (
+    DatastoreClient,
+    Document,
+    DocumentsClient,
+    DomainInfo,
+    LanguageModelClient,
+    ModelInfo,
+    differs,
+)
 from knnlm.mixer import Mixer
 from knnlm.tokenizer import Tokenizer
 from knnlm.wire.arrays import LIST_LIMIT, ListBudget
@@ -228,7 +235,7 @@ class Aggregator:
             infos = await self._datastore.list_domains()
         except KnnlmError:  # a list of models must not fail because retrieval is down: what cannot be used is left out
             infos = []
-        usable = [d.domain for d in infos if differs(d, self.info) is None]
+        usable = [d.domain for d in infos if differs(vars(d), self.info) is None]
         return [self.model_name, *(f"{self.model_name}+{d}" for d in usable)]
 
     async def domain(self, name: str) -> Domain:

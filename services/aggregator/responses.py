@@ -115,7 +115,7 @@ def _scored_components(score: Score) -> list[mixing.ScoredComponent]:
     """All that was mixed, the LM first."""
     mixed = score.mixed
     columns = [("lm", "lm", 1 - mixed.weight, mixed.lm_log_probs)]
-    columns += [(c.name, c.kind, c.weight, c.target_log_probs) for c in mixed.components]
+    columns += [(c.name, c.kind, c.weight, c.evidence.of_targets) for c in mixed.components]
     return [
         mixing.ScoredComponent(
             name=name, kind=kind, weight=weight.tolist(), log_p=[_finite(value) for value in log_probs.tolist()]

@@ -44,7 +44,7 @@ async def test_a_source_is_asked_for_by_its_name_and_shown_among_the_components(
     for shown, component in zip(scored["components"][1:], expected_score.mixed.components, strict=True):
         np.testing.assert_allclose(shown["weight"], component.weight)
         log_p = [-np.inf if value is None else value for value in shown["log_p"]]
-        np.testing.assert_allclose(log_p, component.target_log_probs, rtol=1e-5)
+        np.testing.assert_allclose(log_p, component.evidence.of_targets, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("counts")

@@ -20,7 +20,7 @@ from knnlm.evaluation.tuning import (
     smallest_k,
     temperature_scale,
 )
-from knnlm.evidence import LmStatistics
+from knnlm.messages import LmStatistics
 from knnlm.neighbors import Neighbors, target_log_probs
 from knnlm.rules import RULES
 from tests.toys import LEVEL, level  # noqa: F401  a fixture
