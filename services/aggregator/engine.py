@@ -5,17 +5,12 @@ differ from the model's own.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from knnlm.clients.rpc import DomainReplica
-from knnlm.decoding import end_of_context
-from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, TooLarge, Unavailable
+from knnlm.errors import KnnlmError, Unavailable
 from knnlm.messages import (
     DatastoreClient,
     Document,
@@ -28,6 +23,7 @@ from knnlm.messages import (
 from knnlm.mixer import Mixer
 from knnlm.tokenizer import Tokenizer
 from knnlm.wire.arrays import LIST_LIMIT, ListBudget
+from services.aggregator.requests import Inputs, MemoryBudget
 from services.aggregator.responses import (
     domain_shape,
     domain_status_shape,
@@ -48,8 +44,6 @@ from services.aggregator.settings import AggregatorSettings
 from services.runtime.context import RequestContext
 from services.runtime.schemas import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
 
-Ids = npt.NDArray[np.int32]
-
 
 class Datastore(DatastoreClient, DocumentsClient, Protocol):
     """A datastore service of several replicas. problem: why none of them answers, as far as is known."""
@@ -58,32 +52,6 @@ class Datastore(DatastoreClient, DocumentsClient, Protocol):
     def problem(self) -> str | None: ...
     async def activate(self, domain: str, version: str, *, wait: bool = False) -> DomainInfo: ...
     async def replicas(self, domain: str) -> Sequence[DomainReplica]: ...
-
-
-class MemoryBudget:
-    """Bounds the numbers that requests hold in memory together. Requests wait in the order of their arrival."""
-
-    def __init__(self, size: int) -> None:
-        self._left = size
-        self._turn = asyncio.Lock()
-        self._freed = asyncio.Event()
-
-    @asynccontextmanager
-    async def hold(self, size: int, seconds: float) -> AsyncIterator[None]:
-        """size: at most that of the budget. Raises DeadlineExceeded when it is not free within `seconds`."""
-        try:
-            async with asyncio.timeout(seconds), self._turn:
-                while self._left < size:
-                    self._freed.clear()
-                    await self._freed.wait()
-                self._left -= size
-        except TimeoutError as err:
-            raise DeadlineExceeded("the request's time was over before memory for its distributions was free") from err
-        try:
-            yield
-        finally:
-            self._left += size
-            self._freed.set()
 
 
 class Aggregator:
@@ -104,6 +72,7 @@ class Aggregator:
         self._datastore = datastore
         self._settings = settings
         self._degraded = degraded
+        self._inputs = Inputs(info, tokenizer, settings)
         self._budget = MemoryBudget(settings.max_distribution_numbers)
         self._mixer = Mixer(
             lm,
@@ -135,9 +104,13 @@ class Aggregator:
     async def next_token(self, request: mixing.NextTokenRequest, call: RequestContext) -> mixing.NextTokenResponse:
         """The answer; seconds per stage go into the call. Raises KnnlmError for everything that cannot be answered."""
         model, sources = chosen(request, self.info.model_id, self._settings)
-        self._check_shown(request, mixed=bool(sources))
-        contexts = [self._fitting(context, request) for context in await self._contexts(request)]
-        async with self._budget.hold(self._numbers(request, len(contexts)), call.remaining()):
+        self._inputs.check_shown(request, mixed=bool(sources))
+        contexts = await self._inputs.contexts(request.text, request.tokens, parse_special=request.parse_special)
+        contexts = [self._inputs.fitting(c, request.truncate, request.given) for c in contexts]
+        numbers = self._inputs.distribution_numbers(len(contexts), request.given)
+        if request.full and request.encoding == "list":
+            ListBudget(LIST_LIMIT).spend(3 * numbers)  # p, p_lm and p_knn
+        async with self._budget.hold(numbers, call.remaining()):
             answer = await self._mixer.next_token(
                 contexts, sources, passages=request.neighbors, passage_tokens=request.neighbor_tokens
             )
@@ -154,7 +127,7 @@ class Aggregator:
         if (length, least) == (None, None) and self._settings.context_length is not None:
             length = min(self._settings.context_length, self.info.context_length)
             least = None if self._settings.min_context is None else min(self._settings.min_context, length - 1)
-        tokens = await self._one_text(request)
+        tokens = await self._inputs.one_text(request.text, request.tokens, parse_special=request.parse_special)
         score = await self._mixer.score_text(tokens, sources, context_length=length, min_context=least)
         self._note(score.degraded, score.timings, call)
         return await asyncio.to_thread(score_response, score, model, self.tokenizer)
@@ -192,43 +165,6 @@ class Aggregator:
         if degraded is not None:
             self._degraded()
 
-    def _check_shown(self, request: mixing.NextTokenRequest, *, mixed: bool) -> None:
-        limits = self._settings
-        for name, most in (
-            ("top_n", limits.max_top_n),
-            ("neighbors", limits.max_neighbors),
-            ("neighbor_tokens", limits.max_neighbors),
-        ):
-            if getattr(request, name) > most:
-                raise TooLarge(f"{name} must be at most {most}, got {getattr(request, name)}", param=name)
-        if request.neighbors and not mixed:
-            raise InvalidRequest("neighbors were asked for, but no domain is named in knn or model", param="neighbors")
-
-    def _numbers(self, request: mixing.NextTokenRequest, contexts: int) -> int:
-        """Numbers in the distributions that the request needs. Raises TooLarge, before any work."""
-        most, numbers = self._settings.max_distribution_numbers, contexts * self.info.vocab_size
-        if numbers > most:
-            raise TooLarge(
-                f"{contexts} contexts have distributions over {self.info.vocab_size} tokens each, {numbers} numbers; "
-                f"at most {most} are made for one request: ask for fewer contexts",
-                param="text" if request.tokens is None else "tokens",
-            )
-        if request.full and request.encoding == "list":
-            ListBudget(LIST_LIMIT).spend(3 * numbers)  # p, p_lm and p_knn
-        return numbers
-
-    def _fitting(self, context: Ids, request: mixing.NextTokenRequest) -> Ids:
-        """The context, or with `truncate` its BOS and as much of its end as the model takes."""
-        most = min(self.info.context_length, self._settings.max_context_length)
-        if len(context) <= most:
-            return context
-        if request.truncate is None:
-            raise TooLarge(
-                f'a context has {len(context)} tokens, at most {most} are taken; truncate "left" keeps its end',
-                param="text" if request.tokens is None else "tokens",
-            )
-        return end_of_context(context, most, self.info.bos_token_id)
-
     async def model_ids(self) -> list[str]:
         """The LM's own id, and one id per domain that this LM can be mixed with. Without retrieval, the LM's alone."""
         try:
@@ -245,7 +181,7 @@ class Aggregator:
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
         """The ids of the text; BOS first when asked for."""
         self.check_model(request.model)
-        self._check_texts([request.prompt], "prompt", empty=True)
+        self._inputs.check_texts([request.prompt], "prompt", empty=True)
         return await asyncio.to_thread(self._tokenized, request)
 
     def _tokenized(self, request: TokenizeRequest) -> TokenizeResponse:
@@ -262,10 +198,8 @@ class Aggregator:
     async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
         """The text of the tokens."""
         self.check_model(request.model)
-        most = self._settings.max_score_tokens
-        if len(request.tokens) > most:
-            raise TooLarge(f"tokens may hold {most}, got {len(request.tokens)} (--max-score-tokens)", param="tokens")
-        text = await asyncio.to_thread(lambda: self.tokenizer.decode(self._token_array(request.tokens)))
+        self._inputs.check_token_count(request.tokens)
+        text = await asyncio.to_thread(lambda: self.tokenizer.decode(self._inputs.token_array(request.tokens)))
         return DetokenizeResponse(prompt=text)
 
     def tokenizer_info(self) -> dict[str, object]:
@@ -288,52 +222,3 @@ class Aggregator:
     def check_model(self, model: str | None) -> str | None:
         """The domain that a model id names, None for the LM alone. Raises UnknownModel for any other id."""
         return domain_of(model, self.info.model_id)
-
-    async def _contexts(self, request: mixing.NextTokenRequest) -> list[Ids]:
-        if (request.text is None) == (request.tokens is None):
-            raise InvalidRequest("give either text or tokens", param="text")
-        if request.text is not None:
-            texts = [request.text] if isinstance(request.text, str) else list(request.text)
-            self._check_count(len(texts), "text")
-            self._check_texts(texts, "text")
-            return await asyncio.to_thread(self.tokenizer.encode_all, texts, parse_special=request.parse_special)
-        rows = request.tokens or []
-        self._check_count(len(rows), "tokens")
-        return [self._token_array(row) for row in rows]
-
-    async def _one_text(self, request: mixing.ScoreRequest) -> Ids:
-        if (request.text is None) == (request.tokens is None):
-            raise InvalidRequest("give either text or tokens", param="text")
-        if request.tokens is not None:
-            tokens = self._token_array(request.tokens)
-        else:
-            text = request.text or ""
-            self._check_texts([text], "text")
-            tokens = await asyncio.to_thread(self.tokenizer.encode, text, parse_special=request.parse_special)
-        if len(tokens) > self._settings.max_score_tokens:
-            raise TooLarge(
-                f"the text has {len(tokens)} tokens, at most {self._settings.max_score_tokens} are scored at once",
-                param="text",
-            )
-        return tokens
-
-    def _check_count(self, count: int, param: str) -> None:
-        if not count:
-            raise InvalidRequest(f"{param} is empty: expected at least one context", param=param)
-        if count > self._settings.max_texts:
-            raise TooLarge(f"{param} may hold {self._settings.max_texts} contexts, got {count}", param=param)
-
-    def _check_texts(self, texts: Sequence[str], param: str, *, empty: bool = False) -> None:
-        if not (all(texts) or empty):
-            raise InvalidRequest(f"{param} must not be empty", param=param)
-        size = sum(len(text.encode()) for text in texts)
-        if size > self._settings.max_text_bytes:
-            raise TooLarge(
-                f"{param} may have {self._settings.max_text_bytes} bytes, got {size} (--max-text-bytes)", param=param
-            )
-
-    def _token_array(self, tokens: Sequence[int]) -> Ids:
-        largest = max(tokens, default=0)
-        if largest >= self.info.vocab_size:
-            raise InvalidRequest(f"token {largest} is outside the vocabulary of {self.info.vocab_size}", param="tokens")
-        return np.array(tokens, np.int32)

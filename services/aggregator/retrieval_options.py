@@ -5,15 +5,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, UnknownModel
-from knnlm.options import SEARCH_OPTIONS, DomainOptions, KnnOptions, SearchOptions, record_of
+from knnlm.options import DomainOptions, KnnOptions, SearchOptions, record_of
 from knnlm.sources import SOURCES, source_kind
 from services.aggregator.schemas.mixing import DomainChoice, Knn, NextTokenRequest, Request, ScoreRequest
 from services.aggregator.settings import AggregatorSettings
 
 __all__ = ["chosen", "domain_of", "named_as_asked", "short_name"]
 
-KNN = {*SEARCH_OPTIONS, "domain", "domains", "version", "lambda", "temperature", "combine", "rule"}
-RENAMED = {"passages": "neighbors", "passage_tokens": "neighbor_tokens", **{name: f"knn.{name}" for name in KNN}}
+RENAMED = {"passages": "neighbors", "passage_tokens": "neighbor_tokens"}
+RENAMED |= {name: f"knn.{name}" for name in (field.alias or name for name, field in Knn.model_fields.items())}
 
 
 @contextmanager

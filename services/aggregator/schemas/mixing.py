@@ -116,6 +116,11 @@ class NextTokenRequest(Request):
     neighbors: Annotated[StrictInt, Field(ge=0)] = Field(0, description="Nearest neighbors shown, with their source.")
     neighbor_tokens: Annotated[StrictInt, Field(ge=0)] = Field(24, description="Tokens of text on each side of them.")
 
+    @property
+    def given(self) -> str:
+        """The field that holds the contexts."""
+        return "text" if self.tokens is None else "tokens"
+
 
 class ScoreRequest(Request):
     text: Text | None = Field(None, description="A text of any length.")

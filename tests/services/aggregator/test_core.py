@@ -10,7 +10,8 @@ from knnlm.errors import DeadlineExceeded, Unavailable
 from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
 from knnlm.testing import ToyLanguageModel
 from services.aggregator.core import AggregatorCore
-from services.aggregator.engine import Aggregator, MemoryBudget
+from services.aggregator.engine import Aggregator
+from services.aggregator.requests import MemoryBudget
 from services.aggregator.schemas.mixing import NextTokenRequest
 from services.aggregator.settings import AggregatorSettings
 from services.aggregator.upstream import UpstreamMetrics

@@ -1,0 +1,164 @@
+"""What a request gives, within the settings: texts and token ids as arrays of token ids; and the memory that the
+distributions of all requests share."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.decoding import end_of_context
+from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge
+from knnlm.messages import ModelInfo
+from knnlm.tokenizer import Tokenizer
+from services.aggregator.schemas import mixing
+from services.aggregator.settings import AggregatorSettings
+
+__all__ = ["Inputs", "MemoryBudget"]
+
+Ids = npt.NDArray[np.int32]
+
+
+class Inputs:
+    """Reads and checks what requests give. param: the field that errors name.
+
+    Texts are (t,) int32 arrays of token ids, with the BOS that the tokenizer puts before them; token ids are used as
+    they are.
+    """
+
+    def __init__(self, info: ModelInfo, tokenizer: Tokenizer, settings: AggregatorSettings) -> None:
+        self._info = info
+        self._tokenizer = tokenizer
+        self._settings = settings
+
+    async def contexts(
+        self,
+        texts: str | Sequence[str] | None,
+        rows: Sequence[Sequence[int]] | None,
+        *,
+        parse_special: bool,
+        params: tuple[str, str] = ("text", "tokens"),
+    ) -> list[Ids]:
+        """One array for each text or each row of token ids, of which one kind is given; see `fitting`.
+
+        params: the fields of the two. Raises InvalidRequest and TooLarge.
+        """
+        _one_of_two(texts, rows, params)
+        if texts is None:
+            rows = rows or []
+            self._check_count(len(rows), params[1])
+            return [self.token_array(row, params[1]) for row in rows]
+        texts = [texts] if isinstance(texts, str) else texts
+        self._check_count(len(texts), params[0])
+        self.check_texts(texts, params[0])
+        return await asyncio.to_thread(self._tokenizer.encode_all, list(texts), parse_special=parse_special)
+
+    async def one_text(self, text: str | None, tokens: Sequence[int] | None, *, parse_special: bool) -> Ids:
+        """A text to be scored, of any length up to max_score_tokens. Raises InvalidRequest and TooLarge."""
+        _one_of_two(text, tokens, ("text", "tokens"))
+        if text is None:
+            ids = self.token_array(tokens or [])
+        else:
+            self.check_texts([text], "text")
+            ids = await asyncio.to_thread(self._tokenizer.encode, text, parse_special=parse_special)
+        if len(ids) > self._settings.max_score_tokens:
+            raise TooLarge(
+                f"the text has {len(ids)} tokens, at most {self._settings.max_score_tokens} are scored at once",
+                param="text",
+            )
+        return ids
+
+    def fitting(self, context: Ids, truncate: str | None, param: str) -> Ids:
+        """The context, or with `truncate` its BOS and as much of its end as the model takes. Raises TooLarge."""
+        most = min(self._info.context_length, self._settings.max_context_length)
+        if len(context) <= most:
+            return context
+        if truncate is None:
+            raise TooLarge(
+                f'a context has {len(context)} tokens, at most {most} are taken; truncate "left" keeps its end',
+                param=param,
+            )
+        return end_of_context(context, most, self._info.bos_token_id)
+
+    def distribution_numbers(self, contexts: int, param: str) -> int:
+        """Numbers in the distributions of one token after each context. Raises TooLarge, before any work."""
+        most, numbers = self._settings.max_distribution_numbers, contexts * self._info.vocab_size
+        if numbers > most:
+            raise TooLarge(
+                f"{contexts} contexts have distributions over {self._info.vocab_size} tokens each, {numbers} numbers; "
+                f"at most {most} are made for one request: ask for fewer contexts",
+                param=param,
+            )
+        return numbers
+
+    def check_shown(self, request: mixing.NextTokenRequest, *, mixed: bool) -> None:
+        """Raises TooLarge, and InvalidRequest for neighbors where nothing is retrieved."""
+        limits = self._settings
+        for name, most in (
+            ("top_n", limits.max_top_n),
+            ("neighbors", limits.max_neighbors),
+            ("neighbor_tokens", limits.max_neighbors),
+        ):
+            if getattr(request, name) > most:
+                raise TooLarge(f"{name} must be at most {most}, got {getattr(request, name)}", param=name)
+        if request.neighbors and not mixed:
+            raise InvalidRequest("neighbors were asked for, but no domain is named in knn or model", param="neighbors")
+
+    def check_texts(self, texts: Sequence[str], param: str, *, empty: bool = False) -> None:
+        """empty: whether a text may be. Raises InvalidRequest, and TooLarge for more bytes than are tokenized here."""
+        if not (all(texts) or empty):
+            raise InvalidRequest(f"{param} must not be empty", param=param)
+        size, most = sum(len(text.encode()) for text in texts), self._settings.max_text_bytes
+        if size > most:
+            raise TooLarge(f"{param} may have {most} bytes, got {size} (--max-text-bytes)", param=param)
+
+    def check_token_count(self, tokens: Sequence[int]) -> None:
+        """Raises TooLarge for more token ids than any request may hold."""
+        most = self._settings.max_score_tokens
+        if len(tokens) > most:
+            raise TooLarge(f"tokens may hold {most}, got {len(tokens)} (--max-score-tokens)", param="tokens")
+
+    def token_array(self, tokens: Sequence[int], param: str = "tokens") -> Ids:
+        """Raises InvalidRequest for a token id that the model does not know."""
+        largest = max(tokens, default=0)
+        if largest >= self._info.vocab_size:
+            raise InvalidRequest(f"token {largest} is outside the vocabulary of {self._info.vocab_size}", param=param)
+        return np.array(tokens, np.int32)
+
+    def _check_count(self, count: int, param: str) -> None:
+        if not count:
+            raise InvalidRequest(f"{param} is empty: expected at least one context", param=param)
+        if count > self._settings.max_texts:
+            raise TooLarge(f"{param} may hold {self._settings.max_texts} contexts, got {count}", param=param)
+
+
+def _one_of_two(texts: object, tokens: object, params: tuple[str, str]) -> None:
+    if (texts is None) == (tokens is None):
+        raise InvalidRequest(f"give either {params[0]} or {params[1]}", param=params[0])
+
+
+class MemoryBudget:
+    """Bounds the numbers that requests hold in memory together. Requests wait in the order of their arrival."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Event()
+
+    @asynccontextmanager
+    async def hold(self, size: int, seconds: float) -> AsyncIterator[None]:
+        """size: at most that of the budget. Raises DeadlineExceeded when it is not free within `seconds`."""
+        try:
+            async with asyncio.timeout(seconds), self._turn:
+                while self._left < size:
+                    self._freed.clear()
+                    await self._freed.wait()
+                self._left -= size
+        except TimeoutError as err:
+            raise DeadlineExceeded("the request's time was over before memory for its distributions was free") from err
+        try:
+            yield
+        finally:
+            self._left += size
+            self._freed.set()
