@@ -31,10 +31,10 @@ from benchmarks.system import THREADS
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.text import Document
 from knnlm.decoding import plan_windows
 from knnlm.lm.model import CPU_BATCH_TOKENS, LanguageModel
 from knnlm.lm.requests import Feed, batches
+from knnlm.messages import Document
 from knnlm.tokenizer import Tokenizer
 
 GOAL, MEMORY_GOAL = 0.9, 1.1

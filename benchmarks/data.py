@@ -29,7 +29,7 @@ from knnlm.datastore.files import locked, sha256_of
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.progress import Progress
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.text import Document, read_documents
+from knnlm.datastore.text import read_documents
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.evaluation.collect import observe
 from knnlm.evaluation.splits import Part, encode, part_of, sample, unseen
@@ -37,7 +37,7 @@ from knnlm.evaluation.tuning import Observations, fit
 from knnlm.index.build import build_index, suited
 from knnlm.index.searcher import Searcher
 from knnlm.lm.model import LanguageModel
-from knnlm.messages import SearchRequest
+from knnlm.messages import Document, SearchRequest
 from knnlm.options import SearchOptions
 
 __all__ = ["DOMAIN", "MODEL", "Prepared", "add_datastore_option", "asked_for", "cut", "prepare"]

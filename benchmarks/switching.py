@@ -23,8 +23,8 @@ from knnlm.datastore.arrays import ArrayWriter
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.document_table import Row
 from knnlm.datastore.files import sha256_of
-from knnlm.datastore.layout import DOCUMENTS, KEYS, TOKENIZER, TOKENS, VALUES
-from knnlm.datastore.manifest import FileRecord, Manifest, ModelRecord, WindowsRecord
+from knnlm.datastore.layout import DOCUMENTS, KEYS, TOKENIZER, TOKENS, VALUES, FileRecord
+from knnlm.datastore.manifest import Manifest, ModelRecord, WindowsRecord
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
 from knnlm.options import SearchOptions

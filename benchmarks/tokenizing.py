@@ -25,8 +25,8 @@ from benchmarks.harness import ROOT, arguments, figure, table
 from benchmarks.system import system
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.text import Document
 from knnlm.lm.model import LanguageModel
+from knnlm.messages import Document
 
 GOAL_MS = 50
 WORK = ROOT / "build" / "bench" / "tokenizing"

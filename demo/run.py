@@ -28,8 +28,9 @@ from rich.text import Text
 
 from demo import corpus, services
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.text import Document, read_documents
+from knnlm.datastore.text import read_documents
 from knnlm.evaluation.splits import Part, select
+from knnlm.messages import Document
 
 CONSOLE = Console(highlight=False, soft_wrap=True)
 ROOT = services.ROOT

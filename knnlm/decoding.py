@@ -13,9 +13,6 @@ from knnlm.mixture import Component, mix
 from knnlm.rules import shared
 from knnlm.sources import Source
 
-__all__ = ["Mixed", "Share", "Window", "choose_windows", "end_of_context", "mix_evidence",
-           "plan_fed_windows", "plan_windows", "top_tokens"]  # fmt: skip
-
 MIX_BYTES = 1 << 24  # float64 probabilities mixed at a time, for each component
 DEFAULT_WINDOW = 2048  # tokens fed at once when nobody says how many: a model that takes 131,072 would need minutes
 

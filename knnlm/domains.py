@@ -27,8 +27,6 @@ from knnlm.options import DEFAULT_K, DomainOptions, KnnOptions, SearchOptions
 from knnlm.rules import FIXED, Weighing, rule
 from knnlm.sources import Plan, Services, UsedDomain, computed, together
 
-__all__ = ["KNN", "DomainSource", "NoDatastore", "knn_evidence", "used_domain"]
-
 
 @dataclass(frozen=True)
 class DomainSource:

@@ -14,8 +14,6 @@ import numpy.typing as npt
 from knnlm.messages import SearchResult
 from knnlm.neighbors import TokenMasses
 
-__all__ = ["Evidence", "Step", "Stretch"]
-
 Ids = npt.NDArray[np.int32]
 
 

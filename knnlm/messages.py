@@ -19,12 +19,6 @@ from knnlm.options import SearchOptions
 if TYPE_CHECKING:
     from knnlm.tokenizer import Tokenizer
 
-__all__ = [
-    "DatastoreClient", "Document", "DocumentsClient", "DomainChange", "DomainInfo", "ForwardRequest", "ForwardResult",
-    "LanguageModel", "LanguageModelClient", "LmStatistics", "Memory", "ModelInfo", "Passage", "SearchQuality",
-    "SearchRequest", "SearchResult", "Searching", "Tuning", "differs", "required",
-]  # fmt: skip
-
 T = TypeVar("T")
 # what a model's answers follow from, by the names of ModelInfo's fields
 IDENTITY = ("weights_sha256", "tokenizer_sha256", "key_function", "config_sha256", "bos_token_id")

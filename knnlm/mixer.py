@@ -28,10 +28,8 @@ from knnlm.messages import (
 from knnlm.mixture import TOLERANCE
 from knnlm.options import KnnOptions
 from knnlm.rules import FIXED
-from knnlm.scoring import BATCHES_UNDER_WAY, Score, Scoring
+from knnlm.scoring import Score, Scoring
 from knnlm.sources import Plan, Services, Source, Timings, UsedDomain, computed, source_kind, timed, together
-
-__all__ = ["BATCHES_UNDER_WAY", "Mixer", "NextTokens", "Options", "Plan", "Score"]
 
 T = TypeVar("T")
 Ids = npt.NDArray[np.int32]

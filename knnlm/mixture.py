@@ -12,8 +12,6 @@ import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
 
-__all__ = ["Component", "mix"]
-
 TOLERANCE = 1e-9  # how far over one the weights may add up: rounding of decimal fractions
 
 

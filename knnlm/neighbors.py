@@ -12,17 +12,6 @@ import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
 
-__all__ = [
-    "MIN_TEMPERATURE",
-    "Neighbors",
-    "TokenMasses",
-    "merge",
-    "neighbor_log_probs",
-    "target_log_probs",
-    "token_masses",
-    "union_masses",
-]
-
 BLOCK_BYTES = 1 << 19  # of float64 weights made at a time in scoring: they stay in a core's cache
 MIN_TEMPERATURE = 1e-100  # no distance in float32, divided by it, overflows float64
 TINY = 1e-290  # a share this small has lost digits, or all, to underflow

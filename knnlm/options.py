@@ -13,9 +13,6 @@ from typing import Any, Self, TypeVar
 from knnlm.errors import InvalidRequest
 from knnlm.neighbors import MIN_TEMPERATURE
 
-__all__ = ["DEFAULT_K", "SEARCH_OPTIONS", "DomainOptions", "KnnOptions", "Option", "SearchOptions", "option",
-           "options_of", "record_of"]  # fmt: skip
-
 Record = TypeVar("Record")
 
 DEFAULT_K = 1024  # of Khandelwal et al. 2020 (arXiv 1911.00172); a domain's tuning says otherwise

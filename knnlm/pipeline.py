@@ -27,11 +27,10 @@ from knnlm.messages import (
     SearchRequest,
     SearchResult,
 )
-from knnlm.mixer import Mixer, NextTokens, Options, Score
+from knnlm.mixer import Mixer, NextTokens, Options
 from knnlm.options import DomainOptions, KnnOptions
+from knnlm.scoring import Score
 from knnlm.tokenizer import Tokenizer
-
-__all__ = ["Context", "LocalDatastore", "LocalLanguageModel", "Pipeline", "build"]
 
 T = TypeVar("T")
 Context = str | Sequence[int] | npt.NDArray[np.integer]

@@ -15,9 +15,6 @@ from knnlm.errors import InvalidRequest
 from knnlm.evidence import Evidence
 from knnlm.messages import LmStatistics
 
-__all__ = ["FIXED", "LARGEST_LAMBDA", "RULES", "Observed", "Parameters", "Rule", "Weighing", "best_lambda", "rule",
-           "shared"]  # fmt: skip
-
 Parameters = Mapping[str, float | Sequence[float]]
 Weights = npt.NDArray[np.float64]
 

@@ -13,8 +13,6 @@ from knnlm.evidence import Evidence, Step, Stretch
 from knnlm.messages import ForwardRequest, ForwardResult, required
 from knnlm.sources import Plan, Timings, UsedDomain, timed
 
-__all__ = ["BATCHES_UNDER_WAY", "Score", "Scoring"]
-
 BATCHES_UNDER_WAY = 4  # of one text that is scored
 
 

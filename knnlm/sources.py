@@ -18,9 +18,6 @@ from knnlm.messages import DatastoreClient, DomainInfo, ModelInfo
 from knnlm.options import DEFAULT_K, SearchOptions
 from knnlm.rules import Weighing
 
-__all__ = ["SOURCES", "Plan", "Services", "Source", "SourceKind", "Timings", "UsedDomain", "computed", "source_kind",
-           "timed", "together"]  # fmt: skip
-
 T = TypeVar("T")
 Timings = dict[str, float]  # seconds per stage
 INLINE_NUMBERS = 1 << 15  # some tens of nanoseconds each: the event loop does not notice

@@ -15,12 +15,9 @@ import tokenizers
 
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.text import Document
 from knnlm.lm.requests import check
-from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
+from knnlm.messages import Document, ForwardRequest, ForwardResult, ModelInfo
 from knnlm.tokenizer import Tokenizer
-
-__all__ = ["TEXTS", "ToyLanguageModel", "byte_tokenizer", "toy_datastore"]
 
 BOS, EOS = 0, 1
 

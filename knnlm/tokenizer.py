@@ -21,8 +21,6 @@ import tokenizers
 
 from knnlm.errors import ModelError
 
-__all__ = ["Tokenizer"]
-
 PORTION_CHARACTERS = 1 << 16  # of a text encoded at a time, where it can be cut
 PORTIONS_TOGETHER = 32
 PORTION_TOKENS = 1 << 14

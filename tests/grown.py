@@ -11,8 +11,9 @@ import numpy as np
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.files import sha256_of
-from knnlm.datastore.manifest import FileRecord, Manifest, RemovedRecord, SegmentRecord
-from knnlm.datastore.text import Document
+from knnlm.datastore.layout import FileRecord
+from knnlm.datastore.manifest import Manifest, RemovedRecord, SegmentRecord
+from knnlm.messages import Document
 from knnlm.testing import ToyLanguageModel
 
 LETTERS = "abcdefgh "

@@ -11,11 +11,10 @@ import numpy as np
 
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.text import Document
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.index.searcher import Searcher
 from knnlm.lm.model import LanguageModel
-from knnlm.messages import Tuning
+from knnlm.messages import Document, Tuning
 from knnlm.pipeline import Pipeline
 from tests.traffic import Ask
 

@@ -19,9 +19,10 @@ from knnlm.messages import (
     SearchResult,
     Tuning,
 )
-from knnlm.mixer import BATCHES_UNDER_WAY, Mixer
+from knnlm.mixer import Mixer
 from knnlm.neighbors import Neighbors
 from knnlm.options import SEARCH_OPTIONS, DomainOptions, KnnOptions, SearchOptions
+from knnlm.scoring import BATCHES_UNDER_WAY
 from knnlm.testing import ToyLanguageModel
 
 T = TypeVar("T")

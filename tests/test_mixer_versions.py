@@ -8,8 +8,9 @@ import pytest
 from knnlm.decoding import plan_windows
 from knnlm.errors import Unavailable, UnknownVersion
 from knnlm.messages import DomainInfo, SearchRequest, SearchResult
-from knnlm.mixer import Mixer, NextTokens, Score
+from knnlm.mixer import Mixer, NextTokens
 from knnlm.options import DomainOptions, KnnOptions
+from knnlm.scoring import Score
 from tests.test_mixer import TEXT, TOY, BruteForce, Lm, knn, run
 
 TOKENS = TOY.tokenizer.encode(TEXT)

@@ -9,13 +9,12 @@ import pytest
 
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.text import Document
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.errors import Conflict, InvalidRequest, KnnlmError, UnknownDomain, UnknownVersion
 from knnlm.evaluation.perplexity import leaks
 from knnlm.evaluation.splits import encode
 from knnlm.index.searcher import Searcher
-from knnlm.messages import ForwardRequest, SearchRequest, Tuning
+from knnlm.messages import Document, ForwardRequest, SearchRequest, Tuning
 from knnlm.options import DomainOptions, KnnOptions, SearchOptions
 from knnlm.pipeline import Context, LocalDatastore, LocalLanguageModel, Pipeline
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore

@@ -110,7 +110,8 @@ def _service(
     target: str | None, key_file: Path | None, tls_files: "tuple[Path | None, Path | None, Path | None]"
 ) -> "LanguageModelClient":
     """target: None for a service on this machine, which need not be waited for: it was not asked for by name."""
-    from knnlm.clients.rpc import Connection, GrpcLanguageModel
+    from knnlm.clients.call import Connection
+    from knnlm.clients.rpc import GrpcLanguageModel
     from knnlm.transport.security import Tls
 
     return GrpcLanguageModel(

@@ -112,7 +112,8 @@ def activate(
         raise InvalidRequest("expected either --store or --target, got both", param="target")
     if not 0 < timeout < float("inf"):
         raise InvalidRequest(f"--timeout must be a number of seconds > 0, got {timeout}", param="timeout")
-    from knnlm.clients.rpc import Connection, GrpcDatastore
+    from knnlm.clients.call import Connection
+    from knnlm.clients.rpc import GrpcDatastore
     from knnlm.transport.security import Tls
 
     tls = Tls.of(tls_ca_file, tls_cert_file, tls_key_file)

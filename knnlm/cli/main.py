@@ -27,8 +27,6 @@ from knnlm.cli.tune import tune
 from knnlm.cli.verify import verify
 from knnlm.errors import InvalidRequest, KnnlmError
 
-__all__ = ["app", "main", "run"]
-
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 EXTRAS = {
     "torch": "lm", "transformers": "lm", "safetensors": "lm", "faiss": "index",

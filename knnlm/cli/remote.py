@@ -11,8 +11,6 @@ from knnlm.errors import InvalidRequest
 if TYPE_CHECKING:
     from knnlm.transport.security import ApiKey
 
-__all__ = ["TlsCaOption", "TlsCertOption", "TlsKeyOption", "api_key", "is_given", "refuse_without"]
-
 API_KEY = "KNNLM_API_KEY"
 
 TlsCaOption = Annotated[

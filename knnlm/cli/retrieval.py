@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from knnlm.rules import Parameters
     from knnlm.sources import UsedDomain
 
-__all__ = ["described", "domain_names", "retrieving", "weight_of"]
-
 
 def retrieving(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for each choice of retrieval in place of its parameter `knn`.

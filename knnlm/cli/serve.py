@@ -26,8 +26,6 @@ import knnlm
 from knnlm.cli.common import DEFAULT_STORE, DeviceOption, ModelOption, StoreOption, remark
 from knnlm.errors import KnnlmError
 
-__all__ = ["environment", "home", "serve"]
-
 NEEDED = ("torch", "faiss", "grpc", "fastapi")  # one package of each extra that the services need
 DEFAULTS = {  # where nobody says otherwise; as in the services' settings
     "LM_PORT": "8001", "LM_GRPC_PORT": "9001", "DATASTORE_PORT": "8002", "DATASTORE_GRPC_PORT": "9002",

@@ -21,8 +21,6 @@ from knnlm.errors import KnnlmError
 from knnlm.transport.context import PROBE, outgoing_id, outgoing_metadata, time_limit
 from knnlm.transport.security import ApiKey, Tls
 
-__all__ = ["Caller", "Connection", "Observer", "Service"]
-
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.05, 1.0  # between two rounds over replicas that do not answer
 MIN_ATTEMPT_SECONDS = 0.02  # with less time left, no further attempt is made
 

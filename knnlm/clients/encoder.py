@@ -17,8 +17,6 @@ from knnlm.errors import InvalidRequest, TooLarge, Unavailable
 from knnlm.messages import ForwardRequest, ForwardResult, LanguageModelClient, ModelInfo
 from knnlm.tokenizer import Tokenizer
 
-__all__ = ["RemoteEncoder"]
-
 MAX_ANSWER_BYTES = 48 << 20  # keys in one answer, four bytes a number: leaves room below 64 MiB
 MAX_REQUEST_TOKENS = 65_536  # an lm service takes as many unless its settings say otherwise
 

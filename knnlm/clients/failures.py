@@ -7,8 +7,6 @@ import grpc
 
 from knnlm.errors import DeadlineExceeded, KnnlmError, Overloaded, TooLarge, Unavailable, UnknownDomain, UnknownVersion
 
-__all__ = ["Failed", "Kind", "classify", "deadline_exceeded", "rebuild", "unreachable"]
-
 CONNECTION_LOST = ("RST_STREAM", "Stream removed", "GOAWAY")  # gRPC's words for a connection that ended, not the call
 
 

@@ -21,8 +21,6 @@ from knnlm.clients.failures import Failed, Kind, classify, unreachable
 from knnlm.clients.resolve import Address, Target, resolve
 from knnlm.transport.context import HTTP2, MAX_MESSAGE_BYTES
 
-__all__ = ["Fleet", "Metadata", "Method", "PendingReply", "Rank", "Replica"]
-
 SILENT_LOOKS = 5
 RESOLVE_LOOKS = 3  # looks between two resolutions of the names
 PROBE_LOOKS = 5  # a busy replica may take long to say how it is, as long as it answers something meanwhile

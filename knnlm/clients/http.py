@@ -29,8 +29,6 @@ from knnlm.v1 import datastore_pb2, lm_pb2
 from knnlm.wire import protos
 from knnlm.wire.jsonable import from_json, to_json
 
-__all__ = ["HttpDatastore", "HttpLanguageModel"]
-
 PROTOBUF = "protobuf"
 
 Reply = TypeVar("Reply")

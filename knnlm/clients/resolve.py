@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from knnlm.errors import InvalidRequest
 
-__all__ = ["Address", "Name", "Target", "parse", "resolve"]
-
 RESOLVE_SECONDS = 5.0  # for a name server to answer
 SCHEMES = ("dns:///", "dns:", "ipv4:", "ipv6:")
 EXPECTED = "expected host:port, [IPv6]:port, dns:///host:port, unix:PATH, or several of them with commas between"

@@ -29,8 +29,6 @@ from knnlm.messages import (
 from knnlm.v1 import datastore_pb2, datastore_pb2_grpc, lm_pb2, lm_pb2_grpc
 from knnlm.wire import protos
 
-__all__ = ["ABSENT", "Connection", "DomainReplica", "GrpcDatastore", "GrpcLanguageModel", "Progress"]
-
 ASK_SECONDS = 5.0  # for one of several replicas to say how it is
 MARGIN_SECONDS = 0.1  # before the deadline, to name the replicas that are late
 POLL_SECONDS = 0.25  # between two questions which version each replica serves

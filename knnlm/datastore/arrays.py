@@ -19,8 +19,6 @@ import numpy.typing as npt
 from knnlm.datastore.files import CHUNK, disk_errors, sync_file, sync_folder
 from knnlm.errors import DatastoreCorrupt
 
-__all__ = ["ArrayStream", "ArrayWriter", "open_array"]
-
 Array = npt.NDArray[Any]  # Any: float16, float32 or int32
 Shape = tuple[int, ...]
 

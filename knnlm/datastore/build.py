@@ -26,10 +26,6 @@ from knnlm.decoding import choose_windows
 from knnlm.errors import InvalidRequest, ModelError
 from knnlm.messages import Document, LanguageModel
 
-__all__ = [
-    "Progress", "build", "check_sizes", "check_tokenizer", "encode", "require_documents", "tokenize",
-]  # fmt: skip
-
 BOS_POLICIES = ("document", "window")
 KEY_DTYPES = ("float16", "float32")
 

@@ -14,8 +14,6 @@ from knnlm.datastore.layout import CURRENT, HIGHEST, MANIFEST
 from knnlm.datastore.manifest import Manifest
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreMismatch, InvalidRequest, UnknownDomain, UnknownVersion
 
-__all__ = ["Catalog"]
-
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 

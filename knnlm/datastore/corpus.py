@@ -11,14 +11,11 @@ from pathlib import Path
 from knnlm.datastore.arrays import ArrayStream
 from knnlm.datastore.document_table import Row
 from knnlm.datastore.files import disk_errors, sync_folder, written
-from knnlm.datastore.layout import DOCUMENTS, TOKENS
-from knnlm.datastore.manifest import Record
+from knnlm.datastore.layout import DOCUMENTS, TOKENS, Record
 from knnlm.datastore.text import check_id
 from knnlm.errors import DatastoreError, InvalidRequest
 from knnlm.messages import Document
 from knnlm.tokenizer import Tokenizer
-
-__all__ = ["Sources", "sources_digest", "write_corpus"]
 
 
 class Sources(Record):

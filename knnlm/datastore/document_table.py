@@ -16,8 +16,6 @@ import numpy.typing as npt
 
 from knnlm.errors import DatastoreCorrupt
 
-__all__ = ["DocumentTable", "Row", "Sizes", "read_rows"]
-
 Int64 = npt.NDArray[np.int64]
 MAX_TOKENS = 1 << 48  # sums of them fit int64
 

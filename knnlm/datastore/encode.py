@@ -17,12 +17,11 @@ from pydantic import ValidationError
 from knnlm.datastore.arrays import ArrayWriter
 from knnlm.datastore.document_table import Row
 from knnlm.datastore.files import write_atomic
-from knnlm.datastore.manifest import Record, WindowsRecord
+from knnlm.datastore.layout import Record
+from knnlm.datastore.manifest import WindowsRecord
 from knnlm.decoding import Window, plan_fed_windows
 from knnlm.errors import DatastoreError
 from knnlm.messages import ForwardRequest, LanguageModel
-
-__all__ = ["Encoder", "Part", "plan_parts"]
 
 FLOAT16_MAX = 65504.0
 

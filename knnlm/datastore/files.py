@@ -21,9 +21,6 @@ CHUNK = 1 << 20
 # no hard links here: the file system has none, forbids them, has too many to this file, or is another one
 WITHOUT_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
-__all__ = ["discard", "disk_errors", "locked", "sha256_of", "share", "sync_file", "sync_folder", "write_atomic",
-           "written"]  # fmt: skip
-
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:

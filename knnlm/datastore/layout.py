@@ -14,12 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from knnlm.datastore.files import sha256_of
 from knnlm.errors import DatastoreCorrupt, InvalidRequest
 
-__all__ = [
-    "CURRENT", "DOCUMENTS", "HIGHEST", "KEYS", "MANIFEST", "REMOVED", "TOKENIZER", "TOKENS", "VALUES", "Checksums",
-    "Count", "FileName", "FileRecord", "Record", "SegmentFiles", "first_problem", "is_keys", "require_unchanged",
-    "segment_files", "shown",
-]  # fmt: skip
-
 MANIFEST = "manifest.json"
 KEYS = "keys.npy"  # (n, d) float16 or float32
 VALUES = "values.npy"  # (n,) int32

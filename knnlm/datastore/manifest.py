@@ -29,9 +29,6 @@ from knnlm.datastore.tuning import TuningRecord
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreIncomplete, InvalidRequest
 from knnlm.messages import ModelInfo
 
-__all__ = ["FORMAT_VERSION", "GROWN_VERSION", "FileRecord", "IndexRecord", "Manifest", "ModelRecord", "Record",
-           "RemovedRecord", "SegmentRecord", "TuningRecord", "WindowsRecord"]  # fmt: skip
-
 FORMAT_VERSION: Final = 1
 GROWN_VERSION: Final = 2  # with segments added to it, or documents removed: what reads version 1 alone would be wrong
 FLAT: Final = "flat"

@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Clock", "Progress", "Report", "silent"]
-
 MEASURED = ("encode", "copy", "index")  # phases whose end is known
 
 

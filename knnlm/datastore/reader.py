@@ -24,8 +24,6 @@ from knnlm.datastore.manifest import Manifest
 from knnlm.errors import DatastoreCorrupt, DatastoreMismatch, InvalidRequest
 from knnlm.messages import ModelInfo, Passage, differs
 
-__all__ = ["Datastore", "Int32", "Keys", "Segment", "open_segments"]
-
 Keys = npt.NDArray[np.floating]
 Int32 = npt.NDArray[np.int32]
 

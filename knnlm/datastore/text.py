@@ -15,8 +15,6 @@ from typing import TextIO
 from knnlm.errors import InvalidRequest
 from knnlm.messages import Document
 
-__all__ = ["SUFFIXES", "Document", "check_id", "read_documents"]
-
 SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".parquet")
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 ENCODING = "utf-8-sig"  # UTF-8, and a byte order mark is not text

@@ -9,8 +9,6 @@ from knnlm.errors import InvalidRequest
 from knnlm.messages import SearchQuality, Tuning
 from knnlm.options import SEARCH_OPTIONS, SearchOptions
 
-__all__ = ["QualityRecord", "TuningRecord"]
-
 
 def _known_options(values: dict[str, bool | int | float]) -> dict[str, bool | int | float]:
     """Search options by name. Raises ValueError for what is none, or has a value that none can have."""

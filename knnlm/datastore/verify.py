@@ -14,8 +14,6 @@ from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore, Segment, open_segments
 from knnlm.errors import DatastoreError
 
-__all__ = ["Check", "verify"]
-
 SLICE_NUMBERS = 1 << 20  # read at a time: values, or numbers of keys
 
 

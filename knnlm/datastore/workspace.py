@@ -20,8 +20,6 @@ from knnlm.datastore.layout import FileName, FileRecord, Record
 from knnlm.datastore.manifest import KeyDtype, ModelRecord, WindowsRecord
 from knnlm.errors import Conflict, DatastoreCorrupt
 
-__all__ = ["BUILDING", "Identity", "Workspace", "working_in", "workspace"]
-
 BUILDING = ".building"  # how the names of all of them end
 
 

@@ -26,8 +26,6 @@ from knnlm.messages import (
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
 
-__all__ = ["LEAK_ALARM", "LEAK_SEARCH", "HeldOut", "coincide", "find", "leak", "observe"]
-
 # How far, in squared norms of the query, a key lies from the same text's stored one. In float32 what is left is the
 # rounding to float16, 5e-8; other text was never nearer than 4e-5, even to a model that has hardly been trained. Halves
 # differ by up to their own rounding from one batch to the next.

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.datastore.files import disk_errors, locked
-from knnlm.datastore.manifest import Record
+from knnlm.datastore.layout import Record
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import HeldOut

@@ -15,8 +15,7 @@ from pydantic import ValidationError
 
 import knnlm
 from knnlm.datastore.files import disk_errors, write_atomic
-from knnlm.datastore.layout import REMOVED, is_keys
-from knnlm.datastore.manifest import Record
+from knnlm.datastore.layout import REMOVED, Record, is_keys
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
 from knnlm.index.added import added_bytes

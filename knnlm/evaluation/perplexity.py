@@ -15,12 +15,10 @@ from knnlm.decoding import choose_windows
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import LEAK_ALARM, LEAK_SEARCH, find, leak, observe
 from knnlm.evaluation.splits import Encoded, sample
-from knnlm.mixer import Score
 from knnlm.options import KnnOptions
 from knnlm.pipeline import Pipeline
+from knnlm.scoring import Score
 from knnlm.sources import UsedDomain
-
-__all__ = ["DocumentFigures", "Figures", "Report", "evaluate", "leaks"]
 
 LEAK_TOKENS = 4096  # enough to see a leak of a few percent; the search is done a second time for them
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from knnlm.evaluation.tuning import Fit, Point
 
-__all__ = ["tuning_page", "write_tuning_page"]
-
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 360, 64, 56, 16, 44
 COLORS = ("#1f5fa8", "#b4541a", "#3a7d34", "#7a3e9d")
 

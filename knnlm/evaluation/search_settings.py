@@ -25,8 +25,6 @@ from knnlm.options import SearchOptions
 from knnlm.rules import FIXED
 from knnlm.rules import rule as known_rule
 
-__all__ = ["EXACT", "EXACT_QUERIES", "KS", "QUALITIES", "Ladder", "Tuned", "check", "choose", "settings", "tune"]
-
 KS = (64, 256, 1024)
 QUALITIES: Mapping[str, float] = {"exact": 5e-4, "balanced": 3e-3, "fast": 1e-2}  # share of perplexity
 EXACT_QUERIES = 4096  # compared with exact search: of two million keys of 512 dimensions, minutes on two cores

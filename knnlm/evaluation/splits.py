@@ -14,11 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.text import Document
 from knnlm.errors import InvalidRequest
+from knnlm.messages import Document
 from knnlm.tokenizer import Tokenizer
-
-__all__ = ["Encoded", "Part", "encode", "part_of", "sample", "select", "unseen"]
 
 
 class Part(StrEnum):

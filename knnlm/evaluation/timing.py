@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Rate", "interleave"]
-
 
 @dataclass(frozen=True)
 class Rate:

@@ -17,10 +17,7 @@ from knnlm.errors import InvalidRequest
 from knnlm.messages import LmStatistics, Tuning
 from knnlm.mixture import Component, mix
 from knnlm.neighbors import Neighbors
-from knnlm.rules import FIXED, LARGEST_LAMBDA, Observed, Parameters, Weighing, best_lambda, rule
-
-__all__ = ["LARGEST_LAMBDA", "Fit", "Observations", "Point", "best_lambda", "fit", "mean_loss", "smallest_k",
-           "temperature_scale"]  # fmt: skip
+from knnlm.rules import FIXED, Observed, Parameters, Weighing, rule
 
 GRID = 2.0 ** np.arange(-10, 11)  # temperatures to try, as multiples of the scale
 GOLDEN_STEPS = 16  # narrows two grid steps (a factor of 4) to a relative width of 6e-4

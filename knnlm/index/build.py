@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from knnlm.datastore.files import disk_errors, locked, sha256_of, sync_file, sync_folder
-from knnlm.datastore.manifest import FileRecord, IndexRecord, Manifest
+from knnlm.datastore.layout import FileRecord
+from knnlm.datastore.manifest import IndexRecord, Manifest
 from knnlm.datastore.reader import Datastore
 from knnlm.datastore.updates.revise import with_index, without_index
 from knnlm.errors import InvalidRequest

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from knnlm.messages import ForwardRequest, ModelInfo
 
-__all__ = ["Answers"]
-
 Rows = npt.NDArray[np.int64]
 
 

@@ -16,8 +16,6 @@ from knnlm.errors import InvalidRequest, ModelError, UnknownArchitecture
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["KEY_FUNCTIONS", "TABLE", "Architecture", "Refusal", "Site", "find"]
-
 KEY_FUNCTIONS = (
     "ffn_input",
     "ffn_input_before_norm",

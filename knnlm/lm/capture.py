@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from knnlm.errors import ModelError
 from knnlm.lm.architectures import Site
 
-__all__ = ["capture", "capture_keys", "encode", "only_at"]
-
 
 class _Reached(Exception):
     """The site has been seen and nothing behind it is wanted. Never leaves this file."""

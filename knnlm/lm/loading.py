@@ -29,11 +29,6 @@ from knnlm.errors import InvalidRequest, ModelError
 from knnlm.lm.architectures import find
 from knnlm.tokenizer import Tokenizer
 
-__all__ = [
-    "config_sha256", "context_length", "load_config", "load_model", "load_tokenizer", "no_progress_bars", "output_head",
-    "pick_device", "pick_dtype", "resolve", "weights_sha256",
-]  # fmt: skip
-
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CONTEXT_LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 UNUSED = frozenset(

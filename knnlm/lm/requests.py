@@ -9,8 +9,6 @@ import numpy.typing as npt
 from knnlm.errors import InvalidRequest
 from knnlm.messages import ForwardRequest
 
-__all__ = ["Feed", "batches", "check", "plan"]
-
 
 @dataclass(frozen=True)
 class Feed:

@@ -26,12 +26,10 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from knnlm.datastore.text import Document
 from knnlm.errors import Conflict, InvalidRequest
 from knnlm.lm.loading import no_progress_bars
 from knnlm.lm.training_data import BOS, encode, learn_tokenizer, split, windows
-
-__all__ = ["TrainReport", "TrainSettings", "evaluate", "learning_rate", "train"]
+from knnlm.messages import Document
 
 WARMUP_STEPS = 200
 DECAY_SHARE = 0.25  # of the budget, at its end

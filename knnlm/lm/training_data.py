@@ -11,9 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from knnlm.datastore.text import Document
-
-__all__ = ["BOS", "encode", "learn_tokenizer", "split", "windows"]
+from knnlm.messages import Document
 
 BOS = "<|endoftext|>"
 HELD_OUT_BUCKETS = 50  # a document whose hash falls into the first is held out: 2 %

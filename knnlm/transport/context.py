@@ -11,17 +11,6 @@ from dataclasses import dataclass
 
 from knnlm.errors import DeadlineExceeded
 
-__all__ = [
-    "HTTP2",
-    "MAX_MESSAGE_BYTES",
-    "PROBE",
-    "Outgoing",
-    "outgoing",
-    "outgoing_id",
-    "outgoing_metadata",
-    "time_limit",
-]
-
 PROBE = "knnlm-probe"  # metadata key of health probes, which services do not log
 MAX_MESSAGE_BYTES = 64 << 20  # of gRPC
 

@@ -18,8 +18,6 @@ import grpc
 
 from knnlm.errors import InvalidRequest
 
-__all__ = ["ApiKey", "SecretFile", "SecretLines", "Tls", "load_authorities", "load_pair", "read_pem"]
-
 LOG = logging.getLogger(__name__)
 ApiKey: TypeAlias = str | Callable[[], str | None] | None  # the key, or a function that gives it for each call
 LOOK_SECONDS = 1.0

@@ -17,11 +17,6 @@ import numpy.typing as npt
 from knnlm.errors import InvalidRequest, TooLarge
 from knnlm.v1 import common_pb2
 
-__all__ = [
-    "FLOATS", "INT32", "INT64", "LIST_LIMIT", "ListBudget", "array_from_json", "array_from_tensor", "array_to_json",
-    "array_to_tensor",
-]  # fmt: skip
-
 Array = npt.NDArray[Any]  # one of the dtypes in _CODES; which one is checked when it is read
 
 _CODES = {

@@ -13,8 +13,6 @@ from knnlm.errors import InvalidRequest
 from knnlm.wire.arrays import ListBudget, array_from_json, array_to_json
 from knnlm.wire.records import Array, Kind, List, Map, Numbers, Record, Scalar, absent, fields_of, values_of
 
-__all__ = ["from_json", "to_json"]
-
 Made = TypeVar("Made")
 
 

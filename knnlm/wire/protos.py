@@ -21,10 +21,6 @@ from knnlm.v1 import common_pb2, datastore_pb2, lm_pb2
 from knnlm.wire.arrays import FLOATS, INT32, array_from_tensor, array_to_tensor
 from knnlm.wire.records import Array, Field, Kind, List, Map, Numbers, Record, absent, fields_of, values_of
 
-__all__ = [
-    "forward_request_from_proto", "forward_request_to_proto", "from_proto", "not_unicode", "packed", "to_proto",
-]  # fmt: skip
-
 Sent = TypeVar("Sent", bound=Message)
 Made = TypeVar("Made")
 Ids = npt.NDArray[np.int32]

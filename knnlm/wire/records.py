@@ -18,8 +18,6 @@ from knnlm.errors import InvalidRequest
 from knnlm.options import SearchOptions
 from knnlm.wire.arrays import FLOATS, INT32, INT64
 
-__all__ = ["Array", "Field", "Kind", "List", "Map", "Numbers", "Record", "Scalar", "absent", "fields_of", "values_of"]
-
 WIRE_NAMES = {"lmbda": "lambda"}
 INLINED = {"options", "neighbors"}  # records whose fields stand among those of the record that holds them
 MATRICES = {"log_probs", "top_tokens", "top_log_probs", "keys", "queries", "distances", "values", "ids"}  # else vectors

@@ -15,8 +15,6 @@ from knnlm.tokenizer import Tokenizer
 from services.aggregator.schemas import mixing
 from services.aggregator.settings import AggregatorSettings
 
-__all__ = ["Inputs", "MemoryBudget"]
-
 Ids = npt.NDArray[np.int32]
 
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from knnlm.clients.rpc import ABSENT, DomainReplica
 from knnlm.decoding import top_tokens
 from knnlm.messages import DomainInfo
-from knnlm.mixer import NextTokens, Score
+from knnlm.mixer import NextTokens
+from knnlm.scoring import Score
 from knnlm.tokenizer import Tokenizer
 from knnlm.wire import array_to_json
 from knnlm.wire.jsonable import to_json
@@ -18,8 +19,6 @@ from services.aggregator.schemas import mixing
 from services.aggregator.schemas.domains import Domain, DomainStatus
 from services.aggregator.schemas.domains import DomainReplica as ReplicaAnswer
 from services.aggregator.schemas.tokenizer import TokenizeResponse
-
-__all__ = ["domain_shape", "domain_status_shape", "next_tokens", "score_response", "tokenized", "used_domains"]
 
 JSON_PORTION = 1 << 14  # values written at a time
 

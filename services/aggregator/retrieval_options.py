@@ -10,8 +10,6 @@ from knnlm.sources import SOURCES, source_kind
 from services.aggregator.schemas.mixing import DomainChoice, Knn, NextTokenRequest, Request, ScoreRequest
 from services.aggregator.settings import AggregatorSettings
 
-__all__ = ["chosen", "domain_of", "named_as_asked", "short_name"]
-
 RENAMED = {"passages": "neighbors", "passage_tokens": "neighbor_tokens"}
 RENAMED |= {name: f"knn.{name}" for name in (field.alias or name for name, field in Knn.model_fields.items())}
 

@@ -12,8 +12,6 @@ from services.aggregator.settings import AggregatorSettings
 from services.runtime.observability import SECONDS, Metrics, event
 from services.runtime.upstream import connection
 
-__all__ = ["Upstream", "UpstreamMetrics"]
-
 LOG = logging.getLogger(__name__)
 
 

@@ -9,8 +9,6 @@ from services.datastore.updates import EncoderOpener
 from services.runtime.observability import Metrics
 from services.runtime.service import Service
 
-__all__ = ["service"]
-
 
 def service(
     settings: DatastoreSettings, open_searcher: Opener | None = None, open_encoder: EncoderOpener | None = None

@@ -10,8 +10,6 @@ from services.datastore.settings import DatastoreSettings
 from services.datastore.updates import EncoderOpener
 from services.runtime.upstream import connection
 
-__all__ = ["encoder"]
-
 WAIT_SECONDS = 30.0  # an update outlives a restart of the lm service
 
 

@@ -27,8 +27,6 @@ from services.runtime.batching import Batcher
 from services.runtime.context import RequestContext
 from services.runtime.observability import SECONDS, Metrics, event
 
-__all__ = ["Engine"]
-
 LOG = logging.getLogger(__name__)
 ENVELOPE_BYTES = 4096  # of an answer beside its arrays
 QUANTUM_QUERIES = 64  # of a domain before it is another's turn: larger batches are hardly faster per query

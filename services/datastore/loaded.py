@@ -11,8 +11,6 @@ from knnlm.index.memory import release_freed
 from knnlm.messages import Searching, SearchRequest, SearchResult
 from services.datastore.settings import DatastoreSettings
 
-__all__ = ["Loaded", "Opener", "Stamp", "opener", "stamp"]
-
 Stamp = tuple[str, int, int]  # version, and what tells that its manifest was rewritten (tuning, index)
 Opener = Callable[[Path, int | None], Searching]  # a version's folder, and what it may hold in memory, in bytes
 

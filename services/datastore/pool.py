@@ -22,8 +22,6 @@ from services.datastore.loaded import Loaded, Opener, Stamp, stamp
 from services.datastore.settings import DatastoreSettings
 from services.runtime.observability import Metrics, event
 
-__all__ = ["Pool"]
-
 LOG = logging.getLogger(__name__)
 LOAD_SECONDS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 RETRY_AFTER_S = 30.0  # a version that could not be opened is tried again

@@ -17,8 +17,6 @@ from services.runtime.protobuf_routes import PROTOBUF_TOO, ProtobufRoute, parse
 from services.runtime.schemas import AddDocumentsBody, RemoveDocumentsBody, answer
 from services.runtime.security import admin_only
 
-__all__ = ["packed", "routes"]
-
 SEARCH = "/v1/domains/{domain}/search"
 
 

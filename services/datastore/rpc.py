@@ -12,8 +12,6 @@ from services.runtime.context import current
 from services.runtime.security import admin_only
 from services.runtime.service import RpcService
 
-__all__ = ["rpc_service"]
-
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # generic over messages in the stubs only
 
 

@@ -26,8 +26,6 @@ from services.datastore.settings import DatastoreSettings
 from services.runtime.context import RequestContext
 from services.runtime.observability import Metrics, event
 
-__all__ = ["DocumentUpdates", "EncoderOpener"]
-
 LOG = logging.getLogger(__name__)
 MAX_ID_CHARACTERS = 4096  # in the id of a document, also where a search excludes it
 

@@ -21,8 +21,6 @@ from knnlm.errors import DeadlineExceeded, Overloaded, Unavailable
 from services.runtime.context import RequestContext, Stage
 from services.runtime.observability import Metrics
 
-__all__ = ["Batcher"]
-
 RATE_WEIGHT = 0.1  # of the last batch, in the rate that says when a refused request should come again
 
 Item = TypeVar("Item")

@@ -9,8 +9,6 @@ from fastapi.routing import APIRoute
 
 from knnlm.errors import InvalidRequest, TooLarge
 
-__all__ = ["bounded", "has_more_values"]
-
 
 def bounded(max_bytes: int, max_values: int, settings: str) -> type[APIRoute]:
     """A route that refuses bodies of more bytes, or of more values and keys, without parsing them.

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from knnlm.errors import DeadlineExceeded, InvalidRequest
 from knnlm.transport.context import outgoing
 
-__all__ = ["RequestContext", "Stage", "current", "entered", "new_id", "seconds_allowed"]
-
 _CURRENT: ContextVar["RequestContext | None"] = ContextVar("request", default=None)
 _ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
 

@@ -13,8 +13,6 @@ import grpc
 
 from knnlm.errors import InvalidRequest, KnnlmError, Overloaded, Unavailable
 
-__all__ = ["MAX_SHOWN_CHARACTERS", "TABLE", "Row", "body", "from_validation", "headers", "metadata", "row"]
-
 MAX_SHOWN_CHARACTERS = 80  # in a message, of a bad value
 
 

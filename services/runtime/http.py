@@ -22,8 +22,6 @@ from services.runtime.context import current
 from services.runtime.middleware import HttpMiddleware
 from services.runtime.service import Admission, Readiness, Service
 
-__all__ = ["build_app", "docs_page"]
-
 
 def build_app(service: Service, admission: Admission) -> ASGIApp:
     """The ASGI application of a service: uvicorn runs it, tests call it through httpx.ASGITransport."""

@@ -17,8 +17,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from services.runtime.settings import HttpSettings
 
-__all__ = ["MAX_HEAD_BYTES", "HttpServer", "StartupFailed", "bind", "limit_headers"]
-
 MAX_HEAD_BYTES = 1 << 16  # bytes of request line and headers; what most servers take is less
 
 

@@ -28,8 +28,6 @@ from services.runtime.service import Admission, Service
 from services.runtime.settings import GrpcSettings, described, unknown_variables
 from services.runtime.tls import server_tls
 
-__all__ = ["Host", "StartupFailed", "main", "running", "until_signal"]
-
 LOG = logging.getLogger(__name__)
 FLUSH_SECONDS = 5.0  # for the last traces, at the end
 

@@ -20,8 +20,6 @@ from services.runtime.protobuf_routes import PROTOBUF, is_protobuf
 from services.runtime.service import Admission, Received, Service
 from services.runtime.tracing import Outcome
 
-__all__ = ["PROBES", "HttpMiddleware"]
-
 LOG = logging.getLogger(__name__)
 PROBES = frozenset({"/livez", "/readyz", "/metrics"})  # no key, no log line
 DESCRIPTIONS = frozenset({"/version", "/docs", "/openapi.json"})  # answered while loading

@@ -18,8 +18,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 import knnlm
 from services.runtime.context import ids
 
-__all__ = ["SECONDS", "Metrics", "configure_logs", "event"]
-
 _FIELDS = "knnlm_fields"
 _SUSPECT = re.compile(r'[ "=]|[^\x20-\x7e]')  # what may need quotes; letters beyond ASCII that print do not
 

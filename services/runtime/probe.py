@@ -15,8 +15,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-__all__ = ["PORTS", "main", "problem"]
-
 PORTS = {"aggregator": 8000, "lm": 8001, "datastore": 8002}  # as in the services' settings
 ROUTES = ("readyz", "livez")
 SECONDS = 2.0

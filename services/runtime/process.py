@@ -6,8 +6,6 @@ import signal
 import threading
 from collections.abc import Mapping, MutableMapping
 
-__all__ = ["configure_malloc", "end_with_stdin", "set_omp_wait_policy"]
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MMAP_THRESHOLD_BYTES = 32 << 20  # glibc allows no more
 TRIM_THRESHOLD_BYTES = 256 << 20

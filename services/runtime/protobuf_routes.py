@@ -14,8 +14,6 @@ from google.protobuf.message import DecodeError
 
 from knnlm.errors import InvalidRequest
 
-__all__ = ["PROTOBUF", "PROTOBUF_TOO", "ProtobufRoute", "is_protobuf", "parse"]
-
 PROTOBUF = "application/protobuf"
 _NAMES = {PROTOBUF, "application/x-protobuf"}
 

@@ -25,8 +25,6 @@ from services.runtime.service import Admission, Received, Service
 from services.runtime.settings import GrpcSettings
 from services.runtime.tracing import Outcome
 
-__all__ = ["RpcServer", "address"]
-
 LOG = logging.getLogger(__name__)
 HEALTH = "/grpc.health.v1.Health/"  # public, as the probes of HTTP are
 SPARE_RPCS = 1024  # health watches, and calls that are refused

@@ -26,23 +26,6 @@ from knnlm.wire.records import Array as ArrayKind
 from knnlm.wire.records import Field as RecordField
 from knnlm.wire.records import Kind, List, Map, Numbers, Record, Scalar, fields_of
 
-__all__ = [
-    "MAX_DOCUMENTS",
-    "AddDocumentsBody",
-    "Array",
-    "ChangeAnswer",
-    "DocumentBody",
-    "Encoding",
-    "FirstProblem",
-    "RemoveDocumentsBody",
-    "Strict",
-    "Text",
-    "answer",
-    "body_fields",
-    "encodable",
-    "option_fields",
-]
-
 Given = TypeVar("Given")
 
 MAX_DOCUMENTS = 16_384  # in one body, whatever a service's max_documents

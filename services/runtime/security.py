@@ -32,8 +32,6 @@ from services.runtime.context import current
 from services.runtime.observability import event
 from services.runtime.settings import HttpSettings, named
 
-__all__ = ["FileReloader", "Keys", "Reloadable", "admin_only", "is_loopback"]
-
 LOG = logging.getLogger(__name__)
 RELOAD_SECONDS = 1.0
 

@@ -17,8 +17,6 @@ from services.runtime.security import Keys
 from services.runtime.settings import HttpSettings
 from services.runtime.tracing import make_tracing
 
-__all__ = ["Admission", "Core", "Readiness", "Received", "RpcService", "Service"]
-
 
 class Core(Protocol):
     """What a service does, without transports. Called in this order: load, start, (requests), close."""

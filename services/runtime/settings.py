@@ -19,18 +19,6 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from services.runtime.errors import MAX_SHOWN_CHARACTERS
 
-__all__ = [
-    "GrpcSettings",
-    "HttpSettings",
-    "Names",
-    "OptionalPath",
-    "SecretNames",
-    "described",
-    "load_settings",
-    "named",
-    "unknown_variables",
-]
-
 T = TypeVar("T", bound="HttpSettings")
 _KINDS = {bool: "true|false", int: "INT", float: "NUMBER", str: "TEXT", SecretStr: "SECRET", Path: "PATH"}
 _FLAG = re.compile(r"--[a-z][a-z0-9-]*")

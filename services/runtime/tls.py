@@ -19,8 +19,6 @@ from knnlm.transport.security import load_authorities, load_pair, read_pem
 from services.runtime.observability import event
 from services.runtime.settings import HttpSettings, named
 
-__all__ = ["ServerTls", "server_tls"]
-
 LOG = logging.getLogger(__name__)
 
 

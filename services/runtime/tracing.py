@@ -28,8 +28,6 @@ from knnlm.errors import InvalidRequest
 from services.runtime.context import RequestContext
 from services.runtime.settings import HttpSettings, named
 
-__all__ = ["Outcome", "Tracing", "make_tracing"]
-
 EXPORT_SECONDS = 3.0  # one attempt to reach the collector, and so about what shutting down may wait for it
 PATH = "/v1/traces"
 W3C = TraceContextTextMapPropagator()

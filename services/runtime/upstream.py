@@ -6,8 +6,6 @@ from knnlm.clients.call import Connection, Observer
 from knnlm.transport.security import ApiKey, SecretFile, Tls
 from services.runtime.settings import HttpSettings, named
 
-__all__ = ["check_upstream", "connection"]
-
 
 def connection(settings: HttpSettings, service: str, *, wait: float, observer: Observer | None = None) -> Connection:
     """The connection of the settings `<service>_target`, `_api_key`, `_api_key_file`, `_tls_ca_file`, `_tls_cert_file`

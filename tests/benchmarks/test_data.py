@@ -11,11 +11,10 @@ from benchmarks import data
 from knnlm.datastore.document_table import read_rows
 from knnlm.datastore.layout import DOCUMENTS, KEYS
 from knnlm.datastore.manifest import Manifest
-from knnlm.datastore.text import Document
 from knnlm.evaluation.splits import Part, part_of
 from knnlm.index.searcher import Searcher
 from knnlm.lm.model import LanguageModel
-from knnlm.messages import ForwardRequest, SearchRequest
+from knnlm.messages import Document, ForwardRequest, SearchRequest
 from knnlm.options import SearchOptions
 
 NUMBERED = [Document(f"d{i}", "x" * (1 + i % 7)) for i in range(400)]

@@ -12,10 +12,9 @@ from benchmarks.data import MODEL
 from benchmarks.system import service
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.text import Document
 from knnlm.decoding import plan_windows
 from knnlm.lm.model import LanguageModel
-from knnlm.messages import ForwardRequest
+from knnlm.messages import Document, ForwardRequest
 
 TEXTS = ("Returns the indices of the maximum values along an axis.", "x", "An array of ints, or ü, or nothing at all.")
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import grpc
 import pytest
 
-from knnlm.clients.rpc import Connection, GrpcDatastore
+from knnlm.clients.call import Connection
+from knnlm.clients.rpc import GrpcDatastore
 from knnlm.errors import (
     DatastoreCorrupt,
     InvalidRequest,

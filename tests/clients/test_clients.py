@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 
+from knnlm.clients.call import Connection
 from knnlm.clients.http import HttpDatastore, HttpLanguageModel
-from knnlm.clients.rpc import Connection, GrpcDatastore, GrpcLanguageModel
+from knnlm.clients.rpc import GrpcDatastore, GrpcLanguageModel
 from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, Overloaded, TooLarge, Unavailable, UnknownDomain
 from knnlm.messages import Document, ForwardRequest, SearchRequest
 from knnlm.options import SearchOptions

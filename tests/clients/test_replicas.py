@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from knnlm.clients import fleet
-from knnlm.clients.rpc import Connection, GrpcDatastore
+from knnlm.clients.call import Connection
+from knnlm.clients.rpc import GrpcDatastore
 from knnlm.errors import DeadlineExceeded, Unavailable
 from knnlm.transport.context import outgoing
 from tests.clients.fakes import DRAINING, Names, Recorder, Replica, listening, now, number, quick, search, until

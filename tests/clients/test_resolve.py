@@ -10,8 +10,9 @@ import pytest
 
 from knnlm.clients import fleet
 from knnlm.clients import resolve as module
+from knnlm.clients.call import Connection
 from knnlm.clients.resolve import Address, Name, parse, resolve
-from knnlm.clients.rpc import Connection, GrpcDatastore
+from knnlm.clients.rpc import GrpcDatastore
 from knnlm.errors import InvalidRequest, Unavailable
 from knnlm.transport.security import Tls
 from tests.clients.fakes import Replica, number, search

@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knnlm.datastore.build import Progress, build
+from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.document_table import Row
 from knnlm.datastore.encode import plan_parts
 from knnlm.datastore.manifest import WindowsRecord
+from knnlm.datastore.progress import Progress
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.text import Document
 from knnlm.decoding import plan_fed_windows, plan_windows
 from knnlm.errors import Conflict, DatastoreError, InvalidRequest, ModelError
 from knnlm.index.searcher import Searcher
-from knnlm.messages import ForwardRequest, ForwardResult
+from knnlm.messages import Document, ForwardRequest, ForwardResult
 from knnlm.testing import BOS, TEXTS, ToyLanguageModel, toy_datastore
 from knnlm.tokenizer import Tokenizer
 

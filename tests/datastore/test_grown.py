@@ -8,8 +8,8 @@ import pytest
 from knnlm.datastore.document_table import DocumentTable
 from knnlm.datastore.manifest import RemovedRecord
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.text import Document
 from knnlm.errors import DatastoreCorrupt, InvalidRequest
+from knnlm.messages import Document
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 from tests.grown import base, grow, resealed
 

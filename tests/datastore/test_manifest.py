@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from knnlm.datastore.manifest import IndexRecord, Manifest, TuningRecord
-from knnlm.datastore.text import Document
+from knnlm.datastore.manifest import IndexRecord, Manifest
+from knnlm.datastore.tuning import TuningRecord
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreIncomplete
-from knnlm.messages import SearchQuality, Tuning
+from knnlm.messages import Document, SearchQuality, Tuning
 from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore
 from tests.grown import grow

@@ -17,10 +17,9 @@ from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.files import locked
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.text import Document
 from knnlm.datastore.verify import verify
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreError, DatastoreIncomplete
-from knnlm.messages import ForwardRequest, ForwardResult
+from knnlm.messages import Document, ForwardRequest, ForwardResult
 from knnlm.testing import TEXTS, ToyLanguageModel
 
 PART = 40  # entries: several parts, some of several windows

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from knnlm.datastore.corpus import write_corpus
-from knnlm.datastore.text import Document, read_documents
+from knnlm.datastore.text import read_documents
 from knnlm.errors import InvalidRequest
+from knnlm.messages import Document
 from knnlm.testing import byte_tokenizer
 
 

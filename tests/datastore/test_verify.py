@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from knnlm.datastore.files import sha256_of
-from knnlm.datastore.manifest import FileRecord, Manifest
-from knnlm.datastore.text import Document
+from knnlm.datastore.layout import FileRecord
+from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.verify import verify
+from knnlm.messages import Document
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 from tests.grown import base, grow
 

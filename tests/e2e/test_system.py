@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.text import Document, read_documents
+from knnlm.datastore.text import read_documents
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
 from knnlm.lm.model import LanguageModel
-from knnlm.messages import Tuning
+from knnlm.messages import Document, Tuning
 from knnlm.pipeline import Pipeline
 from tests.services.processes import Running, process
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.text import Document
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation import collect as collect_module
 from knnlm.evaluation.collect import coincide, find, leak, observe
@@ -15,7 +14,7 @@ from knnlm.evaluation.splits import Encoded, encode
 from knnlm.evaluation.tuning import Observations, mean_loss
 from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
-from knnlm.messages import ForwardRequest, SearchRequest
+from knnlm.messages import Document, ForwardRequest, SearchRequest
 from knnlm.neighbors import Neighbors
 from knnlm.options import DomainOptions, KnnOptions, SearchOptions
 from knnlm.pipeline import Pipeline

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.text import Document
 from knnlm.evaluation.collect import observe
 from knnlm.evaluation.index_candidates import candidates
 from knnlm.evaluation.index_report import index_report
 from knnlm.evaluation.splits import encode, unseen
 from knnlm.index.searcher import Searcher
+from knnlm.messages import Document
 from knnlm.options import DomainOptions, KnnOptions, SearchOptions
 from knnlm.pipeline import Pipeline
 from knnlm.testing import ToyLanguageModel, toy_datastore

@@ -10,11 +10,11 @@ import pytest
 
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.text import Document
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.perplexity import DocumentFigures, Report, evaluate
 from knnlm.evaluation.splits import encode
 from knnlm.index.searcher import Searcher
+from knnlm.messages import Document
 from knnlm.options import DomainOptions, KnnOptions, SearchOptions
 from knnlm.pipeline import Pipeline
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore

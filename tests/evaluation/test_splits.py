@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from knnlm.datastore.text import Document
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.splits import Part, encode, part_of, sample, select, unseen
+from knnlm.messages import Document
 from knnlm.testing import TEXTS, byte_tokenizer, toy_datastore
 from knnlm.tokenizer import Tokenizer
 

@@ -10,19 +10,10 @@ from hypothesis import strategies as st
 
 from knnlm.domains import knn_evidence
 from knnlm.errors import InvalidRequest
-from knnlm.evaluation.tuning import (
-    LARGEST_LAMBDA,
-    RELATIVE_TOLERANCE,
-    Observations,
-    best_lambda,
-    fit,
-    mean_loss,
-    smallest_k,
-    temperature_scale,
-)
+from knnlm.evaluation.tuning import RELATIVE_TOLERANCE, Observations, fit, mean_loss, smallest_k, temperature_scale
 from knnlm.messages import LmStatistics
 from knnlm.neighbors import Neighbors, target_log_probs
-from knnlm.rules import RULES
+from knnlm.rules import LARGEST_LAMBDA, RULES, best_lambda
 from tests.toys import LEVEL, level  # noqa: F401  a fixture
 
 FLT_MAX = float(np.finfo(np.float32).max)

@@ -7,8 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.text import Document
-from knnlm.messages import ForwardRequest
+from knnlm.messages import Document, ForwardRequest
 from knnlm.neighbors import Neighbors
 from knnlm.testing import ToyLanguageModel
 from tests.grown import some_documents

@@ -7,8 +7,7 @@ import numpy.typing as npt
 
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.text import Document
-from knnlm.messages import ForwardRequest, ForwardResult
+from knnlm.messages import Document, ForwardRequest, ForwardResult
 from knnlm.testing import ToyLanguageModel
 from tests.grown import emptied
 

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.text import Document
 from knnlm.errors import DatastoreCorrupt, InvalidRequest
 from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
-from knnlm.messages import SearchRequest
+from knnlm.messages import Document, SearchRequest
 from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel
 from tests.grown import base, grow

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from knnlm.datastore.text import Document
 from knnlm.errors import DatastoreError
 from knnlm.index.build import build_index
 from knnlm.index.contract import SearchParameters
 from knnlm.index.freeing import drop_maps, drop_pages
 from knnlm.index.searcher import Searcher
 from knnlm.index.table import family
-from knnlm.messages import SearchRequest
+from knnlm.messages import Document, SearchRequest
 from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel
 from tests.grown import base, grow, some_documents

@@ -9,12 +9,11 @@ import numpy.typing as npt
 import pytest
 
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.text import Document
 from knnlm.errors import InvalidRequest
 from knnlm.index.build import build_index
 from knnlm.index.kernels import project, squared_distances
 from knnlm.index.searcher import Searcher
-from knnlm.messages import SearchRequest
+from knnlm.messages import Document, SearchRequest
 from knnlm.options import SearchOptions
 from tests.grown import base, emptied, grow
 from tests.index.growths import (

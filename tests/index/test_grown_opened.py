@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.text import Document
 from knnlm.errors import DatastoreCorrupt, InsufficientMemory
 from knnlm.index.added import added_bytes
 from knnlm.index.build import build_index, suited
 from knnlm.index.device import open_on_device
 from knnlm.index.searcher import Searcher
 from knnlm.index.table import family
-from knnlm.messages import Memory, SearchRequest
+from knnlm.messages import Document, Memory, SearchRequest
 from knnlm.options import SearchOptions
 from tests.grown import base, grow
 from tests.index.growths import (

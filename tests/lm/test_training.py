@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from knnlm.datastore.text import Document
 from knnlm.errors import Conflict, InvalidRequest
 from knnlm.lm.model import LanguageModel
 from knnlm.lm.training import TrainReport, TrainSettings, learning_rate, train
 from knnlm.lm.training_data import split, windows
-from knnlm.messages import ForwardRequest
+from knnlm.messages import Document, ForwardRequest
 
 SETTINGS = TrainSettings(
     tokens=100 * 256, vocab_size=300, layers=1, width=32, heads=2, context=32, batch_tokens=256, learning_rate=2e-2

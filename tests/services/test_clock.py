@@ -14,7 +14,8 @@ import httpx
 import numpy as np
 import pytest
 
-from knnlm.clients.rpc import Connection, GrpcDatastore
+from knnlm.clients.call import Connection
+from knnlm.clients.rpc import GrpcDatastore
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.updates.growth import add
 from knnlm.datastore.verify import verify

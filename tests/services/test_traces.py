@@ -28,7 +28,8 @@ from services.lm.app import service as lm_service
 from services.lm.settings import LmSettings
 from services.runtime import observability
 from services.runtime.context import RequestContext
-from services.runtime.lifecycle import StartupFailed, running, until_signal
+from services.runtime.http_server import StartupFailed
+from services.runtime.lifecycle import running, until_signal
 from services.runtime.settings import load_settings
 from services.runtime.tracing import make_tracing
 from tests.services.collector import Sent, collecting

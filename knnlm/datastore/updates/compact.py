@@ -26,8 +26,6 @@ from knnlm.datastore.reader import Datastore, open_segments
 from knnlm.datastore.updates.transaction import Activate, begin_update
 from knnlm.messages import DomainChange
 
-__all__ = ["Indexing", "compact"]
-
 SLICE_BYTES = 16 << 20  # written and synced at once; at most two slices are in memory
 MAX_WAITING = 65_536  # pieces of arrays, however small
 

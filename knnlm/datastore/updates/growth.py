@@ -20,8 +20,8 @@ from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.corpus import Sources
 from knnlm.datastore.document_table import DocumentTable, read_rows
 from knnlm.datastore.files import discard, disk_errors, share, sync_folder
-from knnlm.datastore.layout import DOCUMENTS, KEYS, REMOVED, TOKENS, VALUES, segment_files
-from knnlm.datastore.manifest import GROWN_VERSION, FileRecord, Manifest, RemovedRecord, SegmentRecord
+from knnlm.datastore.layout import DOCUMENTS, KEYS, REMOVED, TOKENS, VALUES, FileRecord, segment_files
+from knnlm.datastore.manifest import GROWN_VERSION, Manifest, RemovedRecord, SegmentRecord
 from knnlm.datastore.progress import Progress, Report, silent
 from knnlm.datastore.reader import Datastore
 from knnlm.datastore.updates.transaction import (
@@ -35,8 +35,6 @@ from knnlm.datastore.updates.transaction import (
 from knnlm.datastore.workspace import BUILDING, Identity, Workspace, working_in
 from knnlm.errors import Conflict, DatastoreMismatch, InvalidRequest, NotFound
 from knnlm.messages import Document, DomainChange, LanguageModel
-
-__all__ = ["add", "remove"]
 
 MAX_NAMED_IDS = 5  # that an error lists
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from knnlm.datastore.files import locked
-from knnlm.datastore.manifest import FileRecord, IndexRecord, Manifest, TuningRecord
+from knnlm.datastore.layout import FileRecord
+from knnlm.datastore.manifest import IndexRecord, Manifest
+from knnlm.datastore.tuning import TuningRecord
 from knnlm.errors import Conflict, InvalidRequest
 from knnlm.messages import Tuning
-
-__all__ = ["with_default_index", "with_index", "with_tuning", "without_index"]
 
 
 def with_tuning(path: Path, tuning: Tuning) -> Manifest:

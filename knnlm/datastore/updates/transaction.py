@@ -16,8 +16,6 @@ from knnlm.datastore.files import discard, disk_errors, locked, share, sync_fold
 from knnlm.datastore.manifest import Manifest
 from knnlm.errors import Conflict, DatastoreError, UnknownVersion
 
-__all__ = ["ADDING", "Activate", "UpdateTransaction", "advice", "begin_update", "remove_leftovers"]
-
 LOCK = ".change.lock"  # in the domain's folder, never removed: all that wait for it must hold the same file
 DRAFT = ".change-"  # how folders begin that are of no use to anybody but the update that is being made
 ADDING = ".add-"  # and those that are continued when the same documents are added again

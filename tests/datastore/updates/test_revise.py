@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from knnlm.datastore.manifest import FileRecord, IndexRecord, Manifest
+from knnlm.datastore.layout import FileRecord
+from knnlm.datastore.manifest import IndexRecord, Manifest
 from knnlm.datastore.updates.revise import with_default_index, with_index, with_tuning, without_index
 from knnlm.errors import Conflict, InvalidRequest
 from knnlm.messages import Tuning

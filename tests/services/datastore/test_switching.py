@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from knnlm.clients.rpc import Connection, GrpcDatastore
+from knnlm.clients.call import Connection
+from knnlm.clients.rpc import GrpcDatastore
 from knnlm.datastore.catalog import Catalog
 from knnlm.errors import (
     DatastoreError,

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 
+from knnlm.clients.call import Connection
 from knnlm.clients.http import HttpDatastore
-from knnlm.clients.rpc import Connection, GrpcDatastore
+from knnlm.clients.rpc import GrpcDatastore
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.verify import verify

@@ -15,7 +15,8 @@ from pydantic import SecretStr
 from knnlm.errors import InvalidRequest, PermissionDenied, Unauthenticated
 from knnlm.v1 import lm_pb2, lm_pb2_grpc
 from services.runtime.context import RequestContext, entered
-from services.runtime.lifecycle import Host, StartupFailed, running, until_signal
+from services.runtime.http_server import StartupFailed
+from services.runtime.lifecycle import Host, running, until_signal
 from services.runtime.security import FileReloader, Keys, admin_only
 from tests.services.echo import EchoCore, EchoSettings, echo_service
 from tests.services.waiting import until

@@ -8,7 +8,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from knnlm.errors import KnnlmError, ModelError
 from knnlm.v1 import lm_pb2, lm_pb2_grpc
-from services.runtime.lifecycle import Host, StartupFailed, running, until_signal
+from services.runtime.http_server import StartupFailed
+from services.runtime.lifecycle import Host, running, until_signal
 from tests.services.echo import EchoCore, EchoSettings, echo_service
 
 

@@ -18,7 +18,8 @@ from knnlm.transport.security import Tls
 from knnlm.v1 import lm_pb2, lm_pb2_grpc
 from services.lm.app import service as lm_service
 from services.lm.settings import LmSettings
-from services.runtime.lifecycle import Host, StartupFailed, running, until_signal
+from services.runtime.http_server import StartupFailed
+from services.runtime.lifecycle import Host, running, until_signal
 from services.runtime.settings import load_settings
 from services.runtime.tls import ServerTls
 from tests.services.certificates import Authority, serial
