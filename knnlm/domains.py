@@ -17,6 +17,7 @@ from knnlm.messages import (
     Document,
     DomainInfo,
     ModelInfo,
+    PassagesRequest,
     SearchRequest,
     SearchResult,
     Tuning,
@@ -146,6 +147,9 @@ class NoDatastore:
         return []
 
     async def search(self, request: SearchRequest) -> NoReturn:
+        self._refuse(request.domain)
+
+    async def passages(self, request: PassagesRequest) -> NoReturn:
         self._refuse(request.domain)
 
     async def get_domain(self, domain: str, version: str | None = None) -> NoReturn:

@@ -205,6 +205,32 @@ class SearchResult:
 
 
 @dataclass(frozen=True)
+class PassagesRequest:
+    """The text around entries that a search has found. entries: (m,) int64, each in [0, entries of the version).
+    passage_tokens: on each side of them."""
+
+    domain: str
+    version: str
+    entries: npt.NDArray[np.int64]
+    passage_tokens: int = 24
+
+    @property
+    def batch_key(self) -> tuple[object, ...]:
+        """Equal for requests that one lookup can answer: everything but the entries, and what they must look like."""
+        return (self.domain, self.version, self.passage_tokens, self.entries.shape[1:], self.entries.dtype)
+
+
+@dataclass(frozen=True)
+class PassagesResult:
+    """passages: one per entry, in the order of the request."""
+
+    domain: str
+    version: str
+    passages: Sequence[Passage]
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class SearchQuality:
     """One way to search that was measured while tuning. perplexity: of the held-out text. chosen: the one stored."""
 
@@ -340,6 +366,11 @@ class Searching(Protocol):
         DatastoreCorrupt for what is found damaged; DatastoreError when it is closed."""
         ...
 
+    def passages(self, request: PassagesRequest) -> Sequence[Passage]:
+        """One per entry, in their order. Raises InvalidRequest for an entry that the version does not have or that was
+        removed from it; else as `search`."""
+        ...
+
     def info(self, versions: Sequence[str], state: str = "ready") -> DomainInfo:
         """What the version is. versions: all of the domain on disk, oldest first."""
         ...
@@ -378,6 +409,11 @@ class DatastoreClient(Protocol):
 
     async def search(self, request: SearchRequest) -> SearchResult:
         """Raises InvalidRequest, naming the field; TooLarge over a service's limit; DatastoreCorrupt for damage."""
+        ...
+
+    async def passages(self, request: PassagesRequest) -> Sequence[Passage]:
+        """The text around each entry, in their order. Raises as `search`: InvalidRequest, too, for an entry that the
+        version does not have or that was removed from it."""
         ...
 
     async def list_domains(self) -> Sequence[DomainInfo]:

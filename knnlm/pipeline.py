@@ -23,6 +23,8 @@ from knnlm.messages import (
     ForwardResult,
     LanguageModel,
     ModelInfo,
+    Passage,
+    PassagesRequest,
     Searching,
     SearchRequest,
     SearchResult,
@@ -202,6 +204,9 @@ class LocalDatastore:
 
     async def search(self, request: SearchRequest) -> SearchResult:
         return await asyncio.to_thread(self._searcher(request.domain).search, request)
+
+    async def passages(self, request: PassagesRequest) -> Sequence[Passage]:
+        return await asyncio.to_thread(self._searcher(request.domain).passages, request)
 
     async def list_domains(self) -> Sequence[DomainInfo]:
         return [await self.get_domain(domain) for domain in sorted(self._searchers)]

@@ -15,6 +15,8 @@ from knnlm.messages import (
     ForwardRequest,
     ForwardResult,
     ModelInfo,
+    Passage,
+    PassagesRequest,
     SearchRequest,
     SearchResult,
     Tuning,
@@ -77,9 +79,17 @@ class BruteForce:
         distances = (difference**2).sum(axis=2)
         order = np.argsort(distances, axis=1, kind="stable")[:, : request.k]
         neighbors = Neighbors(
-            np.take_along_axis(distances, order, axis=1).astype(np.float32), self.values[version][order]
+            np.take_along_axis(distances, order, axis=1).astype(np.float32),
+            self.values[version][order],
+            order if request.ids else None,
         )
         return SearchResult(request.domain, version, neighbors)
+
+    async def passages(self, request: PassagesRequest) -> Sequence[Passage]:
+        """Documents of 10 entries each, without text around them."""
+        self.events.append("passages")
+        values, none = self.values[request.version], np.empty(0, np.int32)
+        return [Passage(f"{e // 10}", e, e % 10 + 1, none, values[e : e + 1]) for e in request.entries.tolist()]
 
     async def list_domains(self) -> Sequence[DomainInfo]:
         return [await self.get_domain("toy")]

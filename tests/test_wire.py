@@ -24,6 +24,8 @@ from knnlm.messages import (
     Memory,
     ModelInfo,
     Passage,
+    PassagesRequest,
+    PassagesResult,
     SearchQuality,
     SearchRequest,
     SearchResult,
@@ -340,6 +342,7 @@ def test_domains_survive(info: DomainInfo) -> None:
         (SearchQuality, datastore_pb2.SearchQuality), (SearchOptions, datastore_pb2.SearchOptions),
         (SearchRequest, datastore_pb2.SearchRequest), (SearchResult, datastore_pb2.SearchResponse),
         (Passage, datastore_pb2.Passage), (Document, datastore_pb2.Document),
+        (PassagesRequest, datastore_pb2.GetPassagesRequest), (PassagesResult, datastore_pb2.GetPassagesResponse),
         (DomainChange, datastore_pb2.DomainChange), (ForwardResult, lm_pb2.ForwardResponse),
     ],
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """The services over HTTP, for where gRPC cannot go: the same messages as protobuf, or as JSON.
 
-What holds arrays, Forward and Search, is sent and answered as its encoding says; all else is JSON.
+What holds arrays, Forward, Search and GetPassages, is sent and answered as its encoding says; all else is JSON.
 """
 
 import json
@@ -20,6 +20,9 @@ from knnlm.messages import (
     ForwardRequest,
     ForwardResult,
     ModelInfo,
+    Passage,
+    PassagesRequest,
+    PassagesResult,
     SearchRequest,
     SearchResult,
 )
@@ -146,9 +149,15 @@ class HttpDatastore(_Client):
             message = protos.to_proto(request, datastore_pb2.SearchRequest)
             answer = await self._message(path, message, datastore_pb2.SearchResponse.FromString)
             return protos.from_proto(SearchResult, answer)
-        body = {**to_json(request, self._encoding), "encoding": self._encoding}
-        del body["domain"]  # it is in the path
-        return from_json(SearchResult, await self._json("POST", path, body))
+        return from_json(SearchResult, await self._json("POST", path, self._in_domain(request)))
+
+    async def passages(self, request: PassagesRequest) -> Sequence[Passage]:
+        path = f"/v1/domains/{_quoted(request.domain, 'domain')}/passages"
+        if self._encoding == PROTOBUF:
+            message = protos.to_proto(request, datastore_pb2.GetPassagesRequest)
+            answer = await self._message(path, message, datastore_pb2.GetPassagesResponse.FromString)
+            return protos.from_proto(PassagesResult, answer).passages
+        return from_json(PassagesResult, await self._json("POST", path, self._in_domain(request))).passages
 
     async def list_domains(self) -> Sequence[DomainInfo]:
         return [from_json(DomainInfo, given) for given in (await self._json("GET", "/v1/domains"))["domains"]]
@@ -169,6 +178,12 @@ class HttpDatastore(_Client):
     async def remove_documents(self, domain: str, ids: Sequence[str]) -> DomainChange:
         path = f"/v1/domains/{_quoted(domain, 'domain')}/documents:remove"
         return from_json(DomainChange, await self._json("POST", path, {"ids": list(ids)}))
+
+    def _in_domain(self, request: SearchRequest | PassagesRequest) -> dict[str, object]:
+        """The body of a request to a domain, which is in the path."""
+        body = {**to_json(request, self._encoding), "encoding": self._encoding}
+        del body["domain"]
+        return body
 
 
 def _quoted(name: str, param: str) -> str:

@@ -23,6 +23,9 @@ from knnlm.messages import (
     ForwardRequest,
     ForwardResult,
     ModelInfo,
+    Passage,
+    PassagesRequest,
+    PassagesResult,
     SearchRequest,
     SearchResult,
 )
@@ -139,6 +142,13 @@ class GrpcDatastore(_Client["_Stub"]):
             lambda stub: stub.Search, message, domain=request.domain, version=request.version
         )
         return protos.from_proto(SearchResult, reply)
+
+    async def passages(self, request: PassagesRequest) -> Sequence[Passage]:
+        message = protos.to_proto(request, datastore_pb2.GetPassagesRequest)
+        reply = await self._caller.call(
+            lambda stub: stub.GetPassages, message, domain=request.domain, version=request.version
+        )
+        return protos.from_proto(PassagesResult, reply).passages
 
     async def list_domains(self) -> Sequence[DomainInfo]:
         """The domains of all replicas. Of one that several serve, the answer of a ready replica, if there is one."""

@@ -8,7 +8,7 @@ verify.py, or `check`); only where documents were removed is the table of all do
 number of threads.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -174,10 +174,20 @@ class Datastore:
         Less where the document begins or ends: another document's tokens are never shown. Raises InvalidRequest for
         an entry that does not exist or negative numbers, DatastoreCorrupt for a token that the model does not have.
         """
+        return self.passages(np.array([entry], np.int64), before, after)[0]
+
+    def passages(self, entries: Int64, before: int, after: int) -> list[Passage]:
+        """`passage` of each of entries (m,), in their order. Raises as it does."""
         if before < 0 or after < 0:
             raise InvalidRequest(f"before and after must be >= 0, got {before} and {after}", param="passage_tokens")
-        documents, positions = self.document_of(np.array([entry], np.int64))
-        document, position = int(documents[0]), int(positions[0])
+        documents, positions = self.document_of(entries)
+        names = {document: self.documents.id(document) for document in set(documents.tolist())}  # each reads a file
+        places = zip(entries.tolist(), documents.tolist(), positions.tolist(), strict=True)
+        return [self._passage(entry, document, position, before, after, names) for entry, document, position in places]
+
+    def _passage(
+        self, entry: int, document: int, position: int, before: int, after: int, names: Mapping[int, str]
+    ) -> Passage:
         shown = np.array(self.tokens_of(document, max(0, position - before), position + after))
         if len(shown) and not (shown.min() >= 0 and shown.max() < self.manifest.model.vocab_size):
             raise DatastoreCorrupt(
@@ -186,8 +196,8 @@ class Datastore:
             )
         context = min(before, position)
         return Passage(
-            document=self.documents.id(document),
-            entry=int(entry),
+            document=names[document],
+            entry=entry,
             position=position,
             before=shown[:context],
             after=shown[context:],

@@ -1,4 +1,4 @@
-"""What a search request may ask of an index: checked before anything is searched."""
+"""What a search may ask of an index, and a lookup of a version: checked before any work."""
 
 import numpy as np
 import numpy.typing as npt
@@ -6,9 +6,9 @@ import numpy.typing as npt
 from knnlm.datastore.manifest import Manifest
 from knnlm.errors import InvalidRequest, UnknownDomain, UnknownVersion
 from knnlm.index.contract import Index
-from knnlm.messages import SearchRequest
+from knnlm.messages import PassagesRequest, SearchRequest
 
-__all__ = ["check_request", "rescoring"]
+__all__ = ["check_lookup", "check_request", "rescoring"]
 
 
 def rescoring(request: SearchRequest, index: Index) -> bool:
@@ -18,14 +18,7 @@ def rescoring(request: SearchRequest, index: Index) -> bool:
 
 def check_request(request: SearchRequest, manifest: Manifest, index: Index, recipe: str) -> None:
     """Raises InvalidRequest, naming the parameter; UnknownDomain or UnknownVersion when another version is meant."""
-    if request.domain != manifest.domain:
-        raise UnknownDomain(f"asked for domain {request.domain!r}, this is {manifest.domain}", param="domain")
-    if request.version not in (None, manifest.version):
-        raise UnknownVersion(
-            f"domain {manifest.domain} answers from version {manifest.version}, "
-            f"version {request.version!r} was asked for",
-            param="version",
-        )
+    _check_version(request.domain, request.version, manifest)
     _check_queries(request.queries, manifest.key_dim)
     options = request.options
     for name, asked, default, what in (
@@ -36,9 +29,40 @@ def check_request(request: SearchRequest, manifest: Manifest, index: Index, reci
             raise InvalidRequest(f"index {recipe} {what}, so {name} means nothing to it", param=name)
     if options.overfetch is not None and not rescoring(request, index):
         raise InvalidRequest("overfetch means candidates for rescoring, which is off here", param="overfetch")
-    for name, number in (("passages", request.passages), ("passage_tokens", request.passage_tokens)):
-        if number < 0:
-            raise InvalidRequest(f"{name} must be >= 0, got {number}", param=name)
+    _check_not_negative("passages", request.passages)
+    _check_not_negative("passage_tokens", request.passage_tokens)
+
+
+def check_lookup(request: PassagesRequest, manifest: Manifest) -> None:
+    """Raises as `check_request`. That an entry was removed is not known here."""
+    _check_version(request.domain, request.version, manifest)
+    _check_not_negative("passage_tokens", request.passage_tokens)
+    entries = request.entries
+    if entries.dtype != np.int64 or entries.ndim != 1:
+        raise InvalidRequest(
+            f"entries must be int64 of shape (m,), got {entries.dtype.name} of shape {entries.shape}", param="entries"
+        )
+    unknown = entries[(entries < 0) | (entries >= manifest.entries)]
+    if len(unknown):
+        raise InvalidRequest(
+            f"entries must lie in [0, {manifest.entries}) of {manifest.domain} {manifest.version}, got {unknown[0]}",
+            param="entries",
+        )
+
+
+def _check_version(domain: str, version: str | None, manifest: Manifest) -> None:
+    if domain != manifest.domain:
+        raise UnknownDomain(f"asked for domain {domain!r}, this is {manifest.domain}", param="domain")
+    if version not in (None, manifest.version):
+        raise UnknownVersion(
+            f"domain {manifest.domain} answers from version {manifest.version}, version {version!r} was asked for",
+            param="version",
+        )
+
+
+def _check_not_negative(name: str, number: int) -> None:
+    if number < 0:
+        raise InvalidRequest(f"{name} must be >= 0, got {number}", param=name)
 
 
 def _check_queries(queries: npt.NDArray[np.floating], dim: int) -> None:

@@ -25,10 +25,10 @@ from knnlm.index.freeing import drop_maps, drop_pages
 from knnlm.index.kernels import gather
 from knnlm.index.memory import require
 from knnlm.index.removed import NO_TOMBSTONES, Tombstones
-from knnlm.index.requests import check_request, rescoring
+from knnlm.index.requests import check_lookup, check_request, rescoring
 from knnlm.index.rescore import nearest_first, rescored
 from knnlm.index.table import family
-from knnlm.messages import DomainInfo, Memory, ModelInfo, Passage, SearchRequest, SearchResult
+from knnlm.messages import DomainInfo, Memory, ModelInfo, Passage, PassagesRequest, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
 
@@ -169,8 +169,7 @@ class Searcher:
         the request means another version than this one; DatastoreCorrupt for what is found damaged; DatastoreError when
         this was closed.
         """
-        if self._closed:
-            raise DatastoreError(f"{self._datastore.path} was closed")
+        self._refuse_closed()
         check_request(request, self.manifest, self._index, self._recipe)
         queries = np.ascontiguousarray(request.queries, np.float32)  # (n, d)
         k = min(request.k, self.manifest.live_entries)
@@ -200,6 +199,21 @@ class Searcher:
             passages=passages,
             timings=timings,
         )
+
+    def passages(self, request: PassagesRequest) -> list[Passage]:
+        """The text around each entry, in their order.
+
+        Raises InvalidRequest, naming the field, for an entry that this version does not have or that was removed from
+        it; UnknownDomain, UnknownVersion, DatastoreCorrupt and DatastoreError as `search`.
+        """
+        self._refuse_closed()
+        check_lookup(request, self.manifest)
+        removed = request.entries[self._removed.holds(request.entries)]
+        if len(removed):
+            raise InvalidRequest(
+                f"entry {removed[0]} was removed from {self.manifest.domain} {self.manifest.version}", param="entries"
+            )
+        return self._datastore.passages(request.entries, request.passage_tokens, request.passage_tokens)
 
     def info(self, versions: Sequence[str], state: str = "ready") -> DomainInfo:
         """`versions`: all of the domain on disk, oldest first, as the catalog knows them."""
@@ -327,6 +341,10 @@ class Searcher:
         timings["rescore" if rescores else "search"] += time.perf_counter() - searched
         return found, ids
 
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise DatastoreError(f"{self._datastore.path} was closed")
+
     def _refuse_unknown(self, ids: Int64) -> None:
         """Sizes are compared on opening, contents are not: an id that is no entry would be read beside the keys."""
         most = int(ids.max(initial=-1))
@@ -345,8 +363,7 @@ class Searcher:
 
     def _passages(self, ids: npt.NDArray[np.int64], request: SearchRequest) -> list[Passage]:
         nearest = ids[: request.passages]
-        tokens = request.passage_tokens
-        return [self._datastore.passage(int(entry), tokens, tokens) for entry in nearest[nearest >= 0]]
+        return self._datastore.passages(nearest[nearest >= 0], request.passage_tokens, request.passage_tokens)
 
 
 def _nothing(n: int, k: int) -> tuple[Float32, Int64]:

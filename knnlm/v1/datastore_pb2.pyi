@@ -77,6 +77,30 @@ class Passage(_message.Message):
     after: _common_pb2.Tensor
     def __init__(self, document: _Optional[str] = ..., entry: _Optional[int] = ..., position: _Optional[int] = ..., before: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., after: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
+class GetPassagesRequest(_message.Message):
+    __slots__ = ("domain", "version", "entries", "passage_tokens")
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    PASSAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    domain: str
+    version: str
+    entries: _common_pb2.Tensor
+    passage_tokens: int
+    def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ..., entries: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., passage_tokens: _Optional[int] = ...) -> None: ...
+
+class GetPassagesResponse(_message.Message):
+    __slots__ = ("domain", "version", "passages", "timings")
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PASSAGES_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    domain: str
+    version: str
+    passages: _containers.RepeatedCompositeFieldContainer[Passage]
+    timings: _containers.RepeatedCompositeFieldContainer[_common_pb2.Timing]
+    def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ..., passages: _Optional[_Iterable[_Union[Passage, _Mapping]]] = ..., timings: _Optional[_Iterable[_Union[_common_pb2.Timing, _Mapping]]] = ...) -> None: ...
+
 class Tuning(_message.Message):
     __slots__ = ("temperature", "k", "lm_perplexity", "knn_perplexity", "tokens", "documents", "rule", "parameters", "search", "index", "quality")
     class ParametersEntry(_message.Message):

@@ -40,6 +40,11 @@ class DatastoreStub:
                 request_serializer=knnlm_dot_v1_dot_datastore__pb2.SearchRequest.SerializeToString,
                 response_deserializer=knnlm_dot_v1_dot_datastore__pb2.SearchResponse.FromString,
                 _registered_method=True)
+        self.GetPassages = channel.unary_unary(
+                '/knnlm.v1.Datastore/GetPassages',
+                request_serializer=knnlm_dot_v1_dot_datastore__pb2.GetPassagesRequest.SerializeToString,
+                response_deserializer=knnlm_dot_v1_dot_datastore__pb2.GetPassagesResponse.FromString,
+                _registered_method=True)
         self.ListDomains = channel.unary_unary(
                 '/knnlm.v1.Datastore/ListDomains',
                 request_serializer=knnlm_dot_v1_dot_datastore__pb2.ListDomainsRequest.SerializeToString,
@@ -75,6 +80,14 @@ class DatastoreServicer:
         """Errors: INVALID_ARGUMENT (wrong dimension, NaN or infinite query, k or n too large, an entry or document to exclude
         that does not exist), NOT_FOUND (unknown domain, or a pinned version that is not loaded), RESOURCE_EXHAUSTED (queue
         full), UNAVAILABLE (loading or draining), DEADLINE_EXCEEDED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPassages(self, request, context):
+        """The text around entries that a search has found, without searching again. Errors: INVALID_ARGUMENT (an entry that the
+        version does not have, or that was removed from it), and as Search.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +138,11 @@ def add_DatastoreServicer_to_server(servicer, server):
                     servicer.Search,
                     request_deserializer=knnlm_dot_v1_dot_datastore__pb2.SearchRequest.FromString,
                     response_serializer=knnlm_dot_v1_dot_datastore__pb2.SearchResponse.SerializeToString,
+            ),
+            'GetPassages': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPassages,
+                    request_deserializer=knnlm_dot_v1_dot_datastore__pb2.GetPassagesRequest.FromString,
+                    response_serializer=knnlm_dot_v1_dot_datastore__pb2.GetPassagesResponse.SerializeToString,
             ),
             'ListDomains': grpc.unary_unary_rpc_method_handler(
                     servicer.ListDomains,
@@ -180,6 +198,33 @@ class Datastore:
             '/knnlm.v1.Datastore/Search',
             knnlm_dot_v1_dot_datastore__pb2.SearchRequest.SerializeToString,
             knnlm_dot_v1_dot_datastore__pb2.SearchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPassages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/knnlm.v1.Datastore/GetPassages',
+            knnlm_dot_v1_dot_datastore__pb2.GetPassagesRequest.SerializeToString,
+            knnlm_dot_v1_dot_datastore__pb2.GetPassagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

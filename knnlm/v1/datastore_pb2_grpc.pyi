@@ -38,6 +38,10 @@ class DatastoreStub:
     that does not exist), NOT_FOUND (unknown domain, or a pinned version that is not loaded), RESOURCE_EXHAUSTED (queue
     full), UNAVAILABLE (loading or draining), DEADLINE_EXCEEDED.
     """
+    GetPassages: _grpc.UnaryUnaryMultiCallable[_datastore_pb2.GetPassagesRequest, _datastore_pb2.GetPassagesResponse]
+    """The text around entries that a search has found, without searching again. Errors: INVALID_ARGUMENT (an entry that the
+    version does not have, or that was removed from it), and as Search.
+    """
     ListDomains: _grpc.UnaryUnaryMultiCallable[_datastore_pb2.ListDomainsRequest, _datastore_pb2.ListDomainsResponse]
     GetDomain: _grpc.UnaryUnaryMultiCallable[_datastore_pb2.GetDomainRequest, _datastore_pb2.GetDomainResponse]
     ActivateVersion: _grpc.UnaryUnaryMultiCallable[_datastore_pb2.ActivateVersionRequest, _datastore_pb2.ActivateVersionResponse]
@@ -64,6 +68,10 @@ class DatastoreAsyncStub(DatastoreStub):
     """Errors: INVALID_ARGUMENT (wrong dimension, NaN or infinite query, k or n too large, an entry or document to exclude
     that does not exist), NOT_FOUND (unknown domain, or a pinned version that is not loaded), RESOURCE_EXHAUSTED (queue
     full), UNAVAILABLE (loading or draining), DEADLINE_EXCEEDED.
+    """
+    GetPassages: _aio.UnaryUnaryMultiCallable[_datastore_pb2.GetPassagesRequest, _datastore_pb2.GetPassagesResponse]  # type: ignore[assignment]
+    """The text around entries that a search has found, without searching again. Errors: INVALID_ARGUMENT (an entry that the
+    version does not have, or that was removed from it), and as Search.
     """
     ListDomains: _aio.UnaryUnaryMultiCallable[_datastore_pb2.ListDomainsRequest, _datastore_pb2.ListDomainsResponse]  # type: ignore[assignment]
     GetDomain: _aio.UnaryUnaryMultiCallable[_datastore_pb2.GetDomainRequest, _datastore_pb2.GetDomainResponse]  # type: ignore[assignment]
@@ -94,6 +102,16 @@ class DatastoreServicer(metaclass=_abc_1.ABCMeta):
         """Errors: INVALID_ARGUMENT (wrong dimension, NaN or infinite query, k or n too large, an entry or document to exclude
         that does not exist), NOT_FOUND (unknown domain, or a pinned version that is not loaded), RESOURCE_EXHAUSTED (queue
         full), UNAVAILABLE (loading or draining), DEADLINE_EXCEEDED.
+        """
+
+    @_abc_1.abstractmethod
+    def GetPassages(
+        self,
+        request: _datastore_pb2.GetPassagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datastore_pb2.GetPassagesResponse, _abc.Awaitable[_datastore_pb2.GetPassagesResponse]]:
+        """The text around entries that a search has found, without searching again. Errors: INVALID_ARGUMENT (an entry that the
+        version does not have, or that was removed from it), and as Search.
         """
 
     @_abc_1.abstractmethod

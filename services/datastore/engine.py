@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from prometheus_client import Counter, Histogram
 
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
 from knnlm.index.exclusion import check_exclusion
-from knnlm.messages import DomainInfo, SearchRequest, SearchResult
+from knnlm.messages import DomainInfo, Passage, PassagesRequest, PassagesResult, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
 from services.datastore.encoding import encoder
 from services.datastore.loaded import Loaded, Opener, opener
@@ -32,12 +33,22 @@ ENVELOPE_BYTES = 4096  # of an answer beside its arrays
 QUANTUM_QUERIES = 64  # of a domain before it is another's turn: larger batches are hardly faster per query
 LIMITED_OPTIONS = ("k", "overfetch", "nprobe", "ef_search")  # each by the setting max_<name>
 PASSAGE_BYTES = 256  # of a passage beside its tokens; document names are short
+ENTRIES_PER_QUERY = 16  # entries that are looked up in the time of one query
+
+_Answer = SearchResult | Sequence[Passage]
 
 
 @dataclass(frozen=True)
-class _Search:
+class _Asked:
     loaded: Loaded
-    request: SearchRequest
+    request: SearchRequest | PassagesRequest
+
+    @property
+    def size(self) -> int:
+        """In queries."""
+        if isinstance(self.request, SearchRequest):
+            return len(self.request.queries)
+        return -(-len(self.request.entries) // ENTRIES_PER_QUERY)
 
 
 class Engine:
@@ -55,7 +66,7 @@ class Engine:
         self._metrics = metrics
         self._pool = Pool(settings, metrics, open_searcher or opener(settings))
         self.updates = DocumentUpdates(settings, metrics, self._pool, open_encoder)
-        self._batcher: Batcher[_Search, SearchResult] | None = None
+        self._batcher: Batcher[_Asked, _Answer] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._switches: set[asyncio.Task[DomainInfo]] = set()
         self._seconds = Histogram(
@@ -74,9 +85,9 @@ class Engine:
     async def start(self) -> None:
         self._batcher = Batcher(
             self._process,
-            size=lambda search: len(search.request.queries),
+            size=lambda asked: asked.size,
             group=_group,
-            flow=lambda search: search.request.domain,
+            flow=lambda asked: asked.request.domain,
             quantum=QUANTUM_QUERIES,
             max_queue=self._settings.max_queue_queries,
             max_batch=self._settings.max_batch_queries,
@@ -104,13 +115,25 @@ class Engine:
         Raises TooLarge over a limit of this service, what Pool.get, Batcher.submit and Searcher.search raise.
         """
         self._check(request)
+        result = cast(SearchResult, await self._answer(request, call))
+        call.timings.update(result.timings)
+        return replace(result, timings=dict(call.timings))
+
+    async def passages(self, request: PassagesRequest, call: RequestContext) -> PassagesResult:
+        """The text around each entry. Raises as `search`, with what Searcher.passages raises."""
+        self._check_lookup(request)
+        passages = cast(Sequence[Passage], await self._answer(request, call))
+        self._check_answer(
+            sum(4 * len(p.document) + 4 * len(p.before) + 4 * len(p.after) + 64 for p in passages), "entries"
+        )
+        return PassagesResult(request.domain, request.version, passages, dict(call.timings))
+
+    async def _answer(self, request: SearchRequest | PassagesRequest, call: RequestContext) -> _Answer:
         if self._batcher is None:
             raise Unavailable("the domains are being loaded")
         loaded = self._pool.get(request.domain, request.version)
         with loaded.lease():
-            result = await self._batcher.submit(_Search(loaded, request), call)
-        call.timings.update(result.timings)
-        return replace(result, timings=dict(call.timings))
+            return await self._batcher.submit(_Asked(loaded, request), call)
 
     async def list_domains(self) -> Sequence[DomainInfo]:
         return await self._pool.list()
@@ -159,38 +182,62 @@ class Engine:
             if given > most:
                 raise TooLarge(f"{name} must be at most {most}, got {given}", param=name)
         text = request.passages * (PASSAGE_BYTES + 8 * request.passage_tokens)
-        answer = len(request.queries) * (request.k * (16 if request.ids else 8) + text)
-        if answer > limits.grpc_max_message_bytes - ENVELOPE_BYTES:
+        self._check_answer(len(request.queries) * (request.k * (16 if request.ids else 8) + text), "queries")
+
+    def _check_lookup(self, request: PassagesRequest) -> None:
+        limits = self._settings
+        if not request.version:
+            raise InvalidRequest("version is required: entries are numbered in one version", param="version")
+        for name, given, most in (
+            ("entries", request.entries.size, limits.max_entries),
+            ("passage_tokens", request.passage_tokens, limits.max_passage_tokens),
+        ):
+            if given > most:
+                raise TooLarge(f"{name} must be at most {most}, got {given}", param=name)
+        self._check_answer(request.entries.size * (PASSAGE_BYTES + 8 * request.passage_tokens), "entries")
+
+    def _check_answer(self, size: int, param: str) -> None:
+        if size > self._settings.grpc_max_message_bytes - ENVELOPE_BYTES:
             raise TooLarge(
-                f"the answer would have {answer} bytes, at most {limits.grpc_max_message_bytes} can be sent: "
-                "ask for fewer queries or neighbors",
-                param="queries",
+                f"the answer would have {size} bytes, at most {self._settings.grpc_max_message_bytes} can be sent: "
+                f"ask for fewer {param} or less of each",
+                param=param,
             )
 
-    def _process(self, searches: Sequence[_Search]) -> list[SearchResult]:
-        """Answer searches of one version that want the same by one search. Called in the worker thread."""
-        loaded, request = searches[0].loaded, searches[0].request
-        sizes = [len(search.request.queries) for search in searches]
-        if len(searches) > 1:
-            queries = np.concatenate([search.request.queries for search in searches])
-            request = replace(request, queries=queries, exclude_entries=_excluded(searches))
+    def _process(self, asked: Sequence[_Asked]) -> Sequence[_Answer]:
+        """Answer requests of one version that want the same by one search or lookup. Called in the worker thread."""
+        loaded, requests = asked[0].loaded, [item.request for item in asked]
+        searches = [request for request in requests if isinstance(request, SearchRequest)]
+        return self._search(loaded, searches) if searches else _look_up(loaded, cast(list[PassagesRequest], requests))
+
+    def _search(self, loaded: Loaded, requests: Sequence[SearchRequest]) -> list[SearchResult]:
+        request, sizes = requests[0], [len(request.queries) for request in requests]
+        if len(requests) > 1:
+            queries = np.concatenate([request.queries for request in requests])
+            request = replace(request, queries=queries, exclude_entries=_excluded(requests))
         self._queries.labels(request.domain).inc(sum(sizes))
         with self._seconds.labels(request.domain).time():
             result = loaded.search(request)
-        return [result] if len(searches) == 1 else _parts(result, sizes)
+        return [result] if len(requests) == 1 else _parts(result, sizes)
 
 
-def _group(search: _Search) -> tuple[object, ...]:
-    """What one search can answer together: of one loaded version, and equal in all but the rows."""
-    return (id(search.loaded), *search.request.batch_key)
+def _look_up(loaded: Loaded, requests: Sequence[PassagesRequest]) -> list[Sequence[Passage]]:
+    entries = [request.entries for request in requests]
+    passages = loaded.passages(replace(requests[0], entries=np.concatenate(entries)))
+    return [passages[start:end] for start, end in pairwise(np.cumsum([0, *map(len, entries)]))]
 
 
-def _excluded(searches: Sequence[_Search]) -> npt.NDArray[np.int64] | None:
+def _group(asked: _Asked) -> tuple[object, ...]:
+    """What can be answered together: of one loaded version, of one kind, and equal in all but the rows."""
+    return (id(asked.loaded), type(asked.request), *asked.request.batch_key)
+
+
+def _excluded(requests: Sequence[SearchRequest]) -> npt.NDArray[np.int64] | None:
     """An entry for every query of all of them, -1 for those of a request that excludes none."""
-    given = [search.request.exclude_entries for search in searches]
+    given = [request.exclude_entries for request in requests]
     if all(entries is None for entries in given):
         return None
-    sizes = [len(search.request.queries) for search in searches]
+    sizes = [len(request.queries) for request in requests]
     return np.concatenate(
         [np.full(n, -1, np.int64) if entries is None else entries for n, entries in zip(sizes, given, strict=True)]
     )

@@ -2,13 +2,13 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from knnlm.errors import DatastoreError, InsufficientMemory, InvalidRequest
 from knnlm.index.memory import release_freed
-from knnlm.messages import Searching, SearchRequest, SearchResult
+from knnlm.messages import Passage, PassagesRequest, Searching, SearchRequest, SearchResult
 from services.datastore.settings import DatastoreSettings
 
 Stamp = tuple[str, int, int]  # version, and what tells that its manifest was rewritten (tuning, index)
@@ -80,6 +80,10 @@ class Loaded:
     def search(self, request: SearchRequest) -> SearchResult:
         with self._searching:
             return self.searcher.search(request)
+
+    def passages(self, request: PassagesRequest) -> Sequence[Passage]:
+        with self._searching:
+            return self.searcher.passages(request)
 
     def close(self) -> None:
         """Free it, and give its memory back to the system; blocks, for seconds when the index is large.

@@ -1,23 +1,27 @@
 """The datastore service over HTTP: decode, one call, encode."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse
 
 from knnlm.errors import InvalidRequest
-from knnlm.messages import Document, DomainChange, SearchRequest, SearchResult
+from knnlm.messages import Document, DomainChange, PassagesRequest, PassagesResult, SearchRequest, SearchResult
 from knnlm.v1 import datastore_pb2
 from knnlm.wire.jsonable import from_json, to_json
 from knnlm.wire.protos import from_proto, to_proto
 from services.datastore.engine import Engine
-from services.datastore.schemas import ActivateBody, DomainAnswer, DomainsAnswer, SearchBody
+from services.datastore.schemas import ActivateBody, DomainAnswer, DomainsAnswer, PassagesBody, SearchBody
 from services.runtime.context import current
 from services.runtime.protobuf_routes import PROTOBUF_TOO, ProtobufRoute, parse
 from services.runtime.schemas import AddDocumentsBody, RemoveDocumentsBody, answer
 from services.runtime.security import admin_only
 
+Sent = TypeVar("Sent", datastore_pb2.SearchRequest, datastore_pb2.GetPassagesRequest)
+
 SEARCH = "/v1/domains/{domain}/search"
+PASSAGES = "/v1/domains/{domain}/passages"
 
 
 def routes(engine: Engine) -> APIRouter:
@@ -30,6 +34,18 @@ def routes(engine: Engine) -> APIRouter:
         """The answer names the version it came from; pin it in the next request to stay on it."""
         request = from_json(SearchRequest, {**vars(body), "domain": domain})
         result = await engine.search(request, current())
+        return JSONResponse(to_json(result, body.encoding))
+
+    @router.post(
+        PASSAGES,
+        summary="The text around entries that a search has found",
+        response_model=answer(PassagesResult),
+        openapi_extra=PROTOBUF_TOO,
+    )
+    async def passages(domain: str, body: PassagesBody) -> JSONResponse:
+        """Entries are numbered in one version: pin the one that the search answered from."""
+        request = from_json(PassagesRequest, {**vars(body), "domain": domain})
+        result = await engine.passages(request, current())
         return JSONResponse(to_json(result, body.encoding))
 
     @router.get("/v1/domains", summary="Every domain that is served", response_model=DomainsAnswer)
@@ -77,16 +93,27 @@ def routes(engine: Engine) -> APIRouter:
 
 
 def packed(engine: Engine) -> list[ProtobufRoute]:
-    """The search with knnlm.v1.SearchRequest as its body; the domain is in the path, in the message it may be empty."""
+    """Search and GetPassages with the message of their rpc as the body. The domain is in the path, in the message it
+    may be empty."""
 
     async def search(parts: Mapping[str, str], body: bytes) -> bytes:
-        message = parse(body, datastore_pb2.SearchRequest.FromString)
-        if message.domain not in ("", parts["domain"]):
-            raise InvalidRequest(
-                f"domain must be empty or that of the path, {parts['domain']!r}, got {message.domain!r}", param="domain"
-            )
-        message.domain = parts["domain"]
+        message = _in_domain(parse(body, datastore_pb2.SearchRequest.FromString), parts["domain"])
         result = await engine.search(from_proto(SearchRequest, message), current())
         return to_proto(result, datastore_pb2.SearchResponse).SerializeToString()
 
-    return [ProtobufRoute(SEARCH, search)]
+    async def passages(parts: Mapping[str, str], body: bytes) -> bytes:
+        message = _in_domain(parse(body, datastore_pb2.GetPassagesRequest.FromString), parts["domain"])
+        result = await engine.passages(from_proto(PassagesRequest, message), current())
+        return to_proto(result, datastore_pb2.GetPassagesResponse).SerializeToString()
+
+    return [ProtobufRoute(SEARCH, search), ProtobufRoute(PASSAGES, passages)]
+
+
+def _in_domain(message: Sent, domain: str) -> Sent:
+    """The message, with the domain of the path."""
+    if message.domain not in ("", domain):
+        raise InvalidRequest(
+            f"domain must be empty or that of the path, {domain!r}, got {message.domain!r}", param="domain"
+        )
+    message.domain = domain
+    return message

@@ -4,7 +4,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from knnlm.messages import Document, SearchRequest
+from knnlm.messages import Document, PassagesRequest, SearchRequest
 from knnlm.v1 import datastore_pb2, datastore_pb2_grpc
 from knnlm.wire.protos import from_proto, to_proto
 from services.datastore.engine import Engine
@@ -34,6 +34,14 @@ class _Servicer(datastore_pb2_grpc.DatastoreServicer):
     ) -> datastore_pb2.SearchResponse:
         result = await self._engine.search(from_proto(SearchRequest, request), current())
         return to_proto(result, datastore_pb2.SearchResponse)
+
+    async def GetPassages(  # noqa: N802
+        self,
+        request: datastore_pb2.GetPassagesRequest,
+        context: Context,  # noqa: ARG002
+    ) -> datastore_pb2.GetPassagesResponse:
+        result = await self._engine.passages(from_proto(PassagesRequest, request), current())
+        return to_proto(result, datastore_pb2.GetPassagesResponse)
 
     async def ListDomains(  # noqa: N802
         self,

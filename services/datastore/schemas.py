@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, StrictInt
 
-from knnlm.messages import DomainInfo, SearchRequest
+from knnlm.messages import DomainInfo, PassagesRequest, SearchRequest
 from services.runtime.schemas import Encoding, Strict, Text, answer, body_fields
 
 
@@ -10,6 +10,12 @@ class SearchBody(body_fields(SearchRequest, without={"domain"})):  # type: ignor
     __doc__ = SearchRequest.__doc__
 
     k: StrictInt
+    encoding: Encoding = "list"
+
+
+class PassagesBody(body_fields(PassagesRequest, without={"domain"})):  # type: ignore[misc]  # made of the record
+    __doc__ = PassagesRequest.__doc__
+
     encoding: Encoding = "list"
 
 

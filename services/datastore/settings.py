@@ -41,6 +41,7 @@ class DatastoreSettings(GrpcSettings):
     max_queries: int = Field(4096, ge=1, description="queries in one request")
     max_passages: int = Field(256, ge=0, description="neighbors per query shown with their text")
     max_passage_tokens: int = Field(512, ge=0, description="tokens of text on each side of a shown neighbor")
+    max_entries: int = Field(65_536, ge=1, description="entries whose passages one request may look up")
     max_documents: int = Field(1024, ge=1, description="documents added or removed in one request")
     max_queue_queries: int = Field(65_536, ge=1, description="queries waiting or in work; more are refused with 429")
     max_batch_queries: int = Field(1024, ge=1, description="queries of several requests searched together")

@@ -15,7 +15,7 @@ from knnlm.clients.call import Connection, Observer
 from knnlm.clients.resolve import Address, Name
 from knnlm.clients.rpc import GrpcDatastore
 from knnlm.errors import KnnlmError, Unavailable, UnknownDomain, UnknownVersion
-from knnlm.messages import DomainInfo, SearchRequest, SearchResult
+from knnlm.messages import DomainInfo, PassagesResult, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
 from knnlm.v1 import datastore_pb2, datastore_pb2_grpc
@@ -83,6 +83,13 @@ class Replica(datastore_pb2_grpc.DatastoreServicer):
                 raise
         found = Neighbors(np.zeros((1, 1), np.float32), np.full((1, 1), self.number, np.int32))
         return to_proto(SearchResult(request.domain, version, found), datastore_pb2.SearchResponse)
+
+    async def GetPassages(  # noqa: N802
+        self, request: datastore_pb2.GetPassagesRequest, context: Context
+    ) -> datastore_pb2.GetPassagesResponse:
+        await self._enter("GetPassages", context)
+        version = await self._version(request.domain, request.version, context)
+        return to_proto(PassagesResult(request.domain, version, []), datastore_pb2.GetPassagesResponse)
 
     async def ListDomains(  # noqa: N802
         self,

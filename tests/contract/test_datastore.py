@@ -11,8 +11,9 @@ import pytest
 from knnlm.datastore.catalog import Catalog
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, UnknownDomain, UnknownVersion
 from knnlm.index.searcher import Searcher
-from knnlm.messages import DatastoreClient, SearchRequest, SearchResult
+from knnlm.messages import DatastoreClient, PassagesRequest, SearchRequest, SearchResult
 from knnlm.options import SearchOptions
+from knnlm.pipeline import LocalDatastore
 from knnlm.testing import TEXTS, toy_datastore
 from services.datastore.app import service
 from services.datastore.loaded import Opener
@@ -26,6 +27,7 @@ from tests.services.waiting import Slow, held, until
 DIM = 16
 QUERIES = np.random.default_rng(0).standard_normal((5, DIM)).astype(np.float32)
 REQUEST = SearchRequest("toy", QUERIES, SearchOptions(k=4))
+LOOKUP = PassagesRequest("toy", "v1", np.array([7, 0, 289, 7, 100]), passage_tokens=3)
 
 
 @pytest.fixture
@@ -54,9 +56,9 @@ def same(left: SearchResult, right: SearchResult) -> bool:
     )
 
 
-async def outcome(client: DatastoreClient, request: SearchRequest) -> tuple[str, str | None]:
+async def outcome(client: DatastoreClient, request: SearchRequest | PassagesRequest) -> tuple[str, str | None]:
     try:
-        await client.search(request)
+        await (client.search(request) if isinstance(request, SearchRequest) else client.passages(request))
     except KnnlmError as err:
         return err.code, err.param
     return "ok", None
@@ -84,6 +86,76 @@ async def test_every_face_answers_as_the_searcher_does(store: Path) -> None:
             for name, client in clients.items():
                 if expected.neighbors.values.size or name != "http list":  # lists of nothing have no width
                     assert same(await client.search(request), expected), (name, request)
+
+
+async def test_every_face_shows_the_same_passages(store: Path) -> None:
+    lookups = [
+        LOOKUP,
+        replace(LOOKUP, passage_tokens=0),
+        replace(LOOKUP, entries=np.arange(290), passage_tokens=100),
+        replace(LOOKUP, entries=np.empty(0, np.int64)),
+        replace(LOOKUP, domain="empty", entries=np.empty(0, np.int64)),
+    ]
+    local = LocalDatastore({d: Searcher.open(Catalog(store).path(d, "v1")) for d in ("toy", "empty")})
+    async with datastore_faces(datastore_service(store)) as (_, clients):
+        for lookup in lookups:
+            expected = await local.passages(lookup)
+            assert [p.entry for p in expected] == lookup.entries.tolist()
+            for name, client in clients.items():
+                assert repr(await client.passages(lookup)) == repr(expected), (name, lookup)
+
+
+async def test_every_face_refuses_bad_lookups_alike(store: Path) -> None:
+    bad = {
+        "no such entry": (replace(LOOKUP, entries=np.array([0, 290])), InvalidRequest, "entries"),
+        "padding": (replace(LOOKUP, entries=np.array([-1])), InvalidRequest, "entries"),
+        "too many entries": (replace(LOOKUP, entries=np.zeros(1001, np.int64)), TooLarge, "entries"),
+        "answer too large": (
+            replace(LOOKUP, entries=np.zeros(1000, np.int64), passage_tokens=500),
+            TooLarge,
+            "entries",
+        ),
+        "passages too long": (replace(LOOKUP, passage_tokens=513), TooLarge, "passage_tokens"),
+        "passages negative": (replace(LOOKUP, passage_tokens=-1), InvalidRequest, "passage_tokens"),
+        "unknown version": (replace(LOOKUP, version="v9"), UnknownVersion, "version"),
+        "no version": (replace(LOOKUP, version=""), InvalidRequest, "version"),
+        "unknown domain": (replace(LOOKUP, domain="nowhere"), UnknownDomain, "domain"),
+    }
+    bounded = datastore_service(store, max_entries=1000, grpc_max_message_bytes=1 << 20)
+    async with datastore_faces(bounded) as (_, clients):
+        for name, (lookup, expected, param) in bad.items():
+            outcomes = {face: await outcome(client, lookup) for face, client in clients.items()}
+            assert set(outcomes.values()) == {(expected.code, param)}, (name, outcomes)
+
+
+async def test_lookups_that_run_together_are_answered_as_alone(store: Path) -> None:
+    """Among searches, and beside one that is refused."""
+    searcher = Searcher.open(Catalog(store).path("toy", "v1"))
+    lookups = [replace(LOOKUP, entries=np.arange(i, 40 + 2 * i)) for i in range(8)]
+    slow = Slow()
+    async with datastore_faces(datastore_service(store, slow)) as (host, clients):
+        search = asyncio.create_task(clients["grpc"].search(REQUEST))
+        await until(lambda: held(host) == len(QUERIES))
+        tasks = [asyncio.create_task(clients["grpc"].passages(lookup)) for lookup in lookups]
+        refused = asyncio.create_task(outcome(clients["grpc"], replace(LOOKUP, entries=np.array([290]))))
+        await until(lambda: held(host) == len(QUERIES) + sum(-(-len(x.entries) // 16) for x in lookups) + 1)
+        slow.gate.set()
+        results = await asyncio.gather(*tasks)
+        assert await refused == ("invalid_request", "entries")
+        assert same(await search, searcher.search(REQUEST))
+        batches = host.service.metrics.registry.get_sample_value("knnlm_batch_rows_count")
+    assert [repr(r) for r in results] == [repr(searcher.passages(lookup)) for lookup in lookups]
+    assert batches == 2
+
+
+async def test_passages_of_a_version_that_was_replaced_are_shown_while_it_is_loaded(store: Path) -> None:
+    toy_datastore(store, version="v2", texts=TEXTS[:1], activate=False)
+    async with datastore_faces(datastore_service(store)) as (_, clients):
+        before = await clients["grpc"].passages(LOOKUP)
+        await clients["grpc"].activate("toy", "v2")
+        assert repr(await clients["http protobuf"].passages(LOOKUP)) == repr(before)
+    async with datastore_faces(datastore_service(store)) as (_, clients):
+        assert await outcome(clients["grpc"], LOOKUP) == ("unknown_version", "version")
 
 
 async def test_every_face_tells_the_same_of_the_domains(store: Path) -> None:

@@ -62,6 +62,11 @@ SEEDS: Mapping[type[Message], Sequence[Message]] = {
             exclude_own_documents=True, exclude_documents=["1"], nprobe=4,
         ),
     ),
+    datastore_pb2.GetPassagesRequest: (
+        datastore_pb2.GetPassagesRequest(
+            domain="toy", version="v1", entries=_tensor(4, (3,), b"\1" + 7 * b"\0"), passage_tokens=3
+        ),
+    ),
     datastore_pb2.GetDomainRequest: (datastore_pb2.GetDomainRequest(domain="toy", version="v1"),),
     datastore_pb2.ListDomainsRequest: (datastore_pb2.ListDomainsRequest(),),
     datastore_pb2.ActivateVersionRequest: (datastore_pb2.ActivateVersionRequest(domain="toy", version="v1"),),

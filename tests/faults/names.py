@@ -21,6 +21,7 @@ BODIES: Mapping[str, Sequence[tuple[str, dict[str, Any]]]] = {
             "/v1/domains/toy/search",
             {"queries": _PACKED, "k": 1, "version": "v1", "exclude_documents": ["0"], "encoding": "list"},
         ),
+        ("/v1/domains/toy/passages", {"entries": [0], "version": "v1", "encoding": "list"}),
         ("/v1/domains/toy:activate", {"version": "v1"}),
         ("/v1/domains/toy/documents", {"documents": [{"id": "x", "text": "a text"}]}),
         ("/v1/domains/toy/documents:remove", {"ids": ["0"]}),

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from knnlm.datastore.reader import Datastore
-from knnlm.errors import DatastoreCorrupt, InsufficientMemory
+from knnlm.errors import DatastoreCorrupt, InsufficientMemory, InvalidRequest
 from knnlm.index.added import added_bytes
 from knnlm.index.build import build_index, suited
 from knnlm.index.device import open_on_device
 from knnlm.index.searcher import Searcher
 from knnlm.index.table import family
-from knnlm.messages import Document, Memory, SearchRequest
+from knnlm.messages import Document, Memory, PassagesRequest, SearchRequest
 from knnlm.options import SearchOptions
 from tests.grown import base, grow
 from tests.index.growths import (
@@ -61,6 +61,19 @@ def test_passages_of_added_entries_are_shown(parent: Path) -> None:
     assert [row[0].document for row in result.passages] == ["first2"] * 2
     for i, value in enumerate(result.neighbors.values[:, 0]):
         assert result.passages[i][0].after[0] == value
+
+
+def test_entries_of_removed_documents_are_not_shown(parent: Path) -> None:
+    path = grow(parent, LM, ADDED, [1], version="shown")
+    store, searcher = Datastore.open(path), Searcher.open(path)
+    start, end = (int(edges[0]) for edges in store.removed)
+    for entry in (start, end - 1):
+        with pytest.raises(InvalidRequest, match=f"entry {entry} was removed") as caught:
+            searcher.passages(PassagesRequest("toy", "shown", np.array([end, entry])))
+        assert caught.value.param == "entries"
+    last = store.entries - 1
+    shown = searcher.passages(PassagesRequest("toy", "shown", np.array([last, end]), passage_tokens=3))
+    assert [int(p.after[0]) for p in shown] == store.values_of(np.array([last, end])).tolist()
 
 
 @pytest.mark.parametrize("recipe", ["flat", "ivf8,sq8", "pca16,ivf8,sq8", REDUCED[0]])

@@ -1,6 +1,7 @@
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.updates.revise import with_tuning
-from knnlm.errors import DatastoreCorrupt, DatastoreMismatch, InvalidRequest, UnknownDomain, UnknownVersion
+from knnlm.errors import DatastoreCorrupt, DatastoreMismatch, InvalidRequest, KnnlmError, UnknownDomain, UnknownVersion
 from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
-from knnlm.messages import SearchRequest, Tuning
+from knnlm.messages import PassagesRequest, SearchRequest, Tuning
 from knnlm.neighbors import Neighbors, merge
 from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore
@@ -138,6 +139,35 @@ def test_wrong_parameters_are_refused_by_name(searcher: Searcher, name: str, val
     with pytest.raises(InvalidRequest) as caught:
         searcher.search(search("toy", queries(), **{"k": 5, name: value}))  # type: ignore[arg-type]  # a float for all
     assert caught.value.param == name
+
+
+def test_a_lookup_shows_what_the_search_would_have(searcher: Searcher) -> None:
+    found = searcher.search(SearchRequest("toy", queries(), SearchOptions(k=5), ids=True, passages=5, passage_tokens=4))
+    assert found.neighbors.ids is not None
+    shown = searcher.passages(PassagesRequest("toy", "v1", found.neighbors.ids.ravel(), passage_tokens=4))
+    assert repr(shown) == repr([passage for row in found.passages for passage in row])
+    assert searcher.passages(PassagesRequest("toy", "v1", np.empty(0, np.int64))) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected", "param"),
+    [
+        ({"entries": np.array([3, 290])}, InvalidRequest, "entries"),
+        ({"entries": np.array([-1])}, InvalidRequest, "entries"),
+        ({"entries": np.array([np.iinfo(np.int64).min, np.iinfo(np.int64).max])}, InvalidRequest, "entries"),
+        ({"entries": np.zeros((2, 2), np.int64)}, InvalidRequest, "entries"),
+        ({"entries": np.zeros(2, np.int32)}, InvalidRequest, "entries"),
+        ({"passage_tokens": -1}, InvalidRequest, "passage_tokens"),
+        ({"version": "v2"}, UnknownVersion, "version"),
+        ({"domain": "law"}, UnknownDomain, "domain"),
+    ],
+)
+def test_wrong_lookups_are_refused_by_name(
+    searcher: Searcher, fields: dict[str, Any], expected: type[KnnlmError], param: str
+) -> None:
+    with pytest.raises(expected) as caught:
+        searcher.passages(dataclasses.replace(PassagesRequest("toy", "v1", np.array([0, 1])), **fields))
+    assert caught.value.param == param
 
 
 @pytest.mark.parametrize("overfetch", [0.5, float("nan"), float("inf")])

@@ -29,6 +29,8 @@ def test_hostile_messages_are_refused_by_the_datastore(tmp_path: Path) -> None:
         seen = asyncio.run(check())
     assert seen["Search OK"] > 5
     assert seen["Search INVALID_ARGUMENT"] > 20
+    assert seen["GetPassages OK"] > 2
+    assert seen["GetPassages INVALID_ARGUMENT"] > 5
 
 
 def test_hostile_messages_are_refused_by_the_lm_service() -> None:

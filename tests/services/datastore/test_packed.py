@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from knnlm.clients.http import HttpDatastore
-from knnlm.messages import SearchRequest, SearchResult
+from knnlm.messages import PassagesRequest, SearchRequest, SearchResult
 from knnlm.options import SearchOptions
 from knnlm.testing import toy_datastore
 from knnlm.v1 import datastore_pb2
@@ -66,6 +66,12 @@ def message(**changes: object) -> bytes:
     return datastore_pb2.SearchRequest(**fields).SerializeToString()  # type: ignore[arg-type]  # of any field
 
 
+def lookup(**changes: object) -> bytes:
+    request = to_proto(PassagesRequest("toy", "v1", np.arange(3)), datastore_pb2.GetPassagesRequest)
+    fields = {"domain": "toy", "version": "v1", "entries": request.entries, **changes}
+    return datastore_pb2.GetPassagesRequest(**fields).SerializeToString()  # type: ignore[arg-type]  # of any field
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "param"),
     [
@@ -75,6 +81,10 @@ def message(**changes: object) -> bytes:
         (PATH, message(queries=None), 400, "queries"),
         ("/v1/domains/other/search", message(domain=""), 404, "domain"),
         ("/v1/domains/a/b/search", message(), 404, None),
+        ("/v1/domains/toy/passages", b"\xff\xff", 400, None),
+        ("/v1/domains/toy/passages", lookup(domain="other"), 400, "domain"),
+        ("/v1/domains/toy/passages", lookup(version=""), 400, "version"),
+        ("/v1/domains/toy/passages", lookup(entries=None), 400, "entries"),
         ("/v1/domains/toy:activate", message(), 400, "body"),
     ],
 )
