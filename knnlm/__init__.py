@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what _MODULES says, for type checkers and editors
     from knnlm.datastore.reader import Datastore
     from knnlm.datastore.text import read_documents
     from knnlm.errors import KnnlmError
+    from knnlm.evaluation.search_settings import tune
     from knnlm.index.searcher import Searcher
     from knnlm.lm.model import LanguageModel
     from knnlm.messages import Document
@@ -24,7 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Catalog", "Datastore", "Document", "DomainOptions", "KnnOptions", "KnnlmError", "LanguageModel", "Pipeline",
-    "SearchOptions", "Searcher", "Tokenizer", "build", "errors", "read_documents",
+    "SearchOptions", "Searcher", "Tokenizer", "build", "errors", "read_documents", "tune",
 ]  # fmt: skip
 
 _MODULES = {
@@ -41,6 +42,7 @@ _MODULES = {
     "Tokenizer": "tokenizer",
     "build": "pipeline",
     "read_documents": "datastore.text",
+    "tune": "evaluation.search_settings",
 }
 
 

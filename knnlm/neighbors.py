@@ -55,7 +55,7 @@ class TokenMasses:
     """n sparse vectors over tokens in log space: row i is tokens[offsets[i]:offsets[i+1]], ascending and distinct.
 
     offsets: (n + 1,) int64. tokens: (m,) int32. log_masses: (m,) float64. The masses of a row need not sum to one
-    until `normalized`: sums of exp(-d / T) from several shards or domains can be added first.
+    until `normalized`.
     """
 
     offsets: npt.NDArray[np.int64]
@@ -97,11 +97,6 @@ class TokenMasses:
         return result
 
 
-def token_masses(neighbors: Neighbors, temperature: float) -> TokenMasses:
-    """Per query and token, log of the sum of exp(-d / T) over the neighbors that store the token."""
-    return _masses(neighbors, neighbors.log_weights(temperature))
-
-
 def neighbor_log_probs(neighbors: Neighbors, temperature: float) -> TokenMasses:
     """p_kNN in log space (Khandelwal et al. 2020, arXiv 1911.00172, eq. 2, with a temperature): every row that is not
     empty sums to one."""
@@ -128,20 +123,6 @@ def target_log_probs(
         some = Neighbors(neighbors.distances[rows], neighbors.values[rows])
         result[rows] = _target_shares(some, targets[rows], temperature, weights[: len(some.values)])
     return result
-
-
-def union_masses(parts: Sequence[TokenMasses]) -> TokenMasses:
-    """The union of several sets of neighbors in one softmax: masses of equal tokens added, row by row.
-
-    Exact for shards of one datastore and for a union of domains, when all were made with the same temperature.
-    """
-    if not parts:
-        raise InvalidRequest("nothing to add: expected at least one set of masses")
-    if len({len(part) for part in parts}) != 1:
-        raise InvalidRequest(f"cannot add masses of {[len(part) for part in parts]} rows: expected equal numbers")
-    row = np.concatenate([part.rows for part in parts])
-    token = np.concatenate([part.tokens for part in parts])
-    return _grouped(row, token, np.concatenate([part.log_masses for part in parts]), n=len(parts[0]))
 
 
 def merge(parts: Sequence[Neighbors], k: int) -> Neighbors:

@@ -17,7 +17,7 @@ Record = TypeVar("Record")
 
 DEFAULT_K = 1024  # of Khandelwal et al. 2020 (arXiv 1911.00172); a domain's tuning says otherwise
 MAX_EXCLUDED_DOCUMENTS = 1024  # ids in one request
-MAX_DOCUMENT_CHARACTERS = 4096  # of one id
+MAX_ID_CHARACTERS = 4096  # in the id of a document
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class SearchOptions:
     )
     exclude_documents: tuple[str, ...] = option(
         tuple,
-        f"Ids of documents that hold no neighbors: at most {MAX_EXCLUDED_DOCUMENTS}, of {MAX_DOCUMENT_CHARACTERS} "
+        f"Ids of documents that hold no neighbors: at most {MAX_EXCLUDED_DOCUMENTS}, of {MAX_ID_CHARACTERS} "
         "characters each. Every domain must have every one of them.",
         (),
         flag="--exclude-document",
@@ -163,8 +163,8 @@ def _check_excluded(documents: Sequence[str]) -> None:
             f"{param} may name at most {MAX_EXCLUDED_DOCUMENTS} documents, got {len(documents)}", param=param
         )
     longest = max(map(len, documents), default=0)
-    if longest > MAX_DOCUMENT_CHARACTERS:
+    if longest > MAX_ID_CHARACTERS:
         raise InvalidRequest(
-            f"{param} may name documents of at most {MAX_DOCUMENT_CHARACTERS} characters, got one of {longest}",
+            f"{param} may name documents of at most {MAX_ID_CHARACTERS} characters, got one of {longest}",
             param=param,
         )

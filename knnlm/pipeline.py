@@ -113,7 +113,7 @@ class Pipeline:
         from knnlm.index.searcher import Searcher
         from knnlm.lm.model import LanguageModel
 
-        paths = _current_versions(store, domains)  # first: a model takes longer to load than a name to be refused
+        paths = current_versions(store, domains)  # first: a model takes longer to load than a name to be refused
         functions = [key_function] if key_function else [Manifest.load(p).key_function for p in paths.values()]
         lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=(functions or ["ffn_input"])[0])
         return cls(lm, {domain: Searcher.open(path, index=index, expect=lm.info) for domain, path in paths.items()})
@@ -230,7 +230,9 @@ class LocalDatastore:
         return self._searchers[domain]
 
 
-def _current_versions(store: str | Path | None, domains: Sequence[str] | None) -> dict[str, Path]:
+def current_versions(store: str | Path | None, domains: Sequence[str] | None) -> dict[str, Path]:
+    """The folder of the version that answers, for each of the domains; None: for all that have one. Raises
+    UnknownDomain and UnknownVersion."""
     from knnlm.datastore.catalog import Catalog
 
     if store is None:

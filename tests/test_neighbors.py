@@ -11,12 +11,9 @@ from hypothesis import strategies as st
 from knnlm.errors import InvalidRequest
 from knnlm.neighbors import (
     Neighbors,
-    TokenMasses,
     merge,
     neighbor_log_probs,
     target_log_probs,
-    token_masses,
-    union_masses,
 )
 
 FAISS_FAR = np.finfo(np.float32).max
@@ -107,13 +104,6 @@ def test_padding_is_no_neighbor_and_never_a_hit() -> None:
     np.testing.assert_array_equal(target_log_probs(near_padding, np.array([-1, -1]), 1.0), [-np.inf, -np.inf])
 
 
-@given(row, temperatures, st.integers(1, 4))
-def test_masses_of_shards_add_up_to_the_whole(r: list[tuple[float, int]], temperature: float, shards: int) -> None:
-    whole = neighbor_log_probs(make([r], 12), temperature).dense(7)
-    parts = [token_masses(make([r[s::shards]], 12), temperature) for s in range(shards)]
-    np.testing.assert_allclose(union_masses(parts).normalized().dense(7), whole, rtol=1e-9, atol=1e-9)
-
-
 def test_far_neighbors_keep_a_finite_log_probability() -> None:
     """exp(-d / T) underflows in float64 beyond 745 T: log space must not."""
     log_probs = neighbor_log_probs(make([[(0.0, 1), (5000.0, 2)]], 2), 1.0).dense(3)
@@ -196,10 +186,6 @@ def test_an_id_found_twice_counts_once() -> None:
     np.testing.assert_array_equal(merged.values, [[2, 3, -1, -1]])
 
 
-def test_merge_and_add_refuse_nothing() -> None:
+def test_nothing_cannot_be_merged() -> None:
     with pytest.raises(InvalidRequest):
         merge([], 3)
-    with pytest.raises(InvalidRequest):
-        union_masses([])
-    with pytest.raises(InvalidRequest, match="equal numbers"):
-        union_masses([TokenMasses(np.zeros(n + 1, np.int64), np.empty(0, np.int32), np.empty(0)) for n in (1, 2)])

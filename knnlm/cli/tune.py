@@ -28,7 +28,6 @@ from knnlm.cli.common import (
     version_folder,
 )
 from knnlm.cli.retrieval import weight_of
-from knnlm.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,54 +74,34 @@ def tune(
     from knnlm.datastore.catalog import Catalog
     from knnlm.datastore.manifest import Manifest
     from knnlm.datastore.text import read_documents
-    from knnlm.datastore.updates.revise import with_tuning
     from knnlm.evaluation import search_settings
-    from knnlm.evaluation.collect import observe
     from knnlm.evaluation.plots import write_tuning_page
-    from knnlm.evaluation.splits import encode, sample, select, unseen
-    from knnlm.index.searcher import Searcher
-    from knnlm.lm.model import LanguageModel
-    from knnlm.rules import RULES
+    from knnlm.evaluation.splits import select
 
     path = version_folder(Catalog(store), domain, version)
-    manifest = Manifest.load(path)
-    ks = search_settings.check(manifest, k or search_settings.KS, quality, exact_queries, rule)
     chosen = list(select(read_documents(sources), parse_part(part)))
-    lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=manifest.key_function)
-    searcher = Searcher.open(path, index=index, expect=lm.info)
-    try:
-        encoded = encode(chosen, lm.tokenizer)
-        held_out = unseen(encoded, path)
-        if len(held_out) < len(encoded):
-            remark(f"{len(encoded) - len(held_out)} of {len(encoded)} documents are in the datastore and left out")
-        if not held_out:
-            raise InvalidRequest(f"no document to fit on that is not in {path}", param="sources")
-        few = sample(held_out, lm.tokenizer, max_tokens)
-        with progress("tokens", sum(len(d.tokens) - 1 for d in few), description="asking the model") as update:
-            observed = observe(
-                lm,
-                few,
-                domains=[searcher.info(())],
-                context_length=context_length,
-                min_context=min_context,
-                statistics=RULES[rule].statistics,
-                on_progress=lambda done: update(done),
-            )
-        with progress("steps", None, description="searching") as update:
-            found = search_settings.tune(
-                searcher,
-                observed,
-                lm.info.dtype,
-                ks=ks,
-                quality=quality,
-                exact_queries=exact_queries,
-                rule=rule,
-                on_progress=lambda what, done, total: update(done, what, total),
-            )
-    finally:
-        searcher.close()
-    tuning = found.fit.tuning
-    default = with_tuning(path, tuning).index.recipe
+    with progress("steps", None, description="asking the model") as update:
+        found = search_settings.tune(
+            store,
+            domain,
+            chosen,
+            model,
+            version=path.name,
+            ks=k or search_settings.KS,
+            quality=quality,
+            exact_queries=exact_queries,
+            rule=rule,
+            max_tokens=max_tokens,
+            context_length=context_length,
+            min_context=min_context,
+            index=index,
+            device=device,
+            dtype=dtype,
+            on_progress=lambda what, done, total: update(done, what, total),
+        )
+    if found.left_out:
+        remark(f"{found.left_out} of {len(chosen)} documents are in the datastore and left out")
+    tuning, default = found.fit.tuning, Manifest.load(path).index.recipe
     if index not in (None, default):
         remark(
             f"fitted to neighbors found by {index}; {default} answers: `knnlm index use {domain} {index}` changes it"

@@ -55,16 +55,7 @@ class ModelRecord(Record):
 
     @classmethod
     def of(cls, info: ModelInfo) -> Self:
-        return cls(
-            model_id=info.model_id,
-            architecture=info.architecture,
-            weights_sha256=info.weights_sha256,
-            tokenizer_sha256=info.tokenizer_sha256,
-            vocab_size=info.vocab_size,
-            config_sha256=info.config_sha256,
-            dtype=info.dtype,
-            bos_token_id=info.bos_token_id,
-        )
+        return cls(**{name: getattr(info, name) for name in cls.model_fields})
 
 
 class WindowsRecord(Record):

@@ -6,22 +6,28 @@ temperature and lambda are fitted to what it found, and the perplexities are com
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
+from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.manifest import FLAT, Manifest
+from knnlm.datastore.updates.revise import with_tuning
 from knnlm.errors import InvalidRequest
-from knnlm.evaluation.collect import LEAK_SEARCH, HeldOut, find, leak
+from knnlm.evaluation.collect import LEAK_SEARCH, HeldOut, find, leak, observe
+from knnlm.evaluation.splits import encode, sample, unseen
 from knnlm.evaluation.timing import Rate, interleave
 from knnlm.evaluation.tuning import Fit, Point, fit, smallest_k
 from knnlm.index.contract import Index
 from knnlm.index.exact import exact_neighbors
 from knnlm.index.searcher import Searcher
-from knnlm.messages import SearchQuality, SearchRequest
+from knnlm.messages import Document, SearchQuality, SearchRequest
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
+from knnlm.pipeline import current_versions
 from knnlm.rules import FIXED
 from knnlm.rules import rule as known_rule
 
@@ -52,14 +58,83 @@ class Ladder:
 @dataclass(frozen=True)
 class Tuned:
     """fit: its tuning holds how to search and the table of what was measured. leak: share of the queries that coincide
-    with a stored key. near: whether the chosen setting is as near to exact search as was asked for."""
+    with a stored key. near: whether the chosen setting is as near to exact search as was asked for. left_out:
+    documents that the datastore holds."""
 
     fit: Fit
     leak: float
     near: bool = True
+    left_out: int = 0
 
 
 def tune(
+    store: str | Path,
+    domain: str,
+    documents: Iterable[Document],
+    model: str,
+    *,
+    version: str | None = None,
+    ks: Sequence[int] = KS,
+    quality: str = "balanced",
+    exact_queries: int = EXACT_QUERIES,
+    rule: str = FIXED,
+    max_tokens: int = 20_000,
+    context_length: int | None = None,
+    min_context: int | None = None,
+    index: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_progress: Progress | None = None,
+) -> Tuned:
+    """Fit how a domain in the folder `store` is searched and mixed to documents that it does not hold, and store that
+    with the version.
+
+    Documents that it holds are left out. model: what made the keys, a Hugging Face folder or hub id. version: None for
+    the current one. max_tokens: of a sample, spread over all documents. context_length, min_context: see
+    knnlm.decoding.choose_windows. index: the recipe to search, None for the default. The rest, and what on_progress
+    hears, as in `tune_searcher`. Raises as it does; UnknownDomain, UnknownVersion; DatastoreMismatch for a model that
+    did not make the domain; InvalidRequest when no document is left; and as LanguageModel.load does.
+    """
+    from knnlm.lm.model import LanguageModel
+
+    path = current_versions(store, [domain])[domain] if version is None else Catalog(store).path(domain, version)
+    manifest, report = Manifest.load(path), on_progress or _silent
+    ks = check(manifest, ks, quality, exact_queries, rule)
+    documents = list(documents)
+    lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=manifest.key_function)
+    with closing(Searcher.open(path, index=index, expect=lm.info)) as searcher:
+        encoded = encode(documents, lm.tokenizer)
+        held_out = unseen(encoded, path)
+        if not held_out:
+            raise InvalidRequest(
+                f"no document to fit on: {len(encoded)} of {len(encoded)} are in {path}", param="sources"
+            )
+        few = sample(held_out, lm.tokenizer, max_tokens)
+        tokens = sum(len(d.tokens) - 1 for d in few)
+        observed = observe(
+            lm,
+            few,
+            domains=[searcher.info(())],
+            context_length=context_length,
+            min_context=min_context,
+            statistics=known_rule(rule).statistics,
+            on_progress=lambda done: report("asking the model about tokens", done, tokens),
+        )
+        found = tune_searcher(
+            searcher,
+            observed,
+            lm.info.dtype,
+            ks=ks,
+            quality=quality,
+            exact_queries=exact_queries,
+            rule=rule,
+            on_progress=report,
+        )
+    with_tuning(path, found.fit.tuning)
+    return replace(found, left_out=len(encoded) - len(held_out))
+
+
+def tune_searcher(
     searcher: Searcher,
     held_out: HeldOut,
     dtype: str,
@@ -139,7 +214,7 @@ def choose(rows: Sequence[SearchQuality], limit: float) -> SearchQuality:
 
 
 def check(manifest: Manifest, ks: Sequence[int], quality: str, exact_queries: int, rule: str) -> list[int]:
-    """ks, ascending, each once and none beyond the entries. Raises as `tune`, before a model has to be asked."""
+    """ks, ascending, each once and none beyond the entries. Raises as `tune_searcher`, before a model is asked."""
     if quality not in QUALITIES:
         raise InvalidRequest(f"quality must be one of {', '.join(QUALITIES)}, got {quality!r}", param="quality")
     known_rule(rule)

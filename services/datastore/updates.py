@@ -20,6 +20,7 @@ from knnlm.datastore.updates.growth import add, remove
 from knnlm.datastore.updates.transaction import Activate
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
 from knnlm.messages import Document, DomainChange, LanguageModel
+from knnlm.options import MAX_ID_CHARACTERS
 from knnlm.transport.context import outgoing
 from services.datastore.pool import Pool
 from services.datastore.settings import DatastoreSettings
@@ -27,7 +28,6 @@ from services.runtime.context import RequestContext
 from services.runtime.observability import Metrics, event
 
 LOG = logging.getLogger(__name__)
-MAX_ID_CHARACTERS = 4096  # in the id of a document, also where a search excludes it
 
 EncoderOpener = Callable[[], AbstractContextManager[LanguageModel]]
 

@@ -40,8 +40,7 @@ class HttpMiddleware:
         self._metrics = service.metrics
         self._admission = admission
         self._protobuf_routes = service.protobuf
-        self._public = PROBES | service.public_paths
-        self._always = self._public | DESCRIPTIONS
+        self._always = PROBES | DESCRIPTIONS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -86,7 +85,7 @@ class HttpMiddleware:
         self, scope: Scope, receive: Receive, answer: "_Answer", request: RequestContext, headers: Headers
     ) -> None:
         path = scope["path"]
-        if path not in self._public:
+        if path not in PROBES:
             self._admission.authenticate(request, headers.get("authorization"))
         if path in self._always:
             await self._run(scope, b"", receive, answer)

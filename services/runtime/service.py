@@ -51,8 +51,7 @@ class Service:
     """All that the runtime needs to know of a service.
 
     name: one word ("datastore"). rpc: needs GrpcSettings; without any, no gRPC port is opened. protobuf: routes of the
-    routers that take protobuf, too. public_paths: exact HTTP paths that need no key and take no body, beside /livez,
-    /readyz and /metrics; they answer while loading, too.
+    routers that take protobuf, too.
     """
 
     name: str
@@ -63,7 +62,6 @@ class Service:
     routers: Sequence[APIRouter]
     rpc: Sequence[RpcService] = ()
     protobuf: Sequence[ProtobufRoute] = ()
-    public_paths: frozenset[str] = frozenset()
 
 
 Phase = Literal["loading", "ready", "draining"]

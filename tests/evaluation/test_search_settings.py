@@ -11,7 +11,7 @@ import pytest
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import HeldOut, find
-from knnlm.evaluation.search_settings import EXACT, QUALITIES, SPEED_TOLERANCE, Tuned, choose, settings, tune
+from knnlm.evaluation.search_settings import EXACT, QUALITIES, SPEED_TOLERANCE, Tuned, choose, settings, tune_searcher
 from knnlm.evaluation.timing import Rate
 from knnlm.evaluation.tuning import fit, mean_loss
 from knnlm.index.build import build_index
@@ -71,7 +71,9 @@ def by_effort(programs: Mapping[str, Callable[[], int]]) -> Mapping[str, Rate]:
 
 def tuned(path: Path, held_out: HeldOut, quality: str = "balanced", exact_queries: int = 4096) -> Tuned:
     searcher = Searcher.open(path)
-    return tune(searcher, held_out, "float32", ks=KS, quality=quality, exact_queries=exact_queries, timing=by_effort)
+    return tune_searcher(
+        searcher, held_out, "float32", ks=KS, quality=quality, exact_queries=exact_queries, timing=by_effort
+    )
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +168,7 @@ def test_the_leak_canary_sees_true_distances_however_the_domain_is_searched(outl
     rows = np.arange(0, ENTRIES, 40)
     targets = np.full(len(rows), 2, np.int32)  # tokens that neighbors do not help with: the cheapest search is taken
     copies = HeldOut(np.asarray(stored.keys)[rows], np.full(len(rows), -1.0, np.float32), targets, 1)
-    found = tune(Searcher.open(outlying), copies, "float32", ks=[8], quality="fast", timing=without_rescoring)
+    found = tune_searcher(Searcher.open(outlying), copies, "float32", ks=[8], quality="fast", timing=without_rescoring)
     assert found.fit.tuning.search.rescore is False
     assert found.leak == 1.0
 
@@ -185,7 +187,7 @@ def test_without_exact_queries_the_index_is_taken_as_it_is(outlying: Path, held_
 
 def test_exact_indexes_have_nothing_to_choose(outlying: Path, held_out: HeldOut) -> None:
     searcher = Searcher.open(outlying, index="flat")
-    found = tune(searcher, held_out, "float32", ks=KS).fit.tuning
+    found = tune_searcher(searcher, held_out, "float32", ks=KS).fit.tuning
     assert (found.search, found.quality, found.index) == (SearchOptions(), (), "flat")
 
 
@@ -251,13 +253,13 @@ def test_what_cannot_be_tuned_is_refused(
     outlying: Path, held_out: HeldOut, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        tune(Searcher.open(outlying), held_out, "float32", **options)  # type: ignore[arg-type]
+        tune_searcher(Searcher.open(outlying), held_out, "float32", **options)  # type: ignore[arg-type]
 
 
 def test_progress_is_told_for_every_step(outlying: Path, held_out: HeldOut) -> None:
     steps: list[tuple[str, int, int]] = []
     searcher = Searcher.open(outlying)
-    tune(searcher, held_out, "float32", ks=[8], timing=by_effort, on_progress=lambda *step: steps.append(step))
+    tune_searcher(searcher, held_out, "float32", ks=[8], timing=by_effort, on_progress=lambda *step: steps.append(step))
     assert steps[0] == (EXACT, ENTRIES, ENTRIES)
     assert {"searching, default", "measuring speed", "searching, k 8"} <= {what for what, _, _ in steps}
     assert all(0 <= done <= total for _, done, total in steps)
