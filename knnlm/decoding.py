@@ -162,6 +162,13 @@ class Mixed:
         return self.mean("knn")
 
 
+def weighed(sources: Sequence[Source], evidence: Sequence[Evidence], lm: LmStatistics | None = None) -> list[Share]:
+    """What each source answered with its weight, as `mix_evidence` mixes it."""
+    answers = list(zip(sources, evidence, strict=True))
+    weights = shared([s.weighing.weights(found, lm) for s, found in answers], [s.weighing.asked for s in sources])
+    return [Share(s.name, s.kind, w, found) for (s, found), w in zip(answers, weights, strict=True)]
+
+
 def mix_evidence(
     lm_log_probs: npt.NDArray[np.floating],
     sources: Sequence[Source] = (),
@@ -174,9 +181,7 @@ def mix_evidence(
     lm: statistics, for rules that look at them. Whole distributions are mixed a few rows at a time: beside the result,
     a block of MIX_BYTES is held for each component. What is mixed of one row does not depend on the others.
     """
-    answers = list(zip(sources, evidence, strict=True))
-    weights = shared([s.weighing.weights(found, lm) for s, found in answers], [s.weighing.asked for s in sources])
-    shares = [Share(s.name, s.kind, w, found) for (s, found), w in zip(answers, weights, strict=True)]
+    shares = weighed(sources, evidence, lm)
     if lm_log_probs.ndim == 1:
         components = [Component(s.name, s.evidence.of_targets, s.weight) for s in shares]
         return Mixed(mix(lm_log_probs, components), lm_log_probs, shares)

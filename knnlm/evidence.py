@@ -70,6 +70,17 @@ class Evidence:
             raise TypeError("whole distributions were asked for, there are no targets")
         return self.log_probs
 
+    def at(self, i: int, tokens: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+        """(m,) log-probabilities of some tokens in row i of whole distributions."""
+        if not isinstance(self.log_probs, TokenMasses):
+            chosen: npt.NDArray[np.float64] = self.log_probs[i, tokens]
+            return chosen
+        known, log_masses = self.log_probs.row(i)
+        if not len(known):
+            return np.full(len(tokens), -np.inf)
+        places = np.minimum(np.searchsorted(known, tokens), len(known) - 1)
+        return np.where(known[places] == tokens, log_masses[places], -np.inf)
+
     def rows(self, start: int, end: int, vocab_size: int) -> npt.NDArray[np.float64]:
         """(end - start, V) of whole distributions, -inf where a row holds no mass."""
         if not isinstance(self.log_probs, TokenMasses):

@@ -111,7 +111,7 @@ class Mixer:
         passages: also find the text around this many nearest neighbors of each context. Raises InvalidRequest for an
         empty context, TooLarge for one that the model does not take, and what the services raise.
         """
-        self._check_contexts(contexts)
+        self.check_contexts(contexts)
         request = ForwardRequest(
             tokens=contexts,
             positions=[np.array([len(c) - 1], np.int32) for c in contexts],
@@ -120,10 +120,10 @@ class Mixer:
             statistics=plan.statistics,
         )
         timings: Timings = {}
-        forward = await self._forward(request, timings)
+        forward = await self.forward(request, timings)
         stretches = [Stretch(context, 0, np.array([len(context)])) for context in contexts]
         asked = Step(stretches, forward.keys, passages=passages, passage_tokens=passage_tokens)
-        plan, answers = await self._answers(plan, asked, timings)
+        plan, answers = await self.answers(plan, asked, timings)
         log_probs = required(forward.log_probs)
         mixing = computed(log_probs.size, mix_evidence, log_probs, plan.sources, answers, forward.statistics)
         mixed = await timed(mixing, "mix", timings)
@@ -142,7 +142,7 @@ class Mixer:
         if len(tokens) < 2:
             raise InvalidRequest(f"nothing to score: expected at least 2 tokens, got {len(tokens)}", param="text")
         window = choose_windows(self._window_model, plan.infos, context_length, min_context)
-        scoring = Scoring(tokens, plan, forward=self._forward, answers=self._answers)
+        scoring = Scoring(tokens, plan, forward=self.forward, answers=self.answers)
         bos = plan.infos[0].window_bos_token_id if plan.infos else None  # as the keys were made
         mixed = await scoring.run(plan_fed_windows(len(tokens), *window, bos), self._batch_tokens)
         ended = scoring.plan
@@ -152,7 +152,7 @@ class Mixer:
         self, contexts: Sequence[Ids], options: Options = None, *, passages: int = 0, passage_tokens: int = 24
     ) -> NextTokens:
         """`plan` and `step`. A context that cannot be taken is refused before anything is asked."""
-        self._check_contexts(contexts)
+        self.check_contexts(contexts)
         return await self.planned(
             options, lambda plan: self.step(plan, contexts, passages=passages, passage_tokens=passage_tokens)
         )
@@ -181,7 +181,7 @@ class Mixer:
                 raise
         return await work(await self.plan(options))
 
-    async def _answers(self, plan: Plan, step: Step, timings: Timings) -> tuple[Plan, list[Evidence]]:
+    async def answers(self, plan: Plan, step: Step, timings: Timings) -> tuple[Plan, list[Evidence]]:
         """What each source says, and the plan that goes on: without sources once they failed and are optional."""
         if not plan.sources:
             return plan, []
@@ -192,7 +192,7 @@ class Mixer:
                 raise
             return Plan(degraded=err.message), []
 
-    async def _forward(self, request: ForwardRequest, timings: Timings) -> ForwardResult:
+    async def forward(self, request: ForwardRequest, timings: Timings) -> ForwardResult:
         """Raises Unavailable when another model than `info` answers: its keys would find nonsense without a word."""
         result = await timed(self._lm.forward(request), "lm", timings)
         if result.fingerprint != self.info.fingerprint:
@@ -202,7 +202,8 @@ class Mixer:
             )
         return result
 
-    def _check_contexts(self, contexts: Sequence[Ids]) -> None:
+    def check_contexts(self, contexts: Sequence[Ids]) -> None:
+        """Raises InvalidRequest for an empty one, TooLarge for one that the model does not take."""
         for context in contexts:
             if not len(context):
                 raise InvalidRequest("the context is empty: expected at least one token", param="tokens")

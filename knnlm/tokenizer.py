@@ -45,6 +45,7 @@ class Tokenizer:
         self.eos_token_id = eos_token_id
         self._shape = _Shape(self._backend)
         self._added = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items()}
+        self._special = frozenset(i for i, t in self._backend.get_added_tokens_decoder().items() if t.special)
         # the added tokens behind which a text begins anew, for the tokenizer
         self._restarts = {
             i
@@ -54,6 +55,11 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}  # of the tokens met so far
         self._texts: dict[int, str | None] = {}  # the same where they are whole characters, else None
         self._anchor = next((i for c in "aeo01" if (i := self._backend.token_to_id(c)) is not None), None)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Added tokens that are no part of a text, such as EOS."""
+        return self._special
 
     @property
     def sha256(self) -> str:
@@ -87,30 +93,20 @@ class Tokenizer:
         put one behind every special token too. A tokenizer that puts none before a text that begins with one
         (Metaspace, `add_prefix_space`) gives both texts the same tokens: shown is the one without.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        found: list[str] = []
-        begins, split = not inside, False
-        for start in range(0, len(ids), PORTION_TOKENS):
-            for token in np.asarray(ids[start : start + PORTION_TOKENS]).tolist():
-                text = self._texts.get(token)
-                if text is not None and not (begins or split):
-                    found.append(text)
-                    begins = token in self._restarts
-                    continue
-                raw = self._learned(token)
-                if begins and token not in self._added:
-                    begins = False
-                    if self._shape.byte_level:
-                        raw = raw.removeprefix(b" ") if self._shape.prefixes_parts else raw
-                    elif raw.startswith(b" "):
-                        raw = self._backend.decode([token], skip_special_tokens=False).encode()
-                begins = begins or token in self._restarts
-                found.append(decoder.decode(raw))
-                split = bool(decoder.getstate()[0])
-        rest = decoder.decode(b"", final=True)
+        reader = self.reader(inside=inside)
+        found = [
+            reader.add(token)
+            for start in range(0, len(ids), PORTION_TOKENS)
+            for token in np.asarray(ids[start : start + PORTION_TOKENS]).tolist()
+        ]
+        rest = reader.end()
         if rest:
             found[-1] += rest
         return found
+
+    def reader(self, *, inside: bool = False) -> "Reader":
+        """What turns tokens that come one after another into `pieces`."""
+        return Reader(self, inside)
 
     def passage(self, before: Ids, after: Ids, *, inside: bool) -> tuple[str, str]:
         """The texts of tokens that follow one another; together they are the whole's. inside: as in `pieces`."""
@@ -182,6 +178,38 @@ class Tokenizer:
             if apart == [piece for piece, _ in pre.pre_tokenize_str(left + right)]:
                 return at
         return None
+
+
+class Reader:
+    """The pieces of one text whose tokens come one after another; see Tokenizer.pieces."""
+
+    def __init__(self, tokenizer: Tokenizer, inside: bool) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begins, self._split = not inside, False
+
+    def add(self, token: int) -> str:
+        """What the next token adds; "" while a character is not complete."""
+        known = self._tokenizer
+        text = known._texts.get(token)
+        if text is not None and not (self._begins or self._split):
+            self._begins = token in known._restarts
+            return text
+        raw = known._learned(token)
+        if self._begins and token not in known._added:
+            self._begins = False
+            if known._shape.byte_level:
+                raw = raw.removeprefix(b" ") if known._shape.prefixes_parts else raw
+            elif raw.startswith(b" "):
+                raw = known._backend.decode([token], skip_special_tokens=False).encode()
+        self._begins = self._begins or token in known._restarts
+        piece = self._decoder.decode(raw)
+        self._split = bool(self._decoder.getstate()[0])
+        return piece
+
+    def end(self) -> str:
+        """What a character that never became complete shows as."""
+        return self._decoder.decode(b"", final=True)
 
 
 class _Shape:

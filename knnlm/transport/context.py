@@ -45,6 +45,11 @@ def outgoing(
         _OUTGOING.reset(token)
 
 
+def outgoing_deadline() -> float | None:
+    """Until when an answer is of use, on the clock of time.monotonic; None for ever."""
+    return _OUTGOING.get().deadline
+
+
 def outgoing_id() -> str | None:
     return _OUTGOING.get().request_id
 

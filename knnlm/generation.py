@@ -1,0 +1,186 @@
+"""The tokens of one completion, one after another. Written once: the aggregator's completions, the command and the
+library's Pipeline.generate run it."""
+
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.errors import InvalidRequest, TooLarge, Unavailable, UnknownVersion
+from knnlm.mixer import Mixer, Options
+from knnlm.rounds import Rounds
+from knnlm.rows import Row, StepRequest
+from knnlm.sampling import SamplingOptions, choose, uniform
+from knnlm.sources import Plan
+from knnlm.stops import GrowingText
+from knnlm.tokenizer import Tokenizer
+
+Ids = npt.NDArray[np.int32]
+
+FINISHED_STOP, FINISHED_LENGTH = "stop", "length"
+MAX_STOPS, MAX_STOP_CHARACTERS = 64, 1024
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How a completion is made, and when it ends.
+
+    max_tokens: at most, and no more than the model's context has room for. stop: strings before which the text ends.
+    stop_token_ids: tokens at which it ends, beside the tokenizer's EOS unless `ignore_eos`; their text is left out.
+    top: likeliest tokens to list beside each new one. Raises InvalidRequest, naming the field, for values out of range.
+    """
+
+    max_tokens: int = 16
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    top: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 0:
+            raise InvalidRequest(f"max_tokens must be >= 0, got {self.max_tokens}", param="max_tokens")
+        if self.top < 0:
+            raise InvalidRequest(f"top must be >= 0, got {self.top}", param="top")
+        if len(self.stop) > MAX_STOPS or len(self.stop_token_ids) > MAX_STOPS:
+            param = "stop" if len(self.stop) > MAX_STOPS else "stop_token_ids"
+            raise InvalidRequest(f"{param} may hold {MAX_STOPS}, got {len(getattr(self, param))}", param=param)
+        for text in self.stop:
+            if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
+                raise InvalidRequest(
+                    f"a stop string must have 1 to {MAX_STOP_CHARACTERS} characters, got {len(text)}", param="stop"
+                )
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """One token of a completion.
+
+    row: the mixture that it was chosen from. log_prob, lm_log_prob: its own there, before bias, penalties and
+    temperature. top: the likeliest tokens there. text: what is certain of the completion's text now and was not before;
+    the beginning of a possible stop string is held back. offset: where the token's own text begins in the completion's,
+    in characters. finish: None, or why this is the last: "stop" or "length". stopped_at: the stop string or token.
+    """
+
+    token: int
+    row: Row
+    log_prob: float
+    lm_log_prob: float
+    top: Sequence[tuple[int, float]]
+    text: str
+    offset: int
+    finish: str | None = None
+    stopped_at: str | int | None = None
+
+    @property
+    def degraded(self) -> str | None:
+        """Why the LM alone answered, None where it is as asked."""
+        return self.row.plan.degraded
+
+
+class Generator:
+    """Completions of one model. Those of one event loop that run at the same time advance in shared rounds."""
+
+    def __init__(self, mixer: Mixer, tokenizer: Tokenizer, rounds: Rounds | None = None) -> None:
+        self._mixer = mixer
+        self._tokenizer = tokenizer
+        self.rounds = rounds or Rounds(mixer)
+
+    def room(self, prompt: Ids, max_tokens: int) -> int:
+        """Tokens that will be generated at most. Raises InvalidRequest for a prompt without tokens, and TooLarge for
+        one that leaves no room in the model's context."""
+        length = self._mixer.info.context_length
+        if not len(prompt):
+            raise InvalidRequest("the prompt is empty: expected at least one token", param="prompt")
+        if len(prompt) > length or (len(prompt) == length and max_tokens > 0):
+            raise TooLarge(
+                f"the prompt has {len(prompt)} tokens, the model takes {length} together with what is generated",
+                param="prompt",
+            )
+        return min(max_tokens, length - len(prompt))
+
+    def check_tokens(self, options: GenerationOptions) -> None:
+        """Raises InvalidRequest for tokens that the model does not have."""
+        size = self._mixer.info.vocab_size
+        for param, tokens in (("logit_bias", options.sampling.logit_bias), ("stop_token_ids", options.stop_token_ids)):
+            for token in tokens:
+                if not 0 <= token < size:
+                    raise InvalidRequest(f"{param} names token {token}, the vocabulary has {size}", param=param)
+
+    async def generate(
+        self, prompt: Ids, options: GenerationOptions, sources: Options = None, *, seed: int = 0, choice: int = 0
+    ) -> AsyncIterator[NewToken]:
+        """The new tokens, each as soon as it is known.
+
+        prompt: (t,) int32 with its BOS. sources: as for Mixer.plan, which is made before the first token and holds for
+        all. seed, choice: all that the draws depend on. Raises as Mixer.plan and Rounds.step; Unavailable when a
+        version that answered before is no longer there.
+        """
+        self.check_tokens(options)
+        room = self.room(prompt, options.max_tokens)
+        if not room:
+            return
+        sequence = _Sequence(self._tokenizer, prompt, room, options)
+        row = await self._mixer.planned(sources, lambda plan: self.rounds.step(sequence.request(plan)))
+        while True:
+            new = await self._new(sequence, row, uniform(seed, choice, sequence.generated))
+            yield new
+            if new.finish is not None:
+                return
+            try:
+                row = await self.rounds.step(sequence.request(row.plan))
+            except UnknownVersion as err:
+                raise Unavailable(f"the completion cannot go on: {err.message}") from err
+
+    async def _new(self, sequence: "_Sequence", row: Row, draw: float) -> NewToken:
+        """The next token, chosen and added to the sequence."""
+        options = sequence.options
+        token, top = choose(row.known, options.sampling, sequence.counts, draw), row.top(options.top)
+        if token is None or top is None:
+            row = await self.rounds.completed(row, sequence.request(row.plan))
+            token, top = choose(row.known, options.sampling, sequence.counts, draw), row.top(options.top)
+        if token is None or top is None:
+            raise RuntimeError("a complete row leaves nothing open")
+        offset = sequence.text.read
+        text, finish, stopped_at = sequence.add(token)
+        log_prob, lm_log_prob = row.of(token)
+        return NewToken(token, row, log_prob, lm_log_prob, top, text, offset, finish, stopped_at)
+
+
+class _Sequence:
+    """A prompt and what was generated after it."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Ids, room: int, options: GenerationOptions) -> None:
+        self.options = options
+        self.text = GrowingText(tokenizer, prompt, options.stop)
+        self.counts: Counter[int] = Counter()
+        self.generated = 0
+        self._ends = {*options.stop_token_ids, *(() if options.ignore_eos else (tokenizer.eos_token_id,))}
+        self._silent = tokenizer.special_ids
+        self._tokens = np.empty(len(prompt) + room, np.int32)
+        self._tokens[: len(prompt)] = prompt
+        self._length = len(prompt)
+        self._state: dict[str, Any] = {}  # Any: each source's own
+
+    def request(self, plan: Plan) -> StepRequest:
+        sampling = self.options.sampling
+        known = [*sampling.logit_bias, *(self.counts if sampling.penalises else ())]
+        context = self._tokens[: self._length]
+        return StepRequest(plan, context, sampling.temperature, known, cache=True, state=self._state)
+
+    def add(self, token: int) -> tuple[str, str | None, str | int | None]:
+        """The text that is certain now, why the completion ends, and the stop string or token at which it does."""
+        self._tokens[self._length] = token
+        self._length += 1
+        self.generated += 1
+        self.counts[token] += 1
+        ended, stopped_at = token in self._ends, token if token in self.options.stop_token_ids else None
+        text = "" if ended or token in self._silent else self.text.add(token)
+        if self.text.stopped_at is not None:
+            return text, FINISHED_STOP, self.text.stopped_at
+        if ended or self._length == len(self._tokens):
+            return text + self.text.end(), FINISHED_STOP if ended else FINISHED_LENGTH, stopped_at
+        return text, None, None

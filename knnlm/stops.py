@@ -1,0 +1,57 @@
+"""The text of a completion while it grows: characters are never torn, and it ends before a stop string. Pure."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.tokenizer import Tokenizer
+
+CONTEXT_TOKENS = 16  # of the prompt that are read first: a character may begin there
+
+
+class GrowingText:
+    """What tokens that come one after another add to a prompt.
+
+    stop: strings before which the text ends, wherever tokens part them. What may be the beginning of one is held back.
+    read: characters of all tokens so far, held back or not.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: npt.NDArray[np.integer], stop: Sequence[str] = ()) -> None:
+        self._reader = tokenizer.reader(inside=len(prompt) > CONTEXT_TOKENS)
+        for token in prompt[-CONTEXT_TOKENS:].tolist():
+            self._reader.add(token)
+        self._stop = [text for text in stop if text]
+        self._held = ""
+        self.read = 0
+        self.stopped_at: str | None = None
+
+    def add(self, token: int) -> str:
+        """The text that is certain now. With `stopped_at` set it is the last."""
+        return self._released(self._reader.add(token))
+
+    def end(self) -> str:
+        """What was held back, when no more tokens come."""
+        text = self._released(self._reader.end()) + self._held
+        self._held = ""
+        return text
+
+    def _released(self, piece: str) -> str:
+        self.read += len(piece)
+        text = self._held + piece
+        found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            at, self.stopped_at = min(found)
+            self._held = ""
+            return text[:at]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of the text that begin the stop string."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
