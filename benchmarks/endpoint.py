@@ -22,8 +22,9 @@ from benchmarks.system import THREADS, Running, service
 from knnlm.clients.http import HttpDatastore
 from knnlm.clients.rpc import GrpcDatastore
 from knnlm.index.searcher import Searcher
-from knnlm.messages import DatastoreClient, SearchRequest
+from knnlm.messages import SearchRequest
 from knnlm.options import SearchOptions
+from knnlm.protocols import DatastoreClient
 from services.runtime.process import configure_malloc
 
 BATCH, K = 64, 1024

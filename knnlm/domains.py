@@ -13,7 +13,6 @@ import numpy.typing as npt
 from knnlm.errors import DatastoreMismatch, InvalidRequest, Unavailable
 from knnlm.evidence import Evidence, Step
 from knnlm.messages import (
-    DatastoreClient,
     Document,
     DomainInfo,
     ModelInfo,
@@ -25,6 +24,7 @@ from knnlm.messages import (
 )
 from knnlm.neighbors import Neighbors, TokenMasses, neighbor_log_probs, target_log_probs
 from knnlm.options import DEFAULT_K, DomainOptions, KnnOptions, SearchOptions
+from knnlm.protocols import DatastoreClient
 from knnlm.rules import FIXED, Weighing, rule
 from knnlm.sources import Plan, Services, UsedDomain, computed, together
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from knnlm.errors import InvalidRequest
-from knnlm.messages import DatastoreClient, DomainInfo, Passage, PassagesRequest, SearchRequest, SearchResult
+from knnlm.messages import DomainInfo, Passage, PassagesRequest, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
+from knnlm.protocols import DatastoreClient
 from knnlm.transport.context import outgoing_deadline
 
 MAX_ROWS = 256  # of one joined search; a larger one gains nothing by others beside it

@@ -1,4 +1,4 @@
-"""The flow of a kNN-LM call: plan once, then step or score. Written once over the Protocols of messages.py.
+"""The flow of a kNN-LM call: plan once, then step or score. Written once over protocols.py.
 
 The aggregator runs it over gRPC clients, knnlm.pipeline over objects in the same process, so that server and library
 cannot drift apart. A plan asks once which version of each domain answers, and every search with it pins that version:
@@ -16,17 +16,10 @@ from knnlm.decoding import Mixed, choose_windows, mix_evidence, plan_fed_windows
 from knnlm.domains import NoDatastore
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable, UnknownVersion
 from knnlm.evidence import Evidence, Step, Stretch
-from knnlm.messages import (
-    DatastoreClient,
-    ForwardRequest,
-    ForwardResult,
-    LanguageModelClient,
-    ModelInfo,
-    SearchResult,
-    required,
-)
+from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo, SearchResult, required
 from knnlm.mixture import TOLERANCE
 from knnlm.options import KnnOptions
+from knnlm.protocols import DatastoreClient, LanguageModelClient
 from knnlm.rules import FIXED
 from knnlm.scoring import Score, Scoring
 from knnlm.sources import Plan, Services, Source, Timings, UsedDomain, computed, source_kind, timed, together

@@ -21,16 +21,15 @@ from knnlm.messages import (
     DomainInfo,
     ForwardRequest,
     ForwardResult,
-    LanguageModel,
     ModelInfo,
     Passage,
     PassagesRequest,
-    Searching,
     SearchRequest,
     SearchResult,
 )
 from knnlm.mixer import Mixer, NextTokens, Options
 from knnlm.options import DomainOptions, KnnOptions
+from knnlm.protocols import LanguageModel, Searching
 from knnlm.scoring import Score
 from knnlm.tokenizer import Tokenizer
 

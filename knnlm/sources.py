@@ -14,8 +14,9 @@ from typing import Any, Protocol, TypeVar, cast
 
 from knnlm.errors import InvalidRequest
 from knnlm.evidence import Evidence, Step
-from knnlm.messages import DatastoreClient, DomainInfo, ModelInfo
+from knnlm.messages import DomainInfo, ModelInfo
 from knnlm.options import DEFAULT_K, SearchOptions
+from knnlm.protocols import DatastoreClient
 from knnlm.rules import Weighing
 
 T = TypeVar("T")

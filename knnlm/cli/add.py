@@ -27,7 +27,7 @@ from knnlm.cli.remote import TlsCaOption, TlsCertOption, TlsKeyOption, api_key, 
 from knnlm.errors import InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
-    from knnlm.messages import LanguageModel, LanguageModelClient
+    from knnlm.protocols import LanguageModel, LanguageModelClient
 
 LOCAL = "127.0.0.1:9001"  # where an lm service listens unless it is told otherwise
 CALL_SECONDS = 600.0  # a batch of a large model on a slow machine

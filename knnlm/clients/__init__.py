@@ -1,1 +1,1 @@
-"""Clients of the services: the Protocols of knnlm/messages.py over gRPC (rpc.py) and over HTTP (http.py)."""
+"""Clients of the services: knnlm/protocols.py over gRPC (rpc.py) and over HTTP (http.py)."""

@@ -15,7 +15,8 @@ from typing import Generic, TypeVar
 import grpc
 
 from knnlm.clients.failures import Failed, Kind, deadline_exceeded, unreachable
-from knnlm.clients.fleet import Fleet, Metadata, Method, Rank, Replica
+from knnlm.clients.fleet import Fleet
+from knnlm.clients.replica import Metadata, Method, Rank, Replica
 from knnlm.clients.resolve import Address, parse
 from knnlm.errors import KnnlmError
 from knnlm.transport.context import PROBE, outgoing_id, outgoing_metadata, time_limit

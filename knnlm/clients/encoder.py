@@ -14,7 +14,8 @@ from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 import numpy as np
 
 from knnlm.errors import InvalidRequest, TooLarge, Unavailable
-from knnlm.messages import ForwardRequest, ForwardResult, LanguageModelClient, ModelInfo
+from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
+from knnlm.protocols import LanguageModelClient
 from knnlm.tokenizer import Tokenizer
 
 MAX_ANSWER_BYTES = 48 << 20  # keys in one answer, four bytes a number: leaves room below 64 MiB

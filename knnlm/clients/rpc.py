@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from knnlm.clients.call import Caller, Connection, Service
 from knnlm.clients.failures import unreachable
-from knnlm.clients.fleet import Metadata, Method, Replica
+from knnlm.clients.replica import Metadata, Method, Replica
 from knnlm.errors import DeadlineExceeded, KnnlmError, Unavailable, UnknownDomain
 from knnlm.messages import (
     Document,

@@ -24,7 +24,8 @@ from knnlm.datastore.progress import Clock, Progress, Report, silent
 from knnlm.datastore.workspace import Identity, Workspace, workspace
 from knnlm.decoding import choose_windows
 from knnlm.errors import InvalidRequest, ModelError
-from knnlm.messages import Document, LanguageModel
+from knnlm.messages import Document
+from knnlm.protocols import LanguageModel
 
 BOS_POLICIES = ("document", "window")
 KEY_DTYPES = ("float16", "float32")

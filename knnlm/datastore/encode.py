@@ -21,7 +21,8 @@ from knnlm.datastore.layout import Record
 from knnlm.datastore.manifest import WindowsRecord
 from knnlm.decoding import Window, plan_fed_windows
 from knnlm.errors import DatastoreError
-from knnlm.messages import ForwardRequest, LanguageModel
+from knnlm.messages import ForwardRequest
+from knnlm.protocols import LanguageModel
 
 FLOAT16_MAX = 65504.0
 

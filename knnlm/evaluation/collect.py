@@ -13,18 +13,10 @@ from knnlm.decoding import Window, choose_windows, plan_fed_windows
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.splits import Encoded
 from knnlm.evaluation.tuning import Observations
-from knnlm.messages import (
-    DomainInfo,
-    ForwardRequest,
-    ForwardResult,
-    LanguageModel,
-    LmStatistics,
-    Searching,
-    SearchRequest,
-    required,
-)
+from knnlm.messages import DomainInfo, ForwardRequest, ForwardResult, LmStatistics, SearchRequest, required
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
+from knnlm.protocols import LanguageModel, Searching
 
 # How far, in squared norms of the query, a key lies from the same text's stored one. In float32 what is left is the
 # rounding to float16, 5e-8; other text was never nearer than 4e-5, even to a model that has hardly been trained. Halves

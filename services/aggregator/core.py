@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from knnlm.errors import DeadlineExceeded, KnnlmError, Unavailable
-from knnlm.messages import LanguageModelClient
+from knnlm.protocols import LanguageModelClient
 from knnlm.transport.context import outgoing
 from services.aggregator.engine import Aggregator, Datastore
 from services.aggregator.settings import AggregatorSettings

@@ -11,16 +11,9 @@ from typing import Protocol
 
 from knnlm.clients.rpc import DomainReplica
 from knnlm.errors import KnnlmError, Unavailable
-from knnlm.messages import (
-    DatastoreClient,
-    Document,
-    DocumentsClient,
-    DomainInfo,
-    LanguageModelClient,
-    ModelInfo,
-    differs,
-)
+from knnlm.messages import Document, DomainInfo, ModelInfo, differs
 from knnlm.mixer import Mixer
+from knnlm.protocols import DatastoreClient, DocumentsClient, LanguageModelClient
 from knnlm.tokenizer import Tokenizer
 from knnlm.wire.arrays import LIST_LIMIT, ListBudget
 from services.aggregator.requests import Inputs, MemoryBudget

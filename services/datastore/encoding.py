@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from knnlm.clients.encoder import RemoteEncoder
 from knnlm.clients.rpc import GrpcLanguageModel
-from knnlm.messages import LanguageModel
+from knnlm.protocols import LanguageModel
 from services.datastore.settings import DatastoreSettings
 from services.datastore.updates import EncoderOpener
 from services.runtime.upstream import connection

@@ -52,8 +52,8 @@ class _Asked:
 
 
 class Engine:
-    """The core of the datastore service (runtime.service.Core): what knnlm.messages.DatastoreClient has, each call with
-    the request that it belongs to."""
+    """The core of the datastore service (runtime.service.Core): what knnlm.protocols.DatastoreClient has, each call
+    with the request that it belongs to."""
 
     def __init__(
         self,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from knnlm.errors import DatastoreError, InsufficientMemory, InvalidRequest
 from knnlm.index.memory import release_freed
-from knnlm.messages import Passage, PassagesRequest, Searching, SearchRequest, SearchResult
+from knnlm.messages import Passage, PassagesRequest, SearchRequest, SearchResult
+from knnlm.protocols import Searching
 from services.datastore.settings import DatastoreSettings
 
 Stamp = tuple[str, int, int]  # version, and what tells that its manifest was rewritten (tuning, index)

@@ -19,8 +19,9 @@ from knnlm.datastore.text import check_id
 from knnlm.datastore.updates.growth import add, remove
 from knnlm.datastore.updates.transaction import Activate
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
-from knnlm.messages import Document, DomainChange, LanguageModel
+from knnlm.messages import Document, DomainChange
 from knnlm.options import MAX_ID_CHARACTERS
+from knnlm.protocols import LanguageModel
 from knnlm.transport.context import outgoing
 from services.datastore.pool import Pool
 from services.datastore.settings import DatastoreSettings

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from knnlm.messages import LanguageModel
+from knnlm.protocols import LanguageModel
 from services.lm.engine import Engine
 from services.lm.rest import packed, routes
 from services.lm.rpc import rpc_service

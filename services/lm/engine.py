@@ -12,7 +12,8 @@ from prometheus_client import Counter, Histogram
 
 from knnlm.errors import TooLarge, Unavailable
 from knnlm.lm.requests import check
-from knnlm.messages import ForwardRequest, ForwardResult, LanguageModel
+from knnlm.messages import ForwardRequest, ForwardResult
+from knnlm.protocols import LanguageModel
 from services.lm.settings import LmSettings
 from services.runtime.batching import Batcher
 from services.runtime.context import RequestContext

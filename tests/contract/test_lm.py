@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge
-from knnlm.messages import ForwardRequest, ForwardResult, LanguageModelClient
+from knnlm.messages import ForwardRequest, ForwardResult
+from knnlm.protocols import LanguageModelClient
 from knnlm.testing import ToyLanguageModel
 from services.lm.app import service
 from services.lm.settings import LmSettings

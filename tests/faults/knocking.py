@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from knnlm.messages import LanguageModel
+from knnlm.protocols import LanguageModel
 from knnlm.testing import ToyLanguageModel, toy_datastore
 from knnlm.v1 import datastore_pb2, lm_pb2
 from services.datastore.app import service as datastore_service

@@ -7,7 +7,7 @@ import httpx
 
 from knnlm.clients.http import HttpDatastore, HttpLanguageModel
 from knnlm.clients.rpc import GrpcDatastore, GrpcLanguageModel
-from knnlm.messages import DatastoreClient, LanguageModelClient
+from knnlm.protocols import DatastoreClient, LanguageModelClient
 from services.runtime.lifecycle import Host, running
 from services.runtime.service import Service
 

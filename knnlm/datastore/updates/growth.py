@@ -34,7 +34,8 @@ from knnlm.datastore.updates.transaction import (
 )
 from knnlm.datastore.workspace import BUILDING, Identity, Workspace, working_in
 from knnlm.errors import Conflict, DatastoreMismatch, InvalidRequest, NotFound
-from knnlm.messages import Document, DomainChange, LanguageModel
+from knnlm.messages import Document, DomainChange
+from knnlm.protocols import LanguageModel
 
 MAX_NAMED_IDS = 5  # that an error lists
 

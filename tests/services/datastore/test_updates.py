@@ -30,8 +30,9 @@ from knnlm.errors import (
     Unavailable,
     UnknownDomain,
 )
-from knnlm.messages import Document, ForwardRequest, ForwardResult, LanguageModel, SearchRequest
+from knnlm.messages import Document, ForwardRequest, ForwardResult, SearchRequest
 from knnlm.options import SearchOptions
+from knnlm.protocols import LanguageModel
 from knnlm.testing import ToyLanguageModel, toy_datastore
 from knnlm.transport.context import outgoing
 from services.datastore.app import service
