@@ -65,6 +65,8 @@ ROWS: list[tuple[str, list[Panel]]] = [
             ("Time to open a version", "s", quantiles("knnlm_domain_load_seconds", "domain")),
             ("Documents added and removed", "ops", rate("knnlm_documents_changed_total", "domain, change")),
             ("Tokens through the model", "ops", rate("knnlm_lm_tokens_total", "kind")),
+            ("Tokens of prefixes", "ops", rate("knnlm_lm_prefix_tokens_total", "kind")),
+            ("Memory of prefixes", "bytes", value("knnlm_lm_prefix_bytes", "job, instance")),
         ],
     ),
     (

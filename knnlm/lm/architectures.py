@@ -25,6 +25,8 @@ KEY_FUNCTIONS = (
     "model_output_before_norm",
 )
 
+Masks = Literal["causal", "window", "by layer type", "own"]
+
 # a transformers config: its attributes differ per architecture
 Config = Any
 
@@ -47,13 +49,19 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Architecture:
-    """keys: one entry per key function. adjust_logits(logits, config): what the model does after its LM head."""
+    """keys: one entry per key function. adjust_logits(logits, config): what the model does after its LM head.
+
+    masks: which attention masks the base model takes in place of those it makes: one for all layers, causal or of the
+    config's sliding window; a dictionary of both, by layer type; or none, where it goes by how much it has cached, and
+    sequences can continue in one pass only where equally much is.
+    """
 
     model_type: str
     keys: Mapping[str, Site | Refusal]
     variant: str = ""
     when: Callable[[Config], bool] = lambda _: True
     adjust_logits: Callable[["torch.Tensor", Config], "torch.Tensor"] = lambda logits, _: logits
+    masks: Callable[[Config], Masks] = lambda _: "causal"
 
     @property
     def name(self) -> str:
@@ -166,9 +174,25 @@ def _falcon_norms(config: Config) -> int:
     return (2 if config.new_decoder_architecture else 1) if count is None else count
 
 
+def _own(_: Config) -> Masks:
+    return "own"
+
+
+def _window(_: Config) -> Masks:
+    return "window"
+
+
+def _by_layer_type(_: Config) -> Masks:
+    return "by layer type"
+
+
+def _falcon_masks(config: Config) -> Masks:
+    return "own" if config.alibi else "causal"
+
+
 TABLE = (
     Architecture("gpt2", _GPT2),
-    Architecture("gpt_neo", _GPT2),
+    Architecture("gpt_neo", _GPT2, masks=_own),
     Architecture("gptj", _parallel("h.-1", "ln_1", "ln_1", "mlp", "ln_f")),
     Architecture("gpt_neox", _parallel(*_NEOX), "parallel residual", lambda c: c.use_parallel_residual),
     Architecture("gpt_neox", _sequential(*_NEOX), "sequential", lambda c: not c.use_parallel_residual),
@@ -178,27 +202,33 @@ TABLE = (
     Architecture("opt", _OPT_NO_FINAL_NORM, "pre-norm, no final norm", lambda c: c.do_layer_norm_before),
     Architecture("opt", _OPT_POST_NORM, "post-norm", lambda c: not c.do_layer_norm_before),
     Architecture("llama", _LLAMA),
-    Architecture("mistral", _LLAMA),
-    Architecture("qwen2", _LLAMA),
-    Architecture("qwen3", _LLAMA),
-    Architecture("phi3", _LLAMA),
-    Architecture("gemma2", _GEMMA, adjust_logits=_soft_cap),
-    Architecture("gemma3_text", _GEMMA, adjust_logits=_soft_cap),
+    Architecture("mistral", _LLAMA, masks=_window),
+    Architecture("qwen2", _LLAMA, masks=_by_layer_type),
+    Architecture("qwen3", _LLAMA, masks=_by_layer_type),
+    Architecture("phi3", _LLAMA, masks=_window),
+    Architecture("gemma2", _GEMMA, adjust_logits=_soft_cap, masks=_by_layer_type),
+    Architecture("gemma3_text", _GEMMA, adjust_logits=_soft_cap, masks=_by_layer_type),
     Architecture("olmo2", _norms_outputs("layers.-1", "norm")),
-    Architecture("bloom", _BLOOM),
+    Architecture("bloom", _BLOOM, masks=_own),
     Architecture(
-        "falcon", _BLOOM, "sequential", lambda c: not c.parallel_attn and not c.new_decoder_architecture
+        "falcon",
+        _BLOOM,
+        "sequential",
+        lambda c: not c.parallel_attn and not c.new_decoder_architecture,
+        masks=_falcon_masks,
     ),
     Architecture(
         "falcon",
         _parallel("h.-1", "input_layernorm", "input_layernorm", "mlp", "ln_f"),
         "parallel, one norm",
         lambda c: c.parallel_attn and _falcon_norms(c) == 1,
+        masks=_falcon_masks,
     ),
     Architecture(
         "falcon",
         _parallel("h.-1", "ln_attn", "ln_mlp", "mlp", "ln_f"),
         "parallel, two norms",
         lambda c: c.parallel_attn and c.new_decoder_architecture and _falcon_norms(c) == 2,
+        masks=_falcon_masks,
     ),
 )  # fmt: skip

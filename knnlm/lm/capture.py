@@ -5,8 +5,9 @@ head: the logits of a whole batch are never made here. What a site means is writ
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,31 +21,52 @@ class _Reached(Exception):
     """The site has been seen and nothing behind it is wanted. Never leaves this file."""
 
 
-def encode(base: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def encode(
+    base: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    continuing: Mapping[str, Any] | None = None,
+) -> Tensor:
     """Final hidden states (batch, T, h), what the language-model head reads, on the model's device.
 
     input_ids: (batch, T) int64. attention_mask: (batch, T), 1 at tokens and 0 at padding, on either side; it may be
     left out when the padding is on the right, where a causal model cannot see it. What comes out at padding has no
-    meaning. Position ids are counted over the tokens, so that left padding moves nothing.
+    meaning. Position ids are counted over the tokens, so that left padding moves nothing. continuing: the arguments of
+    knnlm.lm.attention.continuing, where input_ids are what follows kept sequences.
     """
     arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False, "return_dict": True}
     if attention_mask is not None:
         arguments["attention_mask"] = attention_mask
-        if "position_ids" in inspect.signature(base.forward).parameters:  # ALiBi models read the mask instead
+        if takes_positions(base):
             arguments["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    arguments |= continuing or {}
     hidden: Tensor = base(**arguments).last_hidden_state
     return hidden
 
 
+def takes_positions(base: nn.Module) -> bool:
+    """Whether a base model is told the positions of its tokens. Those with ALiBi read the mask instead."""
+    return _takes(type(base).forward, "position_ids")
+
+
+@cache
+def _takes(function: Callable[..., Any], argument: str) -> bool:
+    return argument in inspect.signature(function).parameters
+
+
 def capture(
-    base: nn.Module, site: Site, input_ids: Tensor, attention_mask: Tensor | None = None
+    base: nn.Module,
+    site: Site,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    continuing: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `encode` gives, and the keys (batch, T, d) found at `site` in the same pass.
 
     Raises ModelError when the model has no such module, or what is there is not one tensor with a row per token.
     """
     with _recorded(_module(base, site), site) as seen:
-        hidden = encode(base, input_ids, attention_mask)
+        hidden = encode(base, input_ids, attention_mask, continuing)
     return hidden, _keys(seen, site, input_ids)
 
 

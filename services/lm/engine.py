@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from itertools import pairwise
 
 import numpy as np
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from knnlm.errors import TooLarge, Unavailable
 from knnlm.lm.requests import check
@@ -43,6 +43,12 @@ class Engine:
             "knnlm_lm_tokens_total", "Tokens fed (input) and positions answered (rows).", ["kind"],
             registry=metrics.registry,
         )  # fmt: skip
+        self._prefix_tokens = Counter(
+            "knnlm_lm_prefix_tokens_total", "Tokens of requests with cache (asked), kept ones (found).", ["kind"],
+            registry=metrics.registry,
+        )  # fmt: skip
+        self._prefix_bytes = Gauge("knnlm_lm_prefix_bytes", "Allocated for kept prefixes.", registry=metrics.registry)
+        self._prefixes_seen = (0, 0)  # tokens asked and found so far
 
     def load(self) -> None:
         self._model = self._load(self._settings)
@@ -109,15 +115,26 @@ class Engine:
             result = self.model.forward(joined)
         self._tokens.labels("input").inc(_tokens(joined))
         self._tokens.labels("rows").inc(_rows(joined))
+        self._count_prefixes()
         return [result] if len(requests) == 1 else _parts(result, requests)
+
+    def _count_prefixes(self) -> None:
+        prefixes = getattr(self.model, "prefixes", None)
+        if prefixes is None:  # turned off, or a model that keeps nothing
+            return
+        seen, self._prefixes_seen = self._prefixes_seen, (prefixes.asked, prefixes.found)
+        for kind, now, before in zip(("asked", "found"), self._prefixes_seen, seen, strict=True):
+            self._prefix_tokens.labels(kind).inc(now - before)
+        self._prefix_bytes.set(prefixes.held_bytes)
 
 
 def _load(settings: LmSettings) -> LanguageModel:
     from knnlm.lm.model import LanguageModel  # torch: seconds to import, while /livez answers already
 
     return LanguageModel.load(
-        settings.model, device=settings.device, dtype=settings.dtype, key_function=settings.key_function
-    )
+        settings.model, device=settings.device, dtype=settings.dtype, key_function=settings.key_function,
+        prefix_cache_bytes=settings.prefix_cache_bytes,
+    )  # fmt: skip
 
 
 def _tokens(request: ForwardRequest) -> int:
