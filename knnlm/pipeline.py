@@ -1,4 +1,4 @@
-"""Model and datastores in one process: the library's front door, and what the services must equal.
+"""Model and datastores in one process: the entrance of the library, and what the services must equal.
 
 It runs the Mixer of the services over objects instead of connections. The adapters here only make synchronous objects
 answer as the clients do; nothing is computed in this file. This is the one module where torch and faiss may meet.

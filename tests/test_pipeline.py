@@ -1,4 +1,4 @@
-"""The library's front door, over a toy model and a real datastore."""
+"""One process with model and datastores, over a toy model and a real datastore."""
 
 import asyncio
 from collections.abc import Iterator

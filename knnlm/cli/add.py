@@ -68,7 +68,7 @@ def add(
     from knnlm.datastore.catalog import Catalog
     from knnlm.datastore.manifest import Manifest
     from knnlm.datastore.text import read_documents
-    from knnlm.datastore.updates.growth import add as run
+    from knnlm.datastore.updates.documents import add as run
     from knnlm.evaluation.splits import select
 
     catalog = Catalog(store)

@@ -30,7 +30,7 @@ def forget(
 ) -> None:
     """Remove documents from a domain, as a new version. With an unknown id nothing is done."""
     from knnlm.datastore.catalog import Catalog
-    from knnlm.datastore.updates.growth import remove
+    from knnlm.datastore.updates.documents import remove
 
     catalog = Catalog(store)
     wanted = [*(ids or ()), *([] if ids_file is None else _lines(ids_file))]

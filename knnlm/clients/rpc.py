@@ -169,7 +169,7 @@ class GrpcDatastore(_Client["_Stub"]):
         return [found[name] for name in sorted(found)]
 
     async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
-        message = protos.packed(datastore_pb2.GetDomainRequest, domain=domain, version=version)
+        message = protos.new(datastore_pb2.GetDomainRequest, domain=domain, version=version)
         reply = await self._caller.call(lambda stub: stub.GetDomain, message, domain=domain, version=version)
         return protos.from_proto(DomainInfo, reply.domain)
 
@@ -186,7 +186,7 @@ class GrpcDatastore(_Client["_Stub"]):
         and then. Raises DeadlineExceeded that names the replicas that are late and what they say: the switch goes on.
         """
         deadline = time.monotonic() + self._caller.time_limit() - MARGIN_SECONDS
-        message = protos.packed(datastore_pb2.ActivateVersionRequest, domain=domain, version=version)
+        message = protos.new(datastore_pb2.ActivateVersionRequest, domain=domain, version=version)
         try:
             reply = await self._change(domain, lambda stub: stub.ActivateVersion, message)
         except DeadlineExceeded:
@@ -200,19 +200,19 @@ class GrpcDatastore(_Client["_Stub"]):
 
     async def add_documents(self, domain: str, documents: Sequence[Document], *, replace: bool = False) -> DomainChange:
         messages = [protos.to_proto(document, datastore_pb2.Document) for document in documents]
-        message = protos.packed(datastore_pb2.AddDocumentsRequest, domain=domain, documents=messages, replace=replace)
+        message = protos.new(datastore_pb2.AddDocumentsRequest, domain=domain, documents=messages, replace=replace)
         reply = await self._change(domain, lambda stub: stub.AddDocuments, message)
         return protos.from_proto(DomainChange, reply.change)
 
     async def remove_documents(self, domain: str, ids: Sequence[str]) -> DomainChange:
-        message = protos.packed(datastore_pb2.RemoveDocumentsRequest, domain=domain, ids=ids)
+        message = protos.new(datastore_pb2.RemoveDocumentsRequest, domain=domain, ids=ids)
         reply = await self._change(domain, lambda stub: stub.RemoveDocuments, message)
         return protos.from_proto(DomainChange, reply.change)
 
     async def _ask_each(self, domain: str, limit: float) -> list[tuple[Replica[_Stub], DomainInfo | KnnlmError]]:
         await self._caller.fleet.ready(limit)
         replicas = list(self._caller.fleet.replicas)
-        message = protos.packed(datastore_pb2.GetDomainRequest, domain=domain)
+        message = protos.new(datastore_pb2.GetDomainRequest, domain=domain)
         limit = min(limit, ASK_SECONDS)
         answers = await self._caller.call_each(replicas, lambda stub: stub.GetDomain, message, limit)
         given = [a if isinstance(a, KnnlmError) else protos.from_proto(DomainInfo, a.domain) for a in answers]

@@ -1,8 +1,8 @@
 """A folder that keys are made in, owned by one process at a time: what was finished stays when the process dies.
 
 store/<domain>/.<version>.building/ is a build, and becomes the version; .add-<digest>.building/ is documents that are
-being added (updates/growth.py). Besides the files that will be published it holds `.build/`: the lock, build.json (what
-is being made, so that nobody continues it as something else) and the records of finished parts.
+being added (updates/documents.py). Besides the files that will be published it holds `.build/`: the lock, build.json
+(what is being made, so that nobody continues it as something else) and the records of finished parts.
 """
 
 import contextlib

@@ -39,7 +39,7 @@ EFFORTS = (0.5, 2.0, 4.0)  # times the index's own nprobe or ef_search
 OVERFETCH = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 8.0)  # times the index's own
 GAIN = 1e-4  # share of perplexity: where more work gains less twice, still more is not tried
 BATCH = 64  # queries in a call that is timed
-SECONDS, ROUNDS = 0.2, 3  # how long each setting is timed
+TIMING_SECONDS, TIMING_ROUNDS = 0.2, 3  # how long each setting is timed
 SPEED_TOLERANCE = 0.05  # rates this near are one: the better perplexity decides
 
 Progress = Callable[[str, int, int], None]
@@ -276,7 +276,7 @@ def _measured(
 
 
 def _in_turn(programs: Mapping[str, Callable[[], int]]) -> Mapping[str, Rate]:
-    return interleave(programs, SECONDS, ROUNDS)
+    return interleave(programs, TIMING_SECONDS, TIMING_ROUNDS)
 
 
 def _named(options: Mapping[str, float | bool]) -> str:

@@ -33,7 +33,7 @@ def to_proto(record: object, message: type[Sent], **more: object) -> Sent:
     """The message with the record's fields, and `more`. Raises InvalidRequest naming the field that it cannot hold."""
     writers = _writers(message.DESCRIPTOR)
     sent = {name: writers[name](value) for name, value in values_of(record) if value is not None}
-    return packed(message, **sent, **more)
+    return new(message, **sent, **more)
 
 
 def from_proto(record: type[Made], message: Message) -> Made:
@@ -105,7 +105,7 @@ def forward_request_from_proto(message: lm_pb2.ForwardRequest) -> ForwardRequest
     )
 
 
-def packed(kind: type[Sent], **fields: Any) -> Sent:  # Any: what the message takes
+def new(kind: type[Sent], **fields: Any) -> Sent:  # Any: what the message takes
     """A message of these fields. Raises InvalidRequest that names the one whose text is not valid Unicode."""
     try:
         return kind(**fields)

@@ -9,7 +9,7 @@ from knnlm.clients.call import Observer
 from knnlm.clients.rpc import GrpcDatastore, GrpcLanguageModel
 from knnlm.domains import NoDatastore
 from services.aggregator.settings import AggregatorSettings
-from services.runtime.observability import SECONDS, Metrics, event
+from services.runtime.observability import LATENCY_BUCKETS, Metrics, event
 from services.runtime.upstream import connection
 
 LOG = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ class UpstreamMetrics(Observer):
         registry = metrics.registry
         self._seconds = Histogram(
             "knnlm_upstream_seconds", "Time of a call to another service, retries included.", ["service", "code"],
-            buckets=SECONDS, registry=registry,
+            buckets=LATENCY_BUCKETS, registry=registry,
         )  # fmt: skip
         self._retries = Counter(
             "knnlm_upstream_retries_total", "Calls to another service made again after a failure.", ["service"],

@@ -2,7 +2,7 @@
 
 from services.datastore.engine import Engine
 from services.datastore.loaded import Opener
-from services.datastore.rest import packed, routes
+from services.datastore.rest import protobuf_routes, routes
 from services.datastore.rpc import rpc_service
 from services.datastore.settings import DatastoreSettings
 from services.datastore.updates import EncoderOpener
@@ -25,5 +25,5 @@ def service(
         metrics=metrics,
         routers=[routes(engine)],
         rpc=[rpc_service(engine)],
-        protobuf=packed(engine),
+        protobuf=protobuf_routes(engine),
     )

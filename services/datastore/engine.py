@@ -26,7 +26,7 @@ from services.datastore.settings import DatastoreSettings
 from services.datastore.updates import DocumentUpdates, EncoderOpener
 from services.runtime.batching import Batcher
 from services.runtime.context import RequestContext
-from services.runtime.observability import SECONDS, Metrics, event
+from services.runtime.observability import LATENCY_BUCKETS, Metrics, event
 
 LOG = logging.getLogger(__name__)
 ENVELOPE_BYTES = 4096  # of an answer beside its arrays
@@ -70,7 +70,7 @@ class Engine:
         self._watching: asyncio.Task[None] | None = None
         self._switches: set[asyncio.Task[DomainInfo]] = set()
         self._seconds = Histogram(
-            "knnlm_search_seconds", "Time in the index per batch.", ["domain"], buckets=SECONDS,
+            "knnlm_search_seconds", "Time in the index per batch.", ["domain"], buckets=LATENCY_BUCKETS,
             registry=metrics.registry,
         )  # fmt: skip
         self._queries = Counter(

@@ -38,7 +38,7 @@ def opener(settings: DatastoreSettings) -> Opener:
     return open_searcher
 
 
-def stamp(path: Path) -> Stamp:
+def stamp_of(path: Path) -> Stamp:
     """What identifies the version at `path` as it is now. Raises OSError when it is gone."""
     status = os.stat(path / "manifest.json")
     return path.name, status.st_mtime_ns, status.st_ino
@@ -49,7 +49,7 @@ class Loaded:
 
     def __init__(self, path: Path, open_searcher: Opener, memory_limit: int | None = None) -> None:
         """memory_limit: bytes that it may hold. Raises as open_searcher does; InsufficientMemory when memory ends."""
-        self.stamp = stamp(path)  # before reading: a rewrite meanwhile is then seen as a change
+        self.stamp = stamp_of(path)  # before reading: a rewrite meanwhile is then seen as a change
         try:
             self.searcher = open_searcher(path, memory_limit)
         except MemoryError as err:

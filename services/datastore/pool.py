@@ -18,7 +18,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from knnlm.datastore.catalog import Catalog
 from knnlm.errors import DatastoreError, KnnlmError, NotFound, Unavailable, UnknownDomain, UnknownVersion
 from knnlm.messages import DomainInfo, Memory
-from services.datastore.loaded import Loaded, Opener, Stamp, stamp
+from services.datastore.loaded import Loaded, Opener, Stamp, stamp_of
 from services.datastore.settings import DatastoreSettings
 from services.runtime.observability import Metrics, event
 
@@ -135,11 +135,11 @@ class Pool:
     async def follow(self) -> None:
         """Look at the store once: open what is new, drop what is gone, let go of what nobody needs any more."""
         wanted = await asyncio.to_thread(self._wanted)
-        for domain, mark in wanted.items():
+        for domain, stamp in wanted.items():
             loaded = self._current.get(domain)
-            if loaded is not None and loaded.stamp == mark:
+            if loaded is not None and loaded.stamp == stamp:
                 self._failed.pop(domain, None)  # what could not be opened is no longer wanted
-            elif mark is not None and self._worth_trying(domain, mark):
+            elif stamp is not None and self._worth_trying(domain, stamp):
                 await self._switch(domain)
         for domain in [name for name in self._current if name not in wanted]:
             await self._drop(domain)
@@ -158,43 +158,44 @@ class Pool:
         for domain in self._catalog.domains():
             if not self._settings.domains or domain in self._settings.domains:
                 with contextlib.suppress(UnknownDomain):  # removed between two looks
-                    wanted[domain] = self._mark(domain)
+                    wanted[domain] = self._current_stamp(domain)
         return wanted
 
-    def _mark(self, domain: str) -> Stamp | None:
+    def _current_stamp(self, domain: str) -> Stamp | None:
         """Stamp of the current version on disk, None when the store cannot say. Raises UnknownDomain without one."""
         try:
             version = self._catalog.current(domain)
             if version is None:
                 raise UnknownDomain(f"domain {domain} has no current version", param="domain")
-            return stamp(self._catalog.path(domain, version))
+            return stamp_of(self._catalog.path(domain, version))
         except (DatastoreError, UnknownVersion, OSError):
             return None  # CURRENT is broken or names a version that is not there: keep what is served
 
-    def _worth_trying(self, domain: str, mark: Stamp) -> bool:
+    def _worth_trying(self, domain: str, stamp: Stamp) -> bool:
         failure = self._failed.get(domain)
-        return failure is None or failure[0] != mark or time.monotonic() - failure[1] > RETRY_AFTER_S
+        return failure is None or failure[0] != stamp or time.monotonic() - failure[1] > RETRY_AFTER_S
 
     async def _switch(self, domain: str) -> None:
         async with self._switching:
             try:
-                mark = await asyncio.to_thread(self._mark, domain)  # again: an activation may have been faster
+                # asked again: an activation may have been faster
+                stamp = await asyncio.to_thread(self._current_stamp, domain)
                 loaded = self._current.get(domain)
-                if mark is None or (loaded is not None and loaded.stamp == mark):
+                if stamp is None or (loaded is not None and loaded.stamp == stamp):
                     return
-                path = await asyncio.to_thread(self._catalog.path, domain, mark[0])
+                path = await asyncio.to_thread(self._catalog.path, domain, stamp[0])
             except NotFound:
                 return  # removed meanwhile
             try:
                 self._rebind(domain, await self._opened(domain, path))
             except (KnnlmError, OSError) as err:
-                self._note_failure(domain, mark, err if isinstance(err, KnnlmError) else DatastoreError(str(err)))
+                self._note_failure(domain, stamp, err if isinstance(err, KnnlmError) else DatastoreError(str(err)))
 
     async def _drop(self, domain: str) -> None:
         """Stop serving a domain that was not in the store, unless it is there now: it may just have been activated."""
         async with self._switching:
             with contextlib.suppress(UnknownDomain):
-                await asyncio.to_thread(self._mark, domain)
+                await asyncio.to_thread(self._current_stamp, domain)
                 return
             event(LOG, "domain_removed", domain=domain)
             gone = self._current.pop(domain)
@@ -204,9 +205,9 @@ class Pool:
 
     async def _opened(self, domain: str, path: Path) -> Loaded:
         """A version that is already in memory, or a new one."""
-        mark = await asyncio.to_thread(stamp, path)
+        stamp = await asyncio.to_thread(stamp_of, path)
         for name, loaded in [*self._current.items(), *self._retired]:
-            if name == domain and loaded.stamp == mark:
+            if name == domain and loaded.stamp == stamp:
                 return loaded
         self._loading[domain] = path.name
         try:
@@ -267,7 +268,7 @@ class Pool:
         """Why the version that is wanted cannot be opened, without saying where on this machine the store lies."""
         return self._failed[domain][2].message.replace(f"{self._catalog.store}/", "")
 
-    def _note_failure(self, domain: str, mark: Stamp | None, err: KnnlmError) -> None:
-        self._failed[domain] = (mark, time.monotonic(), err)
+    def _note_failure(self, domain: str, stamp: Stamp | None, err: KnnlmError) -> None:
+        self._failed[domain] = (stamp, time.monotonic(), err)
         self._loads.labels(domain, "failed").inc()
-        event(LOG, "cannot_serve", logging.WARNING, domain=domain, version=mark and mark[0], reason=err.message)
+        event(LOG, "cannot_serve", logging.WARNING, domain=domain, version=stamp and stamp[0], reason=err.message)

@@ -92,7 +92,7 @@ def routes(engine: Engine) -> APIRouter:
     return router
 
 
-def packed(engine: Engine) -> list[ProtobufRoute]:
+def protobuf_routes(engine: Engine) -> list[ProtobufRoute]:
     """Search and GetPassages with the message of their rpc as the body. The domain is in the path, in the message it
     may be empty."""
 

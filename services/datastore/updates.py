@@ -16,7 +16,7 @@ from prometheus_client import Counter
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.progress import Progress
 from knnlm.datastore.text import check_id
-from knnlm.datastore.updates.growth import add, remove
+from knnlm.datastore.updates.documents import add, remove
 from knnlm.datastore.updates.transaction import Activate
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
 from knnlm.messages import Document, DomainChange
@@ -57,7 +57,7 @@ class DocumentUpdates:
         """What became of the domain; it answers from that version now.
 
         Raises InvalidRequest or TooLarge for documents that cannot be taken, Unavailable without an lm service,
-        DeadlineExceeded when it takes longer (it goes on then), what `knnlm.datastore.updates.growth.add` raises.
+        DeadlineExceeded when it takes longer (it goes on then), what `knnlm.datastore.updates.documents.add` raises.
         """
         self._check(domain, [document.id for document in documents], "documents")
         for number, document in enumerate(documents):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from knnlm.protocols import LanguageModel
 from services.lm.engine import Engine
-from services.lm.rest import packed, routes
+from services.lm.rest import protobuf_routes, routes
 from services.lm.rpc import rpc_service
 from services.lm.settings import LmSettings
 from services.runtime.observability import Metrics
@@ -25,5 +25,5 @@ def service(settings: LmSettings, load: Callable[[LmSettings], LanguageModel] | 
         metrics=metrics,
         routers=[routes(engine)],
         rpc=[rpc_service(engine)],
-        protobuf=packed(engine),
+        protobuf=protobuf_routes(engine),
     )

@@ -17,7 +17,7 @@ from knnlm.protocols import LanguageModel
 from services.lm.settings import LmSettings
 from services.runtime.batching import Batcher
 from services.runtime.context import RequestContext
-from services.runtime.observability import SECONDS, Metrics
+from services.runtime.observability import LATENCY_BUCKETS, Metrics
 
 __all__ = ["Engine"]
 
@@ -37,7 +37,10 @@ class Engine:
         self._model: LanguageModel | None = None
         self._batcher: Batcher[ForwardRequest, ForwardResult] | None = None
         self._seconds = Histogram(
-            "knnlm_lm_forward_seconds", "Time in the model per batch.", buckets=SECONDS, registry=metrics.registry
+            "knnlm_lm_forward_seconds",
+            "Time in the model per batch.",
+            buckets=LATENCY_BUCKETS,
+            registry=metrics.registry,
         )
         self._tokens = Counter(
             "knnlm_lm_tokens_total", "Tokens fed (input) and positions answered (rows).", ["kind"],

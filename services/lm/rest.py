@@ -15,8 +15,6 @@ from services.runtime.context import current
 from services.runtime.protobuf_routes import PROTOBUF_TOO, ProtobufRoute, parse
 from services.runtime.schemas import answer
 
-__all__ = ["packed", "routes"]
-
 FORWARD = "/v1/forward"
 
 
@@ -47,7 +45,7 @@ def routes(engine: Engine) -> APIRouter:
     return router
 
 
-def packed(engine: Engine) -> list[ProtobufRoute]:
+def protobuf_routes(engine: Engine) -> list[ProtobufRoute]:
     """Forward with knnlm.v1.ForwardRequest as its body."""
 
     async def forward(parts: Mapping[str, str], body: bytes) -> bytes:  # noqa: ARG001  the path has none

@@ -21,8 +21,8 @@ from services.runtime.context import ids
 _FIELDS = "knnlm_fields"
 _SUSPECT = re.compile(r'[ "=]|[^\x20-\x7e]')  # what may need quotes; letters beyond ASCII that print do not
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 def event(logger: logging.Logger, name: str, level: int = logging.INFO, /, **fields: object) -> None:
@@ -104,7 +104,7 @@ class Metrics:
             "knnlm_request_duration_seconds",
             "Time from a request's arrival to the end of its answer.",
             ["face", "route"],
-            buckets=SECONDS,
+            buckets=LATENCY_BUCKETS,
             registry=self.registry,
         )
         self.inflight = Gauge("knnlm_inflight_requests", "Requests in work.", registry=self.registry)
@@ -122,10 +122,13 @@ class Metrics:
         )
         self.queue_items = Gauge("knnlm_queue_items", "Items (rows or tokens) held.", registry=self.registry)
         self.queue_wait = Histogram(
-            "knnlm_queue_wait_seconds", "Time in the queue.", buckets=SECONDS, registry=self.registry
+            "knnlm_queue_wait_seconds", "Time in the queue.", buckets=LATENCY_BUCKETS, registry=self.registry
         )
         self.batch_rows = Histogram(
-            "knnlm_batch_rows", "Items (rows or tokens) worked on at once.", buckets=_ROWS, registry=self.registry
+            "knnlm_batch_rows",
+            "Items (rows or tokens) worked on at once.",
+            buckets=_BATCH_BUCKETS,
+            registry=self.registry,
         )
 
     def expose(self) -> bytes:

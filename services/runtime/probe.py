@@ -17,7 +17,7 @@ from types import FrameType
 
 PORTS = {"aggregator": 8000, "lm": 8001, "datastore": 8002}  # as in the services' settings
 ROUTES = ("readyz", "livez")
-SECONDS = 2.0
+TIMEOUT_SECONDS = 2.0
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  where a service that listens everywhere is asked
 
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"usage: python -m services.runtime.probe {'|'.join(PORTS)} [{'|'.join(ROUTES)}]", file=sys.stderr)
         return 1
     signal.signal(signal.SIGALRM, _too_late)  # sockets have time limits per step, not for all of them together
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, TIMEOUT_SECONDS)
     try:
         said = problem(service, route, os.environ)
     except (OSError, ValueError, http.client.HTTPException) as err:
@@ -56,9 +56,9 @@ def problem(service: str, route: str, environ: Mapping[str, str]) -> str | None:
         context.verify_mode = ssl.CERT_NONE  # loopback, and nothing is said that others must not hear
         if setting("tls_client_ca_file"):
             context.load_cert_chain(cert_file, setting("tls_key_file"))
-        connection = http.client.HTTPSConnection(*where, timeout=SECONDS, context=context)
+        connection = http.client.HTTPSConnection(*where, timeout=TIMEOUT_SECONDS, context=context)
     else:
-        connection = http.client.HTTPConnection(*where, timeout=SECONDS)
+        connection = http.client.HTTPConnection(*where, timeout=TIMEOUT_SECONDS)
     try:
         connection.request("GET", f"/{route}")
         answer = connection.getresponse()
@@ -69,7 +69,7 @@ def problem(service: str, route: str, environ: Mapping[str, str]) -> str | None:
 
 
 def _too_late(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  as signal.signal wants it
-    raise TimeoutError(f"no answer within {SECONDS:g} s")
+    raise TimeoutError(f"no answer within {TIMEOUT_SECONDS:g} s")
 
 
 if __name__ == "__main__":

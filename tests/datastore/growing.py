@@ -5,7 +5,7 @@ from pathlib import Path
 
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.updates.growth import add, remove
+from knnlm.datastore.updates.documents import add, remove
 from knnlm.datastore.verify import verify
 from knnlm.messages import Document, DomainChange
 from knnlm.testing import ToyLanguageModel, toy_datastore

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.updates.growth import add, remove
+from knnlm.datastore.updates.documents import add, remove
 from knnlm.messages import Document, DomainChange
 from knnlm.testing import ToyLanguageModel
 

@@ -18,7 +18,7 @@ from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.updates.growth import add, remove
+from knnlm.datastore.updates.documents import add, remove
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.index.build import build_index
 from knnlm.index.compact import compact

@@ -19,7 +19,7 @@ import pytest
 
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.updates.growth import add, remove
+from knnlm.datastore.updates.documents import add, remove
 from knnlm.datastore.verify import verify
 from knnlm.errors import DatastoreError
 from knnlm.index.build import build_index

@@ -17,7 +17,7 @@ import pytest
 from knnlm.clients.call import Connection
 from knnlm.clients.rpc import GrpcDatastore
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.updates.growth import add
+from knnlm.datastore.updates.documents import add
 from knnlm.datastore.verify import verify
 from knnlm.errors import DeadlineExceeded, UnknownVersion
 from knnlm.messages import Document, SearchRequest

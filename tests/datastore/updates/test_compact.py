@@ -12,7 +12,7 @@ from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.progress import Progress
 from knnlm.datastore.reader import Datastore
 from knnlm.datastore.updates import compact as module
-from knnlm.datastore.updates.growth import add, remove
+from knnlm.datastore.updates.documents import add, remove
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.errors import Conflict, DatastoreCorrupt, InvalidRequest, UnknownVersion
 from knnlm.index.build import build_index

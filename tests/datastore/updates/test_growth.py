@@ -12,7 +12,7 @@ from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.layout import segment_files
 from knnlm.datastore.manifest import Manifest, SegmentRecord
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.updates.growth import add
+from knnlm.datastore.updates.documents import add
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.errors import (
     Conflict,

@@ -20,7 +20,7 @@ from knnlm.datastore.files import CHUNK, share
 from knnlm.datastore.layout import KEYS, VALUES
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.progress import Progress
-from knnlm.datastore.updates.growth import add
+from knnlm.datastore.updates.documents import add
 from knnlm.datastore.verify import verify
 from knnlm.errors import DatastoreError, NotFound
 from knnlm.messages import Document, ForwardRequest, ForwardResult
@@ -121,7 +121,7 @@ import sys, time
 from pathlib import Path
 from tests.datastore.killing import ADDED
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.updates.growth import add
+from knnlm.datastore.updates.documents import add
 from knnlm.testing import ToyLanguageModel
 
 class Slow(ToyLanguageModel):

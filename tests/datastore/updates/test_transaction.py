@@ -15,7 +15,7 @@ from knnlm.datastore.files import locked
 from knnlm.datastore.manifest import IndexRecord, Manifest
 from knnlm.datastore.progress import Progress
 from knnlm.datastore.updates import transaction
-from knnlm.datastore.updates.growth import add, remove
+from knnlm.datastore.updates.documents import add, remove
 from knnlm.datastore.updates.revise import with_index, with_tuning
 from knnlm.datastore.updates.transaction import advice, begin_update
 from knnlm.errors import (
