@@ -140,6 +140,16 @@ class Mixed:
         """(n,) what the components weigh together; less than lambda where one found nothing."""
         return np.sum([c.weight for c in self.components], axis=0) if self.components else np.zeros(len(self.log_probs))
 
+    def last(self, n: int) -> "Mixed":
+        """What it says of the last n of its targets."""
+        start = len(self.log_probs) - n
+        components = []
+        for c in self.components if start else ():
+            found = c.evidence
+            evidence = Evidence(found.present[start:], found.of_targets[start:], carried=found.carried[start:])
+            components.append(Share(c.name, c.kind, c.weight[start:], evidence))
+        return Mixed(self.log_probs[start:], self.lm_log_probs[start:], components) if start else self
+
     def mean_row(self, i: int, kind: str) -> npt.NDArray[np.float64] | None:
         """(V,) at prediction i, the mean by weight of the components of that kind; None where all are absent."""
         rows = [(c.weight[i : i + 1], c.row(i, self.log_probs.shape[1])) for c in self.components if c.kind == kind]

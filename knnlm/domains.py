@@ -10,12 +10,14 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from knnlm.attribution import Carrier, carriers
 from knnlm.errors import DatastoreMismatch, InvalidRequest, Unavailable
 from knnlm.evidence import Evidence, Step
 from knnlm.messages import (
     Document,
     DomainInfo,
     ModelInfo,
+    Passage,
     PassagesRequest,
     SearchRequest,
     SearchResult,
@@ -53,11 +55,31 @@ class DomainSource:
         """See knnlm.sources.Source."""
         if step.keys is None:
             raise Unavailable("the language model service did not answer with the keys it was asked for")
-        shown = (False, step.passages, step.passage_tokens)
+        shown = (step.carriers > 0, step.passages, step.passage_tokens)
         requests = [SearchRequest(u.domain, step.keys, u.search, u.version, *shown) for u in self.used]
         found = await together([self.datastore.search(request) for request in requests])
         numbers = sum(result.neighbors.values.size for result in found)
-        return await computed(numbers, self._evidence, found, step)
+        evidence = await computed(numbers, self._evidence, found, step)
+        if step.targets is None or not step.carriers:
+            return evidence
+        neighbors, temperature = [result.neighbors for result in found], self.used[0].temperature
+        chosen = await computed(numbers, carriers, neighbors, step.targets, temperature, step.carriers)
+        calls = [self._passages(u, chosen.entries[chosen.parts == i], step) for i, u in enumerate(self.used)]
+        passages = await together(calls)
+        carried: list[list[Carrier]] = [[] for _ in step.targets]
+        for row, part, entry, distance, share in zip(
+            *(column.tolist() for column in vars(chosen).values()), strict=True
+        ):
+            carried[row].append(Carrier(self.used[part].domain, passages[part][entry], distance, share))
+        return replace(evidence, carried=carried)
+
+    async def _passages(self, used: UsedDomain, entries: npt.NDArray[np.int64], step: Step) -> dict[int, Passage]:
+        """By entry; each is looked up once."""
+        distinct = np.unique(entries)
+        if not len(distinct):
+            return {}
+        request = PassagesRequest(used.domain, used.version, distinct, step.passage_tokens)
+        return dict(zip(distinct.tolist(), await self.datastore.passages(request), strict=True))
 
     def _evidence(self, found: Sequence[SearchResult], step: Step) -> Evidence:
         neighbors = _united([result.neighbors for result in found])

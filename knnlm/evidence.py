@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from knnlm.attribution import Carrier
 from knnlm.messages import SearchResult
 from knnlm.neighbors import TokenMasses
 
@@ -38,7 +39,8 @@ class Step:
     """n predictions that sources are asked about, those of the stretches one below the other.
 
     keys: (n, d), None when no source needs them. targets: (n,) the tokens whose probability is wanted, None for whole
-    distributions. passages, passage_tokens: text to show around the nearest neighbors, as in SearchRequest.
+    distributions. passages, passage_tokens: text to show around the nearest neighbors, as in SearchRequest. carriers:
+    how many of the entries that gave a target most are wanted, with the text around them.
     """
 
     stretches: Sequence[Stretch]
@@ -46,6 +48,7 @@ class Step:
     targets: Ids | None = None
     passages: int = 0
     passage_tokens: int = 24
+    carriers: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,15 @@ class Evidence:
     log_probs: (n,) float64 of the targets; or, of whole distributions, masses that sum to one in each row, or (n, V)
     float64. -inf is a probability of zero. present: (n,) where the source has a distribution at all; elsewhere its
     weight goes back to the LM. features: (n,) float64 each, the numbers that its rule asked for. found: the searches it
-    was made from, for showing.
+    was made from, for showing. carried: of each target the entries that gave it most, where the step asked for carriers
+    and the source has entries; else empty.
     """
 
     present: npt.NDArray[np.bool_]
     log_probs: npt.NDArray[np.float64] | TokenMasses
     features: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     found: Sequence[SearchResult] = ()
+    carried: Sequence[Sequence[Carrier]] = ()
 
     @property
     def of_targets(self) -> npt.NDArray[np.float64]:

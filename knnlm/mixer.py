@@ -21,9 +21,12 @@ from knnlm.mixture import TOLERANCE
 from knnlm.options import KnnOptions
 from knnlm.protocols import DatastoreClient, LanguageModelClient
 from knnlm.rules import FIXED
-from knnlm.scoring import Score, Scoring
+from knnlm.scoring import NOTHING_ELSE, Score, Scoring
 from knnlm.sources import Plan, Services, Source, Timings, UsedDomain, computed, source_kind, timed, together
 
+SEARCHED_BYTES = 16  # of one neighbor with its entry number
+PASSAGE_BYTES = 256  # of the text around an entry, beside its tokens
+EXPLAINED_BYTES = 1 << 25  # in the answers of the datastore service about one batch of windows
 T = TypeVar("T")
 Ids = npt.NDArray[np.int32]
 Options = KnnOptions | Mapping[str, Any] | None  # Any: a record of options for each row of knnlm.sources.SOURCES
@@ -132,14 +135,54 @@ class Mixer:
         batches of windows: `timings` say how long each was waited for, and add up to more than the call took. Raises
         InvalidRequest for a text without a token to predict, and what the services raise.
         """
-        if len(tokens) < 2:
-            raise InvalidRequest(f"nothing to score: expected at least 2 tokens, got {len(tokens)}", param="text")
+        return await self._scored(plan, tokens, 1, NOTHING_ELSE, self._batch_tokens, context_length, min_context)
+
+    async def explain(
+        self,
+        plan: Plan,
+        tokens: Ids,
+        *,
+        first: int = 1,
+        passages: int = 3,
+        passage_tokens: int = 24,
+        context_length: int | None = None,
+        min_context: int | None = None,
+    ) -> Score:
+        """`score` of tokens[first:], and the entries that gave each of them most of what it has by retrieval.
+
+        They are in `mixed.components[...].evidence.carried`, at most `passages` of each token with `passage_tokens`
+        tokens of text on each side, and in `documents`. Each batch of windows is searched once, and the text around all
+        its entries is looked up at once. Log-probabilities are those of `score`. Raises as it does.
+        """
+        bytes_each = sum(SEARCHED_BYTES * used.k for used in plan.domains)
+        bytes_each += passages * (PASSAGE_BYTES + 8 * passage_tokens)
+        batch_tokens = min(self._batch_tokens, EXPLAINED_BYTES // max(1, bytes_each))
+        asked = Step((), carriers=passages, passage_tokens=passage_tokens)
+        return await self._scored(plan, tokens, first, asked, batch_tokens, context_length, min_context)
+
+    async def _scored(
+        self,
+        plan: Plan,
+        tokens: Ids,
+        first: int,
+        asked: Step,
+        batch_tokens: int,
+        context_length: int | None,
+        min_context: int | None,
+    ) -> Score:
+        if not 1 <= first < len(tokens):
+            raise InvalidRequest(
+                f"nothing to score: expected at least {first + 1} tokens, got {len(tokens)}", param="text"
+            )
         window = choose_windows(self._window_model, plan.infos, context_length, min_context)
-        scoring = Scoring(tokens, plan, forward=self.forward, answers=self.answers)
         bos = plan.infos[0].window_bos_token_id if plan.infos else None  # as the keys were made
-        mixed = await scoring.run(plan_fed_windows(len(tokens), *window, bos), self._batch_tokens)
+        windows = plan_fed_windows(len(tokens), *window, bos)
+        if not plan.in_order:  # such a source needs all that stands before
+            windows = [replace(w, first=max(w.first, first)) for w in windows if w.end > first]
+        scoring = Scoring(tokens, plan, forward=self.forward, answers=self.answers, asked=asked)
+        mixed = (await scoring.run(windows, batch_tokens)).last(len(tokens) - first)
         ended = scoring.plan
-        return Score(tokens, mixed, *window, ended.domains, ended.degraded, scoring.timings)
+        return Score(tokens, mixed, *window, first, ended.domains, ended.degraded, scoring.timings)
 
     async def next_token(
         self, contexts: Sequence[Ids], options: Options = None, *, passages: int = 0, passage_tokens: int = 24
@@ -162,6 +205,15 @@ class Mixer:
         return await self.planned(
             options, lambda plan: self.score(plan, tokens, context_length=context_length, min_context=min_context)
         )
+
+    async def explain_text(
+        self,
+        tokens: Ids,
+        options: Options = None,
+        **asked: Any,  # Any: the keywords of `explain`
+    ) -> Score:
+        """`plan` and `explain`, with its keywords."""
+        return await self.planned(options, lambda plan: self.explain(plan, tokens, **asked))
 
     async def planned(self, options: Options, work: Callable[[Plan], Awaitable[T]]) -> T:
         """work(plan) with a plan of these options; once more with a new one when a version was let go meanwhile that

@@ -151,6 +151,41 @@ class Pipeline:
         tokens, options = self._tokens(text), _options(knn)
         return _run(self._mixer.score_text(tokens, options, context_length=context_length, min_context=min_context))
 
+    def explain(
+        self,
+        text: Context,
+        knn: Options | str = None,
+        *,
+        prompt: Context | None = None,
+        passages: int = 3,
+        passage_tokens: int = 24,
+        context_length: int | None = None,
+        min_context: int | None = None,
+    ) -> Score:
+        """`score`, and where each token's retrieved probability came from; see `Mixer.explain`.
+
+        prompt: explain the tokens of the text as they follow it, rather than all but the first; of the same kind, a
+        text or token ids.
+        """
+        tokens, first = self._tokens(text), 1
+        if isinstance(prompt, str) and isinstance(text, str):
+            tokens, first = self.tokenizer.continued(prompt, text)
+        elif isinstance(prompt, str) or (prompt is not None and isinstance(text, str)):
+            raise InvalidRequest("prompt and text must both be texts, or both token ids", param="prompt")
+        elif prompt is not None:
+            before = self._tokens(prompt)
+            tokens, first = np.concatenate([before, tokens]), max(1, len(before))
+        call = self._mixer.explain_text(
+            tokens,
+            _options(knn),
+            first=first,
+            passages=passages,
+            passage_tokens=passage_tokens,
+            context_length=context_length,
+            min_context=min_context,
+        )
+        return _run(call)
+
     def close(self) -> None:
         for searcher in self.searchers.values():
             searcher.close()

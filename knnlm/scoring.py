@@ -3,28 +3,31 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from knnlm.attribution import DocumentShare, document_shares
 from knnlm.decoding import Mixed, Share, Window, mix_evidence
 from knnlm.evidence import Evidence, Step, Stretch
 from knnlm.messages import ForwardRequest, ForwardResult, required
 from knnlm.sources import Plan, Timings, UsedDomain, timed
 
 BATCHES_UNDER_WAY = 4  # of one text that is scored
+NOTHING_ELSE = Step(())
 
 
 @dataclass(frozen=True)
 class Score:
-    """tokens: (t,) int32. mixed: (t - 1,) about tokens[1:], natural logarithms. context_length, min_context: of the
-    windows it was scored in."""
+    """tokens: (t,) int32. mixed: (t - first,) about tokens[first:], natural logarithms. context_length, min_context: of
+    the windows it was scored in."""
 
     tokens: npt.NDArray[np.int32]
     mixed: Mixed
     context_length: int
     min_context: int
+    first: int = 1
     domains: Sequence[UsedDomain] = ()
     degraded: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
@@ -57,6 +60,11 @@ class Score:
         with np.errstate(over="ignore"):
             return float(np.exp(-self.log_probs.mean()))
 
+    @property
+    def documents(self) -> list[DocumentShare]:
+        """What the tokens lean on, as far as their carriers were asked for; see `document_shares`."""
+        return document_shares([(s.weight, s.evidence.of_targets, s.evidence.carried) for s in self.mixed.components])
+
 
 class Scoring:
     """What the batches of one text share.
@@ -64,7 +72,7 @@ class Scoring:
     forward: asks the model. answers: asks the sources of a plan, and gives the plan it ends with, which has none once
     they failed and the LM alone may answer. At the model and at the sources one batch is at work, and one behind it so
     that it need not wait for the way there and back; BATCHES_UNDER_WAY are under way at most, whose keys and evidence
-    are held. One alone where a source needs the text in order.
+    are held. One alone where a source needs the text in order. asked: what each step asks for beside the targets.
     """
 
     def __init__(
@@ -74,12 +82,14 @@ class Scoring:
         *,
         forward: Callable[[ForwardRequest, Timings], Awaitable[ForwardResult]],
         answers: Callable[[Plan, Step, Timings], Awaitable[tuple[Plan, list[Evidence]]]],
+        asked: Step = NOTHING_ELSE,
     ) -> None:
         self.plan = plan
         self.timings: Timings = {}
         self._tokens = tokens
         self._forward = forward
         self._answers = answers
+        self._asked = asked
         self._state: dict[str, object] = {}
         self._at_model = asyncio.Semaphore(2)
         self._at_sources = asyncio.Semaphore(2)
@@ -117,7 +127,8 @@ class Scoring:
                 forward = await self._forward(request, timings)
             async with self._at_sources:
                 stretches = [Stretch(tokens, w.start, np.arange(w.first, w.end), self._state) for w in windows]
-                after, answers = await self._answers(self.plan, Step(stretches, forward.keys, targets), timings)
+                step = replace(self._asked, stretches=stretches, keys=forward.keys, targets=targets)
+                after, answers = await self._answers(self.plan, step, timings)
                 if after.degraded is not None:
                     self.plan = after
             mixing = asyncio.to_thread(
@@ -146,6 +157,7 @@ def _joined(parts: Sequence[Mixed]) -> Mixed:
         evidence = Evidence(
             np.concatenate([s.evidence.present for s in shares]),
             np.concatenate([s.evidence.of_targets for s in shares]),
+            carried=[carriers for s in shares for carriers in s.evidence.carried],
         )
         components.append(Share(shares[0].name, shares[0].kind, np.concatenate([s.weight for s in shares]), evidence))
     return Mixed(

@@ -80,6 +80,16 @@ class Tokenizer:
         parts = iter(_encoded(backend, [portion for portions in cut for portion in portions]))
         return [np.concatenate([np.empty(0, np.int32), *start, *islice(parts, len(portions))]) for portions in cut]
 
+    def continued(self, prompt: str, completion: str, *, parse_special: bool = False) -> tuple[Ids, int]:
+        """The tokens of both texts together, as `encode` gives them, and the place of the first that holds any of the
+        completion: 1 at least, for what stands first has no probability."""
+        whole, before = self.encode_all([prompt + completion, prompt], parse_special=parse_special)
+        border = len(self.decode(before))
+        ends = np.cumsum([len(piece) for piece in self.pieces(whole)])  # (t,) of the tokens, in characters
+        last = int(np.searchsorted(ends, border))  # the first token that reaches the border
+        over = len(self.decode(whole[: last + 1])) > border  # if only by the first bytes of a character
+        return whole, max(1, last if over else last + 1)
+
     def decode(self, ids: npt.NDArray[np.integer] | list[int]) -> str:
         """The text of several tokens, special tokens included; ids the tokenizer does not know give nothing."""
         return "".join(self.pieces(ids))

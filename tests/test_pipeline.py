@@ -72,6 +72,24 @@ def test_a_domain_by_name_is_used_as_it_was_tuned(pipeline: Pipeline) -> None:
     assert by_name.perplexity < pipeline.score(TEXT).perplexity
 
 
+def test_explained_tokens_name_the_documents_that_hold_them(pipeline: Pipeline) -> None:
+    """Text that is stored finds itself: what it is given comes from its own document, and places there."""
+    text = TEXTS[0][:30]
+    score = pipeline.explain(text, "toy", passages=3, passage_tokens=4)
+    np.testing.assert_array_equal(score.log_probs, pipeline.score(text, "toy").log_probs)
+    carried = score.mixed.components[0].evidence.carried
+    assert [row[0].passage.position for row in carried] == list(range(1, len(carried) + 1))
+    assert {row[0].passage.document for row in carried} == {"0"}
+    assert score.documents[0].document == "0"
+    prompted = pipeline.explain(text[10:], "toy", prompt=text[:10])
+    assert prompted.log_probs.tolist() == score.log_probs[10:].tolist()
+    ids = pipeline.tokenizer.encode(text)
+    by_ids = pipeline.explain(ids[11:], "toy", prompt=ids[:11])
+    assert by_ids.log_probs.tolist() == prompted.log_probs.tolist()
+    with pytest.raises(InvalidRequest, match="both be texts, or both token ids"):
+        pipeline.explain(text, "toy", prompt=ids)
+
+
 def test_passages_are_of_the_nearest_entries(pipeline: Pipeline) -> None:
     found = pipeline.next_token(TEXTS[0][:20], "toy", passages=2, passage_tokens=5).found[0]
     nearest = found.passages[0][0]

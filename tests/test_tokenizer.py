@@ -129,6 +129,21 @@ def test_a_split_character_stands_where_it_is_complete(tokenizer: Tokenizer) -> 
     assert tokenizer.pieces(tokens[-2:], inside=True)[-1] == "!"
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("completion", ["t", " the cat", "日本語", "é", "\n\n b"])
+def test_a_completion_begins_at_the_first_token_that_holds_any_of_it(name: str, completion: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    for prompt in ("", "the ca", "the cat", "naïve café", "日本"):
+        tokens, first = tokenizer.continued(prompt, completion)
+        np.testing.assert_array_equal(tokens, tokenizer.encode(prompt + completion))
+        assert 1 <= first < len(tokens)
+        if prompt:  # the tokens before it hold nothing of the completion, itself it does
+            assert shown(name, prompt).startswith(tokenizer.decode(tokens[1:first]))
+            assert len(tokenizer.decode(tokens[1 : first + 1])) > len(shown(name, prompt))
+        else:
+            assert first == 1
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_before_and_after_of_a_passage_are_the_passage(tokenizer: Tokenizer, text: str) -> None:
     tokens = tokenizer.encode("the log " + text)[1:]
