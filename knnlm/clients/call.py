@@ -77,7 +77,8 @@ class Service(Generic[Stub]):
 
 @dataclass(slots=True)
 class _Request(Generic[Stub, Message, Reply]):
-    """A call, however often it is attempted. domain, version: what the replica must have. deadline: time.monotonic."""
+    """A call, however often it is attempted. domain, version: what the replica must have. deadline: time.monotonic.
+    preferred: asked first, unless it is down."""
 
     method: Callable[[Stub], Method[Message, Reply]]
     message: Message
@@ -85,6 +86,7 @@ class _Request(Generic[Stub, Message, Reply]):
     deadline: float
     domain: str | None
     version: str | None
+    preferred: Replica[Stub] | None
 
     @property
     def seconds_left(self) -> float:
@@ -124,13 +126,14 @@ class Caller(Generic[Stub]):
         *,
         domain: str | None = None,
         version: str | None = None,
+        preferred: Replica[Stub] | None = None,
     ) -> Reply:
-        """The reply to a call that is safe to make more than once.
+        """The reply to a call that is safe to make more than once. preferred: asked first, unless it is down.
 
         Raises the KnnlmError of the service; Unavailable when no replica answers for `wait` seconds; DeadlineExceeded.
         """
         limit = self.time_limit()
-        request = _Request(method, message, self._metadata(), time.monotonic() + limit, domain, version)
+        request = _Request(method, message, self._metadata(), time.monotonic() + limit, domain, version, preferred)
         await self.fleet.ready(limit)
         return await self._observed(self._send(request))
 
@@ -178,7 +181,9 @@ class Caller(Generic[Stub]):
 
     async def _send(self, request: _Request[Stub, Message, Reply]) -> Reply:
         """Raises Failed."""
-        replica = self.fleet.choose(request.domain, request.version)
+        replica = request.preferred
+        if replica is None or not replica.up:
+            replica = self.fleet.choose(request.domain, request.version)
         if replica is None:
             nobody = unreachable(f"{self._service.name}: {self.connection.target} has no address now")
             return await self._retry(request, set(), nobody)

@@ -12,6 +12,7 @@ from typing import Generic, Self, TypeAlias, TypeVar
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from knnlm.clients import affinity
 from knnlm.clients.call import Caller, Connection, Service
 from knnlm.clients.failures import unreachable
 from knnlm.clients.replica import Metadata, Method, Replica
@@ -110,14 +111,42 @@ class _Client(Generic[Stub]):
 
 
 class GrpcLanguageModel(_Client["_LmStub"]):
-    """An lm service of any number of replicas. connection: or its target alone."""
+    """An lm service of any number of replicas. connection: or its target alone.
+
+    A request with `cache` goes, sequence by sequence, to the replicas that have kept their beginnings: see affinity.py.
+    """
 
     def __init__(self, connection: Connection | str) -> None:
         super().__init__(connection, LM, _check_health)
+        self._beginnings = affinity.Beginnings()
 
     async def forward(self, request: ForwardRequest) -> ForwardResult:
+        if not request.cache:
+            return await self._forward(request, None)
+        await self._caller.fleet.ready(self._caller.time_limit())
+        up = {replica.address.text: replica for replica in self._caller.fleet.replicas if replica.up}
+        if len(up) < 2:
+            return await self._forward(request, None)
+        chosen: dict[str, list[int]] = {}
+        for i, tokens in enumerate(request.tokens):
+            chosen.setdefault(affinity.highest(self._beginnings.of(tokens), up), []).append(i)
+        if len(chosen) < 2:
+            return await self._forward(request, next((up[place] for place in chosen), None))
+        parts = list(chosen.values())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                calls = [
+                    tasks.create_task(self._forward(affinity.part(request, part), up[place]))
+                    for place, part in chosen.items()
+                ]
+        except* KnnlmError as errors:
+            raise errors.exceptions[0] from None  # the others are cancelled
+        return affinity.joined(request, parts, [call.result() for call in calls])
+
+    async def _forward(self, request: ForwardRequest, preferred: "Replica[_LmStub] | None") -> ForwardResult:
         message = protos.forward_request_to_proto(request)
-        return protos.from_proto(ForwardResult, await self._caller.call(lambda stub: stub.Forward, message))
+        reply = await self._caller.call(lambda stub: stub.Forward, message, preferred=preferred)
+        return protos.from_proto(ForwardResult, reply)
 
     async def get_model(self) -> ModelInfo:
         message = lm_pb2.GetModelRequest()
