@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what _MODULES says, for type checkers and editors
     from knnlm import errors
+    from knnlm.clients.aggregator import AsyncClient, Client
     from knnlm.datastore.catalog import Catalog
     from knnlm.datastore.reader import Datastore
     from knnlm.datastore.text import read_documents
@@ -24,12 +25,14 @@ if TYPE_CHECKING:  # what _MODULES says, for type checkers and editors
 __version__ = "0.1.0"
 
 __all__ = [
-    "Catalog", "Datastore", "Document", "DomainOptions", "KnnOptions", "KnnlmError", "LanguageModel", "Pipeline",
-    "SearchOptions", "Searcher", "Tokenizer", "build", "errors", "read_documents", "tune",
+    "AsyncClient", "Catalog", "Client", "Datastore", "Document", "DomainOptions", "KnnOptions", "KnnlmError",
+    "LanguageModel", "Pipeline", "SearchOptions", "Searcher", "Tokenizer", "build", "errors", "read_documents", "tune",
 ]  # fmt: skip
 
 _MODULES = {
+    "AsyncClient": "clients.aggregator",
     "Catalog": "datastore.catalog",
+    "Client": "clients.aggregator",
     "Datastore": "datastore.reader",
     "Document": "messages",
     "DomainOptions": "options",

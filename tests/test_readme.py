@@ -1,5 +1,6 @@
 """What README tells people to run, runs; and its tree names what is there."""
 
+import asyncio
 import os
 import re
 import subprocess
@@ -7,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from knnlm.datastore.updates.revise import with_tuning
+from knnlm.testing import toy_datastore
+from tests.contract.system import TUNING, system
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,21 +32,29 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(command: list[str], folder: Path) -> str:
+def run(command: list[str], folder: Path, **environment: str) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("KNNLM_")}
-    done = subprocess.run(
-        command, cwd=folder, env={**kept, "PATH": path}, capture_output=True, text=True, timeout=300, check=False
-    )
+    env = {**kept, "PATH": path, **environment}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_the_python_block_runs_and_retrieval_helps(checkout: Path) -> None:
-    (block,) = blocks("python")
+    (block,) = (block for block in blocks("python") if "knnlm.build(" in block)
     out = run([sys.executable, "-c", block], checkout)
     perplexities = [float(word) for word in out.split()[-2:]]
     assert perplexities[1] < perplexities[0]
+
+
+async def test_the_block_of_the_client_runs(tmp_path: Path) -> None:
+    with_tuning(toy_datastore(tmp_path, domain="manual"), TUNING)
+    (block,) = (block for block in blocks("python") if "knnlm.Client(" in block)
+    async with system(tmp_path) as s:
+        url = f"http://127.0.0.1:{s.hosts['aggregator'].port}"
+        out = await asyncio.to_thread(run, [sys.executable, "-c", block], tmp_path, KNNLM_URL=url)
+    assert float(out.split()[-1]) > 1
 
 
 def test_the_commands_run(checkout: Path) -> None:

@@ -1,1 +1,1 @@
-"""Clients of the services: knnlm/protocols.py over gRPC (rpc.py) and over HTTP (http.py)."""
+"""Clients of the services: knnlm/protocols.py over gRPC (rpc.py) and HTTP (http.py); the aggregator (aggregator.py)."""

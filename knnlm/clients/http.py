@@ -33,6 +33,7 @@ from knnlm.wire import protos
 from knnlm.wire.jsonable import from_json, to_json
 
 PROTOBUF = "protobuf"
+KEEPALIVE_SECONDS = 60.0  # less than services keep idle connections, so that none is used that has just been closed
 
 Reply = TypeVar("Reply")
 
@@ -66,8 +67,7 @@ class _Client:
             base_url=base_url,
             transport=transport,
             verify=True if tls is None else tls.ssl_context(),
-            # shorter than the services keep idle connections, so that none is used that has just been closed
-            limits=httpx.Limits(keepalive_expiry=60.0),
+            limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
         )
 
     async def aclose(self) -> None:
@@ -89,36 +89,21 @@ class _Client:
 
     async def _json(self, method: str, path: str, body: Mapping[str, object] | None = None) -> dict[str, Any]:
         """The answer's JSON object; its fields are checked by those who read them."""
-        response = await self._call(method, path, None if body is None else _encoded(body), "application/json")
-        try:
-            answer = response.json()
-        except ValueError as err:
-            raise KnnlmError(f"{self._base_url}{path} answered something that is not JSON") from err
-        if not isinstance(answer, dict):
-            raise KnnlmError(f"{self._base_url}{path} answered {type(answer).__name__}, expected a JSON object")
-        return answer
+        return answered_json(await self._call(method, path, None if body is None else _encoded(body)))
 
     async def _call(
         self, method: str, path: str, content: bytes | None = None, content_type: str = "application/json"
     ) -> httpx.Response:
         limit = time_limit(self._timeout)
-        headers = {**dict(outgoing_metadata()), "x-request-timeout": f"{limit:.6g}"}
-        api_key = self._api_key() if callable(self._api_key) else self._api_key
-        if api_key is not None:
-            headers["authorization"] = f"Bearer {api_key}"
-        request_id = outgoing_id()
-        if request_id is not None:
-            headers["x-request-id"] = request_id
+        headers = outgoing_headers(self._api_key, limit)
         if content is not None:
             headers["content-type"] = content_type
         try:
             response = await self._http.request(method, path, content=content, headers=headers, timeout=limit)
-        except httpx.TimeoutException as err:
-            raise DeadlineExceeded(f"{self._base_url} did not answer within {limit:.3g} s") from err
         except httpx.TransportError as err:
-            raise Unavailable(f"{self._base_url} does not answer: {err}") from err
+            raise transport_error(err, self._base_url, limit) from err
         if response.status_code >= 400:
-            raise _translated(response)
+            raise translated(response)
         return response
 
 
@@ -201,7 +186,38 @@ def _encoded(body: Mapping[str, object]) -> bytes:
         raise InvalidRequest(f"a number in the request is not finite: {err}") from err
 
 
-def _translated(response: httpx.Response) -> KnnlmError:
+def outgoing_headers(api_key: ApiKey, limit: float) -> dict[str, str]:
+    """What every call carries: its key, how many seconds it may take, and the id and trace of the request served."""
+    headers = {**dict(outgoing_metadata()), "x-request-timeout": f"{limit:.6g}"}
+    key = api_key() if callable(api_key) else api_key
+    if key is not None:
+        headers["authorization"] = f"Bearer {key}"
+    request_id = outgoing_id()
+    if request_id is not None:
+        headers["x-request-id"] = request_id
+    return headers
+
+
+def answered_json(response: httpx.Response) -> dict[str, Any]:  # Any: JSON
+    """The answer's JSON object. Raises KnnlmError when it is none."""
+    try:
+        answer = response.json()
+    except ValueError as err:
+        raise KnnlmError(f"{response.url} answered something that is not JSON") from err
+    if not isinstance(answer, dict):
+        raise KnnlmError(f"{response.url} answered {type(answer).__name__}, expected a JSON object")
+    return answer
+
+
+def transport_error(err: httpx.TransportError, where: str, limit: float) -> KnnlmError:
+    """What a call that got no answer raises. where: the service. limit: seconds it was given."""
+    if isinstance(err, httpx.TimeoutException):
+        return DeadlineExceeded(f"{where} did not answer within {limit:.3g} s")
+    return Unavailable(f"{where} does not answer: {err}")
+
+
+def translated(response: httpx.Response) -> KnnlmError:
+    """The error that a response of status 400 or more stands for."""
     try:
         error = response.json()["error"]
         code, message, param = error["code"], error["message"], error["param"]

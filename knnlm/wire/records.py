@@ -60,11 +60,18 @@ class Map:
 
 
 @dataclass(frozen=True)
+class Nullable:
+    """A value in a list, or None."""
+
+    item: "Kind"
+
+
+@dataclass(frozen=True)
 class Record:
     type: type
 
 
-Kind: TypeAlias = Scalar | Array | List | Numbers | Map | Record
+Kind: TypeAlias = Scalar | Array | List | Numbers | Map | Nullable | Record
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ def _fields_of(record: type) -> tuple[Field, ...]:
             kind=_kind(_without_none(hints[f.name]), f.name),
             required=f.default is f.default_factory is dataclasses.MISSING,
             nullable=_without_none(hints[f.name]) is not hints[f.name],
-            inlined=f.name in INLINED,
+            inlined=f.name in INLINED and isinstance(_kind(_without_none(hints[f.name]), f.name), Record),
         )
         for f in dataclasses.fields(record)
     )
@@ -149,6 +156,8 @@ def _kind(hint: Any, name: str) -> Kind:  # Any: a type hint
         return List(_kind(args[0], name), tuple)
     if origin is Mapping:
         return Map(_kind(args[1], name))
+    if type(None) in args:
+        return Nullable(_kind(_without_none(hint), name))
     if origin in (typing.Union, types.UnionType):
         return Numbers()
     return Scalar(hint) if hint in (bool, int, float, str) else Record(hint)

@@ -61,7 +61,7 @@ def routes(core: AggregatorCore, settings: AggregatorSettings) -> APIRouter:
         ids = await core.aggregator.model_ids()
         return ModelList(data=[_model(core, name, started) for name in ids])
 
-    @router.get("/v1/models/{model}", tags=["models"], summary="One of them")
+    @router.get("/v1/models/{model:path}", tags=["models"], summary="One of them")
     async def model(model: str) -> Model:
         domain = core.aggregator.check_model(model)
         if domain is not None:

@@ -24,7 +24,7 @@ from knnlm.messages import DomainChange
 from knnlm.options import MAX_EXCLUDED_DOCUMENTS, SearchOptions, options_of
 from knnlm.wire.records import Array as ArrayKind
 from knnlm.wire.records import Field as RecordField
-from knnlm.wire.records import Kind, List, Map, Numbers, Record, Scalar, fields_of
+from knnlm.wire.records import Kind, List, Map, Nullable, Numbers, Record, Scalar, fields_of
 
 Given = TypeVar("Given")
 
@@ -171,6 +171,8 @@ def _annotation(kind: Kind) -> Any:  # Any: a type as pydantic takes it
             return Annotated[list[_annotation(item)], FirstProblem()]  # type: ignore[misc]  # computed
         case Map(item=item):
             return dict[str, _annotation(item)]  # type: ignore[misc]  # computed
+        case Nullable(item=item):
+            return _annotation(item) | None
         case Numbers():
             return float | list[float]
         case Record(type=record):

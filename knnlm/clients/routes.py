@@ -1,0 +1,180 @@
+"""The aggregator's routes as data: each function sends nothing and returns the Call to make.
+
+Client and AsyncClient (aggregator.py) have each of them as a method. What is None is left out of the request, and the
+service's default holds. `more`: further fields of the request, by their names in docs/api.md.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
+from urllib.parse import quote
+
+from knnlm.clients import answers
+from knnlm.errors import InvalidRequest, KnnlmError
+from knnlm.messages import Document, DomainChange, DomainInfo
+from knnlm.options import KnnOptions
+from knnlm.wire.jsonable import from_json, to_json
+
+Answer = TypeVar("Answer")
+Record = TypeVar("Record")
+Json: TypeAlias = Mapping[str, Any]  # Any: what json.loads gives
+Knn: TypeAlias = KnnOptions | Mapping[str, object]
+Texts: TypeAlias = str | Sequence[str]
+TokenIds: TypeAlias = Sequence[int] | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Call(Generic[Answer]):
+    """One request. read: makes the answer of its JSON, or of each event of a stream. admin: needs the admin key.
+
+    repeatable: does no harm when it is made twice, so that it may be made again although it may have begun.
+    """
+
+    method: str
+    path: str
+    read: Callable[[Json], Answer]
+    body: Json | None = None
+    admin: bool = False
+    repeatable: bool = True
+
+    def content(self) -> bytes | None:
+        """The body as JSON. Raises InvalidRequest for what JSON cannot hold."""
+        if self.body is None:
+            return None
+        try:
+            return json.dumps(self.body, allow_nan=False).encode()
+        except (TypeError, ValueError) as err:
+            raise InvalidRequest(f"the request cannot be written as JSON: {err}") from err
+
+
+@dataclass(frozen=True)
+class Streamed(Call[Answer]):
+    """A request that is answered by a stream of events."""
+
+
+def next_token(
+    text: Texts | None = None,
+    *,
+    tokens: TokenIds | None = None,
+    model: str | None = None,
+    knn: Knn | None = None,
+    top_n: int | None = None,
+    full: bool = False,
+    neighbors: int | None = None,
+    **more: object,
+) -> Call[answers.NextTokens]:
+    """The mixture's likeliest tokens after each context; full: also the whole distribution, as arrays."""
+    shown = {"full": True, "encoding": "base64"} if full else {}
+    body = _body(knn, text=text, tokens=tokens, model=model, top_n=top_n, neighbors=neighbors, **shown, **more)
+    return Call("POST", "/v1/next_token", _of(answers.NextTokens), body)
+
+
+def score(
+    text: str | None = None,
+    *,
+    tokens: Sequence[int] | None = None,
+    model: str | None = None,
+    knn: Knn | None = None,
+    **more: object,
+) -> Call[answers.Scored]:
+    """The log-probability of every token of a text of any length."""
+    body = _body(knn, text=text, tokens=tokens, model=model, **more)
+    return Call("POST", "/v1/score", _of(answers.Scored), body)
+
+
+def models() -> Call[Sequence[answers.Model]]:
+    """The LM, and the LM with each of the domains."""
+    return Call("GET", "/v1/models", lambda given: _of(answers.ModelList)(given).data)
+
+
+def model(model: str) -> Call[answers.Model]:
+    """One of them, by its id."""
+    return Call("GET", f"/v1/models/{_quoted(model, 'model')}", _of(answers.Model))
+
+
+def domains() -> Call[Sequence[DomainInfo]]:
+    """Every domain with its versions and tuning."""
+    return Call("GET", "/v1/domains", lambda given: _of(answers.DomainList)(given).domains)
+
+
+def domain(domain: str) -> Call[answers.DomainStatus]:
+    """One of them, and each replica's version of it."""
+    return Call("GET", _domain(domain), _of(answers.DomainStatus))
+
+
+def activate(domain: str, version: str, *, wait: bool = False) -> Call[DomainInfo]:
+    """Switch a domain to another version (admin key). wait: return when every replica that serves the domain has
+    switched; DeadlineExceeded names those that are late, and they go on."""
+    body = {"version": version, "wait": wait}
+    return Call("POST", f"{_domain(domain)}:activate", _of(DomainInfo), body, admin=True)
+
+
+def add_documents(domain: str, documents: Sequence[Document], *, replace: bool = False) -> Call[DomainChange]:
+    """Add documents to a domain while it answers (admin key). replace: remove those that have the ids, instead of
+    raising Conflict."""
+    body = {"documents": [to_json(document) for document in documents], "replace": replace}
+    return Call("POST", f"{_domain(domain)}/documents", _of(DomainChange), body, admin=True, repeatable=False)
+
+
+def remove_documents(domain: str, ids: Sequence[str]) -> Call[DomainChange]:
+    """Remove documents from a domain by their ids (admin key). Raises NotFound when one is no document."""
+    path = f"{_domain(domain)}/documents:remove"
+    return Call("POST", path, _of(DomainChange), {"ids": list(ids)}, admin=True, repeatable=False)
+
+
+def tokenize(
+    prompt: str, *, add_special_tokens: bool | None = None, return_token_strs: bool | None = None, **more: object
+) -> Call[answers.Tokenized]:
+    """Text to token ids."""
+    shown = {"add_special_tokens": add_special_tokens, "return_token_strs": return_token_strs}
+    return Call("POST", "/v1/tokenize", _of(answers.Tokenized), _body(None, prompt=prompt, **shown, **more))
+
+
+def detokenize(tokens: Sequence[int]) -> Call[str]:
+    """Token ids to text."""
+    body = _body(None, tokens=tokens)
+    return Call("POST", "/v1/detokenize", lambda given: _of(answers.Detokenized)(given).prompt, body)
+
+
+def tokenizer_info() -> Call[Json]:
+    """What the tokenizer is: special tokens, size, sha256."""
+    return Call("GET", "/v1/tokenizer_info", dict)
+
+
+def _of(record: type[Record]) -> Callable[[Json], Record]:
+    def read(given: Json) -> Record:
+        try:
+            return from_json(record, given)
+        except InvalidRequest as err:  # not the caller's fault
+            raise KnnlmError(f"the service answered something else than {record.__name__}: {err.message}") from err
+
+    return read
+
+
+def _body(knn: Knn | None, **fields: object) -> Json:
+    given = {name: value for name, value in fields.items() if value is not None}
+    if isinstance(knn, KnnOptions):
+        given |= {"knn": _knn_json(knn), "on_datastore_error": knn.on_datastore_error}
+    elif knn is not None:
+        given["knn"] = dict(knn)
+    return given
+
+
+def _knn_json(knn: KnnOptions) -> Json:
+    """The options as a request has them."""
+    chosen = [{name: value for name, value in to_json(d).items() if value is not None} for d in knn.domains]
+    rule = {} if knn.rule is None else {"rule": knn.rule}
+    return {"domains": chosen, "combine": knn.combine, **rule, **to_json(knn.search)}
+
+
+def _domain(name: str) -> str:
+    return f"/v1/domains/{_quoted(name, 'domain')}"
+
+
+def _quoted(name: str, param: str) -> str:
+    """The name as a part of a path. Raises InvalidRequest for one that is not valid Unicode."""
+    try:
+        return quote(name, safe="")
+    except UnicodeEncodeError as err:
+        raise InvalidRequest(f"{param} is not valid Unicode at character {err.start}", param=param) from err

@@ -1,0 +1,185 @@
+"""knnlm.Client and knnlm.AsyncClient against the services: every route, typed as the service describes it."""
+
+import asyncio
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from knnlm import AsyncClient, Client, Document, DomainOptions, KnnOptions, SearchOptions
+from knnlm.clients import answers, routes
+from knnlm.clients.routes import Call
+from knnlm.errors import Conflict, NotFound, UnknownDomain, UnknownModel
+from knnlm.messages import DomainChange, DomainInfo
+from knnlm.wire.records import Kind, List, Map, Nullable, Record, fields_of
+from tests.contract.system import TEXT, System, store, system, with_system
+
+__all__ = ["store"]
+
+CALLS: Sequence[tuple[Call[Any], type | None]] = [  # Any: of any answer. With the record that the JSON becomes
+    (routes.next_token("x"), answers.NextTokens),
+    (routes.score("x"), answers.Scored),
+    (routes.models(), answers.ModelList),
+    (routes.model("{model}"), answers.Model),
+    (routes.domains(), answers.DomainList),
+    (routes.domain("{domain}"), answers.DomainStatus),
+    (routes.activate("{domain}", "v1"), DomainInfo),
+    (routes.add_documents("{domain}", []), DomainChange),
+    (routes.remove_documents("{domain}", []), DomainChange),
+    (routes.tokenize("x"), answers.Tokenized),
+    (routes.detokenize([1]), answers.Detokenized),
+    (routes.tokenizer_info(), None),
+]
+OF_EVERY_SERVICE = r"/(livez|readyz|metrics|version)|/(de)?tokenize|/tokenizer_info"  # the last: also under /v1
+SAID_TWICE = {"object"}  # fields with one value, which OpenAI's shapes have
+
+
+def path_of(call: Call[Any]) -> str:
+    return call.path.replace("%7B", "{").replace("%7D", "}")
+
+
+async def described(s: System) -> dict[str, Any]:
+    openapi: dict[str, Any] = (await s.client.get("/openapi.json")).json()
+    return openapi
+
+
+def test_every_route_of_the_aggregator_is_a_method(store: Path) -> None:
+    async def check(s: System) -> None:
+        offered = {
+            (method.upper(), path)
+            for path, methods in (await described(s))["paths"].items()
+            for method in methods
+            if not re.fullmatch(OF_EVERY_SERVICE, path)
+        }
+        assert offered == {(call.method, path_of(call)) for call, _ in CALLS}
+
+    with_system(store, check)
+
+
+def test_every_field_that_the_service_describes_is_a_field_of_the_record(store: Path) -> None:
+    async def check(s: System) -> None:
+        schemas = await described(s)
+        for call, record in CALLS:
+            if record is not None:
+                operation = schemas["paths"][path_of(call)][call.method.lower()]
+                shape = operation["responses"]["200"]["content"]["application/json"]["schema"]
+                compare(shape, record, schemas["components"]["schemas"], path_of(call))
+
+    def compare(shape: dict[str, Any], record: type, schemas: dict[str, Any], where: str) -> None:
+        properties = resolved(shape, schemas)["properties"]
+        fields = {field.wire: field for field in fields_of(record)}
+        assert set(properties) - SAID_TWICE == set(fields), where
+        for name, field in fields.items():
+            inner = record_in(field.kind)
+            if inner is not None and inner is not SearchOptions:
+                for shape in object_shapes(properties[name], schemas):
+                    compare(shape, inner, schemas, f"{where} {name}")
+
+    with_system(store, check)
+
+
+def resolved(shape: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = schemas[shape["$ref"].rsplit("/", 1)[1]] if "$ref" in shape else shape
+    return found
+
+
+def object_shapes(shape: dict[str, Any], schemas: dict[str, Any]) -> list[dict[str, Any]]:
+    """The objects with named fields in a shape, whatever lists and alternatives they stand in."""
+    found = resolved(shape, schemas)
+    if "properties" in found:
+        return [found]
+    inner = [*found.get("anyOf", []), *([found["items"]] if "items" in found else [])]
+    return [each for one in inner for each in object_shapes(one, schemas)]
+
+
+def record_in(kind: Kind) -> type | None:
+    match kind:
+        case Record(type=record):
+            return record
+        case List(item=item) | Nullable(item=item) | Map(item=item):
+            return record_in(item)
+        case _:
+            return None
+
+
+def in_a_thread(store: Path, check: Callable[[Client], None], **options: Any) -> None:
+    """Run the check with a Client over a socket."""
+
+    async def run() -> None:
+        async with system(store) as s:
+            with Client(f"http://127.0.0.1:{s.hosts['aggregator'].port}", **options) as client:
+                await asyncio.to_thread(check, client)
+
+    asyncio.run(run())
+
+
+def test_what_is_asked_is_answered_in_records(store: Path) -> None:
+    def check(client: Client) -> None:
+        knn = KnnOptions((DomainOptions("cat"), DomainOptions("dog", lmbda=0.1)))
+        answer = client.next_token(["the cat", "a dog"], knn=knn, top_n=3, full=True, neighbors=2, neighbor_tokens=4)
+        assert (answer.model, [used.domain for used in answer.domains]) == ("toy+cat+dog", ["cat", "dog"])
+        assert answer.degraded is None
+        first = answer.results[0]
+        assert first.distribution is not None
+        assert first.distribution.p_knn is not None
+        np.testing.assert_allclose(first.distribution.p.sum(), 1, rtol=1e-5)
+        np.testing.assert_allclose([t.p for t in first.top], np.sort(first.distribution.p)[:-4:-1], rtol=1e-6)
+        assert sum(c.weight for c in first.components) == pytest.approx(1)
+        assert first.neighbors is not None
+        assert first.neighbors[0].distance <= first.neighbors[1].distance
+
+        scored = client.score(TEXT, model="toy+cat")
+        ids = [scored.first_token_id, *(t.token_id for t in scored.tokens)]
+        assert sum(t.log_p for t in scored.tokens if t.log_p is not None) == pytest.approx(scored.total_log_p)
+        assert client.score(tokens=ids, model="toy+cat").perplexity == pytest.approx(scored.perplexity)
+        certain = client.score(TEXT, knn={"domain": "raw", "lambda": 1.0, "temperature": 0.001})
+        assert certain.total_log_p is None  # minus infinity
+
+        tokens = client.tokenize(TEXT, add_special_tokens=False, return_token_strs=True)
+        assert tokens.token_strs is not None
+        assert tokens.count == len(tokens.tokens) == len(tokens.token_strs)
+        assert client.detokenize(tokens.tokens) == TEXT
+        assert "eos_token" in client.tokenizer_info()
+
+    in_a_thread(store, check)
+
+
+def test_domains_are_seen_switched_and_changed(store: Path) -> None:
+    def check(client: Client) -> None:
+        assert [model.id for model in client.models()] == ["toy", "toy+cat", "toy+dog", "toy+raw"]
+        assert client.model("toy+cat").max_model_len > 0
+        assert [domain.domain for domain in client.domains()] == ["cat", "dog", "raw"]
+        assert client.activate("cat", "v2", wait=True).version == "v2"
+        (replica,) = client.domain("cat").replicas
+        assert (replica.version, replica.state, replica.problem) == ("v2", "ready", None)
+        change = client.add_documents("cat", [Document("heron", "a heron stands in the water")])
+        assert (change.parent, change.added_documents) == ("v2", 1)
+        with pytest.raises(Conflict):
+            client.add_documents("cat", [Document("heron", "a heron stands in the water")])
+        assert client.remove_documents("cat", ["heron"]).removed_documents == 1
+        with pytest.raises(NotFound):
+            client.remove_documents("cat", ["heron"])
+        with pytest.raises(UnknownDomain) as raised:
+            client.next_token("x", knn={"domain": "bird"})
+        assert raised.value.param == "knn.domain"
+        with pytest.raises(UnknownModel, match="of prey"):
+            client.model("bird/of prey")
+
+    in_a_thread(store, check)
+
+
+async def test_both_clients_answer_the_same(store: Path) -> None:
+    async with system(store) as s:
+        url = f"http://127.0.0.1:{s.hosts['aggregator'].port}"
+        transport = httpx.ASGITransport(s.hosts["aggregator"].app)
+        async with AsyncClient("http://test", transport=transport) as over_asgi, AsyncClient(url) as over_tcp:
+            with Client(url) as client:
+                expected = await asyncio.to_thread(client.score, TEXT, model="toy+dog")
+            for one in (over_asgi, over_tcp):
+                assert await one.score(TEXT, model="toy+dog") == expected
+            several = await asyncio.gather(*(over_tcp.next_token("the cat", model="toy+cat") for _ in range(8)))
+            assert all(answer.results[0].top == several[0].results[0].top for answer in several)
