@@ -195,12 +195,14 @@ def mix_evidence(
     if lm_log_probs.ndim == 1:
         components = [Component(s.name, s.evidence.of_targets, s.weight) for s in shares]
         return Mixed(mix(lm_log_probs, components), lm_log_probs, shares)
+    if not shares:
+        return Mixed(lm_log_probs.astype(np.float64), lm_log_probs)
     n, vocab_size = lm_log_probs.shape
     mixed = np.empty((n, vocab_size))
     step = max(1, MIX_BYTES // (8 * vocab_size))
     for start in range(0, n, step):
         end = min(start + step, n)
-        components = [Component(s.name, s.evidence.rows(start, end, vocab_size), s.weight[start:end]) for s in shares]
+        components = [Component(s.name, s.evidence.part(start, end), s.weight[start:end]) for s in shares]
         mixed[start:end] = mix(lm_log_probs[start:end], components)
     return Mixed(mixed, lm_log_probs, shares)
 

@@ -86,11 +86,12 @@ class Evidence:
         places = np.minimum(np.searchsorted(known, tokens), len(known) - 1)
         return np.where(known[places] == tokens, log_masses[places], -np.inf)
 
+    def part(self, start: int, end: int) -> npt.NDArray[np.float64] | TokenMasses:
+        """Rows start ... end - 1 of `log_probs`."""
+        masses = self.log_probs
+        return masses.part(start, end) if isinstance(masses, TokenMasses) else masses[start:end]
+
     def rows(self, start: int, end: int, vocab_size: int) -> npt.NDArray[np.float64]:
         """(end - start, V) of whole distributions, -inf where a row holds no mass."""
-        if not isinstance(self.log_probs, TokenMasses):
-            return self.log_probs[start:end]
-        masses = self.log_probs
-        part = slice(masses.offsets[start], masses.offsets[end])
-        offsets = masses.offsets[start : end + 1] - masses.offsets[start]
-        return TokenMasses(offsets, masses.tokens[part], masses.log_masses[part]).dense(vocab_size)
+        part = self.part(start, end)
+        return part.dense(vocab_size) if isinstance(part, TokenMasses) else part

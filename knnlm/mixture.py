@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
+from knnlm.neighbors import TokenMasses
 
 TOLERANCE = 1e-9  # how far over one the weights may add up: rounding of decimal fractions
 
@@ -19,11 +20,12 @@ TOLERANCE = 1e-9  # how far over one the weights may add up: rounding of decimal
 class Component:
     """One distribution beside the LM's.
 
-    log_probs: (n,) of chosen targets or (n, V). weight: (n,) float64 in [0, 1], 0 where the component is absent.
+    log_probs: (n,) of chosen targets, (n, V), or n rows of masses, elsewhere zero. weight: (n,) float64 in [0, 1], 0
+    where the component is absent.
     """
 
     name: str
-    log_probs: npt.NDArray[np.float64]
+    log_probs: npt.NDArray[np.float64] | TokenMasses
     weight: npt.NDArray[np.float64]
 
 
@@ -38,9 +40,9 @@ def mix(lm_log_probs: npt.NDArray[np.floating], components: Sequence[Component])
     total = np.zeros(len(result))
     for component in components:
         weight = component.weight
-        if component.log_probs.shape != result.shape or weight.shape != result.shape[:1]:
+        if _shape(component, result) != result.shape or weight.shape != result.shape[:1]:
             raise InvalidRequest(
-                f"component {component.name} has log_probs {component.log_probs.shape} and weight {weight.shape}, "
+                f"component {component.name} has log_probs {_shape(component, result)} and weight {weight.shape}, "
                 f"expected {result.shape} and {result.shape[:1]}"
             )
         if not np.all((weight >= 0) & (weight <= 1)):
@@ -59,5 +61,16 @@ def mix(lm_log_probs: npt.NDArray[np.floating], components: Sequence[Component])
     with np.errstate(divide="ignore"):  # log 0 = -inf is what an absent component must weigh
         result += np.log(np.clip(1 - total, 0, 1))[wide]
         for component in components:
-            result = np.logaddexp(result, component.log_probs + np.log(component.weight)[wide])
+            log_weight = np.log(component.weight)
+            if isinstance(component.log_probs, TokenMasses):  # elsewhere nothing is added
+                masses = component.log_probs
+                places = (masses.rows, masses.tokens)
+                result[places] = np.logaddexp(result[places], masses.log_masses + log_weight[masses.rows])
+            else:
+                result = np.logaddexp(result, component.log_probs + log_weight[wide])
     return result
+
+
+def _shape(component: Component, result: npt.NDArray[np.float64]) -> tuple[int, ...]:
+    masses = component.log_probs
+    return (len(masses), *result.shape[1:]) if isinstance(masses, TokenMasses) else masses.shape

@@ -14,6 +14,7 @@ from knnlm.errors import InvalidRequest
 
 BLOCK_BYTES = 1 << 19  # of float64 weights made at a time in scoring: they stay in a core's cache
 MIN_TEMPERATURE = 1e-100  # no distance in float32, divided by it, overflows float64
+COUNTED_PLACES = 1 << 18  # rows times tokens of a table that stays in a core's cache
 TINY = 1e-290  # a share this small has lost digits, or all, to underflow
 
 
@@ -74,6 +75,12 @@ class TokenMasses:
         """Tokens and log masses of row i, both empty when it has none."""
         part = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[part], self.log_masses[part]
+
+    def part(self, start: int, end: int) -> "TokenMasses":
+        """Rows start ... end - 1."""
+        kept = slice(self.offsets[start], self.offsets[end])
+        offsets = self.offsets[start : end + 1] - self.offsets[start]
+        return TokenMasses(offsets, self.tokens[kept], self.log_masses[kept])
 
     def normalized(self) -> "TokenMasses":
         """The same rows, each summing to one; an empty row stays empty."""
@@ -199,8 +206,38 @@ def _tops(log_weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _masses(neighbors: Neighbors, log_weights: npt.NDArray[np.float64]) -> TokenMasses:
+    n = len(neighbors.values)
+    size = 1 + int(neighbors.values.max(initial=-1))
+    if n * size <= COUNTED_PLACES and log_weights.max(initial=-np.inf) <= 0:
+        return _counted(neighbors.values, log_weights, size)
     row, slot = np.nonzero(neighbors.values >= 0)
     return _grouped(row, neighbors.values[row, slot], log_weights[row, slot], n=len(neighbors.values))
+
+
+def _counted(values: npt.NDArray[np.int32], log_weights: npt.NDArray[np.float64], size: int) -> TokenMasses:
+    """`_masses` of tokens below `size` by adding up into a table of all (row, token), several times faster than by
+    sorting. log_weights: none above 0."""
+    n = len(values)
+    kept = values >= 0
+    place = (np.arange(n)[:, None] * size + values)[kept]
+    logs = log_weights[kept]
+    sums = np.bincount(place, np.exp(logs), n * size)
+    present = np.flatnonzero(np.bincount(place, minlength=n * size))
+    with np.errstate(divide="ignore"):
+        masses = np.log(sums[present])
+    faint = np.flatnonzero(sums[present] < TINY)
+    if len(faint):
+        largest = np.full(n * size, -np.inf)
+        np.maximum.at(largest, place, logs)
+        shift = largest[present[faint]]
+        shift[~np.isfinite(shift)] = 0.0
+        table = np.zeros(n * size)
+        table[present[faint]] = shift
+        again = np.bincount(place, np.exp(logs - table[place]), n * size)
+        with np.errstate(divide="ignore"):
+            masses[faint] = np.log(again[present[faint]]) + shift
+    offsets = np.searchsorted(present, np.arange(n + 1) * size).astype(np.int64)
+    return TokenMasses(offsets, (present % size).astype(np.int32), masses)
 
 
 def _repeated(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

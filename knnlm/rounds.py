@@ -35,6 +35,7 @@ WHOLE_ROW_TOKENS = 16_384  # with a larger vocabulary only parts of a row are as
 LIKELIEST_TOKENS = 512  # of such a row
 FORWARD_TOKENS = 32_768  # of one forward request, or one sequence
 FORWARD_NUMBERS = 1 << 23  # probabilities in its answer
+NUMBERS_AT_A_TIME = 8  # that are mixed in the time of one in `computed`, where most are only copied
 TICKS = 3  # of the event loop, after which all whom a round answered have asked for their next step
 
 
@@ -197,7 +198,9 @@ class Rounds:
     ) -> list[Row]:
         lm = required(forward.log_probs)
         started = time.perf_counter()
-        mixed = await computed(lm.size, mix_evidence, lm, plan.sources, answers, forward.statistics)
+        mixed = await computed(
+            lm.size // NUMBERS_AT_A_TIME, mix_evidence, lm, plan.sources, answers, forward.statistics
+        )
         timings["mix"] = time.perf_counter() - started
         tokens = np.arange(lm.shape[1])
         found = [result for evidence in answers for result in evidence.found]

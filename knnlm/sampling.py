@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
 
-HEAD_TOKENS = 256  # likeliest tokens that are put in order first: a draw rarely needs more
+HEADS = (5.0, 9.0, math.inf)  # nats below the likeliest: the tokens that are put in order, more where these do not do
 MAX_PENALTY = 2.0  # as in OpenAI's interface
 MAX_LOGIT_BIAS = 100.0  # the same
 MAX_BIASED_TOKENS = 1024
@@ -103,11 +103,12 @@ def choose(known: Known, options: SamplingOptions, counts: Mapping[int, int], dr
     if options.temperature == 0:
         return int(known.tokens[scores == largest].min()) if largest > known.bound else None
     scores = scores / options.temperature
-    bound = known.bound / options.temperature
+    bound, largest = known.bound / options.temperature, largest / options.temperature
     total = np.logaddexp(_log_sum(scores), known.log_rest)
-    for head in (HEAD_TOKENS, len(scores)):
-        chosen = _draw(known.tokens, scores, bound, float(total), options, draw, head)
-        if chosen is not None or head >= len(scores):
+    for depth in HEADS:
+        least = max(bound, largest - depth)
+        chosen = _draw(known.tokens, scores, least, float(total), options, draw)
+        if chosen is not None or least == bound:
             return chosen
     return None
 
@@ -130,23 +131,14 @@ def _adjusted(known: Known, options: SamplingOptions, counts: Mapping[int, int])
 
 
 def _draw(
-    tokens: npt.NDArray[np.integer],
-    scores: Floats,
-    bound: float,
-    total: float,
-    options: SamplingOptions,
-    draw: float,
-    head: int,
+    tokens: npt.NDArray[np.integer], scores: Floats, bound: float, total: float, options: SamplingOptions, draw: float
 ) -> int | None:
-    """The drawn token when it is among the `head` likeliest known ones, and certain; scores: log p / temperature."""
-    if head < len(scores):
-        split = np.argpartition(-scores, head - 1)
-        bound = max(bound, float(scores[split[head:]].max()))
-        tokens, scores = tokens[split[:head]], scores[split[:head]]
-    order = np.lexsort((tokens, -scores))
-    ordered = scores[order]
-    count = int(np.searchsorted(-ordered, -bound))  # those beyond `bound`: nothing unknown stands before them
-    whole = bound == -math.inf  # whether the first `count` are all that can be drawn
+    """The drawn token where those with more than `bound` decide it; scores: log p / temperature, total: log of their
+    exponentials' sum."""
+    places = np.flatnonzero(scores > bound)
+    order = places[np.lexsort((tokens[places], -scores[places]))]
+    ordered, count = scores[order], len(order)
+    whole = bound == -math.inf  # whether these are all that can be drawn
     if not count:
         return None
     if options.min_p > 0:

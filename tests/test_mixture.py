@@ -7,10 +7,16 @@ from hypothesis import strategies as st
 
 from knnlm.errors import InvalidRequest
 from knnlm.mixture import Component, mix
+from knnlm.neighbors import Neighbors, neighbor_log_probs
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.logaddexp.reduce(x, axis=-1, keepdims=True)
+
+
+def whole(mixed: Component) -> np.ndarray:
+    assert isinstance(mixed.log_probs, np.ndarray)
+    return mixed.log_probs
 
 
 def random_log_probs(seed: int, n: int = 3, vocab: int = 6) -> np.ndarray:
@@ -27,9 +33,7 @@ def test_mixture_equals_the_formula_and_sums_to_one(weights: list[float]) -> Non
     weights = [w / total * 0.99 for w in weights] if total > 0.99 else weights
     lm = random_log_probs(0)
     parts = [component(i + 1, w) for i, w in enumerate(weights)]
-    expected = (1 - sum(weights)) * np.exp(lm) + sum(
-        w * np.exp(c.log_probs) for w, c in zip(weights, parts, strict=True)
-    )
+    expected = (1 - sum(weights)) * np.exp(lm) + sum(w * np.exp(whole(c)) for w, c in zip(weights, parts, strict=True))
     mixed = mix(lm, parts)
     np.testing.assert_allclose(np.exp(mixed), expected, rtol=1e-12)
     np.testing.assert_allclose(np.exp(mixed).sum(axis=1), 1, rtol=1e-12)
@@ -56,7 +60,7 @@ def test_targets_mix_as_distributions_do() -> None:
     lm, knn = random_log_probs(0), component(1, 0.3)
     targets = np.array([2, 0, 5])
     rows = np.arange(3)
-    one = mix(lm[rows, targets], [Component("c", knn.log_probs[rows, targets], knn.weight)])
+    one = mix(lm[rows, targets], [Component("c", whole(knn)[rows, targets], knn.weight)])
     np.testing.assert_allclose(one, mix(lm, [knn])[rows, targets], rtol=1e-15)
 
 
@@ -74,3 +78,15 @@ def test_weights_over_one_together_are_refused() -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(InvalidRequest, match="expected"):
         mix(random_log_probs(0), [component(1, 0.5, n=2)])
+
+
+def test_masses_are_mixed_as_the_rows_that_they_stand_for() -> None:
+    rng = np.random.default_rng(3)
+    neighbors = Neighbors(rng.random((6, 20), np.float32), rng.integers(-1, 6, (6, 20)).astype(np.int32))
+    masses = neighbor_log_probs(neighbors, 0.5)
+    lm, weight = random_log_probs(0, 6), rng.random(6)
+    weight[:2] = 0, 1
+    sparse = mix(lm, [Component("knn", masses, weight)])
+    np.testing.assert_array_equal(sparse, mix(lm, [Component("knn", masses.dense(6), weight)]))
+    with pytest.raises(InvalidRequest, match="expected"):
+        mix(lm[:5], [Component("knn", masses, weight)])

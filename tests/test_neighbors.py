@@ -189,3 +189,17 @@ def test_an_id_found_twice_counts_once() -> None:
 def test_nothing_cannot_be_merged() -> None:
     with pytest.raises(InvalidRequest):
         merge([], 3)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 50.0])
+def test_counting_into_a_table_equals_sorting(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the low temperature far neighbors' weights underflow: their logarithms stay exact."""
+    rng = np.random.default_rng(1)
+    neighbors = Neighbors(rng.random((7, 50), np.float32) * 40, rng.integers(-1, 12, (7, 50)).astype(np.int32))
+    counted = neighbor_log_probs(neighbors, temperature)
+    monkeypatch.setattr("knnlm.neighbors.COUNTED_PLACES", 0)
+    by_sorting = neighbor_log_probs(neighbors, temperature)
+    np.testing.assert_array_equal(counted.offsets, by_sorting.offsets)
+    np.testing.assert_array_equal(counted.tokens, by_sorting.tokens)
+    np.testing.assert_allclose(counted.log_masses, by_sorting.log_masses, rtol=1e-12, atol=1e-12)
+    assert np.isfinite(counted.log_masses).all()
