@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 import pytest
 
-from benchmarks import building, scoring
+from benchmarks import building, prefixes, scoring
 from benchmarks.data import MODEL
 from benchmarks.system import service
 from knnlm.datastore.build import build
@@ -90,3 +90,17 @@ def test_a_service_that_does_not_start_says_why(tmp_path: Path) -> None:
         service("lm", tmp_path, "--model", str(tmp_path / "nowhere")),
     ):
         pass
+
+
+def test_steps_of_completions_are_those_of_generate(lm: LanguageModel, plain: scoring.PlainModel) -> None:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, lm.info.vocab_size, 12).astype(np.int32) for _ in range(3)]
+    forward = prefixes.local(lm)
+    sequences = prompts
+    for _ in range(8):
+        sequences = prefixes.grown(sequences, forward(sequences))
+    found = prefixes.generated(plain, np.stack(prompts).astype(np.int64), 8)
+    np.testing.assert_array_equal(np.stack(sequences), found)
+    program = prefixes.steps(forward, prompts)
+    for _ in range(2 * prefixes.STEPS):
+        program()
