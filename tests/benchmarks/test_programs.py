@@ -79,7 +79,8 @@ def test_a_service_is_started_ready_and_ended(tmp_path: Path) -> None:
     with service("datastore", tmp_path / "logs", "--store", str(tmp_path / "store"), threads=1) as running:
         assert httpx.get(f"{running.http}/readyz").status_code == 200
         assert running.grpc
-        assert running.cpu_seconds() > 0 or not Path("/proc").is_dir()
+        if Path("/proc").is_dir():
+            assert running.cpu_seconds() > 0
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{running.http}/readyz")
 

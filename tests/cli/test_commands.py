@@ -11,16 +11,12 @@ import pytest
 from knnlm.cli.index import print_index
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.manifest import IndexRecord, Manifest
-from knnlm.datastore.reader import Datastore
 from knnlm.datastore.updates.revise import with_index
 from knnlm.lm.model import LanguageModel
 from knnlm.messages import ForwardRequest, ForwardResult
 from knnlm.options import DomainOptions, KnnOptions
 from knnlm.pipeline import Pipeline
 from tests.cli.conftest import Knnlm
-from tests.toys import LEVEL, level
-
-__all__ = ["level"]  # a fixture
 
 
 def manifest(store: Path, version: str = "v1") -> Manifest:
@@ -136,17 +132,6 @@ def test_what_is_unusual_about_an_index_is_remarked(knnlm: Knnlm, store: Path, m
     assert "ivf4,sq8 of v1 is odd" in answer.err
 
 
-def test_eval_and_tune_search_with_the_index_that_is_named(knnlm: Knnlm, store: Path, corpus: Path) -> None:
-    knnlm("index", "build", "toy", "--recipe", "ivf4", "--beside")
-    for command in (("eval", corpus, "--domain", "toy"), ("tune", "toy", corpus)):
-        missing = knnlm(*command, "--index", "ivf9")
-        assert (missing.code, "has no index 'ivf9'" in missing.err) == (2, True)
-    assert knnlm("eval", corpus, "--domain", "toy", "--index", "ivf4", "--json").json["domains"]
-    tuned = knnlm("tune", "toy", corpus, "--part", "tune", "--index", "ivf4")
-    assert "fitted to neighbors found by ivf4; flat answers: `knnlm index use toy ivf4`" in tuned.err
-    assert "--index means nothing without --domain" in knnlm("eval", corpus, "--index", "ivf4").err
-
-
 def test_show_tells_what_a_person_decides_by(knnlm: Knnlm, store: Path) -> None:
     answer = knnlm("show", "toy", "--entry", 0, "--around", 8)
     assert "30 documents" in answer.out
@@ -190,72 +175,6 @@ def test_verify_passes_and_finds_one_changed_byte(knnlm: Knnlm, store: Path) -> 
     assert "keys.npy  has sha256" in knnlm("verify", "toy").out
 
 
-def test_tune_stores_what_it_found(knnlm: Knnlm, store: Path, corpus: Path, tmp_path: Path) -> None:
-    page = tmp_path / "tuning.html"
-    found = knnlm("tune", "toy", corpus, "--part", "tune", "--k", 4, "--k", 64, "--page", page, "--json").json
-    assert found["knn_perplexity"] < found["lm_perplexity"]
-    assert {point["k"] for point in found["curve"]} == {4, 64}
-    stored = manifest(store).tuning
-    assert stored is not None
-    assert (stored.temperature, stored.lmbda, stored.k) == (found["temperature"], found["lmbda"], found["k"])
-    assert "<svg" in page.read_text()
-    assert "perplexity" in knnlm("tune", "toy", corpus, "--part", "tune").out
-
-
-def test_tune_fits_every_k_to_what_a_request_with_that_k_gets(knnlm: Knnlm, store: Path, corpus: Path) -> None:
-    """Not to the first of more candidates, which this index finds better."""
-    knnlm("index", "build", "toy", "--recipe", "pq4x4fs")
-    command = ("tune", "toy", corpus, "--part", "tune", "--exact-queries", 0, "--json")
-    both = [p for p in knnlm(*command, "--k", 8, "--k", 512).json["curve"] if p["k"] == 8]
-    alone = knnlm(*command, "--k", 8).json
-    assert both == alone["curve"]
-    served = knnlm("eval", corpus, "--part", "tune", "--domain", "toy", "--json").json
-    assert served["knn"]["perplexity"] == pytest.approx(alone["knn_perplexity"], rel=1e-6)
-
-
-def test_tune_chooses_how_to_search_and_requests_follow_it(knnlm: Knnlm, store: Path, corpus: Path) -> None:
-    knnlm("index", "build", "toy", "--recipe", "pq4x4fs")
-    command = ("tune", "toy", corpus, "--part", "tune", "--k", 8)
-    found = knnlm(*command, "--json").json
-    exact, *ways = found["quality"]
-    assert (exact["name"], exact["queries_per_second"]) == ("exact search", None)
-    (chosen,) = [row for row in ways if row["chosen"]]
-    assert all(row["queries_per_second"] > 0 for row in ways)
-    stored = manifest(store).tuning
-    assert stored is not None
-    tuning = stored.message()
-    assert (tuning.index, len(tuning.quality)) == ("pq4x4fs", len(ways) + 1)
-    assert {name: value for name, value in chosen["search"].items() if value} == tuning.search.asked()
-    served = knnlm("eval", corpus, "--part", "tune", "--domain", "toy", "--json").json
-    assert served["knn"]["perplexity"] == pytest.approx(found["knn_perplexity"], rel=1e-6)
-    table = knnlm(*command).out
-    assert "beside exact" in table
-    assert "exact search" in table
-    own = knnlm(*command, "--exact-queries", 0, "--json").json
-    assert (own["quality"], manifest(store).tuning.message().search.asked()) == ([], {})  # type: ignore[union-attr]
-    wrong = knnlm(*command, "--quality", "best")
-    assert (wrong.code, "quality must be one of exact, balanced, fast" in wrong.err) == (2, True)
-
-
-def test_a_rule_is_fitted_stored_and_served(knnlm: Knnlm, store: Path, corpus: Path, level: None) -> None:
-    """One class and one row: it looks at the model's entropy and the nearest distance."""
-    found = knnlm("tune", "toy", corpus, "--part", "tune", "--k", 8, "--rule", LEVEL, "--json").json
-    assert found["rule"] == LEVEL
-    assert found["parameters"]["most"] == 0.5
-    assert found["parameters"]["scale"] > 0
-    served = ("eval", corpus, "--part", "tune", "--domain", "toy")
-    assert knnlm(*served, "--json").json["knn"]["perplexity"] == pytest.approx(found["knn_perplexity"], rel=1e-6)
-    other = knnlm(*served, "--rule", "fixed", "--json").json["knn"]["perplexity"]
-    assert other == pytest.approx(knnlm(*served, "--lambda", found["lmbda"], "--json").json["knn"]["perplexity"])
-    assert other != pytest.approx(found["knn_perplexity"], rel=1e-6)
-    assert "rule level (most 0.5, scale " in knnlm(*served).out
-    assert "rule level (most 0.5, scale " in " ".join(knnlm("show", "toy").out.split())
-    assert "rule level (most 0.5, scale " in knnlm("next", "the cat", "--domain", "toy").out
-    for command in (("tune", "toy", corpus), ("score", "the cat", "--domain", "toy")):
-        unknown = knnlm(*command, "--rule", "none")
-        assert (unknown.code, "unknown rule 'none'; known: fixed, level" in unknown.err) == (2, True)
-
-
 def test_next_sees_the_end_of_a_text_that_is_too_long(knnlm: Knnlm, store: Path) -> None:
     text = "the cat sat on the mat. " * 4
     refused = knnlm("next", text)
@@ -269,66 +188,6 @@ def test_next_sees_the_end_of_a_text_that_is_too_long(knnlm: Knnlm, store: Path)
     assert short == knnlm("next", text[-8:], "--json").json["tokens"] != end
     assert "--truncate must be left" in knnlm("next", text, "--truncate", "right").err
     assert "context_length must lie in [1, 64], got 65" in knnlm("next", text, "--context-length", 65).err
-
-
-def test_an_empty_domain_cannot_be_tuned(
-    knnlm: Knnlm, store: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stored = [row.id for _, row in Datastore.open(store / "toy" / "v1").live_rows()]
-    assert knnlm("forget", "toy", *stored).code == 0
-    monkeypatch.setattr(LanguageModel, "load", None)  # it is refused before the model is loaded
-    answer = knnlm("tune", "toy", corpus)
-    assert answer.code == 2
-    assert "toy v2 has no entries, so there is nothing to tune: add documents first" in answer.err
-
-
-def test_tune_leaves_out_what_is_stored(knnlm: Knnlm, store: Path, corpus: Path) -> None:
-    answer = knnlm("tune", "toy", corpus, "--part", "store")
-    assert answer.code == 2
-    assert "no document to fit on: 30 of 30 are in " in answer.err
-    mixed = knnlm("tune", "toy", corpus, "--json")
-    assert "30 of 40 documents are in the datastore and left out" in mixed.err
-    assert mixed.json["documents"] == 10
-
-
-def test_eval_compares_the_model_with_and_without_neighbors(knnlm: Knnlm, store: Path, corpus: Path) -> None:
-    command = ("eval", corpus, "--part", "report", "--domain", "toy")
-    report = knnlm(*command, "--json").json
-    assert report["knn"]["perplexity"] < report["lm"]["perplexity"]
-    assert report["warnings"] == []
-    assert (report["context_length"], report["min_context"]) == (64, 32)
-    answer = knnlm(*command, "--per-document", "--max-tokens", 100)
-    assert "kNN-LM" in answer.out
-    assert "100 tokens of" in answer.out
-    assert "windows of 64 tokens, at least 32 of context" in answer.out
-    alone = knnlm("eval", corpus, "--part", "report", "--json").json
-    assert alone["knn"] is None
-    assert alone["lm"] == report["lm"]
-
-
-def test_tune_and_eval_take_the_windows_of_the_domain_unless_others_are_asked_for(
-    knnlm: Knnlm, store: Path, corpus: Path
-) -> None:
-    knnlm("build", "toy", corpus, "--part", "store", "--context-length", 16, "--min-context", 12)
-    tuned = knnlm("tune", "toy", corpus, "--part", "tune", "--json").json
-    same = knnlm("tune", "toy", corpus, "--part", "tune", "--context-length", 16, "--min-context", 12, "--json").json
-    other = knnlm("tune", "toy", corpus, "--part", "tune", "--context-length", 64, "--json").json
-    assert tuned["lm_perplexity"] == same["lm_perplexity"] != other["lm_perplexity"]
-    stored = ("eval", corpus, "--part", "store", "--domain", "toy", "--json")
-    report = knnlm(*stored).json
-    assert (report["context_length"], report["min_context"], report["leaks"]["toy"]) == (16, 12, 1.0)
-    report = knnlm(*stored, "--context-length", 32).json
-    assert (report["context_length"], report["min_context"]) == (32, 16)
-    assert report["leaks"]["toy"] < 1
-    answer = knnlm("score", "the cat", "--domain", "toy", "--context-length", 65)
-    assert (answer.code, "context_length must lie in [2, 64], got 65" in answer.err) == (2, True)
-
-
-def test_eval_warns_when_the_text_is_in_the_datastore(knnlm: Knnlm, store: Path, corpus: Path) -> None:
-    answer = knnlm("eval", corpus, "--part", "store", "--domain", "toy", "--max-tokens", 200)
-    assert answer.code == 0
-    assert "warning: " in answer.err
-    assert "probably in the datastore" in answer.err
 
 
 def test_lambda_zero_is_the_model(knnlm: Knnlm, store: Path, model: Path) -> None:

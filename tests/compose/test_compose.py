@@ -113,13 +113,14 @@ def test_containers_cannot_write_what_is_not_theirs(stack: Stack) -> None:
         host = stack.inspect(stack.containers(service)[0])["HostConfig"]
         assert host["ReadonlyRootfs"], service
         assert host["CapDrop"] == ["ALL"], service
-        user = stack.docker("exec", stack.containers(service)[0], "id", "-u").strip()
-        assert user != "0" or service == "datastore", f"{service} runs as root"  # the test's own user owns the store
+        if service != "datastore":  # it runs as the user who owns the store: here, the test's own
+            user = stack.docker("exec", stack.containers(service)[0], "id", "-u").strip()
+            assert user != "0", f"{service} runs as root"
 
 
 def test_no_secret_is_logged(stack: Stack) -> None:
     logs = stack.compose("logs", "--no-color")
-    assert "event=request" in logs or '"event": "request"' in logs
+    assert "event=request" in logs
     for secret in KEYS.values():
         assert secret not in logs
 

@@ -113,19 +113,15 @@ async def test_distributions_are_counted_before_they_are_made(store: Path) -> No
     assert 'knnlm_upstream_seconds_count{code="OK",service="lm"}' in metrics
 
 
-@pytest.mark.parametrize("numbers", [2, 64])
-async def test_lists_of_numbers_are_counted_over_the_whole_answer(
-    store: Path, monkeypatch: pytest.MonkeyPatch, numbers: int
-) -> None:
+async def test_lists_of_numbers_are_counted_over_the_whole_answer(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.aggregator.engine.LIST_LIMIT", 6 * 258)
-    body = {"text": ["a"] * numbers, "full": True, "model": "toy+cat"}
+    body = {"text": ["a"] * 2, "full": True, "model": "toy+cat"}
+    more = {**body, "text": ["a"] * 3}
     async with system(store) as s:
-        if numbers == 2:
-            await s.post("/v1/next_token", body)
-            return
-        error = (await s.post("/v1/next_token", body, status=413))["error"]
+        await s.post("/v1/next_token", body)
+        error = (await s.post("/v1/next_token", more, status=413))["error"]
         assert error["param"] == "encoding"
-        await s.post("/v1/next_token", {**body, "encoding": "base64"})
+        await s.post("/v1/next_token", {**more, "encoding": "base64"})
 
 
 async def test_a_context_that_is_too_long_is_refused_or_cut_on_the_left(store: Path) -> None:

@@ -221,16 +221,17 @@ def test_an_entry_that_was_removed_excludes_nothing_more(parent: Path, own: bool
     given = np.resize(removed[::50], 12).astype(np.int64)
     found = searcher.search(asking(request, exclude_entries=given, exclude_own_documents=own)).neighbors
     np.testing.assert_array_equal(found.ids, plain.ids)
-    added = np.full(12, store.entries - 1)  # of the last document, which was added
-    without = searcher.search(asking(request, exclude_entries=added, exclude_own_documents=own)).neighbors
     assert plain.ids is not None
+    added = np.full(12, plain.ids.max())  # of the last document that was found, which was added
+    assert added[0] >= store.manifest.base_entries
+    without = searcher.search(asking(request, exclude_entries=added, exclude_own_documents=own)).neighbors
     assert without.ids is not None
-    document = store.document_of(added[:1])[0]
-    low = int(store.documents.first_entries[document[0]]) if own else store.entries - 1
-    assert (plain.ids >= low).any() or not own
-    assert not (without.ids >= low).any()
+    first, end = (int(place[0]) for place in store.documents.spans(store.document_of(added[:1])[0]))
+    excluded = np.arange(first, end) if own else added[:1]
+    assert np.isin(plain.ids, excluded).any()
+    assert not np.isin(without.ids, excluded).any()
     with pytest.raises(InvalidRequest, match=rf"must lie in \[-1, {store.entries}\)"):
-        searcher.search(replace(request, exclude_entries=added + 1))
+        searcher.search(replace(request, exclude_entries=np.full(12, store.entries)))
 
 
 @pytest.mark.parametrize("removed", [(), (0,)])

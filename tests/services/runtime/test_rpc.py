@@ -220,3 +220,20 @@ async def test_a_stream_needs_a_key_once_keys_are_set() -> None:
     async with echo_grpc(EchoCore(), api_keys=(SecretStr("k"),)) as (_, channel):
         assert (await failure(count(channel).read()))[0] == grpc.StatusCode.UNAUTHENTICATED
         assert await count(channel, metadata=(("authorization", "Bearer k"),)).read() == b"first"
+
+
+@pytest.mark.slow  # gRPC pings once a second at most, and ends a connection at the fourth
+async def test_a_client_that_pings_often_is_not_sent_away() -> None:
+    """Pings pile up while a service is held up and come at once: by default gRPC ends such a connection."""
+    pinging = [
+        ("grpc.keepalive_time_ms", 1000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+    async with (
+        running(echo_service(EchoCore(), EchoSettings(port=0, grpc_port=0))) as host,
+        grpc.aio.insecure_channel(f"127.0.0.1:{host.grpc_port}", options=pinging) as channel,
+    ):
+        await asyncio.wait_for(channel.channel_ready(), 10)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(channel.wait_for_state_change(grpc.ChannelConnectivity.READY), 6)
