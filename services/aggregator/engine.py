@@ -16,6 +16,7 @@ from knnlm.mixer import Mixer
 from knnlm.protocols import DatastoreClient, DocumentsClient, LanguageModelClient
 from knnlm.tokenizer import Tokenizer
 from knnlm.wire.arrays import LIST_LIMIT, ListBudget
+from services.aggregator.explanations import explain_response
 from services.aggregator.requests import Inputs, MemoryBudget
 from services.aggregator.responses import (
     domain_shape,
@@ -27,6 +28,7 @@ from services.aggregator.responses import (
 from services.aggregator.retrieval_options import chosen, domain_of, short_name
 from services.aggregator.schemas import mixing
 from services.aggregator.schemas.domains import Domain, DomainStatus
+from services.aggregator.schemas.explaining import ExplainRequest
 from services.aggregator.schemas.tokenizer import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -116,14 +118,39 @@ class Aggregator:
     async def score(self, request: mixing.ScoreRequest, call: RequestContext) -> mixing.ScoreResponse:
         """The answer; seconds per stage go into the call. Raises KnnlmError for everything that cannot be answered."""
         model, sources = chosen(request, self.info.model_id, self._settings)
-        length, least = request.context_length, request.min_context
-        if (length, least) == (None, None) and self._settings.context_length is not None:
-            length = min(self._settings.context_length, self.info.context_length)
-            least = None if self._settings.min_context is None else min(self._settings.min_context, length - 1)
+        length, least = self._window(request)
         tokens = await self._inputs.one_text(request.text, request.tokens, parse_special=request.parse_special)
         score = await self._mixer.score_text(tokens, sources, context_length=length, min_context=least)
         self._note(score.degraded, score.timings, call)
         return await asyncio.to_thread(score_response, score, model, self.tokenizer)
+
+    async def explain(self, request: ExplainRequest, call: RequestContext) -> bytes:
+        """The answer as JSON, an ExplainResponse. Raises KnnlmError for everything that cannot be answered."""
+        model, sources = chosen(request, self.info.model_id, self._settings)
+        length, least = self._window(request)
+        tokens, first = await self._inputs.explained(request)
+        score = await self._mixer.explain_text(
+            tokens,
+            sources,
+            first=first,
+            passages=request.passages,
+            passage_tokens=request.passage_tokens,
+            context_length=length,
+            min_context=least,
+        )
+        self._note(score.degraded, score.timings, call)
+        # on a thread: it has many parts
+        return await asyncio.to_thread(
+            lambda: explain_response(score, model, self.tokenizer).model_dump_json(by_alias=True).encode()
+        )
+
+    def _window(self, request: mixing.ScoreRequest) -> tuple[int | None, int | None]:
+        """context_length and min_context: as asked for, else as the settings say."""
+        length, least = request.context_length, request.min_context
+        if (length, least) == (None, None) and self._settings.context_length is not None:
+            length = min(self._settings.context_length, self.info.context_length)
+            least = None if self._settings.min_context is None else min(self._settings.min_context, length - 1)
+        return length, least
 
     async def domains(self) -> list[Domain]:
         """Every domain of the datastore service, in its order."""

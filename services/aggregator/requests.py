@@ -13,6 +13,7 @@ from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge
 from knnlm.messages import ModelInfo
 from knnlm.tokenizer import Tokenizer
 from services.aggregator.schemas import mixing
+from services.aggregator.schemas.explaining import ExplainRequest
 from services.aggregator.settings import AggregatorSettings
 
 Ids = npt.NDArray[np.int32]
@@ -60,12 +61,56 @@ class Inputs:
         else:
             self.check_texts([text], "text")
             ids = await asyncio.to_thread(self._tokenizer.encode, text, parse_special=parse_special)
+        self._check_length(ids)
+        return ids
+
+    async def explained(self, request: ExplainRequest) -> tuple[Ids, int]:
+        """The tokens of a text, and the place of the first that is explained. Raises InvalidRequest and TooLarge."""
+        prompt, completion = request.prompt, request.completion
+        first = 1
+        if prompt is None and completion is None:
+            ids = await self.one_text(request.text, request.tokens, parse_special=request.parse_special)
+        elif request.text is not None or request.tokens is not None:
+            raise InvalidRequest(f"give either {request.given} or prompt and completion", param=request.given)
+        elif isinstance(prompt, str) and isinstance(completion, str):
+            self.check_texts([completion], "completion")
+            self.check_texts([prompt, completion], "prompt", empty=True)
+            ids, first = await asyncio.to_thread(
+                self._tokenizer.continued, prompt, completion, parse_special=request.parse_special
+            )
+        elif isinstance(prompt, list) and isinstance(completion, list):
+            ids = np.concatenate([self.token_array(prompt, "prompt"), self.token_array(completion, "completion")])
+            first = len(prompt)
+        else:
+            raise InvalidRequest(
+                "prompt and completion must be given together, both as texts or both as token ids",
+                param="prompt" if prompt is None else "completion",
+            )
+        self._check_length(ids)
+        self._check_explained(request, len(ids) - first)
+        return ids, first
+
+    def _check_length(self, ids: Ids) -> None:
         if len(ids) > self._settings.max_score_tokens:
             raise TooLarge(
                 f"the text has {len(ids)} tokens, at most {self._settings.max_score_tokens} are scored at once",
                 param="text",
             )
-        return ids
+
+    def _check_explained(self, request: ExplainRequest, tokens: int) -> None:
+        """Raises TooLarge for more passages than are shown."""
+        for name in ("passages", "passage_tokens"):
+            if getattr(request, name) > self._settings.max_neighbors:
+                raise TooLarge(
+                    f"{name} must be at most {self._settings.max_neighbors}, got {getattr(request, name)}", param=name
+                )
+        most = self._settings.max_explained_passages
+        if tokens * max(1, request.passages) > most:
+            raise TooLarge(
+                f"{tokens} tokens with {request.passages} passages each were asked for, at most {most} passages are "
+                "shown (--max-explained-passages): explain a shorter text, or ask for fewer",
+                param="text" if tokens > most else "passages",
+            )
 
     def fitting(self, context: Ids, truncate: str | None, param: str) -> Ids:
         """The context, or with `truncate` its BOS and as much of its end as the model takes. Raises TooLarge."""

@@ -10,6 +10,7 @@ from services.aggregator.responses import tokenized
 from services.aggregator.retrieval_options import named_as_asked
 from services.aggregator.schemas import mixing
 from services.aggregator.schemas.domains import ActivateRequest, Domain, DomainList, DomainStatus, Model, ModelList
+from services.aggregator.schemas.explaining import ExplainRequest, ExplainResponse
 from services.aggregator.schemas.tokenizer import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -49,12 +50,25 @@ def routes(core: AggregatorCore, settings: AggregatorSettings) -> APIRouter:
         with named_as_asked(request):
             return await core.aggregator.score(request, current())
 
-    for path, endpoint, schema, summary in (
-        ("/v1/next_token", next_token, mixing.NextTokenRequest, "Contexts to next-token distributions"),
-        ("/v1/score", score, mixing.ScoreRequest, "Log-probability of every token of a text of any length"),
-    ):
+    async def explain(request: ExplainRequest) -> Response:
+        """Each token with its components and the passages that gave it most by retrieval, and the documents of all."""
+        with named_as_asked(request):
+            answer = await core.aggregator.explain(request, current())
+        return Response(answer, media_type="application/json")
+
+    for path, endpoint, schema, summary, answered in (
+        (
+            "/v1/next_token", next_token, mixing.NextTokenRequest, "Contexts to next-token distributions",
+            mixing.NextTokenResponse,
+        ),
+        (
+            "/v1/score", score, mixing.ScoreRequest, "Log-probability of every token of a text of any length",
+            mixing.ScoreResponse,
+        ),
+        ("/v1/explain", explain, ExplainRequest, "Where each token's probability comes from", ExplainResponse),
+    ):  # fmt: skip
         endpoint.__annotations__["request"] = mixing.with_sources(schema)  # FastAPI reads the body's schema from it
-        texts.post(path, tags=["kNN-LM"], summary=summary)(endpoint)
+        texts.post(path, tags=["kNN-LM"], summary=summary, response_model=answered)(endpoint)
 
     @router.get("/v1/models", tags=["models"], summary="The LM, and the LM with each of the domains")
     async def models() -> ModelList:

@@ -10,7 +10,7 @@ from knnlm.sources import SOURCES, source_kind
 from services.aggregator.schemas.mixing import DomainChoice, Knn, NextTokenRequest, Request, ScoreRequest
 from services.aggregator.settings import AggregatorSettings
 
-RENAMED = {"passages": "neighbors", "passage_tokens": "neighbor_tokens"}
+RENAMED = {"passages": "neighbors", "passage_tokens": "neighbor_tokens", "entries": "passages"}
 RENAMED |= {name: f"knn.{name}" for name in (field.alias or name for name, field in Knn.model_fields.items())}
 
 
@@ -34,9 +34,9 @@ def _asked(param: str, request: NextTokenRequest | ScoreRequest) -> str:
         return "knn.domains"
     if param == "domain" and (knn is None or knn.domain is None) and "+" in (request.model or ""):
         return "model"
-    if param == "text" and request.text is None and request.tokens is not None:
-        return "tokens"
-    return RENAMED.get(param, param)
+    if param == "text" and request.text is None:
+        return request.given
+    return param if param in type(request).model_fields else RENAMED.get(param, param)
 
 
 def short_name(model_id: str) -> str:

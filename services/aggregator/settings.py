@@ -74,6 +74,9 @@ class AggregatorSettings(HttpSettings):
     max_texts: int = Field(64, ge=1, description="contexts in one next_token request")
     max_top_n: int = Field(1000, ge=0, description="tokens listed per context")
     max_neighbors: int = Field(256, ge=0, description="neighbors shown per context, and tokens of text beside each")
+    max_explained_passages: int = Field(
+        16_384, ge=1, description="tokens that are explained in one request, times passages of each"
+    )
     max_domains: int = Field(8, ge=1, description="domains in one request")
     max_k: int = Field(4096, ge=1, description="neighbors retrieved per query and domain")
     max_text_bytes: int = Field(

@@ -128,6 +128,32 @@ REFUSED: list[tuple[str, dict[str, Any], int, str, str | None]] = [
         "invalid_request",
         "knn.lambda",
     ),
+    ("/v1/explain", {}, 400, "invalid_request", "text"),
+    ("/v1/explain", {"text": "a", "tokens": [5, 6]}, 400, "invalid_request", "text"),
+    ("/v1/explain", {"tokens": [5]}, 400, "invalid_request", "tokens"),
+    ("/v1/explain", {"text": "ab", "prompt": "a"}, 400, "invalid_request", "text"),
+    ("/v1/explain", {"tokens": [5, 6], "prompt": "a", "completion": "b"}, 400, "invalid_request", "tokens"),
+    ("/v1/explain", {"prompt": "a"}, 400, "invalid_request", "completion"),
+    ("/v1/explain", {"completion": "a"}, 400, "invalid_request", "prompt"),
+    ("/v1/explain", {"prompt": "a", "completion": [5]}, 400, "invalid_request", "completion"),
+    ("/v1/explain", {"prompt": "a", "completion": ""}, 400, "invalid_request", "completion"),
+    ("/v1/explain", {"prompt": "a", "completion": 3}, 400, "invalid_request", "completion"),
+    ("/v1/explain", {"prompt": [5, "x"], "completion": [5]}, 400, "invalid_request", "prompt.1"),
+    ("/v1/explain", {"prompt": [999], "completion": [5]}, 400, "invalid_request", "prompt"),
+    ("/v1/explain", {"prompt": [5], "completion": [999]}, 400, "invalid_request", "completion"),
+    ("/v1/explain", {"text": "ab", "passages": -1}, 400, "invalid_request", "passages"),
+    ("/v1/explain", {"text": "ab", "passages": 257}, 413, "too_large", "passages"),
+    ("/v1/explain", {"text": "ab", "passage_tokens": 257}, 413, "too_large", "passage_tokens"),
+    ("/v1/explain", {"text": "a" * 200, "passages": 100}, 413, "too_large", "passages"),
+    ("/v1/explain", {"text": "a" * 20_000}, 413, "too_large", "text"),
+    ("/v1/explain", {"prompt": "a", "completion": "a" * 20_000, "passages": 0}, 413, "too_large", "completion"),
+    ("/v1/explain", {"prompt": "a" * (1 << 20), "completion": "a"}, 413, "too_large", "prompt"),
+    ("/v1/explain", {"text": "abc", "min_context": 32}, 400, "invalid_request", "min_context"),
+    ("/v1/explain", {"text": "ab", "model": "toy+law"}, 404, "unknown_domain", "model"),
+    ("/v1/explain", {"text": "ab", "knn": {"domain": "cat", "version": "v7"}}, 404, "unknown_version", "knn.version"),
+    ("/v1/explain", {"text": "ab", "knn": {"domain": "cat", "k": 5000}}, 413, "too_large", "knn.k"),
+    ("/v1/explain", {"text": "ab", "knn": {"domain": "raw"}}, 400, "invalid_request", "knn.temperature"),
+    ("/v1/explain", {"text": "ab", "neighbors": 3}, 400, "invalid_request", "neighbors"),
     ("/tokenize", {"prompt": "é" * (1 << 19) + "x"}, 413, "too_large", "prompt"),
     ("/v1/next_token", {"text": ["x" * (1 << 19)] * 3}, 413, "too_large", "text"),
     ("/v1/score", {"text": "x" * (1 << 20) + "y"}, 413, "too_large", "text"),
@@ -160,7 +186,9 @@ def test_bad_input_is_refused_by_name(store: Path) -> None:
     with_system(store, check)
 
 
-@pytest.mark.parametrize("path", ["/v1/next_token", "/v1/score", "/tokenize", "/detokenize", "/v1/detokenize"])
+@pytest.mark.parametrize(
+    "path", ["/v1/next_token", "/v1/score", "/v1/explain", "/tokenize", "/detokenize", "/v1/detokenize"]
+)
 @pytest.mark.parametrize(
     "body",
     [
@@ -223,7 +251,7 @@ def test_retrieval_down_is_503_unless_asked_otherwise(store: Path) -> None:
         await s.post("/v1/next_token", body)
         await s.hosts["datastore"].shut()
         assert (await s.post("/v1/next_token", body, status=503))["error"]["code"] == "unavailable"
-        for path in ("/v1/next_token", "/v1/score"):
+        for path in ("/v1/next_token", "/v1/score", "/v1/explain"):
             answer = await s.post(path, {**body, "on_datastore_error": "lm_only"})
             assert answer["degraded"]
             assert answer["domains"] == []

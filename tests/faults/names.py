@@ -32,6 +32,8 @@ BODIES: Mapping[str, Sequence[tuple[str, dict[str, Any]]]] = {
         ("/v1/next_token", {"text": "a", "knn": {"domains": ["toy"]}}),
         ("/v1/next_token", {"text": "a", "knn": {"domains": [{"domain": "toy", "version": "v1"}]}}),
         ("/v1/score", {"text": "a text", "model": "toy", "knn": _KNN}),
+        ("/v1/explain", {"text": "a text", "model": "toy", "knn": _KNN, "on_datastore_error": "fail"}),
+        ("/v1/explain", {"prompt": "a", "completion": " text", "knn": {"domains": ["toy"]}}),
         ("/v1/domains/toy:activate", {"version": "v1"}),
         ("/v1/domains/toy/documents", {"documents": [{"id": "x", "text": "a text"}]}),
         ("/v1/domains/toy/documents:remove", {"ids": ["0"]}),

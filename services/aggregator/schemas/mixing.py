@@ -42,7 +42,7 @@ TokenRows = Annotated[
 ]
 
 
-def _by_type(**kinds: type) -> Discriminator:
+def by_type(**kinds: type) -> Discriminator:
     """Which alternative a value is, by its JSON type, so that its problems are told of that one. kinds: type by tag."""
 
     def tag(value: Any) -> str | None:  # Any: JSON
@@ -66,7 +66,7 @@ DomainChoices = Annotated[
     list[
         Annotated[
             Annotated[Text, Tag("a_name")] | Annotated[DomainChoice, Tag("an_object")],
-            _by_type(a_name=str, an_object=dict),
+            by_type(a_name=str, an_object=dict),
         ]
     ],
     FirstProblem(),
@@ -74,7 +74,7 @@ DomainChoices = Annotated[
 ]
 Texts = Annotated[
     Annotated[Text, Tag("a_text")] | Annotated[list[Text], FirstProblem(), Tag("a_list_of_texts")],
-    _by_type(a_text=str, a_list_of_texts=list),
+    by_type(a_text=str, a_list_of_texts=list),
 ]
 
 
@@ -131,6 +131,11 @@ class ScoreRequest(Request):
     min_context: Annotated[StrictInt, Field(ge=1)] | None = Field(
         None, description="Tokens that every scored token sees at least; by default as the domain was built."
     )
+
+    @property
+    def given(self) -> str:
+        """The field that holds the text."""
+        return "text" if self.tokens is None else "tokens"
 
 
 class TokenProbability(BaseModel):
