@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PAGE := .venv-page
 PROTOS := $(wildcard proto/knnlm/v1/*.proto)
 .DEFAULT_GOAL := help
-.PHONY: help venv demo up down test test-all test-faults test-compose bench check format proto proto-check clean
+.PHONY: help venv demo up down test test-all test-faults test-compose test-page browser bench check format proto proto-check clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,16 +30,26 @@ down: ## stop the services
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m demo.services down; else echo "nothing is installed, so nothing runs"; fi
 
 test: $(STAMP) ## the tests: offline, on CPU, under five minutes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not faults and not compose"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not faults and not compose and not page"
 
 test-all: $(STAMP) ## the tests that take longer, too
-	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not faults and not compose"
+	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not faults and not compose and not page"
 
 test-faults: $(STAMP) ## overload, kills, full disks, fuzzing, leaks: some ten minutes, figures printed
 	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -s -m faults tests/faults
 
 test-compose: $(STAMP) ## docker-compose.yml on the Docker engine of this machine: replicas killed, added, switched under load
 	@KNNLM_TEST_COMPOSE=1 $(BIN)/python -m pytest -q -s -m compose tests/compose
+
+test-page: browser ## the web page in headless Chromium
+	@PYTHONPATH=$(PAGE) $(BIN)/python -m pytest -q -m page tests/page
+
+browser: $(PAGE)/.installed # Chromium and what drives it, installed where they are missing
+	@PYTHONPATH=$(PAGE) bash tests/page/browser.sh $(BIN)/python
+
+$(PAGE)/.installed: $(STAMP) tests/page/requirements.txt
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target $(PAGE) -r tests/page/requirements.txt
+	@touch $@
 
 bench: $(STAMP) ## every benchmark at the small size, one after another; ends with a JSON line per figure
 	@$(BIN)/python -m benchmarks
@@ -65,4 +76,4 @@ proto-check: $(STAMP) # generated code must be what proto/ gives
 	@diff -r -x __pycache__ build/proto/knnlm/v1 knnlm/v1 || { echo "knnlm/v1 is not what proto/ gives: run \`make proto\`"; exit 1; }
 
 clean: down ## remove what was built and installed
-	rm -rf $(VENV) build store *.egg-info
+	rm -rf $(VENV) $(PAGE) build store *.egg-info

@@ -69,6 +69,7 @@ def main() -> None:
         "Try:\n  curl -s " + services.AGGREGATOR + "/v1/next_token -H 'content-type: application/json' \\\n"
         """       -d '{"text": "Returns a tensor", "model": "pocket+torch", "neighbors": 2}'"""
     )
+    CONSOLE.print(f"Or look at the page: {services.AGGREGATOR}/")
     if not won:
         raise SystemExit("kNN-LM did not win clearly on every held-out domain")
 

@@ -39,6 +39,9 @@ def test_a_wheel_has_two_packages_with_names_of_ours_and_all_modules(installed: 
         modules = {path.relative_to(ROOT) for path in (ROOT / package).rglob("*.py")}
         assert modules == {path.relative_to(place) for path in (place / package).rglob("*.py")}
     assert (installed / "knnlm" / "py.typed").exists()
+    web = Path("services/aggregator/web")
+    shipped = {file.name for file in (installed / "knnlm_servers" / web).iterdir()}
+    assert shipped == {file.name for file in (ROOT / web).iterdir()}
 
 
 def test_serve_starts_the_services_of_the_wheel(installed: Path, tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ class AggregatorSettings(HttpSettings):
     )
     score_batch_tokens: int = Field(4096, ge=1, description="tokens of windows sent to the lm service at once")
 
+    web: bool = Field(True, description="serve the web page at /: files that need no key")
+
     @model_validator(mode="after")
     def _upstreams_are_consistent(self) -> Self:
         if self.min_context is not None and (self.context_length is None or self.min_context >= self.context_length):

@@ -40,7 +40,8 @@ class HttpMiddleware:
         self._metrics = service.metrics
         self._admission = admission
         self._protobuf_routes = service.protobuf
-        self._always = PROBES | DESCRIPTIONS
+        self._open = PROBES.union(service.public)
+        self._always = self._open | DESCRIPTIONS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -85,7 +86,7 @@ class HttpMiddleware:
         self, scope: Scope, receive: Receive, answer: "_Answer", request: RequestContext, headers: Headers
     ) -> None:
         path = scope["path"]
-        if path not in PROBES:
+        if path not in self._open:
             self._admission.authenticate(request, headers.get("authorization"))
         if path in self._always:
             await self._run(scope, b"", receive, answer)

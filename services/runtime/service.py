@@ -1,7 +1,7 @@
 """What a service is to the runtime: a core, the routes and rpcs over it, and the admission every request passes."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -51,7 +51,7 @@ class Service:
     """All that the runtime needs to know of a service.
 
     name: one word ("datastore"). rpc: needs GrpcSettings; without any, no gRPC port is opened. protobuf: routes of the
-    routers that take protobuf, too.
+    routers that take protobuf, too. public: paths of files that need no key and are answered while loading.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Service:
     routers: Sequence[APIRouter]
     rpc: Sequence[RpcService] = ()
     protobuf: Sequence[ProtobufRoute] = ()
+    public: Collection[str] = ()
 
 
 Phase = Literal["loading", "ready", "draining"]

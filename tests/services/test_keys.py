@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from knnlm.testing import ToyLanguageModel
 from knnlm.v1 import datastore_pb2, lm_pb2
 from services.aggregator.app import service as aggregator_service
+from services.aggregator.page import page_files
 from services.aggregator.settings import AggregatorSettings
 from services.datastore.app import service as datastore_service
 from services.datastore.settings import DatastoreSettings
@@ -56,7 +57,7 @@ Make = Callable[[Path], Any]  # the service in a context manager
 
 
 @pytest.mark.parametrize("make", [lm, datastore, aggregator])
-async def test_every_route_but_the_probes_needs_a_key_by_every_method(make: Make, tmp_path: Path) -> None:
+async def test_every_route_but_the_probes_and_the_page_needs_a_key_by_every_method(make: Make, tmp_path: Path) -> None:
     async with (
         make(tmp_path) as service,
         running(service) as host,
@@ -64,13 +65,15 @@ async def test_every_route_but_the_probes_needs_a_key_by_every_method(make: Make
     ):
         key = {"authorization": "Bearer ordinary"}
         openapi = (await client.get("/openapi.json", headers=key)).json()
-        paths = [*openapi["paths"], "/docs", "/openapi.json", "/no/such/route", "/", "//livez", "/livez/"]
+        files = page_files() if make is aggregator else {}
+        paths = [*openapi["paths"], "/docs", "/openapi.json", "/no/such/route", "/", "/livez/", "http://test//livez"]
+        paths += [*files, "/web", "/web/", "/web/no.js"]
         assert len(openapi["paths"]) > 6
         packed = {"content-type": "application/protobuf"}  # a way of its own behind the same door
         for method, path in ((method, path) for path in paths for method in METHODS):
             for headers in ({}, packed, {"authorization": "Bearer wrong"}, {"authorization": "ordinary"}):
                 answer = await client.request(method, path, headers=headers)
-                assert (answer.status_code == 401) == (path not in PUBLIC), (method, path)
+                assert (answer.status_code == 401) == (path not in PUBLIC | set(files)), (method, path)
             answer = await client.request(method, path, headers=key)
             assert answer.status_code != 401, (method, path)
             admin = method == "post" and path.endswith(ADMIN)

@@ -1,0 +1,67 @@
+// The page: tabs, the model and its domains, and the key.
+import * as api from "./api.js";
+import { askForKey } from "./dialogs.js";
+import { byId, told } from "./dom.js";
+import { domainsView } from "./domains.js";
+import { nextTokenView } from "./next_token.js";
+import { scoreView } from "./score.js";
+import * as state from "./state.js";
+
+const views = { next: nextTokenView(), score: scoreView(), domains: domainsView(load) };
+const tabs = Object.keys(views).map((name) => byId(`tab-${name}`));
+byId("tab-generate").hidden = !("generate" in views);
+const nameOf = (tab) => tab.id.slice("tab-".length);
+
+/** The domains that the model can be mixed with, by name; every view is told of them. */
+async function load() {
+  const [models, found] = await Promise.all([api.get("v1/models"), api.get("v1/domains").catch(without)]);
+  byId("model").textContent = models.data[0].id;
+  const domains = new Map(found.domains.map((info) => [info.domain, info]));
+  const usable = new Set(models.data.map((model) => model.id));
+  const mixed = new Map([...domains].filter(([name]) => usable.has(`${models.data[0].id}+${name}`)));
+  for (const view of Object.values(views)) view.update(mixed);
+  return domains;
+}
+
+/** Without a datastore service there are no domains: the LM alone is there. */
+function without(problem) {
+  if (problem.code === "unauthenticated") throw problem;
+  return { domains: [] };
+}
+
+function showTab() {
+  const wanted = tabs.find((tab) => nameOf(tab) === state.get("tab")) ?? tabs[0];
+  for (const tab of tabs) {
+    const selected = tab === wanted;
+    tab.setAttribute("aria-selected", String(selected));
+    tab.tabIndex = selected ? 0 : -1;
+    byId(tab.getAttribute("aria-controls")).hidden = !selected;
+  }
+  views[nameOf(wanted)].show();
+  return wanted;
+}
+
+function go(tab) {
+  state.set({ tab: tab === tabs[0] ? "" : nameOf(tab) }, { push: true });
+  showTab().focus();
+}
+
+byId("tabs").addEventListener("click", (event) => tabs.includes(event.target) && go(event.target));
+byId("tabs").addEventListener("keydown", (event) => {
+  const at = tabs.indexOf(event.target);
+  const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tabs.length - 1 }[event.key];
+  if (at < 0 || to === undefined) return;
+  event.preventDefault();
+  go(tabs[(to + tabs.length) % tabs.length]);
+});
+byId("skip").addEventListener("click", (event) => { event.preventDefault(); byId("main").focus(); });
+byId("key").addEventListener("click", async () => { await api.changeKey(); await begin(); });
+api.askWith(askForKey);
+state.onRestored(showTab);
+
+async function begin() {
+  await told(async () => { await load(); });
+  showTab();
+}
+
+begin();

@@ -1,0 +1,88 @@
+// Next-token bars of the LM, of retrieval and of the two mixed, for one or two domains side by side.
+import * as api from "./api.js";
+import { byId, debounced, el, latest, number, percent, told, visible } from "./dom.js";
+import { fromNeighbors, passageList } from "./passages.js";
+import { retrievalControls } from "./retrieval.js";
+import * as state from "./state.js";
+
+const WAIT_MS = 120; // after the last change
+const EXAMPLE = "Parameters\n----------\na : array_like\n    Input array.\naxis : int, optional\n    Axis";
+
+export function nextTokenView() {
+  const field = byId("next-text");
+  const columns = [
+    column(byId("next-a"), { prefix: "a", legend: "Domain", none: "none: the LM alone" }),
+    column(byId("next-b"), { prefix: "b", legend: "Beside it", none: "nothing" }),
+  ];
+  const ask = () => columns.forEach((one) => one.ask());
+  const later = debounced(ask, WAIT_MS);
+  field.addEventListener("input", () => { state.set({ text: field.value }); later(); });
+
+  return {
+    update: (domains) => columns.forEach((one) => one.update(domains)),
+    show() {
+      field.value = state.get("text", EXAMPLE);
+      columns.forEach((one) => one.refresh());
+      ask();
+    },
+  };
+}
+
+function column(place, { prefix, legend, none }) {
+  const run = latest();
+  const second = prefix === "b";
+  const ask = () => told(() => run(answer));
+  const controls = retrievalControls(place, { prefix, legend, none, changed: debounced(ask, WAIT_MS) });
+  const status = el("p", { class: "hint", role: "status" });
+  const result = el("div");
+  place.append(status, result);
+
+  async function answer(signal) {
+    const text = byId("next-text").value;
+    if (text === "" || (second && controls.domain === "")) {
+      status.textContent = text === "" ? "Type something." : "";
+      result.replaceChildren();
+      return;
+    }
+    const began = performance.now();
+    place.setAttribute("aria-busy", "true");
+    try {
+      const body = { text, knn: controls.knn, top_n: 12, neighbors: controls.knn ? 8 : 0, truncate: "left" };
+      const reply = await api.post("v1/next_token", body, { signal });
+      const [found] = reply.results;
+      controls.show(reply.domains[0]);
+      status.textContent = summary(reply, found, performance.now() - began);
+      result.replaceChildren(bars(found, reply.domains.length > 0), ...passages(found));
+    } catch (problem) {
+      if (!signal.aborted) { status.textContent = ""; result.replaceChildren(); }
+      throw problem;
+    } finally {
+      if (!signal.aborted) place.removeAttribute("aria-busy");
+    }
+  }
+
+  return { ask, update: controls.update, refresh: () => controls.show() };
+}
+
+function summary(reply, found, ms) {
+  const used = reply.domains.map((d) => `${d.domain} ${d.version}, λ ${number(found.lambda)}, T ${number(d.temperature)}, k ${d.k}`);
+  return [reply.degraded ?? used.join("; "), `${found.context_tokens} tokens, ${ms.toFixed(0)} ms`].filter(Boolean).join(" · ");
+}
+
+function bars({ top }, retrieved) {
+  const kinds = [["p", "mixture"], ["p_lm", "LM"], ["p_knn", "retrieval"]].slice(0, retrieved ? 3 : 1);
+  const most = Math.max(...top.flatMap((row) => kinds.map(([kind]) => row[kind] ?? 0)), 1e-9);
+  const cell = (kind, value) =>
+    el("td", {}, el("div", {}, el("span", { class: "value" }, percent(value)),
+      el("span", { class: `bar ${kind}`, vars: { share: (value ?? 0) / most } })));
+  return el("table", { class: "bars" },
+    el("caption", { class: "hidden" }, "Probabilities of the likeliest next tokens"),
+    el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "token"),
+      kinds.map(([, name]) => el("th", { scope: "col" }, retrieved ? name : "LM")))),
+    el("tbody", {}, top.map((row) =>
+      el("tr", {}, el("th", { scope: "row", title: `token ${row.token_id}` }, visible(row.token)), kinds.map(([kind]) => cell(kind, row[kind]))))));
+}
+
+function passages({ neighbors }) {
+  return neighbors === null ? [] : [el("h3", {}, "Nearest passages"), passageList(fromNeighbors(neighbors))];
+}

@@ -1,0 +1,106 @@
+// The controls of retrieval: a domain, and lambda, T and k, which are as tuned until somebody moves them.
+import { el, number } from "./dom.js";
+import * as state from "./state.js";
+
+const UNTUNED = { lambda: 0.25, temperature: 10 }; // a domain that was never tuned has none of its own
+const SLIDERS = [
+  { name: "lambda", letter: "λ", word: "weight", low: 0, high: 1, step: 0.01, toValue: (x) => x, toPlace: (v) => v },
+  { name: "temperature", letter: "T", word: "temperature", low: -2, high: 4, step: 0.02,
+    toValue: (x) => Number((10 ** x).toPrecision(3)), toPlace: Math.log10 },
+  { name: "k", letter: "k", word: "neighbors", low: 0, high: 12, step: 1, toValue: (x) => 2 ** x, toPlace: Math.log2 },
+];
+let uses = 0;
+
+/**
+ * Controls inside `place`. prefix: of their names in links. none: what the choice of no domain is called, null where a
+ * domain must be chosen. changed: called after every change. Returns { domain, knn, show, update }.
+ */
+export function retrievalControls(place, { prefix, legend, none, changed }) {
+  let domains = new Map();
+  const id = `retrieval-${++uses}`;
+  const select = el("select", { id: `${id}-domain`, onchange: () => choose({ domain: select.value }) });
+  const sliders = SLIDERS.map((spec) => slider(spec));
+  place.append(
+    el("div", { class: "controls" },
+      el("div", { class: "control domain" }, el("label", { for: select.id }, legend), select),
+      sliders.map((one) => one.element)),
+  );
+
+  const key = (name) => `${prefix}.${name}`;
+
+  function choose(values) {
+    state.set(Object.fromEntries(Object.entries(values).map(([name, value]) => [key(name), value])));
+    refresh();
+    changed();
+  }
+
+  function chosenDomain() {
+    const wanted = state.get(key("domain"));
+    if (domains.has(wanted)) return wanted;
+    return wanted === "" && none === null ? ([...domains.keys()][0] ?? "") : "";
+  }
+
+  /** null: as tuned. A domain without tuning has what stands in for it. */
+  function valueOf({ name, low, high, toValue }) {
+    const given = state.getNumber(key(name), toValue(low), toValue(high));
+    const tuned = domains.get(chosenDomain())?.tuning;
+    return given ?? (tuned ? null : (UNTUNED[name] ?? null));
+  }
+
+  function slider(spec) {
+    const input = el("input", {
+      type: "range", id: `${id}-${spec.name}`, min: spec.low, max: spec.high, step: spec.step,
+      oninput: () => choose({ [spec.name]: spec.toValue(Number(input.value)) }),
+    });
+    const output = el("output", { for: input.id });
+    const reset = el("button", {
+      type: "button", class: "quiet", "aria-label": `${spec.letter} ${spec.word}: as tuned`, title: "as tuned",
+      onclick: () => choose({ [spec.name]: null }),
+    }, "↺");
+    const element = el("div", { class: "control" },
+      el("label", { for: input.id }, spec.letter, el("span", { class: "word" }, ` ${spec.word}`)), output, el("div", { class: "slider" }, input, reset));
+    const show = (used) => {
+      const value = valueOf(spec);
+      const shown = value ?? used?.[spec.name] ?? domains.get(chosenDomain())?.tuning?.[spec.name] ?? null;
+      if (shown !== null && document.activeElement !== input) input.value = spec.toPlace(shown);
+      const text = shown === null ? "by rule" : number(shown);
+      output.textContent = value === null ? `${text} tuned` : text;
+      input.setAttribute("aria-valuetext", output.textContent);
+      input.disabled = reset.disabled = chosenDomain() === "";
+      reset.hidden = state.get(key(spec.name)) === "";
+    };
+    return { spec, element, show };
+  }
+
+  /** Shows what is chosen. used: what an answer says it was made with. */
+  function refresh(used) {
+    select.value = chosenDomain();
+    for (const one of sliders) one.show(used);
+  }
+
+  return {
+    get domain() {
+      return chosenDomain();
+    },
+    /** The request's `knn`, undefined for the LM alone. */
+    get knn() {
+      if (chosenDomain() === "") return undefined;
+      const options = { domain: chosenDomain() };
+      for (const spec of SLIDERS) {
+        const value = valueOf(spec);
+        if (value !== null) options[spec.name] = value;
+      }
+      return options;
+    },
+    show: refresh,
+    /** Takes over the domains that there are, Domain objects by name. */
+    update(found) {
+      domains = found;
+      select.replaceChildren(
+        ...(none === null && domains.size ? [] : [el("option", { value: "" }, none ?? "none")]),
+        ...[...domains.keys()].map((name) => el("option", { value: name }, name)),
+      );
+      refresh();
+    },
+  };
+}
