@@ -61,6 +61,15 @@ class Score:
             return float(np.exp(-self.log_probs.mean()))
 
     @property
+    def lm_total(self) -> float:
+        return float(self.lm_log_probs.sum(dtype=np.float64))
+
+    @property
+    def lm_perplexity(self) -> float:
+        """What `perplexity` would be of the LM alone."""
+        return float(np.exp(-self.lm_total / len(self.lm_log_probs)))
+
+    @property
     def documents(self) -> list[DocumentShare]:
         """What the tokens lean on, as far as their carriers were asked for; see `document_shares`."""
         return document_shares([(s.weight, s.evidence.of_targets, s.evidence.carried) for s in self.mixed.components])

@@ -125,6 +125,7 @@ class _Connection(Generic[Http]):
 
     next_token = _Method(routes.next_token)
     score = _Method(routes.score)
+    explain = _Method(routes.explain)
     models = _Method(routes.models)
     model = _Method(routes.model)
     domains = _Method(routes.domains)

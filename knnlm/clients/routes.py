@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from knnlm.clients import answers
+from knnlm.clients.explained import Explained
 from knnlm.errors import InvalidRequest, KnnlmError
 from knnlm.messages import Document, DomainChange, DomainInfo
 from knnlm.options import KnnOptions
@@ -81,6 +82,24 @@ def score(
     """The log-probability of every token of a text of any length."""
     body = _body(knn, text=text, tokens=tokens, model=model, **more)
     return Call("POST", "/v1/score", _of(answers.Scored), body)
+
+
+def explain(
+    text: str | None = None,
+    *,
+    tokens: Sequence[int] | None = None,
+    prompt: str | Sequence[int] | None = None,
+    completion: str | Sequence[int] | None = None,
+    model: str | None = None,
+    knn: Knn | None = None,
+    passages: int | None = None,
+    passage_tokens: int | None = None,
+    **more: object,
+) -> Call[Explained]:
+    """Where the probability of each token of a text, or of a completion after its prompt, comes from."""
+    shown = {"passages": passages, "passage_tokens": passage_tokens}
+    body = _body(knn, text=text, tokens=tokens, prompt=prompt, completion=completion, model=model, **shown, **more)
+    return Call("POST", "/v1/explain", _of(Explained), body)
 
 
 def models() -> Call[Sequence[answers.Model]]:

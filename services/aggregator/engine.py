@@ -5,10 +5,12 @@ differ from the model's own.
 """
 
 import asyncio
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Protocol
 
+from knnlm.clients.explained import explained
 from knnlm.clients.rpc import DomainReplica
 from knnlm.errors import KnnlmError, Unavailable
 from knnlm.messages import Document, DomainInfo, ModelInfo, differs
@@ -16,7 +18,7 @@ from knnlm.mixer import Mixer
 from knnlm.protocols import DatastoreClient, DocumentsClient, LanguageModelClient
 from knnlm.tokenizer import Tokenizer
 from knnlm.wire.arrays import LIST_LIMIT, ListBudget
-from services.aggregator.explanations import explain_response
+from knnlm.wire.jsonable import to_json
 from services.aggregator.requests import Inputs, MemoryBudget
 from services.aggregator.responses import (
     domain_shape,
@@ -141,7 +143,7 @@ class Aggregator:
         self._note(score.degraded, score.timings, call)
         # on a thread: it has many parts
         return await asyncio.to_thread(
-            lambda: explain_response(score, model, self.tokenizer).model_dump_json(by_alias=True).encode()
+            lambda: json.dumps(to_json(explained(score, model, self.tokenizer)), allow_nan=False).encode()
         )
 
     def _window(self, request: mixing.ScoreRequest) -> tuple[int | None, int | None]:

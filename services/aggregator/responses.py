@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,20 +81,13 @@ def score_response(score: Score, model: str, tokenizer: Tokenizer) -> mixing.Sco
         first_token_id=int(score.tokens[0]),
         tokens=_scored_tokens(score, tokenizer),
         components=_scored_components(score),
-        **totals(score),
+        total_log_p=_finite(score.total),
+        total_log_p_lm=score.lm_total,
+        perplexity=_finite(score.perplexity),
+        perplexity_lm=score.lm_perplexity,
+        context_length=score.context_length,
+        min_context=score.min_context,
     )
-
-
-def totals(score: Score) -> dict[str, Any]:  # Any: of the fields that answers about a text have
-    lm_total = float(score.lm_log_probs.sum(dtype=np.float64))
-    return {
-        "total_log_p": finite(score.total),
-        "total_log_p_lm": lm_total,
-        "perplexity": finite(score.perplexity),
-        "perplexity_lm": float(np.exp(-lm_total / len(score.lm_log_probs))),
-        "context_length": score.context_length,
-        "min_context": score.min_context,
-    }
 
 
 def _scored_tokens(score: Score, tokenizer: Tokenizer) -> list[mixing.ScoredToken]:
@@ -108,9 +100,9 @@ def _scored_tokens(score: Score, tokenizer: Tokenizer) -> list[mixing.ScoredToke
         mixing.ScoredToken(
             token_id=token,
             token=text,
-            log_p=finite(log_p),
+            log_p=_finite(log_p),
             log_p_lm=log_p_lm,
-            log_p_knn=None if log_p_knn is None else finite(log_p_knn),
+            log_p_knn=None if log_p_knn is None else _finite(log_p_knn),
             lmbda=weight,
         )
         for token, text, log_p, log_p_lm, log_p_knn, weight in zip(tokens, texts, *columns, strict=True)
@@ -124,7 +116,7 @@ def _scored_components(score: Score) -> list[mixing.ScoredComponent]:
     columns += [(c.name, c.kind, c.weight, c.evidence.of_targets) for c in mixed.components]
     return [
         mixing.ScoredComponent(
-            name=name, kind=kind, weight=weight.tolist(), log_p=[finite(value) for value in log_probs.tolist()]
+            name=name, kind=kind, weight=weight.tolist(), log_p=[_finite(value) for value in log_probs.tolist()]
         )
         for name, kind, weight, log_probs in columns
     ]
@@ -163,7 +155,7 @@ def domain_status_shape(info: DomainInfo, replicas: Sequence[DomainReplica]) -> 
     return shape
 
 
-def finite(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     """JSON has no infinity: null stands for it."""
     return value if math.isfinite(value) else None
 

@@ -12,6 +12,7 @@ import pytest
 
 from knnlm import AsyncClient, Client, Document, DomainOptions, KnnOptions, SearchOptions
 from knnlm.clients import answers, routes
+from knnlm.clients.explained import Explained
 from knnlm.clients.routes import Call
 from knnlm.errors import Conflict, NotFound, UnknownDomain, UnknownModel
 from knnlm.messages import DomainChange, DomainInfo
@@ -23,6 +24,7 @@ __all__ = ["store"]
 CALLS: Sequence[tuple[Call[Any], type | None]] = [  # Any: of any answer. With the record that the JSON becomes
     (routes.next_token("x"), answers.NextTokens),
     (routes.score("x"), answers.Scored),
+    (routes.explain("x"), Explained),
     (routes.models(), answers.ModelList),
     (routes.model("{model}"), answers.Model),
     (routes.domains(), answers.DomainList),
@@ -136,6 +138,17 @@ def test_what_is_asked_is_answered_in_records(store: Path) -> None:
         ids = [scored.first_token_id, *(t.token_id for t in scored.tokens)]
         assert sum(t.log_p for t in scored.tokens if t.log_p is not None) == pytest.approx(scored.total_log_p)
         assert client.score(tokens=ids, model="toy+cat").perplexity == pytest.approx(scored.perplexity)
+        explained = client.explain(prompt=TEXT[:20], completion=TEXT[20:], model="toy+cat", passages=2)
+        assert [t.log_p for t in explained.tokens] == pytest.approx([t.log_p for t in scored.tokens[20:]])
+        for token in explained.tokens:
+            (lm, cat) = token.components
+            assert cat.log_p is None or token.log_p is not None
+            given = 0 if cat.log_p is None else cat.weight * np.exp(cat.log_p - (token.log_p or 0))
+            assert token.retrieved == pytest.approx(given)
+            assert lm.weight + cat.weight == pytest.approx(1)
+            assert len(cat.passages) <= 2
+        assert explained.documents[0].share > 0
+
         certain = client.score(TEXT, knn={"domain": "raw", "lambda": 1.0, "temperature": 0.001})
         assert certain.total_log_p is None  # minus infinity
 
