@@ -31,7 +31,7 @@ TRAINING_KEYS_PER_LIST = 64
 # and of a million entries those visited hold most of the nearest thousand
 LISTS_PER_SQRT = 2  # times sqrt(n)
 VISITED_PER_SQRT = 12  # times sqrt(n), entries
-MIN_VISITED = 12_288  # entries
+MIN_VISITED = 1 << 14  # entries
 QUANTIZER_EF_SEARCH = 64  # candidates among the centroids, where a graph finds the lists
 OVERSIZED = 10  # times the average list
 LARGE_SHARE = 0.2  # of all entries, in one list

@@ -1,0 +1,114 @@
+"""What the default index loses in perplexity to exact search, on each of several corpora and on outlier dimensions.
+
+    python -m benchmarks.default_quality --text CORPUS [--text CORPUS ...] [--size N] [--queries N]
+
+Each --text is a corpus of its own. Each search is taken at its own best temperature and lambda on the same held-out
+tokens. Beside the default: the same candidates rescored by the stored keys (`rescore: true`), and so with four times
+the lists, which `knnlm tune` may choose. The last line is of the first corpus with three dimensions of its keys, and of
+its queries, made 20 times as large: a spectrum as large models have it.
+"""
+
+import tempfile
+from argparse import ArgumentParser
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.data import Prepared, prepare
+from benchmarks.engine import exact_index, faiss_search
+from benchmarks.harness import figure, table
+from knnlm.datastore.reader import Datastore
+from knnlm.evaluation.tuning import Observations, fit
+from knnlm.index.auto_recipe import auto_recipe
+from knnlm.index.contract import Index, Keys, SearchParameters
+from knnlm.index.rescore import rescored
+from knnlm.index.table import family
+from knnlm.neighbors import Neighbors
+
+K, BATCH, SPARE = 1024, 256, 8
+GOAL = 1.003  # times the perplexity of exact search
+OUTLIERS, FACTOR = (7, 100, 200), 20.0
+
+Float32 = npt.NDArray[np.float32]
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--text", type=Path, nargs="+", action="append", required=True, help="documents of one corpus")
+    parser.add_argument("--size", type=int, default=200_000, help="entries of each datastore (default 200000)")
+    parser.add_argument("--queries", type=int, default=8192, help="held-out tokens of each (default 8192)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for number, text in enumerate(options.text):
+        prepared = prepare(options.size, text, queries=options.queries)
+        datastore = Datastore.open(prepared.path)
+        name = text[0].parent.name if text[0].name == "docs.jsonl" else text[0].stem
+        compare(name, prepared, np.array(datastore.keys), prepared.queries, datastore.values, options.seed)
+        if number == 0:
+            scale = np.ones(datastore.keys.shape[1], np.float32)
+            scale[list(OUTLIERS)] = FACTOR
+            keys = (datastore.keys * scale).astype(np.float16)
+            compare(f"{name}, outliers", prepared, keys, prepared.queries * scale, datastore.values, options.seed)
+
+
+def compare(
+    name: str, prepared: Prepared, keys: Keys, queries: Float32, values: npt.NDArray[np.int32], seed: int
+) -> None:
+    """Print the table and the figure of one corpus."""
+    recipe = auto_recipe(*keys.shape).recipe
+    chosen = family(recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "index"
+        parameters = chosen.build(keys, file, seed, lambda *_: None)
+        index = chosen.open(keys, file if chosen.has_file else None, parameters, resident=True)
+        found = {
+            "default": neighbors(index, keys, queries, values, reduced=True),
+            "stored keys": neighbors(index, keys, queries, values, reduced=False),
+            "stored keys, 4 x lists": neighbors(index, keys, queries, values, reduced=False, times=4),
+        }
+        index.close()
+    search = faiss_search(exact_index(keys), values, None)
+    parts = [search(queries[i : i + BATCH]) for i in range(0, len(queries), BATCH)]
+    exact = perplexity(prepared, joined(parts))
+    ratios = {way: perplexity(prepared, result) / exact for way, result in found.items()}
+    table([f"{name}: {recipe}", "over exact"], [[way, f"{ratio - 1:+.2%}"] for way, ratio in ratios.items()])
+    figure(
+        f"default index / exact search: perplexity, {name}", ratios["default"], GOAL, better="less",
+        size=len(keys), index=recipe, parameters=dict(parameters), tokens=len(queries), exact=round(exact, 4),
+        ratios={way: round(ratio, 5) for way, ratio in ratios.items()},
+    )  # fmt: skip
+
+
+def neighbors(
+    index: Index, keys: Keys, queries: Float32, values: npt.NDArray[np.int32], *, reduced: bool, times: int = 1
+) -> Neighbors:
+    """As a Searcher finds them, by its default or by the stored keys, visiting `times` as many lists."""
+    asked = SearchParameters(
+        int(np.ceil(K * index.overfetch)) + SPARE, nprobe=None if index.nprobe is None else times * index.nprobe
+    )
+    parts = []
+    for start in range(0, len(queries), BATCH):
+        batch = np.ascontiguousarray(queries[start : start + BATCH])
+        projected = index.project(batch)
+        _, ids = index.search_projected(projected, asked)
+        if reduced and index.reduced is not None:
+            distances, ids = rescored(index.reduced, projected, ids, K)
+        else:
+            distances, ids = rescored(keys, batch, ids, K)
+        parts.append(Neighbors(distances, np.where(ids >= 0, values[ids], -1).astype(np.int32)))
+    return joined(parts)
+
+
+def joined(parts: list[Neighbors]) -> Neighbors:
+    return Neighbors(np.concatenate([p.distances for p in parts]), np.concatenate([p.values for p in parts]))
+
+
+def perplexity(prepared: Prepared, found: Neighbors) -> float:
+    """At the temperature and lambda that are best for these neighbors."""
+    observed = Observations(prepared.lm_log_probs, prepared.targets, found, len(prepared.documents))
+    return fit(observed).tuning.knn_perplexity
+
+
+if __name__ == "__main__":
+    main()
