@@ -1,6 +1,6 @@
 """What the default index loses in perplexity to exact search, on each of several corpora and on outlier dimensions.
 
-    python -m benchmarks.default_quality --text CORPUS [--text CORPUS ...] [--size N] [--queries N]
+    python -m benchmarks.default_quality [--text CORPUS ...] [--text CORPUS ...] [--size N] [--queries N]
 
 Each --text is a corpus of its own. Each search is taken at its own best temperature and lambda on the same held-out
 tokens. Beside the default: the same candidates rescored by the stored keys (`rescore: true`), and so with four times
@@ -9,7 +9,7 @@ its queries, made 20 times as large: a spectrum as large models have it.
 """
 
 import tempfile
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from benchmarks.data import Prepared, prepare
 from benchmarks.engine import exact_index, faiss_search
-from benchmarks.harness import figure, table
+from benchmarks.harness import SMALL, figure, table
 from knnlm.datastore.reader import Datastore
 from knnlm.evaluation.tuning import Observations, fit
 from knnlm.index.auto_recipe import auto_recipe
@@ -34,16 +34,19 @@ Float32 = npt.NDArray[np.float32]
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, nargs="+", action="append", required=True, help="documents of one corpus")
-    parser.add_argument("--size", type=int, default=200_000, help="entries of each datastore (default 200000)")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--text", type=Path, nargs="+", action="append", metavar="PATH",
+        help="documents of one corpus (default: docstrings of packages)",
+    )  # fmt: skip
+    parser.add_argument("--size", type=int, default=SMALL, help=f"entries of each datastore (default {SMALL})")
     parser.add_argument("--queries", type=int, default=8192, help="held-out tokens of each (default 8192)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    for number, text in enumerate(options.text):
+    for number, text in enumerate(options.text or [[]]):
         prepared = prepare(options.size, text, queries=options.queries)
         datastore = Datastore.open(prepared.path)
-        name = text[0].parent.name if text[0].name == "docs.jsonl" else text[0].stem
+        name = ", ".join(path.parent.name if path.stem == "docs" else path.stem for path in text) or "docstrings"
         compare(name, prepared, np.array(datastore.keys), prepared.queries, datastore.values, options.seed)
         if number == 0:
             scale = np.ones(datastore.keys.shape[1], np.float32)
