@@ -3,9 +3,10 @@
     python -m benchmarks.default_quality [--text CORPUS ...] [--text CORPUS ...] [--size N] [--queries N]
 
 Each --text is a corpus of its own. Each search is taken at its own best temperature and lambda on the same held-out
-tokens. Beside the default: the same candidates rescored by the stored keys (`rescore: true`), and so with four times
-the lists, which `knnlm tune` may choose. The last line is of the first corpus with three dimensions of its keys, and of
-its queries, made 20 times as large: a spectrum as large models have it.
+tokens; beside the difference stands its standard error, from the differences of the tokens. Beside the default: four
+times its lists, which `knnlm tune` may choose.
+The last line is of the first corpus with three dimensions of its keys, and of its queries, made 20 times as large: a
+spectrum as large models have it.
 """
 
 import tempfile
@@ -19,12 +20,15 @@ from benchmarks.data import Prepared, prepare
 from benchmarks.engine import exact_index, faiss_search
 from benchmarks.harness import SMALL, figure, table
 from knnlm.datastore.reader import Datastore
+from knnlm.domains import knn_evidence
 from knnlm.evaluation.tuning import Observations, fit
 from knnlm.index.auto_recipe import auto_recipe
-from knnlm.index.contract import Index, Keys, SearchParameters
+from knnlm.index.contract import Index, Keys
 from knnlm.index.rescore import rescored
 from knnlm.index.table import family
+from knnlm.mixture import Component, mix
 from knnlm.neighbors import Neighbors
+from knnlm.options import SearchOptions
 
 K, BATCH, SPARE = 1024, 256, 8
 GOAL = 1.003  # times the perplexity of exact search
@@ -66,39 +70,36 @@ def compare(
         parameters = chosen.build(keys, file, seed, lambda *_: None)
         index = chosen.open(keys, file if chosen.has_file else None, parameters, resident=True)
         found = {
-            "default": neighbors(index, keys, queries, values, reduced=True),
-            "stored keys": neighbors(index, keys, queries, values, reduced=False),
-            "stored keys, 4 x lists": neighbors(index, keys, queries, values, reduced=False, times=4),
+            "default": neighbors(index, keys, queries, values),
+            "4 x lists": neighbors(index, keys, queries, values, times=4),
         }
         index.close()
     search = faiss_search(exact_index(keys), values, None)
     parts = [search(queries[i : i + BATCH]) for i in range(0, len(queries), BATCH)]
-    exact = perplexity(prepared, joined(parts))
-    ratios = {way: perplexity(prepared, result) / exact for way, result in found.items()}
-    table([f"{name}: {recipe}", "over exact"], [[way, f"{ratio - 1:+.2%}"] for way, ratio in ratios.items()])
+    exact = log_probs(prepared, joined(parts))
+    losses = {way: exact - log_probs(prepared, result) for way, result in found.items()}
+    ratios = {way: float(np.exp(loss.mean())) for way, loss in losses.items()}
+    errors = {way: float(loss.std() / np.sqrt(len(loss))) for way, loss in losses.items()}
+    rows = [[way, f"{ratio - 1:+.2%}", f"{errors[way]:.2%}"] for way, ratio in ratios.items()]
+    table([f"{name}: {recipe}", "over exact", "standard error"], rows)
     figure(
         f"default index / exact search: perplexity, {name}", ratios["default"], GOAL, better="less",
-        size=len(keys), index=recipe, parameters=dict(parameters), tokens=len(queries), exact=round(exact, 4),
-        ratios={way: round(ratio, 5) for way, ratio in ratios.items()},
+        size=len(keys), index=recipe, parameters=dict(parameters), tokens=len(queries),
+        exact=round(float(np.exp(-exact.mean())), 4),
+        ratios={way: round(ratio, 5) for way, ratio in ratios.items()}, standard_error=round(errors["default"], 5),
     )  # fmt: skip
 
 
 def neighbors(
-    index: Index, keys: Keys, queries: Float32, values: npt.NDArray[np.int32], *, reduced: bool, times: int = 1
+    index: Index, keys: Keys, queries: Float32, values: npt.NDArray[np.int32], *, times: int = 1
 ) -> Neighbors:
-    """As a Searcher finds them, by its default or by the stored keys, visiting `times` as many lists."""
-    asked = SearchParameters(
-        int(np.ceil(K * index.overfetch)) + SPARE, nprobe=None if index.nprobe is None else times * index.nprobe
-    )
+    """As a Searcher finds them, visiting `times` as many lists."""
+    options = SearchOptions.of({name: times * own for name, own in index.efforts.items()})
+    wanted = int(np.ceil(K * index.overfetch)) + SPARE
     parts = []
     for start in range(0, len(queries), BATCH):
         batch = np.ascontiguousarray(queries[start : start + BATCH])
-        projected = index.project(batch)
-        _, ids = index.search_projected(projected, asked)
-        if reduced and index.reduced is not None:
-            distances, ids = rescored(index.reduced, projected, ids, K)
-        else:
-            distances, ids = rescored(keys, batch, ids, K)
+        distances, ids = rescored(keys, batch, index.search(batch, wanted, options)[1], K)
         parts.append(Neighbors(distances, np.where(ids >= 0, values[ids], -1).astype(np.int32)))
     return joined(parts)
 
@@ -107,10 +108,12 @@ def joined(parts: list[Neighbors]) -> Neighbors:
     return Neighbors(np.concatenate([p.distances for p in parts]), np.concatenate([p.values for p in parts]))
 
 
-def perplexity(prepared: Prepared, found: Neighbors) -> float:
-    """At the temperature and lambda that are best for these neighbors."""
-    observed = Observations(prepared.lm_log_probs, prepared.targets, found, len(prepared.documents))
-    return fit(observed).tuning.knn_perplexity
+def log_probs(prepared: Prepared, found: Neighbors) -> npt.NDArray[np.float64]:
+    """(n,) of the targets, at the temperature and lambda that are best for these neighbors."""
+    tuning = fit(Observations(prepared.lm_log_probs, prepared.targets, found, len(prepared.documents))).tuning
+    evidence = knn_evidence(found, tuning.temperature, prepared.targets)
+    weight = np.full(len(prepared.targets), tuning.lmbda)
+    return mix(prepared.lm_log_probs, [Component("knn", evidence.of_targets, weight)])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from benchmarks.data import prepare
 from benchmarks.harness import arguments, figure, interleave, table
 from knnlm.datastore.reader import Datastore
-from knnlm.index.contract import Float32, Index, Keys, SearchParameters, chunks
+from knnlm.index.contract import Float32, Index, Keys, chunks
 from knnlm.index.device import open_on_device
 from knnlm.index.flat import Flat
 
@@ -81,7 +81,7 @@ def _searches(index: Index, queries: Float32, batch: int, k: int) -> Callable[[]
         nonlocal place
         taken = np.arange(place, place + batch) % len(queries)
         place += batch
-        index.search(queries[taken], SearchParameters(k))
+        index.search(queries[taken], k)
         return batch
 
     return search

@@ -25,13 +25,15 @@ class Option:
     """What is known about one search option beside its name and default.
 
     kind: int, float, bool or tuple (texts). minimum: the least value of a number. flag: its name on the command line.
-    public: whether callers of the aggregator may give it.
+    requires: what an index must have for the option to mean something; one that has it names the option in its
+    `efforts`. public: whether callers of the aggregator may give it.
     """
 
     kind: type
     description: str
     minimum: int | None = None
     flag: str | None = None
+    requires: str | None = None
     public: bool = True
 
 
@@ -64,9 +66,9 @@ class SearchOptions:
     """
 
     k: int | None = option(int, "Neighbors of each query in each domain.", minimum=1)
-    nprobe: int | None = option(int, "Lists to visit, for indexes that have lists (ivf).", minimum=1)
+    nprobe: int | None = option(int, "Lists to visit, for indexes that have lists (ivf).", minimum=1, requires="lists")
     ef_search: int | None = option(
-        int, "Candidates that a graph search keeps, for indexes that are graphs (hnsw).", minimum=1
+        int, "Candidates that a graph search keeps, for indexes that are graphs (hnsw).", minimum=1, requires="graph"
     )
     overfetch: float | None = option(float, "Candidates per neighbor before rescoring.", minimum=1)
     rescore: bool | None = option(

@@ -28,17 +28,22 @@ VALUES: dict[type, Any] = {int: 7, float: 2.5, bool: True, tuple: ("a", "b")}
 OPTIONS = [(name, VALUES[option.kind]) for name, option in SEARCH_OPTIONS.items()]
 
 
-@pytest.mark.parametrize("name", ["ef_search", "nprobe", "overfetch"])
-def test_an_option_is_typed_in_few_places(name: str) -> None:
-    """The record and the proto; the index that takes it and a limit of the service that searches come beside."""
-    shipped = [*ROOT.glob("knnlm/**/*.py"), *ROOT.glob("services/**/*.py"), *ROOT.glob("proto/**/*.proto")]
-    assert len(shipped) > 100
-    named = {str(file.relative_to(ROOT)) for file in shipped if name in file.read_text(encoding="utf-8")}
-    apart = ("knnlm/index/", "knnlm/v1/", "knnlm/evaluation/", "services/datastore/")
-    assert {file for file in named if not file.startswith(apart)} - {"knnlm/domains.py"} == {
-        "knnlm/options.py",
-        "proto/knnlm/v1/datastore.proto",
-    }
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("ef_search", {"knnlm/index/hnsw.py", "services/datastore/settings.py"}),
+        ("exclude_own_documents", {"knnlm/index/exclusion.py"}),
+    ],
+)
+def test_an_option_is_typed_in_few_places(name: str, places: set[str]) -> None:
+    """The record, the proto, what searches by it and, where it is bounded, the setting of the bound."""
+    written = [*ROOT.glob("knnlm/**/*.py"), *ROOT.glob("services/**/*.py"), *ROOT.glob("proto/**/*.proto")]
+    made = "knnlm/v1/"  # from the proto
+    assert len(written) > 100
+    named = {str(file.relative_to(ROOT)) for file in written if name in file.read_text(encoding="utf-8")}
+    found = {file for file in named if not file.startswith(made)}
+    assert found == {"knnlm/options.py", "proto/knnlm/v1/datastore.proto", *places}
+    assert len(found) <= 5
 
 
 @pytest.mark.parametrize(("name", "value"), OPTIONS)

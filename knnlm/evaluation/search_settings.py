@@ -35,7 +35,7 @@ KS = (64, 256, 1024)
 QUALITIES: Mapping[str, float] = {"exact": 5e-4, "balanced": 3e-3, "fast": 1e-2}  # share of perplexity
 EXACT_QUERIES = 4096  # compared with exact search: of two million keys of 512 dimensions, minutes on two cores
 EXACT, DEFAULT = "exact search", "default"  # rows of the table: exact search, and the index's own setting
-EFFORTS = (0.5, 2.0, 4.0)  # times the index's own nprobe or ef_search
+EFFORTS = (0.5, 2.0, 4.0)  # times the index's own
 OVERFETCH = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 8.0)  # times the index's own
 GAIN = 1e-4  # share of perplexity: where more work gains less twice, still more is not tried
 BATCH = 64  # queries in a call that is timed
@@ -190,10 +190,8 @@ def settings(index: Index) -> list[Ladder]:
     With its own, less and more effort (lists, or candidates of a graph) and more and more candidates to rescore; by the
     stored keys, where it rescores by reduced ones; and without rescoring.
     """
-    effort = "nprobe" if index.nprobe is not None else "ef_search"
-    own = index.nprobe if index.nprobe is not None else index.ef_search
     kinds: list[tuple[dict[str, Any], bool]] = [({}, False)]  # Any: the values of search options
-    if own is not None:
+    for effort, own in index.efforts.items():
         kinds += [({effort: max(1, round(own * factor))}, factor > 1) for factor in EFFORTS]
     if index.reduced is not None:
         kinds.append(({"rescore": True}, False))

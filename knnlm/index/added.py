@@ -8,7 +8,7 @@ where it keeps them rounded. So their distances mean the same as those of the en
 import numpy as np
 
 from knnlm.datastore.reader import Datastore
-from knnlm.index.contract import Family, Float32, Index, Int64, Keys, SearchParameters, chunks, to_float32
+from knnlm.index.contract import Family, Float32, Index, Int64, Keys, chunks, to_float32
 from knnlm.index.flat import Flat
 from knnlm.index.freeing import drop_maps, drop_pages
 from knnlm.index.pre_transform import project_all, reduce_all
@@ -55,7 +55,7 @@ class Added:
         rescored, at least k. in_space: distances between projected keys; otherwise between stored ones.
         """
         wanted = min(candidates, len(self))
-        _, found = self._flat.search(projected, SearchParameters(wanted))
+        _, found = self._flat.search(projected, wanted)
         keys, asked = (self._space, projected) if in_space else (self._stored, queries)
         distances, ids = rescored(keys, asked, found, min(k, wanted))
         ids[ids >= 0] += self._first

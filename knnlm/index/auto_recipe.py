@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from knnlm.index.ivf import lists_for, visited
-from knnlm.index.pre_transform import REDUCED_SUFFIX
 
 __all__ = ["Choice", "auto_recipe"]
 
@@ -28,11 +27,11 @@ def auto_recipe(entries: int, dim: int, memory_bytes: int | None = None) -> Choi
         return Choice("flat", (f"{entries} entries are few: exact search is fast, and nothing has to be trained",))
     lists = lists_for(entries)
     reasons = [f"{entries} entries in {lists} lists: a search visits those with the nearest {visited(entries)} or so"]
-    pre_transform, end = "", ""
+    pre_transform = ""
     if dim >= MIN_WIDE_DIM and dim % 2 == 0:
         dim //= 2
-        pre_transform, end = f"pcar{dim},", REDUCED_SUFFIX
-        reasons.append(f"the {dim} dimensions of most variance: half the work, and distances that predict no worse")
+        pre_transform = f"pcar{dim},"
+        reasons.append(f"candidates are found by the {dim} dimensions of most variance: half the work")
     parts = _parts(dim)
     held = entries * (ID_BYTES + (parts or 0) // 2)
     if parts is None:
@@ -52,8 +51,8 @@ def auto_recipe(entries: int, dim: int, memory_bytes: int | None = None) -> Choi
         reasons.append(
             f"codes of 4 bits for {dim // parts} dimensions each, scanned in registers, {held / 1e9:.2g} GB in memory"
         )
-    reasons.append("distances are rescored, so what codes lose decides only which candidates there are")
-    return Choice(f"{pre_transform}ivf{lists},{code}{end}", tuple(reasons))
+    reasons.append("distances are those to the stored keys: what codes lose decides only which candidates there are")
+    return Choice(f"{pre_transform}ivf{lists},{code}", tuple(reasons))
 
 
 def _parts(dim: int) -> int | None:

@@ -6,12 +6,13 @@ datastore, builds a file once, and opens it in any number of processes.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+
+from knnlm.options import SearchOptions
 
 __all__ = [
     "MISSING_DISTANCE",
@@ -22,7 +23,6 @@ __all__ = [
     "Keys",
     "Parameters",
     "Progress",
-    "SearchParameters",
     "chunks",
     "sample_rows",
     "to_float32",
@@ -34,42 +34,32 @@ Keys = npt.NDArray[np.floating]
 Parameters = Mapping[str, int | float]
 Progress = Callable[[int, int], None]  # hears what is done, and how much there is
 
+DEFAULTS = SearchOptions()
 MISSING_DISTANCE = np.finfo(np.float32).max  # the distance beside an id of -1
 CHUNK_BYTES = 1 << 26  # of float32: what building and opening hold at once, beside the index itself
-
-
-@dataclass(frozen=True)
-class SearchParameters:
-    """What one request asks of an index. None = the index's default.
-
-    nprobe: lists to visit; ef_search: candidates that a graph search keeps.
-    """
-
-    k: int
-    nprobe: int | None = None
-    ef_search: int | None = None
 
 
 class Index(ABC):
     """An opened index: immutable until it is closed, and safe for searches from any number of threads.
 
-    nprobe, ef_search: its defaults, None where it has no lists or is no graph. overfetch: candidates per neighbor that
-    rescoring should start from. exact: its distances are the squared L2 to the stored keys, whatever else is in the
-    batch, so that rescoring adds nothing. memory: "resident", "mapped", "device", or "none" when it has no part of its
-    own. reduced: (n, m) float16, keys as the index's pre-transform makes them; where there are such, they are what a
-    search rescores by, unless it asks for the stored keys.
+    efforts: the search options that say how much of it is looked at, by their names in SearchOptions, with its
+    defaults. overfetch: candidates per neighbor that rescoring should start from. exact: its distances are the squared
+    L2 to the stored keys, whatever else is in the batch, so that rescoring adds nothing. memory: "resident", "mapped",
+    "device", or "none" when it has no part of its own. reduced: (n, m) float16, keys as the index's pre-transform makes
+    them; where there are such, they are what a search rescores by, unless it asks for the stored keys.
     """
 
     reduced: Keys | None = None
-    nprobe: int | None = None
-    ef_search: int | None = None
+    efforts: Mapping[str, int] = {}
     overfetch: float = 1.0
     exact: bool = False
     memory: str
 
     @abstractmethod
-    def search(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
+    def search(self, queries: Float32, k: int, options: SearchOptions = DEFAULTS) -> tuple[Float32, Int64]:
         """queries: (n, d) C-contiguous. Returns distances and ids, both (n, k); id -1 where nothing was found.
+
+        k: how many to find, whatever `options` says of neighbors; of the options those in `efforts` count.
 
         Nothing is promised about the order, or about the distance beside an id of -1. Which ids are found for a query
         does not depend on the other queries.
@@ -80,9 +70,14 @@ class Index(ABC):
         array itself where it has no pre-transform."""
         return queries
 
-    def search_projected(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
+    def search_projected(self, queries: Float32, k: int, options: SearchOptions) -> tuple[Float32, Int64]:
         """`search` for what `project` gave."""
-        return self.search(queries, parameters)
+        return self.search(queries, k, options)
+
+    def effort(self, name: str, options: SearchOptions) -> int:
+        """What is asked for of one of its `efforts`, or its default."""
+        asked: int | None = getattr(options, name)
+        return self.efforts[name] if asked is None else asked
 
     @property
     @abstractmethod

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from knnlm.errors import DatastoreError, InsufficientMemory, InvalidRequest
-from knnlm.index.contract import MISSING_DISTANCE, Float32, Index, Int64, Keys, Parameters, SearchParameters, chunks
+from knnlm.index.contract import DEFAULTS, MISSING_DISTANCE, Float32, Index, Int64, Keys, Parameters, chunks
 from knnlm.index.memory import readable, require
+from knnlm.options import SearchOptions
 
 if TYPE_CHECKING:
     import torch
@@ -121,13 +122,14 @@ class DeviceIndex(Index):
     def memory_bytes(self) -> int:
         return self._keys.nbytes + self._norms.nbytes
 
-    def search(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
+    def search(self, queries: Float32, k: int, options: SearchOptions = DEFAULTS) -> tuple[Float32, Int64]:
         """Raises InsufficientMemory when others have taken what searches need on the device."""
         import torch
 
-        n, k = len(queries), min(parameters.k, len(self._keys))
-        distances = np.full((n, parameters.k), MISSING_DISTANCE, np.float32)
-        ids = np.full((n, parameters.k), -1, np.int64)
+        del options
+        n = len(queries)
+        distances, ids = np.full((n, k), MISSING_DISTANCE, np.float32), np.full((n, k), -1, np.int64)
+        k = min(k, len(self._keys))
         if not k:
             return distances, ids
         candidates = min(len(self._keys), k + max(LEAST_SPARE, math.ceil(SPARE * k)))

@@ -10,7 +10,7 @@ import numpy as np
 
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
-from knnlm.index.contract import Float32, Int64, Keys, SearchParameters, to_float32
+from knnlm.index.contract import Float32, Int64, Keys, to_float32
 from knnlm.index.flat import Flat
 from knnlm.index.rescore import nearest_first, rescored
 from knnlm.neighbors import Neighbors
@@ -59,7 +59,7 @@ def _scanned(
         rows = start + np.flatnonzero(~removed[start : start + step])
         if len(rows):
             block = Flat().opened(keys[start : start + step] if len(rows) == step else keys[rows])
-            distances, ids = block.search(queries, SearchParameters(min(wanted, len(rows))))
+            distances, ids = block.search(queries, min(wanted, len(rows)))
             block.close()
             both = np.concatenate([near, distances], axis=1), np.concatenate([found, rows[ids]], axis=1)
             near, found = nearest_first(*both, wanted)

@@ -1,8 +1,8 @@
 """Any index that FAISS can name. Recipes: "faiss:<factory string>", such as "faiss:IVF1024_HNSW32,PQ64x4fsr".
 
-What FAISS can do and the other families have no word for. Its searches take nprobe or ef_search when their kind does;
-it is read into memory, since FAISS does not say what of it could be mapped. Whether its candidates for a query depend
-on the other queries of a batch is up to FAISS; distances are rescored as everywhere.
+What FAISS can do and the other families have no word for. Its searches take the options of lists or graphs when their
+kind does; it is read into memory, since FAISS does not say what of it could be mapped. Whether its candidates for a
+query depend on the other queries of a batch is up to FAISS; distances are rescored as everywhere.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from knnlm.errors import InvalidRequest
 from knnlm.index.codecs import Codec, Row
 from knnlm.index.contract import Parameters
 from knnlm.index.faiss_family import FaissFamily, FaissIndex, faiss_message
-from knnlm.index.hnsw import EF_SEARCH, HnswIndex
+from knnlm.index.hnsw import HnswIndex
 from knnlm.index.ivf import TRAINING_KEYS_PER_LIST, IvfIndex, default_nprobe, list_sizes, remark_on_lists
 
 __all__ = ["Factory"]
@@ -67,8 +67,7 @@ class Factory(FaissFamily):
             index.pq.cp.seed = seed
 
     def defaults(self, index: Any) -> Parameters:
-        is_ivf = isinstance(index, faiss.IndexIVF)
-        return {"nprobe": default_nprobe(list_sizes(index))} if is_ivf else {"ef_search": EF_SEARCH}
+        return {"nprobe": default_nprobe(list_sizes(index))} if isinstance(index, faiss.IndexIVF) else {}
 
     def remark(self, file: Path) -> str | None:
         index = faiss.read_index(str(file))

@@ -15,6 +15,7 @@ from knnlm.datastore.manifest import FLAT
 from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest
 from knnlm.index.codecs import Codec
 from knnlm.index.contract import (
+    DEFAULTS,
     Family,
     Float32,
     Index,
@@ -22,12 +23,12 @@ from knnlm.index.contract import (
     Keys,
     Parameters,
     Progress,
-    SearchParameters,
     chunks,
     to_float32,
 )
 from knnlm.index.freeing import free
 from knnlm.index.pre_transform import PreTransform, Projection, reduce_all
+from knnlm.options import SearchOptions
 
 __all__ = ["MIN_TRAINING_KEYS", "FaissFamily", "FaissIndex", "faiss_message"]
 
@@ -181,14 +182,15 @@ class FaissIndex(Index):
         self.memory = "mapped" if mapped else "resident"
         self.overfetch = float(parameters.get("overfetch", 1.0))
 
-    def search(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
-        return self.search_projected(self.project(queries), parameters)
+    def search(self, queries: Float32, k: int, options: SearchOptions = DEFAULTS) -> tuple[Float32, Int64]:
+        return self.search_projected(self.project(queries), k, options)
 
     def project(self, queries: Float32) -> Float32:
         return queries if self._project is None else self._project(queries)
 
-    def search_projected(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
-        distances, ids = self._index.search(queries, parameters.k)
+    def search_projected(self, queries: Float32, k: int, options: SearchOptions) -> tuple[Float32, Int64]:
+        del options
+        distances, ids = self._index.search(queries, k)
         return distances, ids
 
     def is_a(self, kind: type) -> bool:

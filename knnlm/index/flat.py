@@ -10,8 +10,9 @@ from typing import Self
 import faiss
 
 from knnlm.errors import InvalidRequest
-from knnlm.index.contract import Family, Float32, Index, Int64, Keys, Parameters, Progress, SearchParameters, chunks
+from knnlm.index.contract import DEFAULTS, Family, Float32, Index, Int64, Keys, Parameters, Progress, chunks
 from knnlm.index.freeing import free
+from knnlm.options import SearchOptions
 
 __all__ = ["Flat"]
 
@@ -75,8 +76,9 @@ class FlatIndex(Index):
         held: Float32 = faiss.rev_swig_ptr(self._index.get_xb(), self._index.ntotal * self._index.d)
         return held.reshape(self._index.ntotal, self._index.d)
 
-    def search(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
-        distances, ids = self._index.search(queries, parameters.k)
+    def search(self, queries: Float32, k: int, options: SearchOptions = DEFAULTS) -> tuple[Float32, Int64]:
+        del options
+        distances, ids = self._index.search(queries, k)
         return distances, ids
 
     @property

@@ -11,7 +11,8 @@ from typing import Any
 import faiss
 
 from knnlm.errors import DatastoreCorrupt, DatastoreError, InsufficientMemory, InvalidRequest
-from knnlm.index.contract import Float32, Index, Int64, Parameters, SearchParameters
+from knnlm.index.contract import DEFAULTS, Float32, Index, Int64, Parameters
+from knnlm.options import SearchOptions
 
 __all__ = ["GpuIndex", "open_on_gpu"]
 
@@ -48,7 +49,6 @@ class GpuIndex(Index):
     """Candidates for rescoring. Near-ties at the last candidate can depend on the batch: products of matrices find the
     lists. Searches run one after the other: FAISS's GPU resources are for one thread at a time."""
 
-    nprobe: int
     memory = "device"
 
     def __init__(self, index: Any, size: int, recipe: str, parameters: Parameters, number: int) -> None:
@@ -66,15 +66,15 @@ class GpuIndex(Index):
             raise _unfit(recipe, number, str(err)) from err
         self._bytes = size
         self._nlist = int(base.nlist)
-        self.nprobe = min(int(parameters.get("nprobe", 1)), self._nlist)
+        self.efforts = {"nprobe": min(int(parameters.get("nprobe", 1)), self._nlist)}
         self.overfetch = float(parameters.get("overfetch", 1.0))
         self._searching = threading.Lock()
 
-    def search(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
+    def search(self, queries: Float32, k: int, options: SearchOptions = DEFAULTS) -> tuple[Float32, Int64]:
         """Raises InvalidRequest for more candidates or lists than FAISS's GPU kernels can select."""
         settings = faiss.SearchParametersIVF()
-        settings.nprobe = min(self.nprobe if parameters.nprobe is None else parameters.nprobe, self._nlist)
-        for name, given in (("k", parameters.k), ("nprobe", settings.nprobe)):
+        settings.nprobe = min(self.effort("nprobe", options), self._nlist)
+        for name, given in (("k", k), ("nprobe", settings.nprobe)):
             if given > MAX_GPU_K:
                 raise InvalidRequest(
                     f"FAISS on a GPU selects at most {MAX_GPU_K} candidates and visits at most {MAX_GPU_K} lists, "
@@ -82,7 +82,7 @@ class GpuIndex(Index):
                     param=name,
                 )
         with self._searching:
-            distances, ids = self._index.search(queries, parameters.k, params=settings)
+            distances, ids = self._index.search(queries, k, params=settings)
         return distances, ids
 
     @property

@@ -12,9 +12,10 @@ import faiss
 
 from knnlm.errors import DatastoreCorrupt, InvalidRequest
 from knnlm.index.codecs import Codec, codec, codec_names
-from knnlm.index.contract import Float32, Int64, Parameters, SearchParameters
+from knnlm.index.contract import Float32, Int64, Parameters
 from knnlm.index.faiss_family import FaissFamily, FaissIndex
 from knnlm.index.pre_transform import PreTransform, split
+from knnlm.options import SearchOptions
 
 __all__ = ["Hnsw"]
 
@@ -60,18 +61,15 @@ class Hnsw(FaissFamily):
 
 
 class HnswIndex(FaissIndex):
-    ef_search: int
-
     def __init__(self, index: Any, file: Path, parameters: Parameters, mapped: bool) -> None:
         super().__init__(index, file, parameters, mapped)
         if not isinstance(self._index, faiss.IndexHNSW):
             raise DatastoreCorrupt(f"{file} is {type(self._index).__name__}, expected IndexHNSW")
-        self.ef_search = int(parameters.get("ef_search", EF_SEARCH))
+        self.efforts = {"ef_search": int(parameters.get("ef_search", EF_SEARCH))}
 
-    def search_projected(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
+    def search_projected(self, queries: Float32, k: int, options: SearchOptions) -> tuple[Float32, Int64]:
         settings: Any = faiss.SearchParametersHNSW()  # type: ignore[attr-defined]
-        asked = self.ef_search if parameters.ef_search is None else parameters.ef_search
         # FAISS makes room for as many, whatever there are
-        settings.efSearch = min(max(asked, parameters.k), max(1, int(self._index.ntotal)))
-        distances, ids = self._index.search(queries, parameters.k, params=settings)
+        settings.efSearch = min(max(self.effort("ef_search", options), k), max(1, int(self._index.ntotal)))
+        distances, ids = self._index.search(queries, k, params=settings)
         return distances, ids

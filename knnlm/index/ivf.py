@@ -15,10 +15,11 @@ import numpy as np
 
 from knnlm.errors import DatastoreCorrupt, InvalidRequest
 from knnlm.index.codecs import Codec, codec, codec_names
-from knnlm.index.contract import Float32, Int64, Parameters, SearchParameters
+from knnlm.index.contract import Float32, Int64, Parameters
 from knnlm.index.faiss_family import FaissFamily, FaissIndex
 from knnlm.index.pre_transform import PreTransform, split
 from knnlm.index.rescore import rescored
+from knnlm.options import SearchOptions
 
 __all__ = ["Ivf", "default_nprobe", "list_sizes", "lists_for", "remark_on_lists", "visited"]
 
@@ -27,11 +28,11 @@ PQ_CENTROIDS = 256
 ENTRIES_PER_LIST = 40  # FAISS warns below 39 training points per list
 TRAINING_KEYS_PER_LIST = 64
 
-# With 2 sqrt(n) lists of sqrt(n) / 2 entries, 24 of them hold 12 sqrt(n): finding lists and visiting them cost alike,
-# and of a million entries those visited hold most of the nearest thousand
+# 2 sqrt(n) lists of sqrt(n) / 2 entries, of which 48 hold 24 sqrt(n). What a search loses is, above all, the nearest
+# entries in lists that it does not visit: with half as many up to 1 % of perplexity (benchmarks/default_quality.py)
 LISTS_PER_SQRT = 2  # times sqrt(n)
-VISITED_PER_SQRT = 12  # times sqrt(n), entries
-MIN_VISITED = 1 << 14  # entries
+VISITED_PER_SQRT = 24  # times sqrt(n), entries
+MIN_VISITED = 24_576  # entries: what 24 sqrt(n) is of a million
 QUANTIZER_EF_SEARCH = 64  # candidates among the centroids, where a graph finds the lists
 OVERSIZED = 10  # times the average list
 LARGE_SHARE = 0.2  # of all entries, in one list
@@ -105,14 +106,13 @@ class Ivf(FaissFamily):
 
 
 class IvfIndex(FaissIndex):
-    nprobe: int
-
     def __init__(self, index: Any, file: Path, parameters: Parameters, mapped: bool) -> None:
         super().__init__(index, file, parameters, mapped)
         if not isinstance(self._index, faiss.IndexIVF):
             raise DatastoreCorrupt(f"{file} is {type(self._index).__name__}, expected IndexIVF")
         self._nlist = int(self._index.nlist)
-        self.nprobe = min(int(parameters.get("nprobe") or default_nprobe(list_sizes(self._index))), self._nlist)
+        nprobe = int(parameters.get("nprobe") or default_nprobe(list_sizes(self._index)))
+        self.efforts = {"nprobe": min(nprobe, self._nlist)}
         self._quantizer = faiss.downcast_index(self._index.quantizer)
         self._centroids: Float32 | None = None
         if isinstance(self._quantizer, faiss.IndexFlat):
@@ -121,19 +121,19 @@ class IvfIndex(FaissIndex):
         if isinstance(self._index, faiss.IndexIVFFastScan):
             self._index.implem = FASTSCAN_IMPLEMENTATION
 
-    def search_projected(self, queries: Float32, parameters: SearchParameters) -> tuple[Float32, Int64]:
+    def search_projected(self, queries: Float32, k: int, options: SearchOptions) -> tuple[Float32, Int64]:
         # per request, never set on the index: other threads are searching it
         settings = faiss.SearchParametersIVF()
-        settings.nprobe = min(self.nprobe if parameters.nprobe is None else parameters.nprobe, self._nlist)
+        settings.nprobe = min(self.effort("nprobe", options), self._nlist)
         if self._centroids is None:
             graph: Any = faiss.SearchParametersHNSW()  # type: ignore[attr-defined]  # lives as long as what points at it
             if isinstance(self._quantizer, faiss.IndexHNSW):
                 graph.efSearch = max(QUANTIZER_EF_SEARCH, 2 * settings.nprobe)
                 settings.quantizer_params = graph
-            distances, ids = self._index.search(queries, parameters.k, params=settings)
+            distances, ids = self._index.search(queries, k, params=settings)
             return distances, ids
         near, lists = self._lists(self._centroids, queries, settings.nprobe)
-        n, k = len(queries), parameters.k
+        n = len(queries)
         distances, ids = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
         pointers = [faiss.swig_ptr(array) for array in (queries, lists, near, distances, ids)]
         # the form of C++: FAISS's wrapper of it takes no parameters

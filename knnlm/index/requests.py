@@ -7,6 +7,7 @@ from knnlm.datastore.manifest import Manifest
 from knnlm.errors import InvalidRequest, UnknownDomain, UnknownVersion
 from knnlm.index.contract import Index
 from knnlm.messages import PassagesRequest, SearchRequest
+from knnlm.options import SEARCH_OPTIONS
 
 __all__ = ["check_lookup", "check_request", "rescoring"]
 
@@ -21,12 +22,9 @@ def check_request(request: SearchRequest, manifest: Manifest, index: Index, reci
     _check_version(request.domain, request.version, manifest)
     _check_queries(request.queries, manifest.key_dim)
     options = request.options
-    for name, asked, default, what in (
-        ("nprobe", options.nprobe, index.nprobe, "has no lists"),
-        ("ef_search", options.ef_search, index.ef_search, "is no graph"),
-    ):
-        if asked is not None and default is None:
-            raise InvalidRequest(f"index {recipe} {what}, so {name} means nothing to it", param=name)
+    for name, option in SEARCH_OPTIONS.items():
+        if option.requires and getattr(options, name) is not None and name not in index.efforts:
+            raise InvalidRequest(f"index {recipe} has no {option.requires}, so {name} means nothing to it", param=name)
     if options.overfetch is not None and not rescoring(request, index):
         raise InvalidRequest("overfetch means candidates for rescoring, which is off here", param="overfetch")
     _check_not_negative("passages", request.passages)

@@ -19,7 +19,7 @@ from knnlm.datastore.manifest import FLAT, Manifest
 from knnlm.datastore.reader import Datastore, Int32
 from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest, TooLarge
 from knnlm.index.added import Added, added_bytes
-from knnlm.index.contract import MISSING_DISTANCE, Float32, Index, Int64, SearchParameters
+from knnlm.index.contract import MISSING_DISTANCE, Float32, Index, Int64
 from knnlm.index.exclusion import Exclusion, without
 from knnlm.index.freeing import drop_maps, drop_pages
 from knnlm.index.kernels import gather
@@ -38,7 +38,7 @@ WARM_QUERIES = 16
 SPARE_CANDIDATES = 8  # beyond those wanted: which one is the last must not hang on the rounding of its distance
 BLOCK_BYTES = 1 << 26  # that finding and rescoring the candidates of some queries may take at once
 CANDIDATE_BYTES = 64  # of one candidate, in FAISS's heaps, in arrays and while they are sorted
-PROBE_BYTES = 64  # of one list that is visited: its number and distance, among more lists than are visited
+EFFORT_BYTES = 64  # of one list that is visited, or one candidate that a graph keeps: its number and distance
 
 
 class Searcher:
@@ -285,8 +285,8 @@ class Searcher:
         wanted = math.ceil(min(k * overfetch, self._datastore.entries))
         self._refuse_too_many(wanted, options)
         candidates = wanted + SPARE_CANDIDATES if rescores else k
-        probes = min(options.nprobe or self._index.nprobe or 0, self._base)
-        row_bytes = candidates * CANDIDATE_BYTES + probes * PROBE_BYTES
+        efforts = sum(min(self._index.effort(name, options), self._base) for name in self._index.efforts)
+        row_bytes = candidates * CANDIDATE_BYTES + efforts * EFFORT_BYTES
         step = max(1, BLOCK_BYTES // row_bytes)
         blocks = [
             self._nearest_of_block(queries[lo : lo + step], k, candidates, request, timings)
@@ -316,11 +316,10 @@ class Searcher:
         """`_nearest` of all queries at once, among so many candidates of the index for each."""
         begun = time.perf_counter()
         rescores = rescoring(request, self._index)
-        asked = SearchParameters(min(candidates, self._base), request.options.nprobe, request.options.ef_search)
         projected = self._index.project(queries)
         found, ids = _nothing(len(queries), 0)
         if self._base:
-            found, ids = self._index.search_projected(projected, asked)
+            found, ids = self._index.search_projected(projected, min(candidates, self._base), request.options)
             self._refuse_unknown(ids)
         searched = time.perf_counter()
         timings["search"] += searched - begun

@@ -19,6 +19,7 @@ from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
 from knnlm.index.exclusion import check_exclusion
 from knnlm.messages import DomainInfo, Passage, PassagesRequest, PassagesResult, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
+from knnlm.options import SEARCH_OPTIONS
 from services.datastore.encoding import encoder
 from services.datastore.loaded import Loaded, Opener, opener
 from services.datastore.pool import Pool
@@ -31,7 +32,7 @@ from services.runtime.observability import LATENCY_BUCKETS, Metrics, event
 LOG = logging.getLogger(__name__)
 ENVELOPE_BYTES = 4096  # of an answer beside its arrays
 QUANTUM_QUERIES = 64  # of a domain before it is another's turn: larger batches are hardly faster per query
-LIMITED_OPTIONS = ("k", "overfetch", "nprobe", "ef_search")  # each by the setting max_<name>
+LIMITED_OPTIONS = [name for name in SEARCH_OPTIONS if f"max_{name}" in DatastoreSettings.model_fields]
 PASSAGE_BYTES = 256  # of a passage beside its tokens; document names are short
 ENTRIES_PER_QUERY = 16  # entries that are looked up in the time of one query
 

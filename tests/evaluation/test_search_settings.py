@@ -1,7 +1,7 @@
 """How to search: measured beside exact search, and chosen by a rule that is told."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -196,12 +196,13 @@ def test_exact_indexes_have_nothing_to_choose(outlying: Path, held_out: HeldOut)
 class Defaults(Index):
     """An index with these defaults, that is never searched."""
 
-    nprobe: int | None = None
-    ef_search: int | None = None
+    efforts: Mapping[str, int] = field(default_factory=dict)
     overfetch: float = 1.0
     reduced: npt.NDArray[np.float16] | None = None
 
-    def search(self, queries: object, parameters: object) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    def search(
+        self, queries: object, k: int, options: object = None
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         raise NotImplementedError
 
     @property
@@ -214,7 +215,7 @@ def names(index: Index) -> list[list[str]]:
 
 
 def test_settings_follow_the_defaults_of_the_index() -> None:
-    lists = settings(Defaults(nprobe=24, overfetch=1.25))
+    lists = settings(Defaults({"nprobe": 24}, overfetch=1.25))
     assert next(iter(lists[0].steps.items())) == ("default", SearchOptions())
     assert [ladder.costlier for ladder in lists] == [False, False, True, True, False]
     options = {name: chosen for ladder in lists for name, chosen in ladder.steps.items()}
@@ -222,7 +223,7 @@ def test_settings_follow_the_defaults_of_the_index() -> None:
     assert options["nprobe=12"] == SearchOptions(nprobe=12)
     assert options["rescore=false"] == SearchOptions(rescore=False)
     assert not any(chosen.rescore for chosen in options.values())
-    graph = settings(Defaults(ef_search=64, reduced=np.zeros((1, 1), np.float16)))
+    graph = settings(Defaults({"ef_search": 64}, reduced=np.zeros((1, 1), np.float16)))
     options = {name: chosen for ladder in graph for name, chosen in ladder.steps.items()}
     assert options["ef_search=256"] == SearchOptions(ef_search=256)
     assert options["rescore=true,overfetch=2"] == SearchOptions(rescore=True, overfetch=2.0)

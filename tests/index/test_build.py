@@ -14,7 +14,7 @@ from knnlm.datastore.manifest import IndexRecord, Manifest
 from knnlm.datastore.updates.revise import with_index
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreError, InvalidRequest
 from knnlm.index.build import build_index, index_remark, remove_index, suited
-from knnlm.index.contract import SearchParameters, sample_rows
+from knnlm.index.contract import sample_rows
 from knnlm.index.ivf import default_nprobe, visited
 from knnlm.index.searcher import Searcher
 from knnlm.index.table import family
@@ -273,8 +273,8 @@ def test_searches_while_indexing(path: Path) -> None:
 
 def test_nprobe_follows_the_lists_that_queries_visit() -> None:
     """One list of nine in ten entries, as many equal keys make it, must not say how long the others are."""
-    even = default_nprobe(np.full(4000, 50))
-    assert default_nprobe(np.array([180_025, *[5] * 3995])) > 9 * even
+    even = default_nprobe(np.full(40_000, 50))
+    assert default_nprobe(np.array([1_800_025, *[5] * 39_995])) > 9 * even
 
 
 @pytest.mark.parametrize("share", [0.6, 0.9])
@@ -304,13 +304,13 @@ def test_parts_added_to_one_trained_index_find_together_what_one_index_finds(tmp
     keys, chosen = clustered(3000, 16), family(recipe)
     trained = chosen.train(keys[::2], 0)
     assert trained == chosen.train(keys[::2], 0)
-    asked = SearchParameters(20, nprobe=4 if "ivf" in recipe else None)
+    asked = SearchOptions(nprobe=4 if "ivf" in recipe else None)
     parts = []
     for number, (low, high) in enumerate([(0, 3000), (0, 1000), (1000, 3000)]):
         file = tmp_path / str(number)
         parameters = chosen.add(trained, keys[low:high], file, lambda *_: None)
         index = chosen.open(keys[low:high], file if chosen.has_file else None, parameters, resident=False)
-        distances, ids = index.search(clustered(30, 16, seed=1), asked)
+        distances, ids = index.search(clustered(30, 16, seed=1), 20, asked)
         parts.append((distances, np.where(ids >= 0, ids + low, -1)))
     whole, *others = parts
     together = np.sort(np.concatenate([near for near, _ in others], axis=1), axis=1)[:, :20]

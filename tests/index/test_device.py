@@ -14,7 +14,6 @@ import torch
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import DatastoreError, InsufficientMemory, InvalidRequest
 from knnlm.index.build import build_index
-from knnlm.index.contract import SearchParameters
 from knnlm.index.device import DeviceIndex, _two_halves, open_on_device, pick_device
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
@@ -51,7 +50,7 @@ def index(keys: Floats, device: str = "cpu", *, workspace: int = SMALL, halves: 
 
 
 def same(index: DeviceIndex, keys: Floats, queries: Float32, k: int) -> None:
-    distances, ids = index.search(queries, SearchParameters(k))
+    distances, ids = index.search(queries, k)
     expected, expected_ids = twin(keys, queries, k)
     assert distances.dtype == np.float32
     assert ids.dtype == np.int64
@@ -87,9 +86,9 @@ def test_the_twin_itself_is_near_the_true_distances(queries: Float32) -> None:
 def test_an_answer_does_not_depend_on_the_batch(device: str, halves: bool, queries: Float32) -> None:
     keys = clustered(3000, DIM).astype(np.float16)
     opened = index(keys, device, workspace=1 << 20, halves=halves)
-    together = opened.search(queries, SearchParameters(50))
+    together = opened.search(queries, 50)
     for row in range(len(queries)):
-        distances, ids = opened.search(queries[row : row + 1].copy(), SearchParameters(50))
+        distances, ids = opened.search(queries[row : row + 1].copy(), 50)
         np.testing.assert_array_equal(distances[0], together[0][row])
         np.testing.assert_array_equal(ids[0], together[1][row])
 
@@ -141,7 +140,7 @@ def test_keys_whose_squares_overflow_are_far_and_not_lost(device: str) -> None:
 
 def test_more_neighbors_than_entries_are_padded(queries: Float32) -> None:
     keys = clustered(5, DIM)
-    distances, ids = index(keys).search(queries, SearchParameters(8))
+    distances, ids = index(keys).search(queries, 8)
     expected, expected_ids = twin(keys, queries, 5)
     np.testing.assert_array_equal(distances[:, :5], expected)
     np.testing.assert_array_equal(ids[:, :5], expected_ids)
@@ -150,10 +149,10 @@ def test_more_neighbors_than_entries_are_padded(queries: Float32) -> None:
 
 
 def test_no_entries_and_no_queries(queries: Float32) -> None:
-    _, ids = index(np.zeros((0, DIM), np.float16)).search(queries, SearchParameters(3))
+    _, ids = index(np.zeros((0, DIM), np.float16)).search(queries, 3)
     assert (ids == -1).all()
     assert ids.shape == (len(queries), 3)
-    distances, ids = index(clustered(5, DIM)).search(np.zeros((0, DIM), np.float32), SearchParameters(3))
+    distances, ids = index(clustered(5, DIM)).search(np.zeros((0, DIM), np.float32), 3)
     assert distances.shape == ids.shape == (0, 3)
 
 
@@ -173,7 +172,7 @@ def test_threads_get_what_each_asked_for(device: str) -> None:
 
 def test_it_says_what_it_is_and_what_it_holds() -> None:
     opened = open_on_device(clustered(100, DIM).astype(np.float16), "cpu")
-    assert (opened.exact, opened.memory, opened.nprobe) == (True, "device", None)
+    assert (opened.exact, opened.memory, opened.efforts) == (True, "device", {})
     assert opened.memory_bytes == 100 * (2 * DIM + 4)
 
 

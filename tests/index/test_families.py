@@ -14,7 +14,7 @@ from knnlm.datastore.verify import verify
 from knnlm.errors import InvalidRequest
 from knnlm.index.build import build_index
 from knnlm.index.codecs import CODECS
-from knnlm.index.contract import Family, Index, SearchParameters
+from knnlm.index.contract import Family, Index
 from knnlm.index.ivf import IvfIndex
 from knnlm.index.searcher import Searcher
 from knnlm.index.table import FAMILIES, family
@@ -106,8 +106,7 @@ def recall(found: np.ndarray, true: np.ndarray) -> float:
 
 def knobs(searcher: Searcher, *, most: bool) -> dict[str, Any]:
     """Parameters with which an index searches everything it has, or as little as it can."""
-    found = {"nprobe": searcher._index.nprobe, "ef_search": searcher._index.ef_search}
-    return {name: (N if most else 1) for name, default in found.items() if default is not None}
+    return dict.fromkeys(searcher._index.efforts, N if most else 1)
 
 
 def find(searcher: Searcher, queries: npt.NDArray[np.floating], k: int = K, **options: Any) -> Neighbors:
@@ -196,7 +195,7 @@ def assert_all_found(searcher: Searcher, keys: npt.NDArray[np.float32]) -> None:
     result = find(searcher, QUERIES, overfetch=float(N) / K, **knobs(searcher, most=True))
     distances, ids = brute_force(keys, QUERIES, K)
     assert result.ids is not None
-    if searcher._index.ef_search is not None:  # to a few keys no link of a graph leads
+    if "ef_search" in searcher._index.efforts:  # to a few keys no link of a graph leads
         assert recall(result.ids, ids) > 0.97
         return
     np.testing.assert_array_equal(result.ids, ids)
@@ -250,9 +249,9 @@ def test_search_with_padding_says_so(made: Made) -> None:
     assert neighbors.ids is not None
     assert neighbors.ids.shape == (4, N)
     missing = neighbors.ids < 0
-    if (searcher._index.nprobe or 0) > 1:  # one list of eight was visited
+    if searcher._index.efforts.get("nprobe", 0) > 1:  # one list of eight was visited
         assert missing.any(axis=1).all()
-    elif searcher._index.ef_search is None:
+    elif "ef_search" not in searcher._index.efforts:
         assert not missing.any()
     np.testing.assert_array_equal(neighbors.values < 0, missing)
     assert (np.diff(missing.astype(int), axis=1) >= 0).all()  # padding last
@@ -359,12 +358,12 @@ def test_the_nearest_lists_are_visited_and_no_other(tmp_path: Path, recipe: str,
 def test_parameters_of_a_search_do_something(made: Made) -> None:
     searcher = made.open()
     queries = np.random.default_rng(0).normal(0, 3, (40, DIM)).astype(np.float32)  # away from all clusters
-    if searcher._index.nprobe is not None:
+    if "nprobe" in searcher._index.efforts:
         little, much = (find(searcher, queries, N, nprobe=nprobe) for nprobe in (1, 8))
-        assert (little.values < 0).sum() > (much.values < 0).sum() or searcher._index.nprobe == 1
-    if searcher._index.ef_search is not None:
+        assert (little.values < 0).sum() > (much.values < 0).sum() or searcher._index.efforts["nprobe"] == 1
+    if "ef_search" in searcher._index.efforts:
         # k is 1, so that k does not raise it
-        near, far = (searcher._index.search(queries, SearchParameters(1, ef_search=ef))[0] for ef in (N, 1))
+        near, far = (searcher._index.search(queries, 1, SearchOptions(ef_search=ef))[0] for ef in (N, 1))
         assert (near <= far).all()
         assert (near < far).any()
 
@@ -383,7 +382,7 @@ def test_distances_beyond_float32_are_the_farthest_there_are(made: Made, rescori
 
 def test_index_alone_promises_shapes(made: Made) -> None:
     index = family(made.recipe).open(KEYS, made.file, made.record.parameters, resident=False)
-    distances, ids = index.search(QUERIES, SearchParameters(7))
+    distances, ids = index.search(QUERIES, 7)
     assert distances.shape == ids.shape == (len(QUERIES), 7)
     assert (distances.dtype.name, ids.dtype.name) == ("float32", "int64")
     assert index.overfetch >= 1

@@ -11,7 +11,6 @@ import pytest
 
 from knnlm.errors import DatastoreError
 from knnlm.index.build import build_index
-from knnlm.index.contract import SearchParameters
 from knnlm.index.freeing import drop_maps, drop_pages
 from knnlm.index.searcher import Searcher
 from knnlm.index.table import family
@@ -49,7 +48,7 @@ def test_every_family_can_be_closed_twice_and_not_be_searched_again(path: Path, 
     index.close()
     with pytest.raises(DatastoreError, match="was closed"):
         searcher.search(request)
-    for use in (lambda: index.search(request.queries, SearchParameters(5)), lambda: index.memory_bytes):
+    for use in (lambda: index.search(request.queries, 5), lambda: index.memory_bytes):
         with pytest.raises(AttributeError):
             use()
 
