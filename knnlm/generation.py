@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.errors import InvalidRequest, TooLarge, Unavailable, UnknownVersion
+from knnlm.errors import InvalidRequest, Unavailable, UnknownVersion
 from knnlm.mixer import Mixer, Options
 from knnlm.rounds import Rounds
 from knnlm.rows import Row, StepRequest
@@ -62,7 +62,9 @@ class NewToken:
     row: the mixture that it was chosen from. log_prob, lm_log_prob: its own there, before bias, penalties and
     temperature. top: the likeliest tokens there. text: what is certain of the completion's text now and was not before;
     the beginning of a possible stop string is held back. offset: where the token's own text begins in the completion's,
-    in characters. finish: None, or why this is the last: "stop" or "length". stopped_at: the stop string or token.
+    in characters. piece: that text, "" while a character is not complete; of EOS and other special tokens, which
+    no text has, their name. finish: None, or why this is the last: "stop" or "length". stopped_at: the
+    stop string or token.
     """
 
     token: int
@@ -72,6 +74,7 @@ class NewToken:
     top: Sequence[tuple[int, float]]
     text: str
     offset: int
+    piece: str
     finish: str | None = None
     stopped_at: str | int | None = None
 
@@ -90,13 +93,13 @@ class Generator:
         self.rounds = rounds or Rounds(mixer)
 
     def room(self, prompt: Ids, max_tokens: int) -> int:
-        """Tokens that will be generated at most. Raises InvalidRequest for a prompt without tokens, and TooLarge for
-        one that leaves no room in the model's context."""
+        """Tokens that will be generated at most. Raises InvalidRequest for a prompt without tokens, and for one that
+        leaves no room in the model's context."""
         length = self._mixer.info.context_length
         if not len(prompt):
             raise InvalidRequest("the prompt is empty: expected at least one token", param="prompt")
         if len(prompt) > length or (len(prompt) == length and max_tokens > 0):
-            raise TooLarge(
+            raise InvalidRequest(
                 f"the prompt has {len(prompt)} tokens, the model takes {length} together with what is generated",
                 param="prompt",
             )
@@ -111,20 +114,23 @@ class Generator:
                     raise InvalidRequest(f"{param} names token {token}, the vocabulary has {size}", param=param)
 
     async def generate(
-        self, prompt: Ids, options: GenerationOptions, sources: Options = None, *, seed: int = 0, choice: int = 0
+        self, prompt: Ids, options: GenerationOptions, sources: Options | Plan = None, *, seed: int = 0, choice: int = 0
     ) -> AsyncIterator[NewToken]:
         """The new tokens, each as soon as it is known.
 
-        prompt: (t,) int32 with its BOS. sources: as for Mixer.plan, which is made before the first token and holds for
-        all. seed, choice: all that the draws depend on. Raises as Mixer.plan and Rounds.step; Unavailable when a
-        version that answered before is no longer there.
+        prompt: (t,) int32 with its BOS. sources: a plan, or options as for Mixer.plan, which is made before the first
+        token; it holds for all. seed, choice: all that the draws depend on. Raises as Mixer.plan and Rounds.step;
+        Unavailable when a version that answered before is no longer there.
         """
         self.check_tokens(options)
         room = self.room(prompt, options.max_tokens)
         if not room:
             return
         sequence = _Sequence(self._tokenizer, prompt, room, options)
-        row = await self._mixer.planned(sources, lambda plan: self.rounds.step(sequence.request(plan)))
+        if isinstance(sources, Plan):
+            row = await self.rounds.step(sequence.request(sources))
+        else:
+            row = await self._mixer.planned(sources, lambda plan: self.rounds.step(sequence.request(plan)))
         while True:
             new = await self._new(sequence, row, uniform(seed, choice, sequence.generated))
             yield new
@@ -147,17 +153,19 @@ class Generator:
         offset = sequence.text.read
         text, finish, stopped_at = sequence.add(token)
         log_prob, lm_log_prob = row.of(token)
-        return NewToken(token, row, log_prob, lm_log_prob, top, text, offset, finish, stopped_at)
+        return NewToken(token, row, log_prob, lm_log_prob, top, text, offset, sequence.piece, finish, stopped_at)
 
 
 class _Sequence:
-    """A prompt and what was generated after it."""
+    """A prompt and what was generated after it. piece: as in NewToken, of the last token."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Ids, room: int, options: GenerationOptions) -> None:
         self.options = options
         self.text = GrowingText(tokenizer, prompt, options.stop)
         self.counts: Counter[int] = Counter()
         self.generated = 0
+        self.piece = ""
+        self._tokenizer = tokenizer
         self._ends = {*options.stop_token_ids, *(() if options.ignore_eos else (tokenizer.eos_token_id,))}
         self._silent = tokenizer.special_ids
         self._tokens = np.empty(len(prompt) + room, np.int32)
@@ -178,7 +186,10 @@ class _Sequence:
         self.generated += 1
         self.counts[token] += 1
         ended, stopped_at = token in self._ends, token if token in self.options.stop_token_ids else None
-        text = "" if ended or token in self._silent else self.text.add(token)
+        if ended or token in self._silent:
+            text, self.piece = "", self._tokenizer.token(token)
+        else:
+            text, self.piece = self.text.add(token), self.text.piece
         if self.text.stopped_at is not None:
             return text, FINISHED_STOP, self.text.stopped_at
         if ended or self._length == len(self._tokens):

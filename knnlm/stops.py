@@ -14,7 +14,7 @@ class GrowingText:
     """What tokens that come one after another add to a prompt.
 
     stop: strings before which the text ends, wherever tokens part them. What may be the beginning of one is held back.
-    read: characters of all tokens so far, held back or not.
+    read: characters of all tokens so far, held back or not. piece: those of the last token.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: npt.NDArray[np.integer], stop: Sequence[str] = ()) -> None:
@@ -24,11 +24,13 @@ class GrowingText:
         self._stop = [text for text in stop if text]
         self._held = ""
         self.read = 0
+        self.piece = ""
         self.stopped_at: str | None = None
 
     def add(self, token: int) -> str:
         """The text that is certain now. With `stopped_at` set it is the last."""
-        return self._released(self._reader.add(token))
+        self.piece = self._reader.add(token)
+        return self._released(self.piece)
 
     def end(self) -> str:
         """What was held back, when no more tokens come."""

@@ -62,6 +62,12 @@ class Tokenizer:
         return self._special
 
     @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer's own template begins a text with the BOS token. `encode` does not ask it."""
+        first = self._backend.encode("", add_special_tokens=True).ids[:1]
+        return self.bos_token_id is not None and first == [self.bos_token_id]
+
+    @property
     def sha256(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()
 

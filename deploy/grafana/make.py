@@ -70,6 +70,16 @@ ROWS: list[tuple[str, list[Panel]]] = [
         ],
     ),
     (
+        "Text",
+        [
+            ("Tokens generated", "ops", [(f"sum(rate(knnlm_generated_tokens_total{RATE}))", "tokens")]),
+            ("Time to the first token", "s", quantiles("knnlm_time_to_first_token_seconds")),
+            ("Time from token to token", "s", quantiles("knnlm_inter_token_latency_seconds")),
+            ("Contexts in a round", "short", quantiles("knnlm_round_contexts")),
+            ("Time of a round", "s", quantiles("knnlm_round_seconds")),
+        ],
+    ),
+    (
         "Between the services",
         [
             ("Time of calls", "s", quantiles("knnlm_upstream_seconds", "service")),

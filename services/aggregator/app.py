@@ -1,5 +1,6 @@
 """What the aggregator is to the runtime."""
 
+from services.aggregator.completions.metrics import CompletionMetrics
 from services.aggregator.core import AggregatorCore
 from services.aggregator.page import page_files, page_routes
 from services.aggregator.rest import routes
@@ -11,7 +12,7 @@ from services.runtime.service import Service
 
 def service(settings: AggregatorSettings) -> Service:
     metrics = Metrics("aggregator")
-    core = AggregatorCore(settings, UpstreamMetrics(metrics))
+    core = AggregatorCore(settings, UpstreamMetrics(metrics), CompletionMetrics(metrics))
     files = page_files() if settings.web else {}
     return Service(
         name="aggregator",

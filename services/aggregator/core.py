@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from knnlm.errors import DeadlineExceeded, KnnlmError, Unavailable
 from knnlm.protocols import LanguageModelClient
 from knnlm.transport.context import outgoing
+from services.aggregator.completions.metrics import CompletionMetrics
 from services.aggregator.engine import Aggregator, Datastore
 from services.aggregator.settings import AggregatorSettings
 from services.aggregator.upstream import Upstream, UpstreamMetrics
@@ -22,9 +23,15 @@ LOOK_SECONDS = 5.0  # between two questions whether the lm service still runs th
 class AggregatorCore:
     """Keeps the runtime's Core protocol. Ready once the lm service has told its model and tokenizer."""
 
-    def __init__(self, settings: AggregatorSettings, metrics: UpstreamMetrics) -> None:
+    def __init__(
+        self,
+        settings: AggregatorSettings,
+        metrics: UpstreamMetrics,
+        completion_metrics: CompletionMetrics | None = None,
+    ) -> None:
         self._settings = settings
         self._metrics = metrics
+        self._completion_metrics = completion_metrics
         self._upstream: Upstream | None = None
         self._aggregator: Aggregator | None = None
         self._following: asyncio.Task[None] | None = None
@@ -69,7 +76,13 @@ class AggregatorCore:
 
     async def _connect(self, lm: LanguageModelClient, datastore: Datastore) -> Aggregator:
         with outgoing(deadline=time.monotonic() + ASK_SECONDS):
-            return await Aggregator.connect(lm, datastore, self._settings, degraded=self._metrics.degraded)
+            return await Aggregator.connect(
+                lm,
+                datastore,
+                self._settings,
+                degraded=self._metrics.degraded,
+                completion_metrics=self._completion_metrics,
+            )
 
     async def _follow(self, lm: LanguageModelClient, datastore: Datastore) -> None:
         while True:

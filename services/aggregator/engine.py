@@ -13,12 +13,16 @@ from typing import Protocol
 from knnlm.clients.explained import explained
 from knnlm.clients.rpc import DomainReplica
 from knnlm.errors import KnnlmError, Unavailable
+from knnlm.joined import JoinedSearches
 from knnlm.messages import Document, DomainInfo, ModelInfo, differs
 from knnlm.mixer import Mixer
 from knnlm.protocols import DatastoreClient, DocumentsClient, LanguageModelClient
+from knnlm.rounds import Rounds
 from knnlm.tokenizer import Tokenizer
 from knnlm.wire.arrays import LIST_LIMIT, ListBudget
 from knnlm.wire.jsonable import to_json
+from services.aggregator.completions.engine import Completions
+from services.aggregator.completions.metrics import CompletionMetrics
 from services.aggregator.requests import Inputs, MemoryBudget
 from services.aggregator.responses import (
     domain_shape,
@@ -39,6 +43,7 @@ from services.aggregator.schemas.tokenizer import (
 )
 from services.aggregator.settings import AggregatorSettings
 from services.runtime.context import RequestContext
+from services.runtime.observability import Metrics
 from services.runtime.schemas import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
 
 
@@ -63,6 +68,7 @@ class Aggregator:
         tokenizer: Tokenizer,
         settings: AggregatorSettings,
         degraded: Callable[[], None] = lambda: None,
+        completion_metrics: CompletionMetrics | None = None,
     ) -> None:
         self.info = info
         self.tokenizer = tokenizer
@@ -73,12 +79,15 @@ class Aggregator:
         self._budget = MemoryBudget(settings.max_distribution_numbers)
         self._mixer = Mixer(
             lm,
-            datastore,
+            JoinedSearches(datastore),
             info,
             batch_tokens=settings.score_batch_tokens,
             max_window=settings.max_context_length,
             down=lambda: datastore.problem,
         )
+        metrics = completion_metrics or CompletionMetrics(Metrics("aggregator"))
+        self._rounds = Rounds(self._mixer, observe=metrics.round)
+        self.completions = Completions(self._mixer, self._rounds, tokenizer, settings, metrics, degraded)
 
     @classmethod
     async def connect(
@@ -88,6 +97,7 @@ class Aggregator:
         settings: AggregatorSettings,
         *,
         degraded: Callable[[], None] = lambda: None,
+        completion_metrics: CompletionMetrics | None = None,
     ) -> "Aggregator":
         """Ask the lm service who it is. Raises what the client raises while that service is not ready."""
         info, json = await asyncio.gather(lm.get_model(), lm.get_tokenizer())
@@ -96,7 +106,7 @@ class Aggregator:
             raise Unavailable(
                 f"the lm service gave a tokenizer with sha256 {tokenizer.sha256}, announced {info.tokenizer_sha256}"
             )
-        return cls(lm, datastore, info, tokenizer, settings, degraded)
+        return cls(lm, datastore, info, tokenizer, settings, degraded, completion_metrics)
 
     async def next_token(self, request: mixing.NextTokenRequest, call: RequestContext) -> mixing.NextTokenResponse:
         """The answer; seconds per stage go into the call. Raises KnnlmError for everything that cannot be answered."""
@@ -220,7 +230,7 @@ class Aggregator:
     async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
         """The text of the tokens."""
         self.check_model(request.model)
-        self._inputs.check_token_count(request.tokens)
+        self._inputs.check_token_count(len(request.tokens))
         text = await asyncio.to_thread(lambda: self.tokenizer.decode(self._inputs.token_array(request.tokens)))
         return DetokenizeResponse(prompt=text)
 

@@ -53,6 +53,11 @@ class Inputs:
         self.check_texts(texts, params[0])
         return await asyncio.to_thread(self._tokenizer.encode_all, list(texts), parse_special=parse_special)
 
+    async def encoded(self, texts: Sequence[str], param: str) -> list[Ids]:
+        """Each text with its BOS; special tokens that are written in it count as such. Raises as `contexts`."""
+        self.check_texts(texts, param)
+        return await asyncio.to_thread(self._tokenizer.encode_all, list(texts), parse_special=True)
+
     async def one_text(self, text: str | None, tokens: Sequence[int] | None, *, parse_special: bool) -> Ids:
         """A text to be scored, of any length up to max_score_tokens. Raises InvalidRequest and TooLarge."""
         _one_of_two(text, tokens, ("text", "tokens"))
@@ -156,11 +161,11 @@ class Inputs:
         if size > most:
             raise TooLarge(f"{param} may have {most} bytes, got {size} (--max-text-bytes)", param=param)
 
-    def check_token_count(self, tokens: Sequence[int]) -> None:
+    def check_token_count(self, count: int, param: str = "tokens") -> None:
         """Raises TooLarge for more token ids than any request may hold."""
         most = self._settings.max_score_tokens
-        if len(tokens) > most:
-            raise TooLarge(f"tokens may hold {most}, got {len(tokens)} (--max-score-tokens)", param="tokens")
+        if count > most:
+            raise TooLarge(f"{param} may hold {most} token ids, got {count} (--max-score-tokens)", param=param)
 
     def token_array(self, tokens: Sequence[int], param: str = "tokens") -> Ids:
         """Raises InvalidRequest for a token id that the model does not know."""

@@ -12,6 +12,7 @@ from knnlm.decoding import top_tokens
 from knnlm.messages import DomainInfo
 from knnlm.mixer import NextTokens
 from knnlm.scoring import Score
+from knnlm.sources import Plan
 from knnlm.tokenizer import Tokenizer
 from knnlm.wire import array_to_json
 from knnlm.wire.jsonable import to_json
@@ -135,7 +136,7 @@ def _json_list(values: Sequence[int] | Sequence[str]) -> str:
     return f"[{','.join(json.dumps(values[at : at + JSON_PORTION])[1:-1] for at in starts)}]"
 
 
-def used_domains(answer: NextTokens | Score) -> list[mixing.UsedDomain]:
+def used_domains(answer: NextTokens | Score | Plan) -> list[mixing.UsedDomain]:
     return [mixing.UsedDomain.model_validate(used, from_attributes=True) for used in answer.domains]
 
 

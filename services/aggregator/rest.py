@@ -5,6 +5,7 @@ import time
 
 from fastapi import APIRouter, Depends, Response
 
+from services.aggregator.completions.rest import add_completion_routes
 from services.aggregator.core import AggregatorCore
 from services.aggregator.responses import tokenized
 from services.aggregator.retrieval_options import named_as_asked
@@ -120,6 +121,7 @@ def routes(core: AggregatorCore, settings: AggregatorSettings) -> APIRouter:
         """A new version of the domain, as above. An id that is no document: 404, and nothing is removed."""
         return await core.aggregator.remove_documents(domain, request)
 
+    add_completion_routes(texts, core)
     for prefix in ("", "/v1"):
         _add_tokenizer_routes(texts, core, prefix)
     router.include_router(texts)

@@ -7,15 +7,15 @@ from typing import Any
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, UnknownModel
 from knnlm.options import DomainOptions, KnnOptions, SearchOptions, record_of
 from knnlm.sources import SOURCES, source_kind
-from services.aggregator.schemas.mixing import DomainChoice, Knn, NextTokenRequest, Request, ScoreRequest
+from services.aggregator.schemas.mixing import DomainChoice, Knn, Sourced
 from services.aggregator.settings import AggregatorSettings
 
 RENAMED = {"passages": "neighbors", "passage_tokens": "neighbor_tokens", "entries": "passages"}
-RENAMED |= {name: f"knn.{name}" for name in (field.alias or name for name, field in Knn.model_fields.items())}
+OF_KNN = frozenset(field.alias or name for name, field in Knn.model_fields.items())
 
 
 @contextmanager
-def named_as_asked(request: NextTokenRequest | ScoreRequest) -> Iterator[None]:
+def named_as_asked(request: Sourced) -> Iterator[None]:
     """Errors name the field of the request, as the caller wrote it, whichever service or record refused its value."""
     try:
         yield
@@ -28,14 +28,16 @@ def named_as_asked(request: NextTokenRequest | ScoreRequest) -> Iterator[None]:
         raise
 
 
-def _asked(param: str, request: NextTokenRequest | ScoreRequest) -> str:
+def _asked(param: str, request: Sourced) -> str:
     knn = request.knn
     if param == "domain" and knn is not None and knn.domains is not None:
         return "knn.domains"
     if param == "domain" and (knn is None or knn.domain is None) and "+" in (request.model or ""):
         return "model"
-    if param == "text" and request.text is None:
+    if param in ("text", "tokens"):
         return request.given
+    if param in OF_KNN:
+        return f"knn.{param}"
     return param if param in type(request).model_fields else RENAMED.get(param, param)
 
 
@@ -57,7 +59,7 @@ def domain_of(model: str | None, model_id: str) -> str | None:
     return domain
 
 
-def chosen(request: Request, model_id: str, settings: AggregatorSettings) -> tuple[str, dict[str, Any]]:
+def chosen(request: Sourced, model_id: str, settings: AggregatorSettings) -> tuple[str, dict[str, Any]]:
     """The model id to answer under, and the options of each source that is mixed; none for the LM alone.
 
     Raises UnknownModel, TooLarge, and InvalidRequest when model and knn contradict each other or no domain is named.
@@ -75,7 +77,7 @@ def chosen(request: Request, model_id: str, settings: AggregatorSettings) -> tup
     return "+".join([short_name(model_id), *domains]), sources
 
 
-def _knn(request: Request, named: str | None, settings: AggregatorSettings) -> KnnOptions:
+def _knn(request: Sourced, named: str | None, settings: AggregatorSettings) -> KnnOptions:
     knn = Knn() if request.knn is None else request.knn
     if named is not None and (knn.domains is not None or knn.domain not in (None, named)):
         raise InvalidRequest(

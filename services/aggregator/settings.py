@@ -77,6 +77,14 @@ class AggregatorSettings(HttpSettings):
     max_explained_passages: int = Field(
         16_384, ge=1, description="tokens that are explained in one request, times passages of each"
     )
+    max_choices: int = Field(128, ge=1, description="choices of one request for text, of all its prompts together")
+    max_running_choices: int = Field(
+        1024, ge=1, description="choices of all requests for text that are generated at a time; others wait"
+    )
+    max_completion_tokens: int = Field(
+        65_536, ge=1, description="tokens that one request for text may generate, all its choices together"
+    )
+    max_logprobs: int = Field(20, ge=0, description="likeliest tokens listed beside each token of a text")
     max_domains: int = Field(8, ge=1, description="domains in one request")
     max_k: int = Field(4096, ge=1, description="neighbors retrieved per query and domain")
     max_text_bytes: int = Field(
@@ -93,6 +101,8 @@ class AggregatorSettings(HttpSettings):
     def _upstreams_are_consistent(self) -> Self:
         if self.min_context is not None and (self.context_length is None or self.min_context >= self.context_length):
             raise ValueError(f"{named(self, 'min_context')} needs a larger {named(self, 'context_length')} beside it")
+        if self.max_choices > self.max_running_choices:
+            raise ValueError(f"{named(self, 'max_running_choices')} must be at least {named(self, 'max_choices')}")
         for service in ("lm", "datastore"):
             check_upstream(self, service)
         return self

@@ -22,7 +22,7 @@ _FIELDS = "knnlm_fields"
 _SUSPECT = re.compile(r'[ "=]|[^\x20-\x7e]')  # what may need quotes; letters beyond ASCII that print do not
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 def event(logger: logging.Logger, name: str, level: int = logging.INFO, /, **fields: object) -> None:
@@ -127,7 +127,7 @@ class Metrics:
         self.batch_rows = Histogram(
             "knnlm_batch_rows",
             "Items (rows or tokens) worked on at once.",
-            buckets=_BATCH_BUCKETS,
+            buckets=BATCH_BUCKETS,
             registry=self.registry,
         )
 

@@ -1,6 +1,6 @@
 """What /v1/next_token and /v1/score take and give. Unknown fields are refused: nothing is accepted and ignored."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -95,12 +95,24 @@ class Knn(option_fields("SearchFields", SearchOptions, public=True)):  # type: i
     )
 
 
-class Request(Strict):
+class Sourced(BaseModel):
+    """What a request says of the sources that are mixed. given: the field that holds the text."""
+
     model: Text | None = Field(None, description="An id of /v1/models: the LM, or LM+domain.")
     knn: Knn | None = None
     on_datastore_error: Literal["fail", "lm_only"] | None = Field(
         None, description="When retrieval is down: fail with 503, or answer from the LM and say so in `degraded`."
     )
+
+    @property
+    def given(self) -> str:
+        return "text" if getattr(self, "tokens", None) is None else "tokens"
+
+
+Asking = TypeVar("Asking", bound=Sourced)
+
+
+class Request(Sourced, Strict):
     parse_special: ParseSpecial = False
 
 
@@ -116,11 +128,6 @@ class NextTokenRequest(Request):
     neighbors: Annotated[StrictInt, Field(ge=0)] = Field(0, description="Nearest neighbors shown, with their source.")
     neighbor_tokens: Annotated[StrictInt, Field(ge=0)] = Field(24, description="Tokens of text on each side of them.")
 
-    @property
-    def given(self) -> str:
-        """The field that holds the contexts."""
-        return "text" if self.tokens is None else "tokens"
-
 
 class ScoreRequest(Request):
     text: Text | None = Field(None, description="A text of any length.")
@@ -131,11 +138,6 @@ class ScoreRequest(Request):
     min_context: Annotated[StrictInt, Field(ge=1)] | None = Field(
         None, description="Tokens that every scored token sees at least; by default as the domain was built."
     )
-
-    @property
-    def given(self) -> str:
-        """The field that holds the text."""
-        return "text" if self.tokens is None else "tokens"
 
 
 class TokenProbability(BaseModel):
@@ -235,7 +237,7 @@ class ScoreResponse(BaseModel):
     components: list[ScoredComponent] = Field(description="All that was mixed, the LM first.")
 
 
-def with_sources(schema: type[Request]) -> type[Request]:
+def with_sources(schema: type[Asking]) -> type[Asking]:
     """The request with a field for every row of knnlm.sources.SOURCES that it does not have yet."""
     fields: dict[str, Any] = {}  # Any: types as pydantic annotates them
     for name in SOURCES:

@@ -1,0 +1,192 @@
+"""A request for text, read and checked: what is asked for, beside the schema, within the settings."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.decoding import end_of_context
+from knnlm.errors import InvalidRequest, TooLarge
+from knnlm.generation import GenerationOptions
+from knnlm.messages import ModelInfo
+from knnlm.sampling import SamplingOptions
+from knnlm.tokenizer import Tokenizer
+from services.aggregator.completions.schemas import NEUTRAL, CompletionRequest, Sampled
+from services.aggregator.requests import Inputs
+from services.aggregator.settings import AggregatorSettings
+
+Ids = npt.NDArray[np.int32]
+DEFAULT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request's choices.
+
+    prompts: (t,) int32 each. unseen: whether its first token is a BOS that was put before its text and is not shown. n:
+    choices given of each prompt, of `made` that are generated. logprobs: likeliest tokens listed beside each
+    token, None for no log-probabilities at all.
+    """
+
+    prompts: Sequence[Ids]
+    options: GenerationOptions
+    seed: int
+    n: int = 1
+    made: int = 1
+    echo: bool = False
+    logprobs: int | None = None
+    as_ids: bool = False
+    unseen: Sequence[bool] = ()
+    include_usage: bool = False
+    usage_in_all: bool = False
+
+    @property
+    def choices(self) -> int:
+        """All that are generated."""
+        return len(self.prompts) * self.made
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt) for prompt in self.prompts)
+
+
+class Reader:
+    """Reads requests for the completions of one model."""
+
+    def __init__(self, info: ModelInfo, tokenizer: Tokenizer, settings: AggregatorSettings) -> None:
+        self._info = info
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._inputs = Inputs(info, tokenizer, settings)
+
+    async def completion(self, request: CompletionRequest) -> Asked:
+        """Raises InvalidRequest and TooLarge."""
+        _refuse_unserved(request)
+        made = request.n or 1
+        if request.best_of is not None:
+            if request.best_of < made:
+                raise InvalidRequest(f"best_of must be at least n = {made}, got {request.best_of}", param="best_of")
+            if request.stream and request.best_of > made:
+                raise InvalidRequest(
+                    "best_of cannot be streamed: the best are known when all are there", param="best_of"
+                )
+        prompts, unseen = await self._prompts(request)
+        return self._asked(
+            request,
+            prompts,
+            max_tokens=DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens,
+            made=request.best_of or made,
+            echo=bool(request.echo),
+            logprobs=request.logprobs,
+            unseen=unseen,
+        )
+
+    def _asked(
+        self,
+        request: Sampled,
+        prompts: Sequence[Ids],
+        *,
+        max_tokens: int,
+        made: int,
+        logprobs: int | None,
+        echo: bool = False,
+        unseen: Sequence[bool] = (),
+    ) -> Asked:
+        if request.stream_options is not None and not request.stream:
+            raise InvalidRequest("stream_options goes with stream: true", param="stream_options")
+        limits = self._settings
+        choices = len(prompts) * made
+        if choices > limits.max_choices:
+            raise TooLarge(
+                f"{len(prompts)} prompts with {made} choices each are {choices} choices, at most "
+                f"{limits.max_choices} are taken (--max-choices)",
+                param="n" if made > 1 else "prompt",
+            )
+        if max_tokens * choices > limits.max_completion_tokens:
+            raise TooLarge(
+                f"max_tokens {max_tokens} for each of {choices} choices is more than the "
+                f"{limits.max_completion_tokens} tokens that one request may generate (--max-completion-tokens)",
+                param="max_tokens",
+            )
+        if logprobs is not None and logprobs > limits.max_logprobs:
+            raise TooLarge(
+                f"logprobs must be at most {limits.max_logprobs}, got {logprobs} (--max-logprobs)", param="logprobs"
+            )
+        stream = request.stream_options
+        return Asked(
+            prompts=prompts,
+            options=GenerationOptions(
+                max_tokens=max_tokens,
+                sampling=_sampling(request),
+                stop=tuple(text for text in request.stop or () if text),
+                stop_token_ids=tuple(request.stop_token_ids or ()),
+                ignore_eos=bool(request.ignore_eos),
+                top=logprobs or 0,
+            ),
+            seed=secrets.randbits(63) if request.seed is None else request.seed,
+            n=request.n or 1,
+            made=made,
+            echo=echo,
+            logprobs=logprobs,
+            as_ids=bool(request.return_tokens_as_token_ids),
+            unseen=unseen,
+            include_usage=stream is not None and bool(stream.include_usage),
+            usage_in_all=stream is not None and bool(stream.continuous_usage_stats),
+        )
+
+    async def _prompts(self, request: CompletionRequest) -> tuple[list[Ids], list[bool]]:
+        """The prompts, and of each whether it begins with a BOS that its text does not have.
+
+        A text gets the BOS that the tokenizer's own template puts before every text, if it does; special tokens that
+        are written in it count as such. Token ids are used as they are.
+        """
+        if len(request.prompt) > self._settings.max_choices:
+            raise TooLarge(
+                f"prompt may hold {self._settings.max_choices} prompts, got {len(request.prompt)} (--max-choices)",
+                param="prompt",
+            )
+        unseen = [False] * len(request.prompt)
+        if isinstance(request.prompt[0], str):
+            prompts = await self._inputs.encoded(request.prompt, "prompt")
+            bos = self._info.bos_token_id
+            if bos is not None:  # each begins with it now
+                unseen = [self._puts_bos(request) and prompt[1:2].tolist() != [bos] for prompt in prompts]
+                prompts = [prompt if added else prompt[1:] for prompt, added in zip(prompts, unseen, strict=True)]
+        else:
+            self._inputs.check_token_count(sum(len(row) for row in request.prompt), "prompt")
+            prompts = [self._inputs.token_array(row, "prompt") for row in request.prompt]
+        keep = request.truncate_prompt_tokens
+        if keep is not None:
+            most = self._info.context_length if keep == -1 else keep
+            prompts = [
+                end_of_context(prompt, most, self._info.bos_token_id if added else None)
+                for prompt, added in zip(prompts, unseen, strict=True)
+            ]
+        return prompts, unseen
+
+    def _puts_bos(self, request: CompletionRequest) -> bool:
+        if request.add_bos is not None:
+            return request.add_bos
+        return request.add_special_tokens is not False and self._tokenizer.adds_bos
+
+
+def _sampling(request: Sampled) -> SamplingOptions:
+    return SamplingOptions(
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_k=max(0, request.top_k or 0),
+        top_p=1.0 if request.top_p is None else request.top_p,
+        min_p=request.min_p or 0.0,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        logit_bias=request.logit_bias or {},
+    )
+
+
+def _refuse_unserved(request: Sampled) -> None:
+    others = request.model_extra or {}
+    for name, neutral in NEUTRAL.items():
+        value = others.get(name)
+        if value is not None and value not in neutral:
+            raise InvalidRequest(f"{name} is not served here: leave it out", param=name)

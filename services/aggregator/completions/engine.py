@@ -1,0 +1,120 @@
+"""Requests for text to answers and streams. Knows no HTTP."""
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from knnlm.errors import TooLarge
+from knnlm.generation import Generator
+from knnlm.messages import ModelInfo
+from knnlm.mixer import Mixer
+from knnlm.rounds import Rounds
+from knnlm.tokenizer import Tokenizer
+from services.aggregator.completions.asked import Asked, Reader
+from services.aggregator.completions.choices import Choices
+from services.aggregator.completions.metrics import CompletionMetrics
+from services.aggregator.completions.schemas import CompletionRequest
+from services.aggregator.completions.shapes import CompletionShape, Gathered, Json
+from services.aggregator.requests import MemoryBudget
+from services.aggregator.retrieval_options import chosen
+from services.aggregator.settings import AggregatorSettings
+from services.runtime.context import RequestContext
+
+MAX_LISTED = 1 << 20  # log-probabilities, and tokens of prompts that are echoed, in one answer
+MAX_ALL_LISTED = 1 << 22  # in all that are made at a time
+
+
+class Completions:
+    """Of one model. degraded: told of each answer by the LM alone that was to have been mixed."""
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        rounds: Rounds,
+        tokenizer: Tokenizer,
+        settings: AggregatorSettings,
+        metrics: CompletionMetrics,
+        degraded: Callable[[], None],
+    ) -> None:
+        self._mixer = mixer
+        self._generator = Generator(mixer, tokenizer, rounds)
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._metrics = metrics
+        self._degraded = degraded
+        self._reader = Reader(mixer.info, tokenizer, settings)
+        self._running = MemoryBudget(settings.max_running_choices)
+        self._listed = MemoryBudget(MAX_ALL_LISTED)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._mixer.info
+
+    async def shape(self, request: CompletionRequest, call: RequestContext) -> tuple[CompletionShape, dict[str, Any]]:
+        """What the request asks, with the shape of its answer, and the options of the sources that are mixed."""
+        name, sources = chosen(request, self.info.model_id, self._settings)
+        asked = await self._reader.completion(request)
+        return CompletionShape(asked, name, call.id, self._tokenizer), sources
+
+    async def whole(self, shape: CompletionShape, sources: dict[str, Any], call: RequestContext) -> Json:
+        """The whole answer. Raises KnnlmError for everything that cannot be answered."""
+        made = [Gathered() for _ in range(shape.asked.choices)]
+        async with self._under_way(shape.asked, sources, call) as choices:
+            degraded = choices.plan.degraded
+            async for piece in choices.pieces():
+                made[piece.index].add(piece)
+                degraded = degraded or piece.degraded
+            if degraded is not None:
+                self._degraded()
+        return shape.whole(made, choices.plan, degraded)
+
+    async def chunks(
+        self, shape: CompletionShape, sources: dict[str, Any], call: RequestContext
+    ) -> AsyncGenerator[Json, None]:
+        """The same as a stream; what is wrong with a request is raised before the first chunk."""
+        generated, told = 0, False
+        async with self._under_way(shape.asked, sources, call) as choices:
+            first = True
+            async for piece in choices.pieces():
+                generated += piece.generated
+                if not told and (piece.degraded or choices.plan.degraded) is not None:
+                    told = True
+                    self._degraded()
+                made = shape.chunk(piece, choices.plan, first=first, generated=generated)
+                if made is not None:
+                    first = False
+                    yield made
+            for chunk in shape.closing(generated):
+                yield chunk
+
+    @asynccontextmanager
+    async def _under_way(self, asked: Asked, sources: dict[str, Any], call: RequestContext) -> AsyncIterator[Choices]:
+        """The choices once the first token of any is there; none is left behind."""
+        generator, options = self._generator, asked.options
+        generator.check_tokens(options)
+        rooms = [generator.room(prompt, options.max_tokens) for prompt in asked.prompts]
+        listed = 0
+        if asked.logprobs is not None or asked.echo:
+            tokens = sum(rooms) + (asked.prompt_tokens if asked.echo else 0)
+            listed = asked.made * tokens * (1 + (asked.logprobs or 0))
+        if listed > MAX_LISTED:
+            raise TooLarge(
+                f"echo and logprobs list {listed} values, at most {MAX_LISTED} are listed in one answer: ask for fewer "
+                "prompts, choices or tokens",
+                param="echo" if asked.echo else "logprobs",
+            )
+        choices = Choices(
+            asked, generator, self._mixer, self._tokenizer, self._metrics, call.started, timings=call.timings
+        )
+        async with self._listed.hold(listed, call.remaining()), self._running.hold(asked.choices, call.remaining()):
+            try:
+                await self._mixer.planned(sources, choices.begin)
+                yield choices
+            finally:
+                await choices.close()
+
+
+def encoded(answer: Json) -> bytes:
+    """As JSON: compact, and without numbers that JSON does not have."""
+    return json.dumps(answer, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

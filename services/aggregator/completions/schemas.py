@@ -1,0 +1,194 @@
+"""What /v1/completions takes and gives: OpenAI's shape, with vLLM's and this project's fields beside it.
+
+Unknown fields are ignored, as clients of many servers send some. A known field that is not served is refused unless its
+value changes nothing; null is each field's default.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictInt, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from services.aggregator.schemas.mixing import Sourced, UsedDomain
+from services.runtime.schemas import FirstProblem, Text, encodable
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+MAX_STOPS = 64
+MAX_SEED = 2**63
+
+# fields of OpenAI's and vLLM's interfaces that would change the answer and are not served: the values that would not
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "suffix": ("",),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "prompt_logprobs": (),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "return_token_ids": (False,),
+    "prompt_embeds": (),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "logits_processors": ([],),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": ("",),
+    "guided_choice": ([],),
+    "guided_grammar": ("",),
+}
+
+
+def _prompts(value: Any) -> list[Any]:  # Any: JSON
+    """Several texts, or several rows of token ids, also where one was given."""
+    rows = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
+    if all(isinstance(row, str) for row in rows):
+        encodable(rows)
+        return rows
+    for row in rows:
+        if not isinstance(row, list) or not row or not all(type(i) is int and i >= 0 for i in row):
+            raise PydanticCustomError(
+                "prompts", "expected a text, a list of texts, token ids >= 0, or lists of them, none of them empty"
+            )
+    return rows
+
+
+def _bias(value: Any) -> dict[int, float]:  # Any: JSON
+    """By token id; JSON writes numbers that are keys as texts."""
+    problem = PydanticCustomError("logit_bias", 'expected an object of numbers by token id, as in {{"50256": -100}}')
+    if not isinstance(value, dict):
+        raise problem
+    bias = {}
+    for token, number in value.items():
+        if not (isinstance(token, str) and token.isascii() and token.isdigit() and len(token) <= 10):
+            raise problem
+        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= 1e9:
+            raise problem
+        bias[int(token)] = float(number)
+    return bias
+
+
+def _texts(value: Any) -> list[str]:  # Any: JSON
+    texts = value if isinstance(value, list) else [value]
+    if len(texts) > MAX_STOPS:
+        raise PydanticCustomError("stops", "at most {most} stop strings are taken", {"most": MAX_STOPS})
+    if not all(isinstance(text, str) for text in texts):
+        raise PydanticCustomError("stops", "expected a text or a list of texts")
+    encodable(texts)
+    return texts
+
+
+_TEXT, _IDS = {"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_TEXTS = {"type": "array", "items": _TEXT}
+Prompts = Annotated[
+    Any,
+    PlainValidator(_prompts),
+    WithJsonSchema(
+        {"anyOf": [_TEXT, {**_TEXTS, "minItems": 1}, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]}
+    ),
+]
+Stops = Annotated[Any, PlainValidator(_texts), WithJsonSchema({"anyOf": [_TEXT, {**_TEXTS, "maxItems": MAX_STOPS}]})]
+Bias = Annotated[
+    Any,
+    PlainValidator(_bias),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "additionalProperties": {"type": "number"},
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+        }
+    ),
+]
+
+
+class StreamOptions(BaseModel):
+    include_usage: StrictBool | None = Field(None, description="End with a chunk that has `usage` and no choices.")
+    continuous_usage_stats: StrictBool | None = Field(None, description="`usage` so far in every chunk.")
+
+
+class Sampled(Sourced):
+    """What requests for text have in common."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = Field(None, description="Of each choice.")
+    n: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Choices for each prompt; by default 1.")
+    temperature: Annotated[Number, Field(ge=0)] | None = Field(None, description="0: the likeliest token; default 1.")
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1)] | None = Field(None, description="0 or -1: all tokens.")
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    logit_bias: Bias | None = Field(None, description="Added to the log-probability of tokens, by their id.")
+    stop: Stops | None = Field(None, description="Texts before which a choice ends.")
+    stop_token_ids: (
+        Annotated[list[Annotated[StrictInt, Field(ge=0)]], FirstProblem(), Field(max_length=MAX_STOPS)] | None
+    ) = Field(None, description="Tokens before which a choice ends, beside EOS.")
+    ignore_eos: StrictBool | None = Field(None, description="Go on behind the EOS token.")
+    seed: Annotated[StrictInt, Field(ge=-MAX_SEED, lt=MAX_SEED)] | None = Field(
+        None, description="Of the draws: with the same one a choice is the same, whatever else is under way."
+    )
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    user: Text | None = None
+    return_tokens_as_token_ids: StrictBool | None = Field(None, description='Name tokens in logprobs "token_id:42".')
+
+
+class CompletionRequest(Sampled):
+    prompt: Prompts = Field(description="A text, several, token ids, or several lists of them, used as they are.")
+    best_of: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        None, description="Choices to make, of which the n with the largest mean log-probability are given."
+    )
+    echo: StrictBool | None = Field(None, description="Give the prompt, too, and with `logprobs` how likely it is.")
+    logprobs: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        None, description="Log-probabilities in the mixture of each token and of this many of the likeliest."
+    )
+    add_special_tokens: StrictBool | None = Field(
+        None, description="false: no BOS before a text, even if the tokenizer's own rule puts one there."
+    )
+    add_bos: StrictBool | None = Field(
+        None, description="true: BOS before every text, as documents of datastores begin; false: never."
+    )
+    truncate_prompt_tokens: Annotated[StrictInt, Field(ge=-1)] | None = Field(
+        None, description="Keep this many tokens of the prompt's end; -1: as many as the model takes."
+    )
+
+    @property
+    def given(self) -> str:
+        return "prompt"
+
+
+class Logprobs(BaseModel):
+    """Lists with one element for each token, the prompt's first with `echo`; the first of all has null."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int] = Field(description="Where the token's text begins in `text`, in characters.")
+
+
+class Choice(BaseModel):
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: str | int | None = Field(description="The stop string or the token id at which it ended.")
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | None
+    domains: list[UsedDomain]
+    degraded: str | None = Field(description="Why the answer is the LM's alone; null when it is as asked.")

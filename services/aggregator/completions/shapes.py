@@ -1,0 +1,143 @@
+"""From what choices make to OpenAI's shapes: whole answers and chunks of streams. Pure."""
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from knnlm.sources import Plan
+from knnlm.tokenizer import Tokenizer
+from services.aggregator.completions.asked import Asked
+from services.aggregator.completions.choices import Listed, Piece
+from services.aggregator.responses import used_domains
+
+LEAST = -9999.0  # what stands for minus infinity, which JSON cannot say: as in vLLM
+
+Json = dict[str, Any]  # Any: JSON
+
+
+@dataclass
+class Gathered:
+    """One choice, as far as it has come."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: list[Listed] = field(default_factory=list)
+    log_prob: float = 0.0  # of what was generated
+    generated: int = 0
+    finish: str | None = None
+    stopped_at: str | int | None = None
+
+    def add(self, piece: Piece, *, keep: bool = True) -> None:
+        """keep: also the text and the tokens."""
+        if keep:
+            self.texts.append(piece.text)
+            self.tokens += piece.tokens
+        for listed in piece.tokens[len(piece.tokens) - piece.generated :]:
+            self.log_prob += listed.log_prob or 0.0
+        self.generated += piece.generated
+        self.finish, self.stopped_at = piece.finish, piece.stopped_at
+
+    @property
+    def mean_log_prob(self) -> float:
+        return self.log_prob / self.generated if self.generated else 0.0
+
+
+class CompletionShape:
+    """The answers to one request of /v1/completions. name: of the model it is answered under."""
+
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, asked: Asked, name: str, request_id: str, tokenizer: Tokenizer) -> None:
+        self.asked = asked
+        self._head = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": name}
+        self._tokenizer = tokenizer
+
+    def whole(self, made: Sequence[Gathered], plan: Plan, degraded: str | None) -> Json:
+        """made: all that were generated, the best of which are given."""
+        per_prompt = [made[i : i + self.asked.made] for i in range(0, len(made), self.asked.made)]
+        given = [one for choices in per_prompt for one in _best(choices, self.asked.n)]
+        return {
+            **self._head,
+            "object": self.whole_object,
+            "choices": [self._choice(index, one) for index, one in enumerate(given)],
+            "usage": self.usage(sum(one.generated for one in made)),
+            **_extras(plan, degraded),
+        }
+
+    def chunk(self, piece: Piece, plan: Plan, *, first: bool, generated: int) -> Json | None:
+        """What a piece adds to the stream; None where that is nothing. generated: tokens so far, of all choices."""
+        if not (first or piece.text or piece.finish or self.asked.logprobs is not None):
+            return None
+        extras = _extras(plan, piece.degraded)
+        if not first:
+            extras.pop("domains")
+            if piece.degraded is None:
+                extras.pop("degraded")
+        chunk = {**self._head, "object": self.chunk_object, "choices": [self._part(piece)], **extras}
+        if self.asked.include_usage:
+            chunk["usage"] = self.usage(generated) if self.asked.usage_in_all else None
+        return chunk
+
+    def closing(self, generated: int) -> Iterable[Json]:
+        """Chunks behind the last piece."""
+        if self.asked.include_usage:
+            yield {**self._head, "object": self.chunk_object, "choices": [], "usage": self.usage(generated)}
+
+    def usage(self, generated: int) -> Json:
+        prompt = self.asked.prompt_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+    def _choice(self, index: int, one: Gathered) -> Json:
+        return {
+            "index": index,
+            "text": "".join(one.texts),
+            "logprobs": self._logprobs(one.tokens),
+            "finish_reason": one.finish,
+            "stop_reason": one.stopped_at,
+        }
+
+    def _part(self, piece: Piece) -> Json:
+        return {
+            "index": piece.index,
+            "text": piece.text,
+            "logprobs": self._logprobs(piece.tokens),
+            "finish_reason": piece.finish,
+            "stop_reason": piece.stopped_at,
+        }
+
+    def _logprobs(self, tokens: Sequence[Listed]) -> Json | None:
+        if self.asked.logprobs is None:
+            return None
+        return {
+            "tokens": [self._name(one.token, one.text) for one in tokens],
+            "token_logprobs": [None if one.log_prob is None else finite(one.log_prob) for one in tokens],
+            "top_logprobs": [self._likeliest(one) for one in tokens],
+            "text_offset": [one.offset for one in tokens],
+        }
+
+    def _likeliest(self, one: Listed) -> dict[str, float] | None:
+        """The token itself and the likeliest; of several that look the same, the likeliest."""
+        if one.log_prob is None:
+            return None
+        found = {self._name(one.token, one.text): finite(one.log_prob)}
+        for token, log_prob in one.top:
+            name = self._name(token, one.text if token == one.token else self._tokenizer.token(token))
+            found[name] = max(finite(log_prob), found.get(name, LEAST))
+        return found
+
+    def _name(self, token: int, text: str) -> str:
+        return f"token_id:{token}" if self.asked.as_ids else text
+
+
+def finite(value: float) -> float:
+    return value if math.isfinite(value) else LEAST
+
+
+def _best(made: Sequence[Gathered], n: int) -> Sequence[Gathered]:
+    return made if len(made) == n else sorted(made, key=lambda one: -one.mean_log_prob)[:n]
+
+
+def _extras(plan: Plan, degraded: str | None) -> Json:
+    domains = [used.model_dump(by_alias=True) for used in used_domains(plan)]
+    return {"domains": domains, "degraded": degraded}
