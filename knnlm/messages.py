@@ -185,7 +185,7 @@ class Passage:
 
     document: str
     entry: int
-    position: int  # of the value, in tokens from the document's beginning
+    position: int  # where the value stands, in tokens from the document's beginning
     before: npt.NDArray[np.int32]
     after: npt.NDArray[np.int32]
 

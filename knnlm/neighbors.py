@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
 
-BLOCK_BYTES = 1 << 19  # of float64 weights made at a time in scoring: they stay in a core's cache
+BLOCK_BYTES = 1 << 19  # float64 weights made at a time in scoring: they stay in a core's cache
 MIN_TEMPERATURE = 1e-100  # no distance in float32, divided by it, overflows float64
 COUNTED_PLACES = 1 << 18  # rows times tokens of a table that stays in a core's cache
 TINY = 1e-290  # a share this small has lost digits, or all, to underflow

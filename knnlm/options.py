@@ -15,7 +15,7 @@ from knnlm.neighbors import MIN_TEMPERATURE
 
 Record = TypeVar("Record")
 
-DEFAULT_K = 1024  # of Khandelwal et al. 2020 (arXiv 1911.00172); a domain's tuning says otherwise
+DEFAULT_K = 1024  # as in Khandelwal et al. 2020 (arXiv 1911.00172), unless a domain's tuning says otherwise
 MAX_EXCLUDED_DOCUMENTS = 1024  # ids in one request
 MAX_ID_CHARACTERS = 4096  # in the id of a document
 

@@ -14,7 +14,7 @@ from knnlm.evidence import Evidence, Step, Stretch
 from knnlm.messages import ForwardRequest, ForwardResult, required
 from knnlm.sources import Plan, Timings, UsedDomain, timed
 
-BATCHES_UNDER_WAY = 4  # of one text that is scored
+BATCHES_UNDER_WAY = 4  # batches of one scored text that are held at a time
 NOTHING_ELSE = Step(())
 
 

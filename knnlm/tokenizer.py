@@ -21,13 +21,17 @@ import tokenizers
 
 from knnlm.errors import ModelError
 
-PORTION_CHARACTERS = 1 << 16  # of a text encoded at a time, where it can be cut
+PORTION_CHARACTERS = 1 << 16  # characters encoded at a time, where a text can be cut
 PORTIONS_TOGETHER = 32
 PORTION_TOKENS = 1 << 14
 CUT_CONTEXT = 256  # characters on either side of a cut by which it is judged
 CUT_TRIES = 32
 CUT = re.compile(r"(?<=\S)(?=[ \n]\S)")  # before a single space or line end, between words
-STEPS = {"decoder": "decoders", "pre_tokenizer": "pretokenizers", "normalizer": "normalizers"}  # of a sequence of them
+STEPS = {
+    "decoder": "decoders",
+    "pre_tokenizer": "pretokenizers",
+    "normalizer": "normalizers",
+}  # where a sequence lists them
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 Ids = npt.NDArray[np.int32]
@@ -52,7 +56,7 @@ class Tokenizer:
             for i, token in self._backend.get_added_tokens_decoder().items()
             if self._shape.prefixes_parts or (self._shape.prefixes_normalized and not token.normalized)
         }
-        self._bytes: dict[int, bytes] = {}  # of the tokens met so far
+        self._bytes: dict[int, bytes] = {}  # bytes of each token met so far
         self._texts: dict[int, str | None] = {}  # the same where they are whole characters, else None
         self._anchor = next((i for c in "aeo01" if (i := self._backend.token_to_id(c)) is not None), None)
 

@@ -29,7 +29,7 @@ class Part(StrEnum):
 
 
 SAMPLE_DOCUMENTS = 32  # a sample is drawn from at least this many, where there are more
-BUCKETS = 10  # of equal size: the first is for reporting, the second for tuning, the rest is stored
+BUCKETS = 10  # equal in size: the first is for reporting, the second for tuning, the rest is stored
 
 
 @dataclass(frozen=True)

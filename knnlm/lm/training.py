@@ -32,7 +32,7 @@ from knnlm.lm.training_data import BOS, encode, learn_tokenizer, split, windows
 from knnlm.messages import Document
 
 WARMUP_STEPS = 200
-DECAY_SHARE = 0.25  # of the budget, at its end
+DECAY_SHARE = 0.25  # the last part of the budget
 
 
 @dataclass(frozen=True)

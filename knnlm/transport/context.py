@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from knnlm.errors import DeadlineExceeded
 
 PROBE = "knnlm-probe"  # metadata key of health probes, which services do not log
-MAX_MESSAGE_BYTES = 64 << 20  # of gRPC
+MAX_MESSAGE_BYTES = 64 << 20  # the largest gRPC message
 
 # gRPC options: an answer of 64 queries has 512 KiB: fewer, larger frames, and a window that need not grow to it first
 HTTP2 = (("grpc.http2.max_frame_size", 1 << 20), ("grpc.http2.lookahead_bytes", 4 << 20))

@@ -27,7 +27,7 @@ _CODES = {
 }
 _NAMES = {code: name for name, code in _CODES.items()}
 _LITTLE = {name: np.dtype(name).newbyteorder("<") for name in _CODES}
-_OF_DTYPE = {np.dtype(name): name for name in _CODES}  # of this machine's byte order; dtype.name is slow to ask for
+_OF_DTYPE = {np.dtype(name): name for name in _CODES}  # in this machine's byte order; dtype.name is slow to ask for
 FLOATS, INT32, INT64 = ("float32", "float16"), ("int32",), ("int64",)
 LIST_LIMIT = 1_000_000  # numbers: ten times larger than packed, and slow for everybody
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

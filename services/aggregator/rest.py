@@ -24,9 +24,9 @@ from services.runtime.context import current
 from services.runtime.schemas import MAX_DOCUMENTS, AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
 from services.runtime.security import admin_only
 
-ESCAPED_BYTES = 6  # of JSON for one byte of text, at most: \\u0001
-TOKEN_BYTES = 12  # of JSON for one token id, with a comma and spaces
-OTHER_BYTES = 1 << 16  # of a body beside its texts and token ids
+ESCAPED_BYTES = 6  # JSON for one byte of text takes at most: \\u0001
+TOKEN_BYTES = 12  # JSON for one token id, with a comma and spaces
+OTHER_BYTES = 1 << 16  # a body without its texts and token ids
 OTHER_VALUES = 1 << 13  # domains and their fields, documents to leave out, ...
 
 
@@ -98,7 +98,7 @@ def routes(core: AggregatorCore, settings: AggregatorSettings) -> APIRouter:
         dependencies=[Depends(admin_only)],
     )
     async def activate(domain: str, request: ActivateRequest) -> Domain:
-        """With `wait`, 504 names the replicas that were not there in time; they go on."""
+        """504, with `wait`, names the replicas that were not there in time; they go on."""
         return await core.aggregator.activate(domain, request.version, wait=request.wait)
 
     @router.post(

@@ -30,10 +30,10 @@ from services.runtime.context import RequestContext
 from services.runtime.observability import LATENCY_BUCKETS, Metrics, event
 
 LOG = logging.getLogger(__name__)
-ENVELOPE_BYTES = 4096  # of an answer beside its arrays
-QUANTUM_QUERIES = 64  # of a domain before it is another's turn: larger batches are hardly faster per query
+ENVELOPE_BYTES = 4096  # an answer without its arrays
+QUANTUM_QUERIES = 64  # searched for one domain before it is another's turn: larger batches are hardly faster per query
 LIMITED_OPTIONS = [name for name in SEARCH_OPTIONS if f"max_{name}" in DatastoreSettings.model_fields]
-PASSAGE_BYTES = 256  # of a passage beside its tokens; document names are short
+PASSAGE_BYTES = 256  # a passage without its tokens; document names are short
 ENTRIES_PER_QUERY = 16  # entries that are looked up in the time of one query
 
 _Answer = SearchResult | Sequence[Passage]
@@ -46,7 +46,7 @@ class _Asked:
 
     @property
     def size(self) -> int:
-        """In queries."""
+        """The size in queries."""
         if isinstance(self.request, SearchRequest):
             return len(self.request.queries)
         return -(-len(self.request.entries) // ENTRIES_PER_QUERY)

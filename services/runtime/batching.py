@@ -21,7 +21,7 @@ from knnlm.errors import DeadlineExceeded, Overloaded, Unavailable
 from services.runtime.context import RequestContext, Stage
 from services.runtime.observability import Metrics
 
-RATE_WEIGHT = 0.1  # of the last batch, in the rate that says when a refused request should come again
+RATE_WEIGHT = 0.1  # how much the last batch counts in the rate that says when a refused request should come again
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -124,7 +124,7 @@ def _path(parts: Sequence[str | int], body: object) -> list[str]:
     return path
 
 
-_SHORTENED = reprlib.Repr()  # of a long list only the beginning is written, of a long text as much as is shown
+_SHORTENED = reprlib.Repr()  # writes only the beginning of a long list, and as much of a long text as is shown
 _SHORTENED.maxlevel, _SHORTENED.maxlist, _SHORTENED.maxstring = 2, MAX_SHOWN_CHARACTERS // 2, 4 * MAX_SHOWN_CHARACTERS
 
 

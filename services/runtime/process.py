@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Mapping, MutableMapping
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 MMAP_THRESHOLD_BYTES = 32 << 20  # glibc allows no more
 TRIM_THRESHOLD_BYTES = 256 << 20
 OMP_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")

@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,14 @@ def knnlm(capsys: pytest.CaptureFixture[str]) -> Knnlm:
         return Answer(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_timing() -> Iterator[None]:
+    """How fast each way to search is takes seconds to measure well, and no test asks how well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("knnlm.evaluation.search_settings.TIMING_SECONDS", 0.005)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -130,27 +130,31 @@ def test_exact_search_in_the_table_is_brute_force(
 ) -> None:
     found = by_quality["balanced"]
     keys = np.asarray(Datastore.open(outlying).keys, np.float64)
-    squared = ((held_out.queries[:, None].astype(np.float64) - keys[None]) ** 2).sum(axis=2)
+    squared = np.stack([((keys - query) ** 2).sum(axis=1) for query in held_out.queries.astype(np.float64)])
     order = np.argsort(squared, axis=1)[:, : found.fit.tuning.k]
     values = Datastore.open(outlying).values[order]
     tuning = found.fit.tuning
     near = np.take_along_axis(squared, order, axis=1)
-    best = min(
-        perplexity(near, values, held_out, float(t), float(lmbda))
-        for t in np.geomspace(tuning.temperature / 8, tuning.temperature * 8, 60)
-        for lmbda in np.linspace(0.5, 0.99, 50)
-    )
+    temperatures = np.geomspace(tuning.temperature / 8, tuning.temperature * 8, 60)
+    best = min(perplexities(near, values, held_out, float(t), np.linspace(0.5, 0.99, 50)).min() for t in temperatures)
     assert rows(found)[EXACT].perplexity == pytest.approx(best, rel=3e-3)
     assert rows(found)[EXACT].perplexity <= best * (1 + 1e-6)
 
 
-def perplexity(
-    distances: npt.NDArray[np.float64], values: npt.NDArray[np.int32], held_out: HeldOut, t: float, lmbda: float
-) -> float:
+def perplexities(
+    distances: npt.NDArray[np.float64],
+    values: npt.NDArray[np.int32],
+    held_out: HeldOut,
+    t: float,
+    lambdas: npt.NDArray[np.float64],
+) -> npt.NDArray[np.float64]:
+    """One for each lambda."""
     weights = np.exp(-(distances - distances.min(axis=1, keepdims=True)) / t)
     p_knn = (weights * (values == held_out.targets[:, None])).sum(axis=1) / weights.sum(axis=1)
-    p = (1 - lmbda) * np.exp(held_out.lm_log_probs.astype(np.float64)) + lmbda * p_knn
-    return float(np.exp(-np.log(p).mean()))
+    p_lm = np.exp(held_out.lm_log_probs.astype(np.float64))
+    p = (1 - lambdas[:, None]) * p_lm + lambdas[:, None] * p_knn  # (lambdas, n)
+    found: npt.NDArray[np.float64] = np.exp(-np.log(p).mean(axis=1))
+    return found
 
 
 def test_temperature_and_lambda_are_those_of_what_is_served(outlying: Path, held_out: HeldOut) -> None:
