@@ -23,7 +23,7 @@ def test_eval_and_tune_search_with_the_index_that_is_named(knnlm: Knnlm, store: 
         missing = knnlm(*command, "--index", "ivf9")
         assert (missing.code, "has no index 'ivf9'" in missing.err) == (2, True)
     assert knnlm("eval", corpus, "--domain", "toy", "--index", "ivf4", "--json").json["domains"]
-    tuned = knnlm("tune", "toy", corpus, "--part", "tune", "--index", "ivf4")
+    tuned = knnlm("tune", "toy", corpus, "--part", "tune", "--index", "ivf4", "--k", 8)
     assert "fitted to neighbors found by ivf4; flat answers: `knnlm index use toy ivf4`" in tuned.err
     assert "--index means nothing without --domain" in knnlm("eval", corpus, "--index", "ivf4").err
 
@@ -133,9 +133,10 @@ def test_tune_and_eval_take_the_windows_of_the_domain_unless_others_are_asked_fo
     knnlm: Knnlm, store: Path, corpus: Path
 ) -> None:
     knnlm("build", "toy", corpus, "--part", "store", "--context-length", 16, "--min-context", 12)
-    tuned = knnlm("tune", "toy", corpus, "--part", "tune", "--json").json
-    same = knnlm("tune", "toy", corpus, "--part", "tune", "--context-length", 16, "--min-context", 12, "--json").json
-    other = knnlm("tune", "toy", corpus, "--part", "tune", "--context-length", 64, "--json").json
+    tune = ("tune", "toy", corpus, "--part", "tune", "--k", 8, "--json")
+    tuned = knnlm(*tune).json
+    same = knnlm(*tune, "--context-length", 16, "--min-context", 12).json
+    other = knnlm(*tune, "--context-length", 64).json
     assert tuned["lm_perplexity"] == same["lm_perplexity"] != other["lm_perplexity"]
     stored = ("eval", corpus, "--part", "store", "--domain", "toy", "--json")
     report = knnlm(*stored).json
