@@ -15,18 +15,21 @@ if TYPE_CHECKING:  # what _MODULES says, for type checkers and editors
     from knnlm.datastore.text import read_documents
     from knnlm.errors import KnnlmError
     from knnlm.evaluation.search_settings import tune
+    from knnlm.generation import GenerationOptions
     from knnlm.index.searcher import Searcher
     from knnlm.lm.model import LanguageModel
     from knnlm.messages import Document
     from knnlm.options import DomainOptions, KnnOptions, SearchOptions
     from knnlm.pipeline import Pipeline, build
+    from knnlm.sampling import SamplingOptions
     from knnlm.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AsyncClient", "Catalog", "Client", "Datastore", "Document", "DomainOptions", "KnnOptions", "KnnlmError",
-    "LanguageModel", "Pipeline", "SearchOptions", "Searcher", "Tokenizer", "build", "errors", "read_documents", "tune",
+    "AsyncClient", "Catalog", "Client", "Datastore", "Document", "DomainOptions", "GenerationOptions", "KnnOptions",
+    "KnnlmError", "LanguageModel", "Pipeline", "SamplingOptions", "SearchOptions", "Searcher", "Tokenizer", "build",
+    "errors", "read_documents", "tune",
 ]  # fmt: skip
 
 _MODULES = {
@@ -38,8 +41,10 @@ _MODULES = {
     "DomainOptions": "options",
     "KnnOptions": "options",
     "KnnlmError": "errors",
+    "GenerationOptions": "generation",
     "LanguageModel": "lm.model",
     "Pipeline": "pipeline",
+    "SamplingOptions": "sampling",
     "SearchOptions": "options",
     "Searcher": "index.searcher",
     "Tokenizer": "tokenizer",

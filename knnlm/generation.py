@@ -2,7 +2,7 @@
 library's Pipeline.generate run it."""
 
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from knnlm.mixer import Mixer, Options
 from knnlm.rounds import Rounds
 from knnlm.rows import Row, StepRequest
 from knnlm.sampling import SamplingOptions, choose, uniform
-from knnlm.sources import Plan
+from knnlm.sources import Plan, UsedDomain
 from knnlm.stops import GrowingText
 from knnlm.tokenizer import Tokenizer
 
@@ -84,6 +84,21 @@ class NewToken:
         return self.row.plan.degraded
 
 
+@dataclass(frozen=True)
+class Completion:
+    """A completion that has ended. text: without the prompt. tokens: with the EOS or stop token, if one ended it.
+    log_probs: of each in the mixture, lm_log_probs: in the LM alone. finish, stopped_at: as in NewToken."""
+
+    text: str
+    tokens: Sequence[int]
+    log_probs: Sequence[float]
+    lm_log_probs: Sequence[float]
+    finish: str
+    stopped_at: str | int | None
+    domains: Sequence[UsedDomain]
+    degraded: str | None
+
+
 class Generator:
     """Completions of one model. Those of one event loop that run at the same time advance in shared rounds."""
 
@@ -140,6 +155,31 @@ class Generator:
                 row = await self.rounds.step(sequence.request(row.plan))
             except UnknownVersion as err:
                 raise Unavailable(f"the completion cannot go on: {err.message}") from err
+
+    async def complete(
+        self,
+        prompt: Ids,
+        options: GenerationOptions,
+        sources: Options = None,
+        *,
+        seed: int = 0,
+        on_token: Callable[[NewToken], None] | None = None,
+    ) -> Completion:
+        """All of `generate`. on_token: told of each as soon as it is known."""
+        plan = await self._mixer.plan(sources)
+        texts: list[str] = []
+        tokens: list[int] = []
+        log_probs: list[tuple[float, float]] = []
+        finish, stopped_at, degraded = FINISHED_LENGTH, None, plan.degraded
+        async for new in self.generate(prompt, options, plan, seed=seed):
+            texts.append(new.text)
+            tokens.append(new.token)
+            log_probs.append((new.log_prob, new.lm_log_prob))
+            finish, stopped_at, degraded = new.finish or finish, new.stopped_at, degraded or new.degraded
+            if on_token is not None:
+                on_token(new)
+        mixed, lm = [p for p, _ in log_probs], [p for _, p in log_probs]
+        return Completion("".join(texts), tokens, mixed, lm, finish, stopped_at, plan.domains, degraded)
 
     async def _new(self, sequence: "_Sequence", row: Row, draw: float) -> NewToken:
         """The next token, chosen and added to the sequence."""

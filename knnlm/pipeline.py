@@ -5,7 +5,8 @@ answer as the clients do; nothing is computed in this file. This is the one modu
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.errors import Conflict, InvalidRequest, UnknownDomain, UnknownVersion
+from knnlm.generation import Completion, GenerationOptions, Generator, NewToken
 from knnlm.messages import (
     Document,
     DomainInfo,
@@ -185,6 +187,25 @@ class Pipeline:
             min_context=min_context,
         )
         return _run(call)
+
+    def generate(
+        self,
+        prompt: Context,
+        knn: Options | str = None,
+        options: GenerationOptions | None = None,
+        *,
+        seed: int | None = None,
+        on_token: Callable[[NewToken], None] | None = None,
+    ) -> Completion:
+        """What follows a prompt, a text or token ids (with their BOS); `knn` as in `next_token`.
+
+        options: how tokens are chosen and when to stop; by default 16 drawn ones. seed: of the draws; None for another
+        each time. on_token: told of each as soon as it is known. Raises what Generator.generate does.
+        """
+        tokens, chosen = self._tokens(prompt), _options(knn)
+        drawn = secrets.randbits(63) if seed is None else seed
+        generator = Generator(self._mixer, self.tokenizer)  # of the event loop that this call runs in
+        return _run(generator.complete(tokens, options or GenerationOptions(), chosen, seed=drawn, on_token=on_token))
 
     def close(self) -> None:
         for searcher in self.searchers.values():

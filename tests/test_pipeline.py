@@ -13,10 +13,12 @@ from knnlm.datastore.updates.revise import with_tuning
 from knnlm.errors import Conflict, InvalidRequest, KnnlmError, UnknownDomain, UnknownVersion
 from knnlm.evaluation.perplexity import leaks
 from knnlm.evaluation.splits import encode
+from knnlm.generation import GenerationOptions
 from knnlm.index.searcher import Searcher
 from knnlm.messages import Document, ForwardRequest, SearchRequest, Tuning
 from knnlm.options import DomainOptions, KnnOptions, SearchOptions
 from knnlm.pipeline import Context, LocalDatastore, LocalLanguageModel, Pipeline
+from knnlm.sampling import SamplingOptions
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 
 TEXT = "the dog sat on the mat and the cat looked at the log, " * 2  # longer than one window of the toy
@@ -43,6 +45,27 @@ def test_score_without_retrieval_is_the_model(pipeline: Pipeline) -> None:
     score = pipeline.score("the dog sat")
     np.testing.assert_array_equal(score.log_probs, expected.target_log_probs)
     assert score.knn_log_probs is None
+
+
+def test_generate_takes_the_likeliest_of_next_token_again_and_again(pipeline: Pipeline) -> None:
+    greedy = GenerationOptions(max_tokens=6, sampling=SamplingOptions(temperature=0), ignore_eos=True)
+    seen: list[str] = []
+    completion = pipeline.generate("the cat", "toy", greedy, on_token=lambda new: seen.append(new.text))
+    context = pipeline.tokenizer.encode("the cat").tolist()
+    for token, log_prob in zip(completion.tokens, completion.log_probs, strict=True):
+        mixed = pipeline.next_token([context], "toy").mixed
+        assert token == int(mixed.log_probs[0].argmax())
+        assert log_prob == pytest.approx(float(mixed.log_probs[0].max()))
+        context.append(token)
+    assert completion.text == "".join(seen) == pipeline.tokenizer.decode(list(completion.tokens))
+    assert (completion.finish, completion.degraded, completion.domains[0].domain) == ("length", None, "toy")
+
+
+def test_generate_draws_the_same_with_the_same_seed(pipeline: Pipeline) -> None:
+    free = GenerationOptions(max_tokens=12, ignore_eos=True)
+    drawn = [pipeline.generate("the cat", options(lmbda=0.2), free, seed=seed).tokens for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert pipeline.generate("the cat", None, free).tokens != pipeline.generate("the cat", None, free).tokens
 
 
 def test_lambda_zero_is_exactly_the_model(pipeline: Pipeline) -> None:

@@ -17,6 +17,7 @@ from knnlm.cli.compact import compact
 from knnlm.cli.domains import domains
 from knnlm.cli.evaluate import evaluate
 from knnlm.cli.forget import forget
+from knnlm.cli.generate import generate
 from knnlm.cli.index import index
 from knnlm.cli.next_token import next_token
 from knnlm.cli.score import score
@@ -54,6 +55,7 @@ app.command("eval")(evaluate)
 app.add_typer(domains, name="domains")
 app.command("next")(next_token)
 app.command()(score)
+app.command()(generate)
 app.command()(serve)
 
 

@@ -18,16 +18,21 @@ def retrieving(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for each choice of retrieval in place of its parameter `knn`.
 
     It is called with a KnnOptions, or None without a domain; then the other options would be ignored, which is refused.
+    A command with a --temperature of its own has this one as --knn-temperature.
     """
-
-    def wrapped(**given: Any) -> None:  # Any: values of whatever options the command has
-        chosen = {name: given.pop(name) for name in OPTIONS}
-        command(knn=_options(chosen), **given)
-
     signature = inspect.signature(command, eval_str=True)
     before = list(signature.parameters.values())
+    own = "temperature" in signature.parameters
+    options = {f"knn_{n}" if own and n == "temperature" else n: kind for n, kind in OPTIONS.items()}
+    if own:
+        options["knn_temperature"] = _option(float, "--knn-temperature", TEMPERATURE)
+
+    def wrapped(**given: Any) -> None:  # Any: values of whatever options the command has
+        chosen = {name: given.pop(asked) for asked, name in zip(options, OPTIONS, strict=True)}
+        command(knn=_options(chosen, own), **given)
+
     place = [p.name for p in before].index("knn")
-    ours = [before[place].replace(name=n, annotation=kind, default=None) for n, kind in OPTIONS.items()]
+    ours = [before[place].replace(name=n, annotation=kind, default=None) for n, kind in options.items()]
     parameters = [*before[:place], *ours, *before[place + 1 :]]
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}  # typer reads both
@@ -75,11 +80,15 @@ def _flag(name: str) -> str:
     return given or "--" + name.replace("lmbda", "lambda").replace("_", "-")
 
 
-def _options(chosen: Mapping[str, Any]) -> KnnOptions | None:  # Any: as typer read them; None or empty = not given
+def _options(
+    chosen: Mapping[str, Any],  # Any: as typer read them; None or empty = not given
+    renamed: bool,
+) -> KnnOptions | None:
     given = {name: value for name, value in chosen.items() if value is not None and value != []}
     if "domain" not in given:
         if given:
-            flag = _flag(next(iter(given)))
+            name = next(iter(given))
+            flag = "--knn-temperature" if renamed and name == "temperature" else _flag(name)
             raise InvalidRequest(f"{flag} means nothing without --domain", param=flag)
         return None
     parts = [DomainOptions(d, lmbda=given.get("lmbda"), temperature=given.get("temperature")) for d in given["domain"]]
@@ -87,10 +96,11 @@ def _options(chosen: Mapping[str, Any]) -> KnnOptions | None:  # Any: as typer r
     return KnnOptions(tuple(parts), search=SearchOptions.of(given), **others)
 
 
+TEMPERATURE = "Divides squared distances; by default as tuned."
 OPTIONS: Mapping[str, Any] = {
     "domain": _option(list[str], "--domain", "Retrieve from this domain; may be repeated. None: the LM alone."),
     "lmbda": _option(float, "--lambda", "Weight of what is retrieved, 0 to 1; by default as tuned."),
-    "temperature": _option(float, "--temperature", "Divides squared distances; by default as tuned."),
+    "temperature": _option(float, "--temperature", TEMPERATURE),
     "rule": _option(str, "--rule", "Weigh what is retrieved by this lambda rule; by default as tuned."),
     "combine": _option(str, "--combine", "Several domains: mixture (a weight each, default) or union (one softmax)."),
     **{name: _search_option(name) for name, option in SEARCH_OPTIONS.items() if option.public},

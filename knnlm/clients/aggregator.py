@@ -126,6 +126,7 @@ class _Connection(Generic[Http]):
     next_token = _Method(routes.next_token)
     score = _Method(routes.score)
     explain = _Method(routes.explain)
+    stream_completion = _Stream(routes.stream_completion)
     models = _Method(routes.models)
     model = _Method(routes.model)
     domains = _Method(routes.domains)

@@ -102,6 +102,19 @@ def explain(
     return Call("POST", "/v1/explain", _of(Explained), body)
 
 
+def stream_completion(
+    prompt: Texts | TokenIds,
+    *,
+    model: str | None = None,
+    knn: Knn | None = None,
+    max_tokens: int | None = None,
+    **more: object,
+) -> Streamed[Json]:
+    """What follows the prompts, in chunks of OpenAI's shape."""
+    body = _body(knn, prompt=prompt, model=model, max_tokens=max_tokens, **more)
+    return Streamed("POST", "/v1/completions", dict, {**body, "stream": True})
+
+
 def models() -> Call[Sequence[answers.Model]]:
     """The LM, and the LM with each of the domains."""
     return Call("GET", "/v1/models", lambda given: _of(answers.ModelList)(given).data)
