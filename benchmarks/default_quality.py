@@ -3,10 +3,9 @@
     python -m benchmarks.default_quality [--text CORPUS ...] [--text CORPUS ...] [--size N] [--queries N]
 
 Each --text is a corpus of its own. Each search is taken at its own best temperature and lambda on the same held-out
-tokens; beside the difference stands its standard error, from the differences of the tokens. Beside the default: four
-times its lists, which `knnlm tune` may choose.
-The last line is of the first corpus with three dimensions of its keys, and of its queries, made 20 times as large: a
-spectrum as large models have it.
+tokens; beside the difference stands its standard error, from the differences of the tokens. Beside the default:
+four times its lists, which `knnlm tune` may choose. The last line is of the first corpus with three dimensions of its
+keys, and of its queries, made 20 times as large: a spectrum as large models have it.
 """
 
 import tempfile

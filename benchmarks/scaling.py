@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.data import FOLDER, Prepared, add_datastore_option, asked_for
 from benchmarks.harness import arguments, figure, interleave, table
 from knnlm.datastore.reader import Datastore
-from knnlm.evaluation.index_work import Workshop
+from knnlm.evaluation.index_work import ReportFolder
 from knnlm.index.auto_recipe import auto_recipe
 from knnlm.index.ivf import lists_for
 from knnlm.index.searcher import Searcher
@@ -40,7 +40,7 @@ def main() -> None:
     for name, datastore in (("10 n", whole), ("n", tenth(whole))):
         recipe = recipe_for(datastore.manifest.entries, datastore.manifest.key_dim)
         folder = work_folder(prepared, name)
-        searchers[name] = (recipe, Workshop(folder, datastore, options.seed).opened(recipe))
+        searchers[name] = (recipe, ReportFolder(folder, datastore, options.seed).opened(recipe))
     rates = interleave({n: program(prepared, searcher) for n, (_, searcher) in searchers.items()}, SECONDS, ROUNDS)
     table(
         ["entries", "index", "us per query", "spread"],

@@ -1,7 +1,7 @@
 """`knnlm index`: the search structures over the keys of a datastore, built, chosen, removed and compared."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,14 +77,9 @@ def use(
     as_json: JsonOption = False,
 ) -> None:
     """Make an index that a version has the one that answers. Running services take it up."""
-    from knnlm.datastore.catalog import Catalog
-    from knnlm.datastore.manifest import Manifest
     from knnlm.datastore.updates.revise import with_default_index
 
-    path = version_folder(Catalog(store), domain, version)
-    before = Manifest.load(path)
-    with_default_index(path, recipe)
-    _tell(before, path, recipe, ["the default now, as asked"], as_json=as_json)
+    _revise(with_default_index, "the default now, as asked", domain, recipe, store, version, as_json=as_json)
 
 
 @index.command("remove")
@@ -96,14 +91,9 @@ def remove(
     as_json: JsonOption = False,
 ) -> None:
     """Remove an index and its file from a version. The one that answers is refused."""
-    from knnlm.datastore.catalog import Catalog
-    from knnlm.datastore.manifest import Manifest
     from knnlm.index.build import remove_index
 
-    path = version_folder(Catalog(store), domain, version)
-    before = Manifest.load(path)
-    remove_index(path, recipe)
-    _tell(before, path, recipe, ["removed, as asked"], as_json=as_json)
+    _revise(remove_index, "removed, as asked", domain, recipe, store, version, as_json=as_json)
 
 
 @index.command("report")
@@ -179,6 +169,20 @@ def report(
         print_json(found.as_json())
     else:
         print_report(found)
+
+
+def _revise(
+    change: Callable[[Path, str], object], done: str, domain: str, recipe: str, store: Path, version: str | None, *,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Change the indexes of a version, and say what was done."""
+    from knnlm.datastore.catalog import Catalog
+    from knnlm.datastore.manifest import Manifest
+
+    path = version_folder(Catalog(store), domain, version)
+    before = Manifest.load(path)
+    change(path, recipe)
+    _tell(before, path, recipe, [done], as_json=as_json)
 
 
 def _tell(before: "Manifest", path: Path, recipe: str, reasons: Sequence[str], *, as_json: bool) -> None:

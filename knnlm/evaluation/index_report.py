@@ -22,7 +22,7 @@ from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import HeldOut
 from knnlm.evaluation.index_candidates import Candidate
 from knnlm.evaluation.index_quality import Quality, judge
-from knnlm.evaluation.index_work import Workshop
+from knnlm.evaluation.index_work import ReportFolder
 from knnlm.evaluation.timing import interleave
 from knnlm.evaluation.tuning import Observations, fit
 from knnlm.index.searcher import Searcher
@@ -121,7 +121,7 @@ def index_report(
     fitting = tuple(b for b in batches if b <= len(held_out.queries))
     steps = _Steps(on_progress or _silent, 1 + 2 * len(candidates) + len(fitting) * len(ks))
     with locked(work, wait=False, doing="reporting"):
-        shop = Workshop(work, Datastore.open(path), seed)
+        shop = ReportFolder(work, Datastore.open(path), seed)
         try:
             return _Run(shop, held_out, tuple(sorted(ks)), steps).report(candidates, fitting, seconds, rounds)
         finally:
@@ -150,7 +150,7 @@ class _Steps:
 
 
 class _Run:
-    def __init__(self, shop: Workshop, held_out: HeldOut, ks: tuple[int, ...], steps: _Steps) -> None:
+    def __init__(self, shop: ReportFolder, held_out: HeldOut, ks: tuple[int, ...], steps: _Steps) -> None:
         self._shop = shop
         self._held_out = held_out
         self._ks = ks

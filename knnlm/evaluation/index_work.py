@@ -24,7 +24,7 @@ from knnlm.index.searcher import Searcher
 from knnlm.index.table import family
 from knnlm.neighbors import Neighbors
 
-__all__ = ["Built", "Workshop"]
+__all__ = ["Built", "ReportFolder"]
 
 R = TypeVar("R", bound=Record)
 
@@ -36,7 +36,7 @@ class Built(Record):
     parameters: dict[str, int | float]
 
 
-class Workshop:
+class ReportFolder:
     """`folder` exists, and nobody else works in it."""
 
     def __init__(self, folder: Path, datastore: Datastore, seed: int) -> None:

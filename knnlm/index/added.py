@@ -1,7 +1,6 @@
 """Entries that were added to a version after its index was built: searched exactly, beside it, whatever they are.
 
-They are searched in the space in which the index works: of the keys as its pre-transform makes them, where it has
-one, rounded
+They are searched in the space in which the index works: as its pre-transform makes them, where it has one, rounded
 where it keeps them rounded. So their distances mean the same as those of the entries that the index holds.
 """
 
@@ -43,7 +42,7 @@ class Added:
 
     @property
     def keys_bytes(self) -> int:
-        """Of the keys that rescoring reads."""
+        """Bytes of the keys that rescoring reads."""
         return int(self._rescoring.nbytes)
 
     def search(

@@ -26,8 +26,8 @@ def compact(
     wait: bool = False,
     on_progress: Report | None = None,
 ) -> DomainChange:
-    """As `folding.compact`, whose errors it raises. recipe: of the index, as in `build_index`; None = that of the
-    default index before.
+    """Do as `folding.compact`, whose errors it raises. recipe: what index to build, as in `build_index`; None = the
+    recipe of the former default index.
 
     Raises InvalidRequest for a recipe that is not known, or that does not suit (the version is published by then, but
     neither indexed nor activated).

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
 from knnlm.index.contract import MISSING_DISTANCE, Float32, Int64
-from knnlm.index.removed import NO_TOMBSTONES, Tombstones
+from knnlm.index.tombstones import NO_TOMBSTONES, Tombstones
 from knnlm.messages import SearchRequest
 
 __all__ = ["Exclusion", "check_exclusion", "without"]

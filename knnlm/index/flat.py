@@ -50,7 +50,7 @@ class Flat(Family):
         return self.opened(keys)
 
     def opened(self, keys: Keys) -> "FlatIndex":
-        """Of keys (n, d), which are copied as float32."""
+        """The index of keys (n, d), which are copied as float32."""
         index = faiss.IndexFlatL2(keys.shape[1])
         # not by add: it grows by doubling, and would hold twice the keys meanwhile
         index.codes.resize(4 * keys.size)

@@ -1,7 +1,7 @@
 """Inverted lists: keys are grouped around nlist centroids, a query visits the nprobe nearest groups.
 
 Recipes: "ivf<nlist>[,<codec>]", with any codec of codecs.py. What a codec loses in distances, rescoring gives back;
-what nprobe misses is missed. "ivf4096,pq64" visiting 32 lists is the recipe of Khandelwal et al. 2019 (arXiv
+what nprobe misses is missed. "ivf4096,pq64" visiting 32 lists is the recipe of Khandelwal et al. 2020 (arXiv
 1911.00172) at d = 1024.
 """
 

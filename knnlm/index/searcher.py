@@ -24,10 +24,10 @@ from knnlm.index.exclusion import Exclusion, without
 from knnlm.index.freeing import drop_maps, drop_pages
 from knnlm.index.kernels import gather
 from knnlm.index.memory import require
-from knnlm.index.removed import NO_TOMBSTONES, Tombstones
 from knnlm.index.requests import check_lookup, check_request, rescoring
 from knnlm.index.rescore import nearest_first, rescored
 from knnlm.index.table import family
+from knnlm.index.tombstones import NO_TOMBSTONES, Tombstones
 from knnlm.messages import DomainInfo, Memory, ModelInfo, Passage, PassagesRequest, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
@@ -149,7 +149,7 @@ class Searcher:
 
     @property
     def memory_bytes(self) -> int:
-        """Of the index, file maps included."""
+        """Bytes that the index occupies, file maps included."""
         return self._index.memory_bytes
 
     @property

@@ -263,8 +263,9 @@ def test_search_with_padding_says_so(made: Made) -> None:
 
 def test_verify_covers_the_index(made: Made) -> None:
     file = made.file
+    assert (file is None) == (made.recipe == "flat")
     if file is None:
-        return
+        pytest.skip("exact search has no file")
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert [c.name for c in verify(made.path) if c.problem is not None] == [file.name]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from knnlm.index.exclusion import Exclusion, without
-from knnlm.index.removed import NO_TOMBSTONES, Tombstones
+from knnlm.index.tombstones import NO_TOMBSTONES, Tombstones
 from tests.index.helpers import clustered
 from tests.index.test_exclusion import DIM, Exact, Float32, cases, excluding, twin
 
