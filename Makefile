@@ -47,7 +47,7 @@ test-page: browser ## the web page in headless Chromium
 browser: $(PAGE)/.installed # Chromium and what drives it, installed where they are missing
 	@PYTHONPATH=$(PAGE) bash tests/page/browser.sh $(BIN)/python
 
-$(PAGE)/.installed: $(STAMP) tests/page/requirements.txt
+$(PAGE)/.installed: tests/page/requirements.txt | $(STAMP)
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target $(PAGE) -r tests/page/requirements.txt
 	@touch $@
 

@@ -1,6 +1,7 @@
 """What a person does on the page, and sees."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,7 +119,45 @@ async def test_a_scored_text_is_shaded_and_its_tokens_show_their_passages(store:
             await looked.page.keyboard.press(key)
         assert await tokens.nth(20).get_attribute("aria-selected") == "true"
         await looked.sees("#score-detail h3", "Token a")
+        assert (await looked.text("#score-detail tbody")).split()[:2] == ["lm", "0.7"]
         await looked.sees("#score-detail .passage", "the mat")
+        await looked.page.get_by_text("Documents it leans on").click()
+        await looked.sees("#score-result details td", "cat")
+
+
+async def test_a_text_too_long_for_passages_is_scored_without(store: Path) -> None:
+    async with looking(store, "tab=score&a.domain=cat&scored=the cat sat", max_explained_passages=20) as looked:
+        await looked.page.get_by_role("button", name="Score").click()
+        await looked.sees("#score-status", "The text is too long for passages.")
+        await looked.sees("#score-result dl", "with cat v1")
+
+
+async def test_a_prompt_is_continued_by_the_lm_and_beside_it_with_retrieval(store: Path) -> None:
+    link = "tab=generate&a.domain=cat&a.lambda=0.9&prompt=the cat sat on&max_tokens=12&temperature=0"
+    async with looking(store, link) as looked:
+        await looked.page.get_by_role("button", name="Generate").click()
+        await looked.sees("#generate-status", "LM: 12 tokens")
+        await looked.sees("#generate-status", "with retrieval: 12 tokens")
+        tokens = looked.page.locator("#generate-knn [role=option]")
+        assert "".join(await tokens.all_text_contents()) == " the mat and"
+        assert await looked.text("#generate-lm") != await looked.text("#generate-knn")
+        assert await looked.page.locator("#generate-knn .strip .helped").count() > 6
+        await tokens.nth(5).click()
+        await looked.sees("#generate-detail h3", "Token m")
+        await looked.sees("#generate-detail .passage", "the mat")
+
+
+async def test_a_completion_can_be_stopped_and_one_that_is_refused_says_why(store: Path) -> None:
+    async with looking(store, "tab=generate&a.domain=cat&prompt=the cat&a.k=64", max_k=8) as looked:
+        await looked.page.get_by_role("button", name="Generate").click()
+        await looked.sees("[role=alert]", "64")
+        await looked.page.locator("#panel-generate").get_by_label("k neighbors: as tuned").click()
+        await looked.page.route("**/v1/completions", lambda _: None)  # never answered
+        await looked.page.get_by_role("button", name="Generate").click()
+        await looked.sees("#generate-status", "Generating…")
+        await looked.page.get_by_role("button", name="Stop").click()
+        await looked.sees("#generate-status", "Stopped.")
+        assert not await looked.page.locator("[role=alert]").is_visible()
 
 
 async def test_domains_show_what_they_are_and_switch(store: Path) -> None:
@@ -155,3 +194,19 @@ async def test_documents_are_added_and_removed(store: Path) -> None:
         assert await looked.page.evaluate("document.activeElement.innerText") == "Remove"
         await cat.get_by_role("button", name="Remove").click()
         await looked.sees("[role=alert]", "birds")
+
+
+async def test_what_goes_wrong_in_the_middle_of_a_stream_is_told(store: Path) -> None:
+    begun = 'data: {"choices": [{"index": 0, "text": " mat", "finish_reason": null}]}\r\n\r\n'
+    error = '{"error": {"message": "the datastore is gone", "type": "x", "param": null, "code": "unavailable"}}'
+    async with looking(store, "tab=generate&a.domain=none&prompt=the cat") as looked:
+        for end, told in ((f"data: {error}\n\ndata: [DONE]\n\n", "the datastore is gone"), ("", "ended early")):
+
+            async def answer(route: Any, *, body: str = begun + end) -> None:
+                await route.fulfill(body=body, content_type="text/event-stream")
+
+            await looked.page.route("**/v1/completions", answer)
+            await looked.page.get_by_role("button", name="Generate").click()
+            await looked.sees("[role=alert]", told)
+            assert await looked.text("#generate-lm") == " mat"
+            await looked.page.unroute("**/v1/completions")

@@ -10,6 +10,7 @@ export class ApiError extends Error {
   constructor(error, status) {
     super(error.message);
     this.code = error.code ?? "";
+    this.param = error.param ?? null;
     this.status = status;
   }
 }

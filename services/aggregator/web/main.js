@@ -3,13 +3,13 @@ import * as api from "./api.js";
 import { askForKey } from "./dialogs.js";
 import { byId, told } from "./dom.js";
 import { domainsView } from "./domains.js";
+import { generateView } from "./generate.js";
 import { nextTokenView } from "./next_token.js";
 import { scoreView } from "./score.js";
 import * as state from "./state.js";
 
-const views = { next: nextTokenView(), score: scoreView(), domains: domainsView(load) };
+const views = { next: nextTokenView(), generate: generateView(), score: scoreView(), domains: domainsView(load) };
 const tabs = Object.keys(views).map((name) => byId(`tab-${name}`));
-byId("tab-generate").hidden = !("generate" in views);
 const nameOf = (tab) => tab.id.slice("tab-".length);
 
 /** The domains that the model can be mixed with, by name; every view is told of them. */

@@ -3,17 +3,16 @@ import { el, number, percent, visible } from "./dom.js";
 
 /**
  * A list of passages. Each: domain, document, position, distance, share (of what retrieval says), token, before, after
- * (which begins with the token). marked: the token that is looked at; passages that say another are paler.
+ * (which begins with the token).
  */
-export function passageList(passages, marked = null) {
+export function passageList(passages) {
   if (!passages.length) return el("p", { class: "hint" }, "Nothing was retrieved here.");
-  return el("ol", { class: "passages", role: "list" }, passages.map((one) => passage(one, marked)));
+  return el("ol", { class: "passages", role: "list" }, passages.map(passage));
 }
 
-function passage({ domain, document, position, distance, share, token, before, after }, marked) {
+function passage({ domain, document, position, distance, share, token, before, after }) {
   const [said, rest] = after.startsWith(token) ? [token, after.slice(token.length)] : ["", after];
-  const other = marked !== null && token !== marked;
-  return el("li", { class: other ? "other" : null },
+  return el("li", {},
     el("p", { class: "source" },
       el("b", {}, document), ` · ${domain}, token ${position}`,
       el("span", { class: "figures" }, `says ${visible(token)} · distance ${number(distance)} · ${percent(share)}`)),

@@ -1,20 +1,19 @@
 // A pasted text, scored: perplexities, every token shaded by what retrieval gave, passages on a click.
 import * as api from "./api.js";
 import { byId, el, latest, number, told } from "./dom.js";
-import { fromNeighbors, passageList } from "./passages.js";
+import { showExplained } from "./explained.js";
 import { retrievalControls } from "./retrieval.js";
 import * as state from "./state.js";
-import { legend, tokenDetail, tokenStrip } from "./tokens.js";
 
-const p = (logarithm) => (logarithm === null ? 0 : Math.exp(logarithm));
+const PASSAGES = 4; // of each token
 
 export function scoreView() {
   const field = byId("score-text");
   const status = byId("score-status");
   const result = byId("score-result");
+  const tokens = el("div", { class: "stack" });
   const detail = byId("score-detail");
   const scoring = latest();
-  const looking = latest();
   const controls = retrievalControls(byId("score-controls"), {
     prefix: "a", legend: "Domain", none: "none: the LM alone", changed: () => undefined,
   });
@@ -25,35 +24,16 @@ export function scoreView() {
     status.textContent = "Scoring…";
     detail.hidden = true;
     try {
-      const reply = await api.post("v1/score", { text: field.value, knn: controls.knn }, { signal });
+      const { reply, note } = await explained({ text: field.value, knn: controls.knn }, signal);
       controls.show(reply.domains[0]);
-      show(reply);
-      status.textContent = "";
+      showExplained(tokens, detail, reply, "The text's tokens");
+      result.replaceChildren(figures(reply), tokens);
+      result.hidden = false;
+      status.textContent = note;
     } catch (problem) {
       if (!signal.aborted) { status.textContent = ""; result.hidden = true; }
       throw problem;
     }
-  }
-
-  function show(reply) {
-    const strip = tokenStrip("The text's tokens", (i) => told(() => looking((signal) => look(reply, i, signal))));
-    reply.tokens.forEach((t) => strip.add({ text: t.token, p: p(t.log_p), p_lm: p(t.log_p_lm) }));
-    result.replaceChildren(figures(reply), legend(), strip.element);
-    result.hidden = false;
-  }
-
-  async function look(reply, i, signal) {
-    const token = reply.tokens[i];
-    const tokens = [reply.first_token_id, ...reply.tokens.slice(0, i).map((t) => t.token_id)];
-    const components = reply.components.map((c) => ({ name: c.name, weight: c.weight[i], p: c.log_p[i] === null ? null : p(c.log_p[i]) }));
-    detail.replaceChildren(...tokenDetail({ text: token.token, p: p(token.log_p), components }));
-    detail.hidden = false;
-    const [used] = reply.domains;
-    if (!used) return;
-    const knn = { ...controls.knn, domain: used.domain, version: used.version };
-    const body = { tokens, knn, neighbors: 12, top_n: 0, truncate: "left" };
-    const found = await api.post("v1/next_token", body, { signal });
-    detail.append(el("h3", {}, "Nearest passages"), passageList(fromNeighbors(found.results[0].neighbors), token.token));
   }
 
   return {
@@ -65,15 +45,27 @@ export function scoreView() {
   };
 }
 
+/** The text explained; a text too long for passages is explained without. */
+async function explained(body, signal) {
+  try {
+    return { reply: await api.post("v1/explain", { ...body, passages: PASSAGES }, { signal }), note: "" };
+  } catch (problem) {
+    if (problem.param !== "passages") throw problem;
+    const reply = await api.post("v1/explain", { ...body, passages: 0 }, { signal });
+    return { reply, note: "The text is too long for passages." };
+  }
+}
+
 function figures(reply) {
-  const ratio = reply.perplexity === null ? null : reply.perplexity / reply.perplexity_lm;
   const rows = [["perplexity of the LM alone", number(reply.perplexity_lm)]];
   if (reply.domains.length) {
     const names = reply.domains.map((d) => `${d.domain} ${d.version}`).join(", ");
-    rows.push([`with ${names}`, reply.perplexity === null ? "infinite" : number(reply.perplexity)]);
-    rows.push(["ratio", number(ratio)]);
+    const known = reply.perplexity !== null;
+    rows.push([`with ${names}`, known ? number(reply.perplexity) : "infinite"]);
+    rows.push(["ratio", known ? number(reply.perplexity / reply.perplexity_lm) : "–"]);
   }
+  rows.push(["tokens", reply.tokens.length.toLocaleString("en")]);
   return el("dl", { class: "figures" },
-    [...rows, ["tokens", reply.tokens.length.toLocaleString("en")]].map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))),
+    rows.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))),
     reply.degraded && el("p", { class: "problem" }, reply.degraded));
 }

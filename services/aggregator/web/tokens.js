@@ -1,15 +1,15 @@
 // Tokens as a text, each shaded by what retrieval gave it; one can be chosen, by mouse or by arrow keys.
-import { el, number, percent, visible } from "./dom.js";
+import { el, number, visible } from "./dom.js";
 
 const FULL = Math.log(8); // a token eight times likelier or less likely with retrieval has the full shade
 
-/** Natural logarithm of p / p_lm; 0 where either is unknown. */
+/** Natural logarithm of p / p_lm; 0 where the LM rules the token out. */
 export function gain({ p, p_lm }) {
-  if (p === null || p_lm === null || p === undefined || p_lm === undefined || p_lm === 0) return 0;
+  if (p_lm === 0) return 0;
   return p === 0 ? -FULL : Math.log(p / p_lm);
 }
 
-/** An empty strip. chosen(index): called when a token is chosen. Returns { element, add, clear }. */
+/** An empty strip. chosen(index): called when a token is chosen. Returns { element, add }. */
 export function tokenStrip(label, chosen) {
   const element = el("div", { class: "strip", role: "listbox", "aria-label": label, "aria-orientation": "horizontal" });
   let current = null;
@@ -47,7 +47,7 @@ export function tokenStrip(label, chosen) {
 
   return {
     element,
-    /** token: { text, p, p_lm }; p null where it is not known. */
+    /** token: { text, p, p_lm }. */
     add(token) {
       const by = gain(token);
       const option = el("span", {
@@ -58,10 +58,6 @@ export function tokenStrip(label, chosen) {
       }, token.text.replaceAll("\n", "⏎\n") || "\u200b");
       current ??= option;
       element.append(option);
-    },
-    clear() {
-      element.replaceChildren();
-      current = null;
     },
   };
 }
@@ -76,15 +72,3 @@ export const legend = () =>
   el("p", { class: "hint legend" },
     el("span", { class: "token helped", vars: { shade: 1 } }, "likelier"), " and ",
     el("span", { class: "token hurt", vars: { shade: 1 } }, "less likely"), " with retrieval; full shade at 8 times");
-
-/** The head of a detail: a token and its probabilities. components: [{name, weight, p}], the LM first. */
-export function tokenDetail({ text, p, components }) {
-  return [
-    el("h3", {}, "Token ", el("code", {}, visible(text)), `: ${percent(p)}`),
-    el("table", { class: "plain" },
-      el("thead", {}, el("tr", {}, ["component", "weight", "its p", "gives"].map((name) => el("th", { scope: "col" }, name)))),
-      el("tbody", {}, components.map((c) =>
-        el("tr", {}, el("th", { scope: "row" }, c.name), el("td", {}, number(c.weight)), el("td", {}, percent(c.p)),
-          el("td", {}, percent(c.weight * (c.p ?? 0))))))),
-  ];
-}
