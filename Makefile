@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-clients
 PAGE := .venv-page
 PROTOS := $(wildcard proto/knnlm/v1/*.proto)
 .DEFAULT_GOAL := help
-.PHONY: help venv demo up down test test-all test-faults test-compose test-page browser bench check format proto proto-check clean
+.PHONY: help venv demo up down test test-all test-faults test-compose test-page test-clients browser bench check format proto proto-check clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,10 +31,10 @@ down: ## stop the services
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m demo.services down; else echo "nothing is installed, so nothing runs"; fi
 
 test: $(STAMP) ## the tests: offline, on CPU, under five minutes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not faults and not compose and not page"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not faults and not compose and not page and not clients"
 
 test-all: $(STAMP) ## the tests that take longer, too
-	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not faults and not compose and not page"
+	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not faults and not compose and not page and not clients"
 
 test-faults: $(STAMP) ## overload, kills, full disks, fuzzing, leaks: some ten minutes, figures printed
 	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -s -m faults tests/faults
@@ -49,6 +50,16 @@ browser: $(PAGE)/.installed # Chromium and what drives it, installed where they 
 
 $(PAGE)/.installed: tests/page/requirements.txt | $(STAMP)
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target $(PAGE) -r tests/page/requirements.txt
+	@touch $@
+
+test-clients: $(STAMP) $(CLIENTS)/.installed ## clients of other makes against `knnlm serve`: lm-eval, openai (also for node), LangChain, LiteLLM
+	@$(BIN)/python -m pytest -q -m clients tests/foreign
+
+$(CLIENTS)/.installed: tests/foreign/requirements.txt tests/foreign/package.json
+	@test -x $(CLIENTS)/bin/python || { echo "creating $(CLIENTS)"; $(PYTHON) -m venv $(CLIENTS); }
+	@$(CLIENTS)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/foreign/requirements.txt
+	@mkdir -p $(CLIENTS)/node && cp tests/foreign/package.json $(CLIENTS)/node/
+	@if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix $(CLIENTS)/node; fi
 	@touch $@
 
 bench: $(STAMP) ## every benchmark at the small size, one after another; ends with a JSON line per figure
@@ -76,4 +87,4 @@ proto-check: $(STAMP) # generated code must be what proto/ gives
 	@diff -r -x __pycache__ build/proto/knnlm/v1 knnlm/v1 || { echo "knnlm/v1 is not what proto/ gives: run \`make proto\`"; exit 1; }
 
 clean: down ## remove what was built and installed
-	rm -rf $(VENV) $(PAGE) build store *.egg-info
+	rm -rf $(VENV) $(PAGE) $(CLIENTS) build store *.egg-info

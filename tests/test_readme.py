@@ -1,4 +1,4 @@
-"""What README tells people to run, runs; and its tree names what is there."""
+"""What README and docs/clients.md tell people to run, runs; and README's tree names what is there."""
 
 import asyncio
 import os
@@ -18,8 +18,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT_CHARACTERS = 16_000  # of each document: enough to retrieve from, and read by the model in seconds
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -48,13 +48,17 @@ def test_the_python_block_runs_and_retrieval_helps(checkout: Path) -> None:
     assert perplexities[1] < perplexities[0]
 
 
-async def test_the_block_of_the_client_runs(tmp_path: Path) -> None:
+async def test_programs_with_a_client_run(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+    programs = [*blocks("python"), *blocks("python", page)]
     with_tuning(toy_datastore(tmp_path, domain="manual"), TUNING)
-    (block,) = (block for block in blocks("python") if "knnlm.Client(" in block)
     async with system(tmp_path) as s:
         url = f"http://127.0.0.1:{s.hosts['aggregator'].port}"
-        out = await asyncio.to_thread(run, [sys.executable, "-c", block], tmp_path, KNNLM_URL=url)
-    assert float(out.split()[-1]) > 1
+        for program in programs:
+            if "knnlm.Client(" in program or "knnlm.AsyncClient(" in program:
+                program = program.replace("http://127.0.0.1:8000", url).replace("pocket+", "toy+")
+                out = await asyncio.to_thread(run, [sys.executable, "-c", program], tmp_path, KNNLM_URL=url)
+                assert re.search(r"\d\.\d", out)
 
 
 def test_the_commands_run(checkout: Path) -> None:

@@ -18,7 +18,7 @@ class TokenizeRequest(Strict):
     prompt: Text
     add_special_tokens: StrictBool = True
     return_token_strs: StrictBool = False
-    parse_special: ParseSpecial = False
+    parse_special: ParseSpecial = True  # lm-eval asks for the id of a special token by its text
 
 
 class TokenizeResponse(BaseModel):
