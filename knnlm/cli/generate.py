@@ -19,7 +19,17 @@ from knnlm.cli.common import (
     read_text,
     remark,
 )
-from knnlm.cli.remote import TlsCaOption, TlsCertOption, TlsKeyOption, api_key, is_given, refuse_without
+from knnlm.cli.remote import (
+    ModelNameOption,
+    RemoteKeyOption,
+    RemoteOption,
+    TlsCaOption,
+    TlsCertOption,
+    TlsKeyOption,
+    is_given,
+    refuse_without,
+    service,
+)
 from knnlm.cli.retrieval import domain_names, retrieving
 from knnlm.errors import InvalidRequest
 from knnlm.options import KnnOptions
@@ -32,12 +42,7 @@ if TYPE_CHECKING:
 def generate(
     context: typer.Context,
     text: TextArgument,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", envvar="KNNLM_MODEL", help="Hugging Face folder or hub id; with --remote its name there."
-        ),
-    ] = None,
+    model: ModelNameOption = None,
     store: StoreOption = DEFAULT_STORE,
     knn: KnnOptions | None = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
@@ -50,8 +55,8 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the EOS token.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of the draws; by default another each time.")] = None,
-    remote: Annotated[str | None, typer.Option(help="Ask the aggregator at this URL.")] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="With --remote: file with the key to send.")] = None,
+    remote: RemoteOption = None,
+    api_key_file: RemoteKeyOption = None,
     tls_ca_file: TlsCaOption = None,
     tls_cert_file: TlsCertOption = None,
     tls_key_file: TlsKeyOption = None,
@@ -75,11 +80,7 @@ def generate(
         answer = _here(text, model, store, knn, options, seed, (device, dtype), quiet=as_json)
     else:
         asked = _asked(options, seed) | {"model": model if is_given(context, "model") else None}
-        from knnlm.clients.aggregator import Client
-
-        with Client(
-            remote, api_key=api_key(api_key_file), ca_file=tls_ca_file, cert_file=tls_cert_file, key_file=tls_key_file
-        ) as client:
+        with service(remote, api_key_file, (tls_ca_file, tls_cert_file, tls_key_file)) as client:
             answer = _there(client.stream_completion(text, knn=knn, add_bos=True, **asked), quiet=as_json)
     if as_json:
         print_json(answer)

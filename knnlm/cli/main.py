@@ -16,6 +16,7 @@ from knnlm.cli.build import build
 from knnlm.cli.compact import compact
 from knnlm.cli.domains import domains
 from knnlm.cli.evaluate import evaluate
+from knnlm.cli.explain import explain
 from knnlm.cli.forget import forget
 from knnlm.cli.generate import generate
 from knnlm.cli.index import index
@@ -32,7 +33,7 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 EXTRAS = {
     "torch": "lm", "transformers": "lm", "safetensors": "lm", "faiss": "index",
     "llvmlite": "index", "numba": "index", "pyarrow": "parquet", "rich": "cli", "grpc": "clients",
-    "google": "clients", "fastapi": "serve",
+    "google": "clients", "httpx": "clients", "fastapi": "serve",
 }  # fmt: skip
 
 app = typer.Typer(
@@ -55,6 +56,7 @@ app.command("eval")(evaluate)
 app.add_typer(domains, name="domains")
 app.command("next")(next_token)
 app.command()(score)
+app.command()(explain)
 app.command()(generate)
 app.command()(serve)
 
