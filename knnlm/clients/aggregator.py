@@ -126,6 +126,8 @@ class _Connection(Generic[Http]):
     next_token = _Method(routes.next_token)
     score = _Method(routes.score)
     explain = _Method(routes.explain)
+    complete = _Method(routes.complete)
+    stream = _Stream(routes.stream)
     stream_completion = _Stream(routes.stream_completion)
     models = _Method(routes.models)
     model = _Method(routes.model)

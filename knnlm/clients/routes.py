@@ -7,7 +7,8 @@ service's default holds. `more`: further fields of the request, by their names i
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeVar
+from functools import wraps
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from knnlm.clients import answers
@@ -19,6 +20,7 @@ from knnlm.wire.jsonable import from_json, to_json
 
 Answer = TypeVar("Answer")
 Record = TypeVar("Record")
+Given = ParamSpec("Given")
 Json: TypeAlias = Mapping[str, Any]  # Any: what json.loads gives
 Knn: TypeAlias = KnnOptions | Mapping[str, object]
 Texts: TypeAlias = str | Sequence[str]
@@ -113,6 +115,43 @@ def stream_completion(
     """What follows the prompts, in chunks of OpenAI's shape."""
     body = _body(knn, prompt=prompt, model=model, max_tokens=max_tokens, **more)
     return Streamed("POST", "/v1/completions", dict, {**body, "stream": True})
+
+
+def complete(
+    prompt: Texts | TokenIds,
+    *,
+    model: str | None = None,
+    knn: Knn | None = None,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    stop: Texts | None = None,
+    seed: int | None = None,
+    n: int | None = None,
+    echo: bool | None = None,
+    logprobs: int | None = None,
+    **more: object,
+) -> Call[answers.Completion]:
+    """How each prompt goes on: n choices of each, in the prompts' order."""
+    sampled = {"temperature": temperature, "top_p": top_p, "stop": stop, "seed": seed, "n": n}
+    body = _body(
+        knn, prompt=prompt, model=model, max_tokens=max_tokens, echo=echo, logprobs=logprobs, **sampled, **more
+    )
+    return Call("POST", "/v1/completions", _of(answers.Completion), body)
+
+
+def _streamed(route: Callable[Given, Call[Answer]]) -> Callable[Given, Streamed[Answer]]:
+    """The route with its answer in parts, as they come."""
+
+    @wraps(route)
+    def streamed(*args: Given.args, **kwargs: Given.kwargs) -> Streamed[Answer]:
+        call = route(*args, **kwargs)
+        return Streamed(call.method, call.path, call.read, {**(call.body or {}), "stream": True})
+
+    return streamed
+
+
+stream = _streamed(complete)
 
 
 def models() -> Call[Sequence[answers.Model]]:

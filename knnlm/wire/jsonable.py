@@ -11,7 +11,20 @@ import numpy as np
 
 from knnlm.errors import InvalidRequest
 from knnlm.wire.arrays import ListBudget, array_from_json, array_to_json
-from knnlm.wire.records import Array, Kind, List, Map, Nullable, Numbers, Record, Scalar, absent, fields_of, values_of
+from knnlm.wire.records import (
+    Array,
+    Either,
+    Kind,
+    List,
+    Map,
+    Nullable,
+    Numbers,
+    Record,
+    Scalar,
+    absent,
+    fields_of,
+    values_of,
+)
 
 Made = TypeVar("Made")
 
@@ -61,6 +74,8 @@ def _read(value: Any, kind: Kind, name: str) -> Any:  # Any: JSON, and what a re
             return tuple(_read(v, Scalar(float), name) for v in _checked(value, list, name))
         case Map(item=item):
             return {key: _read(v, item, name) for key, v in _checked(value, dict, name).items()}
+        case Either(types=types):
+            return _checked(value, next((t for t in types if type(value) is t), types[0]), name)
         case Nullable(item=item):
             return None if value is None else _read(value, item, name)
         case Record(type=record):

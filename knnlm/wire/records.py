@@ -21,12 +21,13 @@ from knnlm.wire.arrays import FLOATS, INT32, INT64
 WIRE_NAMES = {"lmbda": "lambda"}
 INLINED = {"options", "neighbors"}  # records whose fields stand among those of the record that holds them
 MATRICES = {"log_probs", "top_tokens", "top_log_probs", "keys", "queries", "distances", "values", "ids"}  # else vectors
+SCALARS = (bool, int, float, str)
 DTYPES = {np.int32: INT32, np.int64: INT64, np.float32: FLOATS[:1], np.floating: FLOATS}
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """bool, int, float or str."""
+    """One of SCALARS."""
 
     type: type
 
@@ -60,6 +61,13 @@ class Map:
 
 
 @dataclass(frozen=True)
+class Either:
+    """A value of one of several types of Scalar."""
+
+    types: tuple[type, ...]
+
+
+@dataclass(frozen=True)
 class Nullable:
     """A value in a list, or None."""
 
@@ -71,7 +79,7 @@ class Record:
     type: type
 
 
-Kind: TypeAlias = Scalar | Array | List | Numbers | Map | Nullable | Record
+Kind: TypeAlias = Scalar | Array | List | Numbers | Map | Either | Nullable | Record
 
 
 @dataclass(frozen=True)
@@ -159,8 +167,8 @@ def _kind(hint: Any, name: str) -> Kind:  # Any: a type hint
     if type(None) in args:
         return Nullable(_kind(_without_none(hint), name))
     if origin in (typing.Union, types.UnionType):
-        return Numbers()
-    return Scalar(hint) if hint in (bool, int, float, str) else Record(hint)
+        return Either(args) if all(arg in SCALARS for arg in args) else Numbers()
+    return Scalar(hint) if hint in SCALARS else Record(hint)
 
 
 def _without_none(hint: Any) -> Any:  # Any: a type hint; the same object where None is not among its types

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import fields as dataclass_fields
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 from pydantic import (
     AfterValidator,
@@ -23,8 +23,8 @@ from pydantic_core import PydanticCustomError
 from knnlm.messages import DomainChange
 from knnlm.options import MAX_EXCLUDED_DOCUMENTS, SearchOptions, options_of
 from knnlm.wire.records import Array as ArrayKind
+from knnlm.wire.records import Either, Kind, List, Map, Nullable, Numbers, Record, Scalar, fields_of
 from knnlm.wire.records import Field as RecordField
-from knnlm.wire.records import Kind, List, Map, Nullable, Numbers, Record, Scalar, fields_of
 
 Given = TypeVar("Given")
 
@@ -171,6 +171,8 @@ def _annotation(kind: Kind) -> Any:  # Any: a type as pydantic takes it
             return Annotated[list[_annotation(item)], FirstProblem()]  # type: ignore[misc]  # computed
         case Map(item=item):
             return dict[str, _annotation(item)]  # type: ignore[misc]  # computed
+        case Either(types=types):
+            return Union[types]  # noqa: UP007  of a computed tuple
         case Nullable(item=item):
             return _annotation(item) | None
         case Numbers():

@@ -14,7 +14,7 @@ from knnlm import AsyncClient, Client, Document, DomainOptions, KnnOptions, Sear
 from knnlm.clients import answers, routes
 from knnlm.clients.explained import Explained
 from knnlm.clients.routes import Call
-from knnlm.errors import Conflict, NotFound, UnknownDomain, UnknownModel
+from knnlm.errors import Conflict, InvalidRequest, NotFound, UnknownDomain, UnknownModel
 from knnlm.messages import DomainChange, DomainInfo
 from knnlm.wire.records import Kind, List, Map, Nullable, Record, fields_of
 from tests.contract.system import TEXT, System, store, system, with_system
@@ -25,6 +25,7 @@ CALLS: Sequence[tuple[Call[Any], type | None]] = [  # Any: of any answer. With t
     (routes.next_token("x"), answers.NextTokens),
     (routes.score("x"), answers.Scored),
     (routes.explain("x"), Explained),
+    (routes.complete("x"), answers.Completion),
     (routes.models(), answers.ModelList),
     (routes.model("{model}"), answers.Model),
     (routes.domains(), answers.DomainList),
@@ -159,6 +160,68 @@ def test_what_is_asked_is_answered_in_records(store: Path) -> None:
         assert "eos_token" in client.tokenizer_info()
 
     in_a_thread(store, check)
+
+
+ASKED: dict[str, Any] = {
+    "max_tokens": 12, "temperature": 0.8, "seed": 3, "logprobs": 2, "return_tokens_as_token_ids": True,
+}  # fmt: skip
+
+
+def together(parts: Sequence[answers.Completion], index: int) -> str:
+    return "".join(choice.text for part in parts for choice in part.choices if choice.index == index)
+
+
+def test_completions_come_whole_and_in_parts(store: Path) -> None:
+    def check(client: Client) -> None:
+        whole = client.complete(["the cat", "a dog"], model="toy+cat", n=2, **ASKED)
+        assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+        assert [used.domain for used in whole.domains] == ["cat"]
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens == 4 * 12
+        logprobs = whole.choices[0].logprobs
+        assert logprobs is not None
+        assert logprobs.top_logprobs is not None
+        assert [row[t] for row, t in zip(logprobs.top_logprobs, logprobs.tokens, strict=True) if row] == list(
+            logprobs.token_logprobs
+        )
+        usage = {"include_usage": True}
+        parts = list(client.stream(["the cat", "a dog"], model="toy+cat", n=2, stream_options=usage, **ASKED))
+        assert [together(parts, i) for i in range(4)] == [choice.text for choice in whole.choices]
+        assert parts[-1].usage == whole.usage
+        assert parts[0].domains == whole.domains
+
+        echoed = client.complete("the cat", max_tokens=0, echo=True, logprobs=0).choices[0]
+        assert (echoed.text, echoed.finish_reason) == ("the cat", "length")
+        assert echoed.logprobs is not None
+        assert echoed.logprobs.token_logprobs[0] is None
+        first = whole.choices[0].text
+        stopped = client.complete("the cat", model="toy+cat", stop=first[3:6], **ASKED).choices[0]
+        assert (stopped.finish_reason, stopped.stop_reason) == ("stop", first[3:6])
+        ids = client.tokenize("the cat", add_special_tokens=False).tokens
+        assert client.complete(ids, model="toy+cat", **ASKED).choices[0].text == first
+
+    in_a_thread(store, check)
+
+
+def test_streams_that_are_refused_or_left(store: Path) -> None:
+    def check(client: Client) -> None:
+        with pytest.raises(UnknownModel):
+            next(client.stream("the cat", model="bird/of prey?"))
+        with pytest.raises(InvalidRequest) as raised:
+            next(client.stream("the cat", temperature=-1.0))
+        assert raised.value.param == "temperature"
+        for _ in range(3):
+            assert next(client.stream("the cat", max_tokens=200)).choices[0].index == 0
+        assert client.complete("the cat", max_tokens=1).choices[0].finish_reason == "length"
+
+    in_a_thread(store, check)
+
+
+async def test_parts_come_to_an_event_loop(store: Path) -> None:
+    async with system(store) as s, AsyncClient(f"http://127.0.0.1:{s.hosts['aggregator'].port}") as client:
+        whole = await client.complete("the cat", model="toy+cat", **ASKED)
+        several = [[part async for part in client.stream("the cat", model="toy+cat", **ASKED)] for _ in range(2)]
+        assert [together(parts, 0) for parts in several] == [whole.choices[0].text] * 2
 
 
 def test_domains_are_seen_switched_and_changed(store: Path) -> None:
