@@ -50,6 +50,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self._model = model
         self._base = model.base_model
+        self._device = model.device  # looked up among the parameters each time it is asked for
         self._head = loading.output_head(model)
         self._architecture = find(model.config)
         self._site = self._architecture.site(info.key_function)
@@ -162,7 +163,7 @@ class LanguageModel:
 
     @property
     def _on_cpu(self) -> bool:
-        return self._model.device.type == "cpu"
+        return self._device.type == "cpu"
 
     @property
     def _batch_tokens(self) -> int:
@@ -178,7 +179,7 @@ class LanguageModel:
 
         None when nothing but the keys is wanted.
         """
-        ids = _padded([feed.tokens for feed in batch]).to(self._model.device)
+        ids = _padded([feed.tokens for feed in batch]).to(self._device)
         asked = np.concatenate([row * ids.shape[1] + feed.positions for row, feed in enumerate(batch)])
         # padding is on the right, so no mask: attention stays purely causal, its fastest form
         if not run.wants_logits:
@@ -193,7 +194,7 @@ class LanguageModel:
         """As `_encode`, of what is new in kept sequences; their feeds in the order of the rows; and for each row the
         slot of the sequence whose last token it belongs to, else -1."""
         arguments = continuing(self._base, self._architecture, prefixes, batch)
-        ids = _padded([one.tokens[one.past :] for one in batch]).to(self._model.device)
+        ids = _padded([one.tokens[one.past :] for one in batch]).to(self._device)
         feeds = [feed for one in batch for feed in one.feeds]
         begins = [row * ids.shape[1] - one.past for row, one in enumerate(batch) for _ in one.feeds]
         asked = np.concatenate([begin + feed.positions for begin, feed in zip(begins, feeds, strict=True)])

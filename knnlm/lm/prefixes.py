@@ -135,6 +135,9 @@ class Prefixes:
         """Make the sequences of one pass neighbors, in the order of their slots; the first one's slot."""
         mine = sorted(one.slot for one in batch)
         count, slots = len(mine), len(self._slots.tokens)
+        batch.sort(key=lambda one: one.slot)
+        if mine[-1] - mine[0] < count:
+            return mine[0]
         starts = np.minimum(mine, slots - count)
         ends = np.searchsorted(mine, starts + count)
         start = int(starts[np.argmax(ends - np.searchsorted(mine, starts))])

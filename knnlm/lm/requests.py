@@ -120,7 +120,7 @@ def _joined(parts: Sequence[npt.NDArray[np.int32]], name: str) -> tuple[npt.NDAr
             raise InvalidRequest(f"{_part(name, i)} must have 1 dimension, got shape {part.shape}", param=name)
         if part.dtype.kind not in "iu" and len(part):
             raise InvalidRequest(f"{_part(name, i)} must hold integers, got {part.dtype}", param=name)
-    flat = np.concatenate([np.empty(0, np.int64), *(part.astype(np.int64, copy=False) for part in parts)])
+    flat = np.concatenate([np.empty(0, np.int32), *parts]).astype(np.int64, copy=False)
     return flat, np.array([len(part) for part in parts], np.int64)
 
 
