@@ -10,7 +10,6 @@ import numpy as np
 
 from knnlm.errors import InvalidRequest
 from knnlm.messages import DomainInfo, Passage, PassagesRequest, SearchRequest, SearchResult
-from knnlm.neighbors import Neighbors
 from knnlm.protocols import DatastoreClient
 from knnlm.transport.context import outgoing_deadline
 
@@ -101,14 +100,5 @@ def _joined(requests: Sequence[SearchRequest]) -> SearchRequest:
 def _split(result: SearchResult, requests: Sequence[SearchRequest]) -> list[SearchResult]:
     if len(requests) == 1:
         return [result]
-    found = result.neighbors
-    return [
-        replace(
-            result,
-            neighbors=Neighbors(
-                found.distances[start:end], found.values[start:end], None if found.ids is None else found.ids[start:end]
-            ),
-            passages=result.passages[start:end],
-        )
-        for start, end in pairwise(np.cumsum([0, *(len(request.queries) for request in requests)]).tolist())
-    ]
+    ends = np.cumsum([0, *(len(request.queries) for request in requests)]).tolist()
+    return [result.rows(start, end) for start, end in pairwise(ends)]

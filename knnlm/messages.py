@@ -6,7 +6,7 @@ flat: the answers to several sequences or positions stand one below the other, i
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
 import numpy as np
@@ -199,6 +199,13 @@ class SearchResult:
     neighbors: Neighbors
     passages: Sequence[Sequence[Passage]] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
+
+    def rows(self, start: int, end: int) -> "SearchResult":
+        """What was found for some of the queries."""
+        found = self.neighbors
+        ids = None if found.ids is None else found.ids[start:end]
+        neighbors = Neighbors(found.distances[start:end], found.values[start:end], ids)
+        return replace(self, neighbors=neighbors, passages=self.passages[start:end])
 
 
 @dataclass(frozen=True)

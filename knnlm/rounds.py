@@ -24,12 +24,12 @@ from knnlm.decoding import mix_evidence, weighed
 from knnlm.errors import DeadlineExceeded, InvalidRequest
 from knnlm.evidence import Evidence, Step, Stretch
 from knnlm.messages import ForwardRequest, ForwardResult, required
-from knnlm.mixer import Mixer
+from knnlm.mixer import Mixer, NextTokens, Options
 from knnlm.neighbors import TokenMasses
-from knnlm.rows import Row, StepRequest, mixed_at, partial, stored_tokens
+from knnlm.rows import Ids, Row, StepRequest, mixed_at, partial, stored_tokens
 from knnlm.sampling import Known
 from knnlm.sources import Plan, Timings, computed
-from knnlm.transport.context import outgoing, outgoing_deadline
+from knnlm.transport.context import outgoing, outgoing_deadline, outgoing_id, outgoing_metadata
 
 WHOLE_ROW_TOKENS = 16_384  # with a larger vocabulary only parts of a row are asked for
 LIKELIEST_TOKENS = 512  # of such a row
@@ -44,6 +44,7 @@ class _Asked:
     request: StepRequest
     answer: "asyncio.Future[Row]"
     deadline: float | None
+    sent: tuple[str | None, Sequence[tuple[str, str]]]  # the id and the metadata of the caller's request
 
 
 class Rounds:
@@ -76,7 +77,9 @@ class Rounds:
         """
         self._mixer.check_contexts([request.context])
         deadline = outgoing_deadline()
-        asked = _Asked(request, asyncio.get_running_loop().create_future(), deadline)
+        asked = _Asked(
+            request, asyncio.get_running_loop().create_future(), deadline, (outgoing_id(), outgoing_metadata())
+        )
         self._waiting.append(asked)
         if self._running is None:
             # in a context of its own: it serves requests that come later, too
@@ -86,6 +89,21 @@ class Rounds:
                 return await asked.answer
         except TimeoutError as err:
             raise DeadlineExceeded("the request's time was over before its next token was there") from err
+
+    async def next_token(
+        self, context: Ids, options: Options = None, *, passages: int = 0, passage_tokens: int = 24
+    ) -> NextTokens:
+        """As Mixer.next_token of one context, beside those whom the round is for anyway."""
+        self._mixer.check_contexts([context])
+
+        async def step(plan: Plan) -> Row:
+            return await self.step(
+                StepRequest(plan, context, whole=True, passages=passages, passage_tokens=passage_tokens)
+            )
+
+        row = await self._mixer.planned(options, step)
+        mixed, found = row.alone()
+        return NextTokens(mixed, row.plan.domains, found, row.plan.degraded, row.timings)
 
     async def completed(self, row: Row, request: StepRequest) -> Row:
         """The row of a request, complete. Raises what the lm service raises."""
@@ -139,7 +157,9 @@ class Rounds:
         whole = self._whole(requests[0])
         deadlines = [a.deadline for a in asked]
         timings: Timings = {}
-        with outgoing(deadline=None if None in deadlines else max(d for d in deadlines if d is not None)):
+        latest = None if None in deadlines else max(d for d in deadlines if d is not None)
+        request_id, metadata = asked[0].sent  # one of them must do: calls to the services have one id and one trace
+        with outgoing(request_id=request_id, deadline=latest, metadata=metadata):
             try:
                 forward = await self._mixer.forward(
                     _forward_request(

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.decoding import Share
+from knnlm.decoding import Mixed, Share
+from knnlm.evidence import Evidence
 from knnlm.messages import SearchResult
 from knnlm.mixture import Component, mix
 from knnlm.neighbors import TokenMasses
@@ -72,6 +73,13 @@ class Row:
         place = int(np.searchsorted(self.known.tokens, token))
         return float(self.known.log_probs[place]), float(self.lm_log_probs[place])
 
+    def alone(self) -> tuple[Mixed, list[SearchResult]]:
+        """The mixture and the searches with this place as their only row; it must be complete."""
+        one = slice(self.at, self.at + 1)
+        shares = [Share(s.name, s.kind, s.weight[one], _one_row(s.evidence, self.at)) for s in self.shares]
+        found = [result.rows(self.at, self.at + 1) for result in self.found]
+        return Mixed(self.known.log_probs[None], self.lm_log_probs[None], shares), found
+
     def components(self, token: int) -> list[tuple[str, str, float, float | None]]:
         """Name, kind, weight and log p of each source; None where it has no distribution here."""
         wanted = np.array([token])
@@ -97,6 +105,16 @@ class Row:
         places = np.flatnonzero(log_probs >= least)
         places = places[np.lexsort((self.known.tokens[places], -log_probs[places]))][:n]
         return [(int(self.known.tokens[p]), float(log_probs[p])) for p in places]
+
+
+def _one_row(evidence: Evidence, at: int) -> Evidence:
+    log_probs = evidence.log_probs
+    if isinstance(log_probs, TokenMasses):
+        tokens, log_masses = log_probs.row(at)
+        one: TokenMasses | Floats = TokenMasses(np.array([0, len(tokens)]), tokens, log_masses)
+    else:
+        one = log_probs[at : at + 1]
+    return Evidence(evidence.present[at : at + 1], one)
 
 
 def stored_tokens(shares: Sequence[Share], at: int) -> npt.NDArray[np.int64]:

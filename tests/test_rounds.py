@@ -49,6 +49,30 @@ async def test_those_who_ask_together_share_a_forward_pass_and_a_search_for_each
     assert sorted(request.k for request in datastore.asked[-2:]) == [5, 7]
 
 
+async def test_next_tokens_that_are_asked_for_together_share_a_round_and_are_each_as_alone() -> None:
+    for partly in (False, True):
+        mixer, rounds, lm, datastore = made(partly=partly)
+        options = [knn(0.3), knn(0.3), knn(0.6), None]
+        asked = [rounds.next_token(c, o, passages=1) for c, o in zip(CONTEXTS, options, strict=True)]
+        answers = await asyncio.gather(*asked)
+        assert lm.events.count("forward") == 1
+        assert [len(request.queries) for request in datastore.asked] == [3]
+        for context, chosen, answer in zip(CONTEXTS, options, answers, strict=True):
+            alone = await mixer.next_token([context], chosen, passages=1)
+            np.testing.assert_allclose(answer.mixed.log_probs, alone.mixed.log_probs, rtol=0, atol=1e-9)
+            np.testing.assert_array_equal(answer.mixed.lm_log_probs, alone.mixed.lm_log_probs)
+            assert [d.as_json() for d in answer.domains] == [d.as_json() for d in alone.domains]
+            for mine, theirs in zip(answer.mixed.components, alone.mixed.components, strict=True):
+                np.testing.assert_allclose(mine.weight, theirs.weight)
+                (row, expected_row) = (mine.row(0, 258), theirs.row(0, 258))
+                assert row is not None
+                assert expected_row is not None
+                np.testing.assert_allclose(np.exp(row), np.exp(expected_row), atol=1e-12)
+            for found, expected in zip(answer.found, alone.found, strict=True):
+                np.testing.assert_array_equal(found.neighbors.values, expected.neighbors.values)
+                assert found.passages == expected.passages
+
+
 @pytest.mark.parametrize("lmbda", [0.0, 0.3, 1.0])
 async def test_a_part_of_a_row_agrees_with_the_whole(lmbda: float) -> None:
     mixer, rounds, lm, _ = made(partly=True)

@@ -118,9 +118,11 @@ class Aggregator:
         if request.full and request.encoding == "list":
             ListBudget(LIST_LIMIT).spend(3 * numbers)  # p, p_lm and p_knn
         async with self._budget.hold(numbers, call.remaining()):
-            answer = await self._mixer.next_token(
-                contexts, sources, passages=request.neighbors, passage_tokens=request.neighbor_tokens
-            )
+            shown = {"passages": request.neighbors, "passage_tokens": request.neighbor_tokens}
+            if len(contexts) == 1:  # one of many that may have come at the same moment
+                answer = await self._rounds.next_token(contexts[0], sources, **shown)
+            else:
+                answer = await self._mixer.next_token(contexts, sources, **shown)
             self._note(answer.degraded, answer.timings, call)
             results = await asyncio.to_thread(next_tokens, request, contexts, answer, self.tokenizer)
         return mixing.NextTokenResponse(

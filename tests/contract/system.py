@@ -48,11 +48,14 @@ def store(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def system(store: Path, *, replicas: int = 1, **settings: Any) -> AsyncIterator[System]:
+async def system(
+    store: Path, *, replicas: int = 1, lm: ToyLanguageModel | None = None, **settings: Any
+) -> AsyncIterator[System]:
     """replicas: of the datastore service, over the one store; hosts "datastore", "datastore 2", ..."""
     async with AsyncExitStack() as stack:
-        lm = service = lm_service(LmSettings(model="toy", port=0, grpc_port=0), lambda _: ToyLanguageModel())
-        hosts = {"lm": await stack.enter_async_context(running(lm))}
+        model = lm or ToyLanguageModel()
+        service = lm_service(LmSettings(model="toy", port=0, grpc_port=0), lambda _: model)
+        hosts = {"lm": await stack.enter_async_context(running(service))}
         for i in range(replicas):
             service = datastore_service(
                 DatastoreSettings(
