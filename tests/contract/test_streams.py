@@ -122,8 +122,8 @@ async def test_one_that_does_not_read_holds_up_nobody(tmp_path: Path) -> None:
 
         scope = {
             "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions",
-            "query_string": b"", "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http",
-            "asgi": {"version": "3.0"},
+            "query_string": b"", "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
+            "scheme": "http", "asgi": {"version": "3.0"},
         }  # fmt: skip
         reader = asyncio.ensure_future(app(scope, receive, send))
         made = await running.post("/v1/completions", BODY | {"stream": False})
