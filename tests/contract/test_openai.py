@@ -72,8 +72,12 @@ async def test_a_stream_that_fails_raises(store: Path, monkeypatch: pytest.Monke
 
         monkeypatch.setattr(core.aggregator._datastore, "search", dying)
         given: Any = {"model": "toy+cat", "prompt": "the", "logprobs": 0, "extra_body": {"ignore_eos": True}}
-        seen = 0
+        seen: list[Any] = []
+
+        async def read() -> None:
+            async for chunk in await asked.completions.create(**given, stream=True):
+                seen.append(chunk)  # noqa: PERF401  what came before the error
+
         with pytest.raises(openai.APIError, match="no replica answers"):
-            async for _ in await asked.completions.create(**given, stream=True):
-                seen += 1
-        assert seen == 2
+            await read()
+        assert len(seen) == 2
