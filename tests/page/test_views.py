@@ -74,6 +74,9 @@ async def test_the_service_s_own_sentence_is_shown_and_goes_when_all_is_well(sto
         await slide(looked, "k neighbors", 12)
         await looked.sees("[role=alert]", "4096")
         assert "64" in await looked.text("[role=alert]")
+        await looked.page.locator("#next-b select").select_option("dog")  # what is well beside it changes nothing
+        await looked.sees("#next-b [role=status]", "dog v1")
+        assert await looked.page.locator("[role=alert]").is_visible()
         await slide(looked, "k neighbors", 3)
         await looked.sees("#next-a [role=status]", "k 8")
         assert not await looked.page.locator("[role=alert]").is_visible()

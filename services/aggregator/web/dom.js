@@ -61,21 +61,29 @@ export function latest() {
   return run;
 }
 
-/** Shows or hides the sentence about what went wrong; screen readers say it at once. */
-export function showProblem(problem) {
+const problems = new Map(); // the sentence of each job that failed, by what it was for
+
+/** Shows what went wrong, all of it; screen readers say it at once. */
+function showProblems() {
   const line = byId("problem");
-  line.hidden = !problem;
-  line.textContent = problem ? problem.message : "";
+  line.textContent = [...new Set(problems.values())].join(" ");
+  line.hidden = problems.size === 0;
 }
 
-/** The outcome of a job that a person asked for: its problem is shown, and an earlier one is gone. */
-export async function told(job) {
+export function forgetProblems() {
+  problems.clear();
+  showProblems();
+}
+
+/** The outcome of a job that a person asked for: its problem is shown, and goes when the next job for the same is well. */
+export async function told(purpose, job) {
+  let value;
   try {
-    const value = await job();
-    showProblem(null);
-    return value;
+    value = await job();
+    problems.delete(purpose);
   } catch (problem) {
-    showProblem(problem);
-    return undefined;
+    problems.set(purpose, problem.message);
   }
+  showProblems();
+  return value;
 }

@@ -6,7 +6,7 @@ import { byId, bytes, el, number, told } from "./dom.js";
 export function domainsView(load) {
   const status = byId("domains-status");
   const cards = new Map(); // kept: what was typed and the focus stay where they are
-  byId("domains-again").addEventListener("click", () => told(show));
+  byId("domains-again").addEventListener("click", () => told("domains", show));
 
   async function show() {
     status.textContent = "Looking…";
@@ -39,8 +39,8 @@ export function domainsView(load) {
   async function act(button, doing, job) {
     button.disabled = true;
     status.textContent = doing;
-    const done = await told(job);
-    if (done !== undefined) await told(show);
+    const done = await told("domains", job);
+    if (done !== undefined) await told("domains", show);
     status.textContent = done ?? "";
     button.disabled = false;
     button.focus();
@@ -86,7 +86,7 @@ export function domainsView(load) {
         el("p", { class: "row" }, add, remove)));
   }
 
-  return { update: () => undefined, show: () => told(show) };
+  return { update: () => undefined, show: () => told("domains", show) };
 }
 
 const path = (name) => `v1/domains/${encodeURIComponent(name)}`;

@@ -27,7 +27,7 @@ export function generateView() {
   const inputs = OPTIONS.map((option) => numberField(option));
   byId("generate-options").append(...inputs.map((input) => input.element));
   field.addEventListener("input", () => state.set({ prompt: field.value }));
-  byId("generate-go").addEventListener("click", () => told(() => running(generate)));
+  byId("generate-go").addEventListener("click", () => told("generate", () => running(generate)));
   stop.addEventListener("click", () => { running.abort(); ended("Stopped."); });
 
   function ended(text) {
@@ -43,7 +43,7 @@ export function generateView() {
     for (const place of Object.values(places)) place.replaceChildren();
     const own = new AbortController(); // when one of the two fails, the other ends
     try {
-      const { tokens: prompt } = await api.post("v1/tokenize", { prompt: field.value }, { signal });
+      const { tokens: prompt } = await api.post("v1/tokenize", { prompt: field.value, parse_special: false }, { signal });
       const one = (place, knn) => continued({ place, prompt, knn, options, signal: AbortSignal.any([signal, own.signal]) });
       const [alone, mixed] = await Promise.all([
         one(places.lm, undefined),

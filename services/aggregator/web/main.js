@@ -1,7 +1,7 @@
 // The page: tabs, the model and its domains, and the key.
 import * as api from "./api.js";
 import { askForKey } from "./dialogs.js";
-import { byId, told } from "./dom.js";
+import { byId, forgetProblems, told } from "./dom.js";
 import { domainsView } from "./domains.js";
 import { generateView } from "./generate.js";
 import { nextTokenView } from "./next_token.js";
@@ -42,6 +42,7 @@ function showTab() {
 }
 
 function go(tab) {
+  forgetProblems();
   state.set({ tab: tab === tabs[0] ? "" : nameOf(tab) }, { push: true });
   showTab().focus();
 }
@@ -60,7 +61,7 @@ api.askWith(askForKey);
 state.onRestored(showTab);
 
 async function begin() {
-  await told(async () => { await load(); });
+  await told("page", load);
   showTab();
 }
 

@@ -31,7 +31,7 @@ export function nextTokenView() {
 function column(place, { prefix, legend, none }) {
   const run = latest();
   const second = prefix === "b";
-  const ask = () => told(() => run(answer));
+  const ask = () => told(prefix, () => run(answer));
   const controls = retrievalControls(place, { prefix, legend, none, changed: debounced(ask, WAIT_MS) });
   const status = el("p", { class: "hint", role: "status" });
   const result = el("div");

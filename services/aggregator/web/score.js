@@ -18,7 +18,7 @@ export function scoreView() {
     prefix: "a", legend: "Domain", none: "none: the LM alone", changed: () => undefined,
   });
   field.addEventListener("input", () => state.set({ scored: field.value }));
-  byId("score-go").addEventListener("click", () => told(() => scoring(score)));
+  byId("score-go").addEventListener("click", () => told("score", () => scoring(score)));
 
   async function score(signal) {
     status.textContent = "Scoring…";
