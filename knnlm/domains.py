@@ -62,23 +62,32 @@ class DomainSource:
         evidence = await computed(numbers, self._evidence, found, step)
         if step.targets is None or not step.carriers:
             return evidence
+        return replace(evidence, carried=await self.carried(found, step.targets, step.carriers, step.passage_tokens))
+
+    async def carried(
+        self, found: Sequence[SearchResult], targets: npt.NDArray[np.integer], count: int, passage_tokens: int
+    ) -> list[list[Carrier]]:
+        """See knnlm.sources.Carrying."""
         neighbors, temperature = [result.neighbors for result in found], self.used[0].temperature
-        chosen = await computed(numbers, carriers, neighbors, step.targets, temperature, step.carriers)
-        calls = [self._passages(u, chosen.entries[chosen.parts == i], step) for i, u in enumerate(self.used)]
+        numbers = sum(each.values.size for each in neighbors)
+        chosen = await computed(numbers, carriers, neighbors, targets, temperature, count)
+        calls = [self._passages(u, chosen.entries[chosen.parts == i], passage_tokens) for i, u in enumerate(self.used)]
         passages = await together(calls)
-        carried: list[list[Carrier]] = [[] for _ in step.targets]
+        carried: list[list[Carrier]] = [[] for _ in targets]
         for row, part, entry, distance, share in zip(
             *(column.tolist() for column in vars(chosen).values()), strict=True
         ):
             carried[row].append(Carrier(self.used[part].domain, passages[part][entry], distance, share))
-        return replace(evidence, carried=carried)
+        return carried
 
-    async def _passages(self, used: UsedDomain, entries: npt.NDArray[np.int64], step: Step) -> dict[int, Passage]:
+    async def _passages(
+        self, used: UsedDomain, entries: npt.NDArray[np.int64], passage_tokens: int
+    ) -> dict[int, Passage]:
         """By entry; each is looked up once."""
         distinct = np.unique(entries)
         if not len(distinct):
             return {}
-        request = PassagesRequest(used.domain, used.version, distinct, step.passage_tokens)
+        request = PassagesRequest(used.domain, used.version, distinct, passage_tokens)
         return dict(zip(distinct.tolist(), await self.datastore.passages(request), strict=True))
 
     def _evidence(self, found: Sequence[SearchResult], step: Step) -> Evidence:

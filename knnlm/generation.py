@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from knnlm.attribution import Carrier
 from knnlm.errors import InvalidRequest, Unavailable, UnknownVersion
 from knnlm.mixer import Mixer, Options
 from knnlm.rounds import Rounds
@@ -30,7 +31,8 @@ class GenerationOptions:
 
     max_tokens: at most, and no more than the model's context has room for. stop: strings before which the text ends.
     stop_token_ids: tokens at which it ends, beside the tokenizer's EOS unless `ignore_eos`; their text is left out.
-    top: likeliest tokens to list beside each new one. Raises InvalidRequest, naming the field, for values out of range.
+    top: likeliest tokens to list beside each new one. carriers: entries to list of those that gave it most, with
+    `passage_tokens` tokens of text on each side. Raises InvalidRequest, naming the field, for values out of range.
     """
 
     max_tokens: int = 16
@@ -39,6 +41,8 @@ class GenerationOptions:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     top: int = 0
+    carriers: int = 0
+    passage_tokens: int = 24
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:
@@ -64,7 +68,7 @@ class NewToken:
     the beginning of a possible stop string is held back. offset: where the token's own text begins in the completion's,
     in characters. piece: that text, "" while a character is not complete; of EOS and other special tokens, which
     no text has, their name. finish: None, or why this is the last: "stop" or "length". stopped_at: the
-    stop string or token.
+    stop string or token. carried: for each of row.components, the entries that gave the token most, if asked for.
     """
 
     token: int
@@ -77,6 +81,7 @@ class NewToken:
     piece: str
     finish: str | None = None
     stopped_at: str | int | None = None
+    carried: Sequence[Sequence[Carrier]] = ()
 
     @property
     def degraded(self) -> str | None:
@@ -146,15 +151,15 @@ class Generator:
             row = await self.rounds.step(sequence.request(sources))
         else:
             row = await self._mixer.planned(sources, lambda plan: self.rounds.step(sequence.request(plan)))
-        while True:
-            new = await self._new(sequence, row, uniform(seed, choice, sequence.generated))
-            yield new
-            if new.finish is not None:
-                return
-            try:
+        try:
+            while True:
+                new = await self._new(sequence, row, uniform(seed, choice, sequence.generated))
+                yield new
+                if new.finish is not None:
+                    return
                 row = await self.rounds.step(sequence.request(row.plan))
-            except UnknownVersion as err:
-                raise Unavailable(f"the completion cannot go on: {err.message}") from err
+        except UnknownVersion as err:
+            raise Unavailable(f"the completion cannot go on: {err.message}") from err
 
     async def complete(
         self,
@@ -190,10 +195,15 @@ class Generator:
             token, top = choose(row.known, options.sampling, sequence.counts, draw), row.top(options.top)
         if token is None or top is None:
             raise RuntimeError("a complete row leaves nothing open")
+        carried: Sequence[Sequence[Carrier]] = ()
+        if options.carriers:
+            carried = await row.carried(token, options.carriers, options.passage_tokens)
         offset = sequence.text.read
         text, finish, stopped_at = sequence.add(token)
         log_prob, lm_log_prob = row.of(token)
-        return NewToken(token, row, log_prob, lm_log_prob, top, text, offset, sequence.piece, finish, stopped_at)
+        return NewToken(
+            token, row, log_prob, lm_log_prob, top, text, offset, sequence.piece, finish, stopped_at, carried
+        )
 
 
 class _Sequence:
@@ -217,7 +227,8 @@ class _Sequence:
         sampling = self.options.sampling
         known = [*sampling.logit_bias, *(self.counts if sampling.penalises else ())]
         context = self._tokens[: self._length]
-        return StepRequest(plan, context, sampling.temperature, known, cache=True, state=self._state)
+        carriers = self.options.carriers > 0
+        return StepRequest(plan, context, sampling.temperature, known, cache=True, carriers=carriers, state=self._state)
 
     def add(self, token: int) -> tuple[str, str | None, str | int | None]:
         """The text that is certain now, why the completion ends, and the stop string or token at which it does."""

@@ -193,7 +193,13 @@ class Rounds:
         try:
             stretches = [Stretch(r.context, 0, np.array([len(r.context)]), r.state) for r in requests]
             keys = forward.keys if first.plan.needs_keys else None
-            step = Step(stretches, keys, passages=first.passages, passage_tokens=first.passage_tokens)
+            step = Step(
+                stretches,
+                keys,
+                passages=first.passages,
+                passage_tokens=first.passage_tokens,
+                carriers=int(first.carriers),
+            )
             plan, answers = await self._mixer.answers(first.plan, step, timings)
             whole = self._whole(first)
             if not whole and not all(isinstance(evidence.log_probs, TokenMasses) for evidence in answers):

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from knnlm.attribution import Carrier
 from knnlm.decoding import Mixed, Share
+from knnlm.errors import DeadlineExceeded, Unavailable
 from knnlm.evidence import Evidence
 from knnlm.messages import SearchResult
 from knnlm.mixture import Component, mix
 from knnlm.neighbors import TokenMasses
 from knnlm.sampling import Known
-from knnlm.sources import Plan, Timings
+from knnlm.sources import Carrying, Plan, Timings
 
 Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
@@ -26,8 +28,8 @@ class StepRequest:
 
     context: (t,) int32 with its BOS. temperature: of the sampling to come. known: tokens whose probability is needed
     whatever they are. whole: the whole row is needed. cache: whether the context's next step is to be expected, so that
-    the model keeps what it computed. passages, passage_tokens: as in
-    knnlm.evidence.Step. state: what sources keep from one step of this sequence to the next.
+    the model keeps what it computed. passages, passage_tokens: as in knnlm.evidence.Step. carriers: whether the row's
+    `carried` will be asked. state: what sources keep from one step of this sequence to the next.
     """
 
     plan: Plan
@@ -38,12 +40,13 @@ class StepRequest:
     cache: bool = False
     passages: int = 0
     passage_tokens: int = 24
+    carriers: bool = False
     state: dict[str, Any] = field(default_factory=dict)  # Any: as in knnlm.evidence.Stretch
 
     @property
     def way(self) -> tuple[object, ...]:
         """Sources are asked once for requests with equal ways."""
-        return (self.plan, self.passages, self.passage_tokens)
+        return (self.plan, self.passages, self.passage_tokens, self.carriers)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,22 @@ class Row:
         shares = [Share(s.name, s.kind, s.weight[one], _one_row(s.evidence, self.at)) for s in self.shares]
         found = [result.rows(self.at, self.at + 1) for result in self.found]
         return Mixed(self.known.log_probs[None], self.lm_log_probs[None], shares), found
+
+    async def carried(self, token: int, count: int, passage_tokens: int) -> list[Sequence[Carrier]]:
+        """For each of `components`, the entries that gave the token most; see knnlm.sources.Carrying. None of a
+        source that may be missing and is."""
+        found: list[Sequence[Carrier]] = []
+        for source, share in zip(self.plan.sources, self.shares, strict=True):
+            entries: Sequence[Sequence[Carrier]] = [[]]
+            if isinstance(source, Carrying):
+                here = [result.rows(self.at, self.at + 1) for result in share.evidence.found]
+                try:
+                    entries = await source.carried(here, np.array([token]), count, passage_tokens)
+                except (Unavailable, DeadlineExceeded):
+                    if not source.optional:
+                        raise
+            found.append(entries[0])
+        return found
 
     def components(self, token: int) -> list[tuple[str, str, float, float | None]]:
         """Name, kind, weight and log p of each source; None where it has no distribution here."""

@@ -10,11 +10,15 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.attribution import Carrier
 from knnlm.errors import InvalidRequest
 from knnlm.evidence import Evidence, Step
-from knnlm.messages import DomainInfo, ModelInfo
+from knnlm.messages import DomainInfo, ModelInfo, SearchResult
 from knnlm.options import DEFAULT_K, SearchOptions
 from knnlm.protocols import DatastoreClient
 from knnlm.rules import Weighing
@@ -53,6 +57,22 @@ class Source(Protocol):
         Raises Unavailable or DeadlineExceeded when what is behind it cannot answer, UnknownVersion when what the plan
         pinned was let go, and InvalidRequest for what was asked wrongly.
         """
+        ...
+
+
+@runtime_checkable
+class Carrying(Protocol):
+    """A source that has entries. optional: as in Source."""
+
+    @property
+    def optional(self) -> bool: ...
+
+    async def carried(
+        self, found: Sequence[SearchResult], targets: npt.NDArray[np.integer], count: int, passage_tokens: int
+    ) -> Sequence[Sequence[Carrier]]:
+        """Of each target (n,) at most `count` of the entries that gave it most, with `passage_tokens` tokens of text on
+        each side. found: the searches of this source's evidence of n predictions, with ids. Raises as
+        Source.evidence."""
         ...
 
 

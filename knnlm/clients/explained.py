@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from knnlm.attribution import Carrier, DocumentShare
 from knnlm.clients.answers import UsedDomain
 from knnlm.decoding import Share
+from knnlm.generation import NewToken
 from knnlm.scoring import Score
 from knnlm.tokenizer import Tokenizer
 
@@ -101,6 +102,20 @@ def explained(score: Score, model: str, tokenizer: Tokenizer) -> Explained:
         context_length=score.context_length,
         min_context=score.min_context,
     )
+
+
+def explained_token(new: NewToken, tokenizer: Tokenizer) -> ExplainedToken:
+    """A token that was generated."""
+    parts = new.row.components(new.token)
+    weight = math.fsum(part[2] for part in parts)
+    lm = ExplainedComponent("lm", "lm", 1 - weight, _finite(new.lm_log_prob), [])
+    others = [
+        ExplainedComponent(
+            name, kind, share, None if log_p is None else _finite(log_p), [_passage(c, tokenizer) for c in carried]
+        )
+        for (name, kind, share, log_p), carried in zip(parts, new.carried or [()] * len(parts), strict=True)
+    ]
+    return ExplainedToken(new.token, new.piece, _finite(new.log_prob), new.lm_log_prob, weight, [lm, *others])
 
 
 def _component(share: Share, i: int, tokenizer: Tokenizer) -> ExplainedComponent:

@@ -100,3 +100,29 @@ async def test_a_stream_is_the_whole_answer_in_parts(store: Path) -> None:  # no
                 if choice["logprobs"] is not None:
                     for name, values in choice["logprobs"].items():
                         assert [value for part in parts for value in part["logprobs"][name]] == values
+
+
+async def test_what_made_each_token_is_what_explain_says_of_it(store: Path) -> None:  # noqa: F811
+    async with system(store) as running:
+        knn = {"domains": ["cat", "dog"], "lambda": 0.3}
+        asked = {"prompt": IDS, "knn": {**knn, "explain": 2, "explain_tokens": 3}, "max_tokens": 6, **GREEDY}
+        (choice,) = (await running.post("/v1/completions", {**asked, "logprobs": 0}))["choices"]
+        tokens = [one["token_id"] for one in choice["explained"]]
+        assert TOKENIZER.decode(tokens) == choice["text"]
+        given = {"prompt": IDS, "completion": tokens, "knn": knn, "passages": 2, "passage_tokens": 3}
+        explained = await running.post("/v1/explain", {**given, "context_length": 32})
+        assert sum(len(c["passages"]) for token in explained["tokens"] for c in token["components"]) > 3
+        for mine, theirs in zip(choice["explained"], explained["tokens"], strict=True):
+            assert mine["log_p"] == pytest.approx(theirs["log_p"], abs=1e-6)
+            for component, expected in zip(mine["components"], theirs["components"], strict=True):
+                assert (component["name"], component["kind"]) == (expected["name"], expected["kind"])
+                assert component["weight"] == pytest.approx(expected["weight"])
+                assert component["log_p"] == (expected["log_p"] and pytest.approx(expected["log_p"], abs=1e-5))
+                for passage, other in zip(component["passages"], expected["passages"], strict=True):
+                    for name, value in other.items():
+                        assert passage[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4))
+        response = await running.client.post("/v1/completions", json={**asked, "stream": True})
+        parts = [c for chunk in events(response.text) for c in chunk["choices"]]
+        assert [one["token_id"] for part in parts for one in part["explained"]] == tokens
+        too_many = await running.post("/v1/completions", {**asked, "knn": {**knn, "explain": 257}}, 413)
+        assert too_many["error"]["param"] == "knn.explain"

@@ -39,6 +39,7 @@ class Asked:
     logprobs: int | None = None
     as_ids: bool = False
     unseen: Sequence[bool] = ()
+    explain: bool = False
     include_usage: bool = False
     usage_in_all: bool = False
 
@@ -114,6 +115,10 @@ class Reader:
             raise TooLarge(
                 f"logprobs must be at most {limits.max_logprobs}, got {logprobs} (--max-logprobs)", param="logprobs"
             )
+        knn = request.knn
+        explain = None if knn is None else knn.explain
+        around = 24 if knn is None or knn.explain_tokens is None else knn.explain_tokens
+        self._check_explained(explain or 0, around, max_tokens * choices)
         stream = request.stream_options
         return Asked(
             prompts=prompts,
@@ -124,6 +129,8 @@ class Reader:
                 stop_token_ids=tuple(request.stop_token_ids or ()),
                 ignore_eos=bool(request.ignore_eos),
                 top=logprobs or 0,
+                carriers=explain or 0,
+                passage_tokens=around,
             ),
             seed=secrets.randbits(63) if request.seed is None else request.seed,
             n=request.n or 1,
@@ -132,9 +139,22 @@ class Reader:
             logprobs=logprobs,
             as_ids=bool(request.return_tokens_as_token_ids),
             unseen=unseen,
+            explain=explain is not None,
             include_usage=stream is not None and bool(stream.include_usage),
             usage_in_all=stream is not None and bool(stream.continuous_usage_stats),
         )
+
+    def _check_explained(self, passages: int, around: int, tokens: int) -> None:
+        limits = self._settings
+        for name, value in (("explain", passages), ("explain_tokens", around)):
+            if value > limits.max_neighbors:
+                raise TooLarge(f"knn.{name} must be at most {limits.max_neighbors}, got {value}", param=f"knn.{name}")
+        if passages * tokens > limits.max_explained_passages:
+            raise TooLarge(
+                f"{tokens} tokens with {passages} passages each are more than {limits.max_explained_passages} "
+                "(--max-explained-passages)",
+                param="knn.explain",
+            )
 
     async def _prompts(self, request: CompletionRequest) -> tuple[list[Ids], list[bool]]:
         """The prompts, and of each whether it begins with a BOS that its text does not have.

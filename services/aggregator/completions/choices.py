@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from knnlm.clients.explained import ExplainedToken, explained_token
 from knnlm.errors import Unavailable, UnknownVersion
 from knnlm.generation import FINISHED_LENGTH, Generator, NewToken
 from knnlm.mixer import Mixer
@@ -46,6 +47,7 @@ class Piece:
     finish: str | None = None
     stopped_at: str | int | None = None
     degraded: str | None = None
+    explained: ExplainedToken | None = None
 
 
 @dataclass
@@ -135,7 +137,8 @@ class Choices:
 
     def _piece(self, index: int, shown: int, new: NewToken) -> Piece:
         listed = Listed(new.token, new.piece, shown + new.offset, new.log_prob, new.top)
-        return Piece(index, new.text, [listed], 1, new.finish, new.stopped_at, new.degraded)
+        explained = explained_token(new, self.tokenizer) if self.asked.explain else None
+        return Piece(index, new.text, [listed], 1, new.finish, new.stopped_at, new.degraded, explained)
 
     async def _echoed(self, index: int, number: int) -> Piece:
         """The prompt, and how likely its tokens are if that was asked for."""

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictInt, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from services.aggregator.schemas.mixing import Sourced, UsedDomain
+from services.aggregator.schemas.explaining import ExplainedToken
+from services.aggregator.schemas.mixing import Knn, Sourced, UsedDomain
 from services.runtime.schemas import FirstProblem, Text, encodable
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -108,11 +109,21 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: StrictBool | None = Field(None, description="`usage` so far in every chunk.")
 
 
+class CompletionKnn(Knn):
+    explain: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        None, description="Say of each token what made it, with this many of the passages that gave it most."
+    )
+    explain_tokens: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        None, description="Tokens of text on each side of those; by default 24."
+    )
+
+
 class Sampled(Sourced):
     """What requests for text have in common."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
+    knn: CompletionKnn | None = None
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = Field(None, description="Of each choice.")
     n: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Choices for each prompt; by default 1.")
     temperature: Annotated[Number, Field(ge=0)] | None = Field(None, description="0: the likeliest token; default 1.")
@@ -175,6 +186,9 @@ class Choice(BaseModel):
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int | None = Field(description="The stop string or the token id at which it ended.")
+    explained: list[ExplainedToken] | None = Field(
+        None, description="With knn.explain: each generated token as /v1/explain says it."
+    )
 
 
 class Usage(BaseModel):

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from knnlm.clients.explained import ExplainedToken
 from knnlm.sources import Plan
 from knnlm.tokenizer import Tokenizer
+from knnlm.wire.jsonable import to_json
 from services.aggregator.completions.asked import Asked
 from services.aggregator.completions.choices import Listed, Piece
 from services.aggregator.responses import used_domains
@@ -24,17 +26,17 @@ class Gathered:
     texts: list[str] = field(default_factory=list)
     tokens: list[Listed] = field(default_factory=list)
     log_prob: float = 0.0  # of what was generated
+    explained: list[ExplainedToken] = field(default_factory=list)
     generated: int = 0
     finish: str | None = None
     stopped_at: str | int | None = None
 
-    def add(self, piece: Piece, *, keep: bool = True) -> None:
-        """keep: also the text and the tokens."""
-        if keep:
-            self.texts.append(piece.text)
-            self.tokens += piece.tokens
+    def add(self, piece: Piece) -> None:
+        self.texts.append(piece.text)
+        self.tokens += piece.tokens
         for listed in piece.tokens[len(piece.tokens) - piece.generated :]:
             self.log_prob += listed.log_prob or 0.0
+        self.explained += [] if piece.explained is None else [piece.explained]
         self.generated += piece.generated
         self.finish, self.stopped_at = piece.finish, piece.stopped_at
 
@@ -67,7 +69,8 @@ class CompletionShape:
 
     def chunk(self, piece: Piece, plan: Plan, *, first: bool, generated: int) -> Json | None:
         """What a piece adds to the stream; None where that is nothing. generated: tokens so far, of all choices."""
-        if not (first or piece.text or piece.finish or self.asked.logprobs is not None):
+        shown = piece.text or piece.finish or self.asked.explain or self.asked.logprobs is not None
+        if not (first or shown):
             return None
         extras = _extras(plan, piece.degraded)
         if not first:
@@ -95,6 +98,7 @@ class CompletionShape:
             "logprobs": self._logprobs(one.tokens),
             "finish_reason": one.finish,
             "stop_reason": one.stopped_at,
+            **self._explained(one.explained),
         }
 
     def _part(self, piece: Piece) -> Json:
@@ -104,7 +108,11 @@ class CompletionShape:
             "logprobs": self._logprobs(piece.tokens),
             "finish_reason": piece.finish,
             "stop_reason": piece.stopped_at,
+            **self._explained([] if piece.explained is None else [piece.explained]),
         }
+
+    def _explained(self, tokens: Sequence[ExplainedToken]) -> Json:
+        return {"explained": [to_json(token) for token in tokens]} if self.asked.explain else {}
 
     def _logprobs(self, tokens: Sequence[Listed]) -> Json | None:
         if self.asked.logprobs is None:
