@@ -120,7 +120,8 @@ class Generator:
             raise InvalidRequest("the prompt is empty: expected at least one token", param="prompt")
         if len(prompt) > length or (len(prompt) == length and max_tokens > 0):
             raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens, the model takes {length} together with what is generated",
+                f"the prompt has {len(prompt)} tokens, the model takes {length} together with what is generated "
+                f"(lm-eval: max_length={length})",
                 param="prompt",
             )
         return min(max_tokens, length - len(prompt))

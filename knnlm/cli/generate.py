@@ -35,6 +35,7 @@ from knnlm.errors import InvalidRequest
 from knnlm.options import KnnOptions
 
 if TYPE_CHECKING:
+    from knnlm.clients.answers import Completion
     from knnlm.generation import GenerationOptions, NewToken
 
 
@@ -81,7 +82,7 @@ def generate(
     else:
         asked = _asked(options, seed) | {"model": model if is_given(context, "model") else None}
         with service(remote, api_key_file, (tls_ca_file, tls_cert_file, tls_key_file)) as client:
-            answer = _there(client.stream_completion(text, knn=knn, add_bos=True, **asked), quiet=as_json)
+            answer = _there(client.stream(text, knn=knn, add_bos=True, **asked), quiet=as_json)
     if as_json:
         print_json(answer)
         return
@@ -127,17 +128,22 @@ def _here(
     }
 
 
-def _there(chunks: Iterable[Mapping[str, Any]], *, quiet: bool) -> dict[str, Any]:  # Any: JSON
+def _there(parts: "Iterable[Completion]", *, quiet: bool) -> dict[str, Any]:  # Any: JSON
     """Put together what the service streams."""
+    from knnlm.wire.jsonable import to_json
+
     answer: dict[str, Any] = {"model": None, "text": "", "tokens": [], "domains": [], "degraded": None}
-    for chunk in chunks:
-        answer |= {name: chunk[name] for name in ("model", "domains", "degraded") if name in chunk}
-        for choice in chunk["choices"]:
-            answer["text"] += choice["text"]
-            answer["tokens"] += [int(name.removeprefix("token_id:")) for name in choice["logprobs"]["tokens"]]
-            answer |= {name: choice[name] for name in ("finish_reason", "stop_reason")}
+    for part in parts:
+        answer["model"] = part.model
+        answer["domains"] += map(to_json, part.domains)
+        answer["degraded"] = part.degraded or answer["degraded"]
+        for choice in part.choices:
+            answer["text"] += choice.text
+            if choice.logprobs is not None:
+                answer["tokens"] += [int(name.removeprefix("token_id:")) for name in choice.logprobs.tokens]
+            answer |= {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
             if not quiet:
-                _write(choice["text"])
+                _write(choice.text)
     return answer
 
 

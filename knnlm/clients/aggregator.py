@@ -128,7 +128,6 @@ class _Connection(Generic[Http]):
     explain = _Method(routes.explain)
     complete = _Method(routes.complete)
     stream = _Stream(routes.stream)
-    stream_completion = _Stream(routes.stream_completion)
     models = _Method(routes.models)
     model = _Method(routes.model)
     domains = _Method(routes.domains)

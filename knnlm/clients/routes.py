@@ -104,19 +104,6 @@ def explain(
     return Call("POST", "/v1/explain", _of(Explained), body)
 
 
-def stream_completion(
-    prompt: Texts | TokenIds,
-    *,
-    model: str | None = None,
-    knn: Knn | None = None,
-    max_tokens: int | None = None,
-    **more: object,
-) -> Streamed[Json]:
-    """What follows the prompts, in chunks of OpenAI's shape."""
-    body = _body(knn, prompt=prompt, model=model, max_tokens=max_tokens, **more)
-    return Streamed("POST", "/v1/completions", dict, {**body, "stream": True})
-
-
 def complete(
     prompt: Texts | TokenIds,
     *,

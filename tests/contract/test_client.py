@@ -9,15 +9,26 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from pydantic import SecretStr
 
 from knnlm import AsyncClient, Client, Document, DomainOptions, KnnOptions, SearchOptions
 from knnlm.clients import answers, routes
 from knnlm.clients.explained import Explained
 from knnlm.clients.routes import Call
-from knnlm.errors import Conflict, InvalidRequest, NotFound, UnknownDomain, UnknownModel
+from knnlm.errors import (
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+    UnknownDomain,
+    UnknownModel,
+)
 from knnlm.messages import DomainChange, DomainInfo
 from knnlm.wire.records import Kind, List, Map, Nullable, Record, fields_of
 from tests.contract.system import TEXT, System, store, system, with_system
+from tests.services.certificates import Authority
 
 __all__ = ["store"]
 
@@ -246,6 +257,26 @@ def test_domains_are_seen_switched_and_changed(store: Path) -> None:
             client.model("bird/of prey")
 
     in_a_thread(store, check)
+
+
+async def test_keys_and_tls(store: Path, tmp_path: Path) -> None:
+    ours, other = Authority(tmp_path / "ours"), Authority(tmp_path / "other")
+    certificate, key = ours.issue("aggregator")
+    settings: dict[str, Any] = {"api_keys": [SecretStr("callers")], "admin_api_keys": [SecretStr("admins")]}
+    async with system(store, tls_cert_file=certificate, tls_key_file=key, **settings) as s:
+        url = f"https://127.0.0.1:{s.hosts['aggregator'].port}"
+        async with AsyncClient(url, api_key="callers", admin_key="admins", ca_file=ours.file) as client:
+            assert (await client.model("toy+cat")).id == "toy+cat"
+            assert (await client.activate("cat", "v2")).version == "v2"
+        async with AsyncClient(url, api_key="callers", ca_file=ours.file) as client:
+            with pytest.raises(PermissionDenied):
+                await client.activate("cat", "v1")
+        async with AsyncClient(url, ca_file=ours.file) as client:
+            with pytest.raises(Unauthenticated):
+                await client.models()
+        async with AsyncClient(url, api_key="callers", ca_file=other.file, wait=0.0) as client:
+            with pytest.raises(Unavailable, match="certificate"):
+                await client.models()
 
 
 async def test_both_clients_answer_the_same(store: Path) -> None:
