@@ -176,7 +176,7 @@ def _build_apart(path: Path, model: Path, entries: int, sender: Connection) -> N
 
 
 def _peak_bytes() -> int:
-    """Of this process; ru_maxrss would begin with what its parent held."""
+    """The most memory that this process has held; ru_maxrss would begin with what its parent held."""
     status = Path("/proc/self/status")
     if status.is_file():
         lines = (line.split() for line in status.read_text(encoding="ascii").splitlines())

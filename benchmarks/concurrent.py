@@ -56,7 +56,7 @@ class Load:
 
     @property
     def latency(self) -> Latency:
-        """Of all rounds but the first, which is not timed."""
+        """The latency in all rounds but the first, which is not timed."""
         return Latency(tuple(chain.from_iterable(self.rounds[1:])))
 
 

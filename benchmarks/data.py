@@ -143,7 +143,7 @@ def asked_for(options: Namespace, *, queries: int = QUERIES) -> Prepared:
 
 
 def cut(documents: Iterable[Document], size: int, entries: Callable[[Document], int]) -> list[Document]:
-    """Of the stored part of `documents`, in the order of a hash, each that still fits into `size` entries.
+    """Documents of the stored part of `documents`, in the order of a hash: each that still fits into `size` entries.
 
     entries: how many a document gives. Raises ValueError when all together are fewer than `size`.
     """
@@ -224,7 +224,7 @@ def _index(prepared: Prepared) -> None:
 
 
 def _fingerprint(text: Sequence[Path]) -> str:
-    """Of what a datastore would be made from: the model, and the files of text or the packages that give it."""
+    """A hash of what a datastore would be made from: the model, and the files of text or the packages that give it."""
     parts = [str(FORMAT), sha256_of(MODEL / "model.safetensors"), sha256_of(MODEL / "tokenizer.json")]
     if text:
         for path in text:

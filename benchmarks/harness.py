@@ -120,7 +120,7 @@ def command() -> str:
 
 
 def commit() -> str:
-    """Of the repository, with "+" where files are changed; "unknown" where there is no repository."""
+    """The commit of the repository, with "+" where files are changed; "unknown" where there is no repository."""
     try:
         name = _git("rev-parse", "--short=10", "HEAD")
         return name + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")

@@ -72,7 +72,7 @@ def measure(prepared: Prepared, running: System, text: Ids, calls: int) -> None:
 
 
 def ratio(pair: tuple[Latency, Latency]) -> float:
-    """Of the medians: with retrieval over the LM alone."""
+    """The median with retrieval over that of the LM alone."""
     return float(np.divide(pair[1].p50, pair[0].p50))
 
 

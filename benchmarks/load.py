@@ -76,7 +76,7 @@ class GrpcCallers:
 
 
 class HttpCallers:
-    """With protobuf, and a connection for each caller."""
+    """Callers over HTTP, with protobuf and a connection each."""
 
     def __init__(self, base_url: str, requests: Sequence[SearchRequest], callers: int) -> None:
         self.callers = callers

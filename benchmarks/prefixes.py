@@ -53,7 +53,7 @@ def measure(forward: Forward, rng: np.random.Generator, rounds: int, calls: int)
     plain, lm = PlainModel(str(MODEL)), LanguageModel.load(str(MODEL), device="cpu")
 
     def prompts(batch: int, length: int) -> Sequences:
-        """Of somewhat different lengths."""
+        """Random token ids, sequences of somewhat different lengths."""
         return [rng.integers(2, lm.info.vocab_size, length - i % 8).astype(np.int32) for i in range(batch)]
 
     def ours(forward: Forward, batch: int) -> Callable[[], int]:

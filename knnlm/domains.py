@@ -83,7 +83,7 @@ class DomainSource:
     async def _passages(
         self, used: UsedDomain, entries: npt.NDArray[np.int64], passage_tokens: int
     ) -> dict[int, Passage]:
-        """By entry; each is looked up once."""
+        """The passages by entry; each is looked up once."""
         distinct = np.unique(entries)
         if not len(distinct):
             return {}

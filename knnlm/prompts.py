@@ -81,7 +81,7 @@ async def score_prompt(mixer: Mixer, plan: Plan, tokens: Ids, top: int, timings:
 async def _from_parts(
     mixer: Mixer, tokens: Ids, top: int, forward: ForwardResult, shares: Sequence[Sequence[Share]], timings: Timings
 ) -> list[PromptToken]:
-    """From the LM's likeliest tokens, and those that sources name: the LM is asked about these in a second pass."""
+    """The tokens, from the LM's likeliest and those that sources name, about which the LM is asked in a second pass."""
     n, targets = len(shares), tokens[1:].astype(np.int64)
     seen = required(forward.top_tokens) if top else np.empty((n, 0), np.int32)
     seen_log_probs = required(forward.top_log_probs) if top else np.empty((n, 0), np.float32)
@@ -109,7 +109,7 @@ async def _from_parts(
 
 
 async def _from_whole_rows(mixer: Mixer, plan: Plan, tokens: Ids, top: int, timings: Timings) -> PromptScore:
-    """From the probabilities of all tokens: some source gives each of them one."""
+    """The score from the probabilities of all tokens, where some source gives each of them one."""
     made: list[PromptToken] = []
     known = np.arange(mixer.info.vocab_size)
     state: dict[str, Any] = {}  # Any: as in knnlm.evidence.Stretch

@@ -30,8 +30,8 @@ class SamplingOptions:
     logit_bias: added to log p of a token. presence_penalty, frequency_penalty: subtracted from log p of a token that
     was generated before, once, and for each time. temperature: log p is divided by it; 0 takes the likeliest token.
     min_p: tokens less likely than this share of the likeliest are left out. top_k: only the k likeliest stay; 0 keeps
-    all. top_p: of those, the fewest likeliest that have this share of their probability. seed: of the draws; None
-    draws a new one. Raises InvalidRequest, naming the field, for values out of range.
+    all. top_p: of those, the fewest likeliest that have this share of their probability. Raises InvalidRequest, naming
+    the field, for values out of range.
     """
 
     temperature: float = 1.0
@@ -41,7 +41,6 @@ class SamplingOptions:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0 <= self.temperature <= 1e6, ">= 0, at most 1e6")

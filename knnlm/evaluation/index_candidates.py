@@ -68,7 +68,7 @@ def candidates(names: list[str], entries: int, dim: int) -> list[Candidate]:
 
 
 def default_candidates(entries: int, dim: int) -> list[Candidate]:
-    """One of every family, as large as suits so many keys; those that do not suit are left out.
+    """One candidate of every family, as large as suits `entries` keys; those that do not suit are left out.
 
     Among them: exact search, the recipe of the paper and the one that `auto` takes.
     """

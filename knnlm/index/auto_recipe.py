@@ -22,7 +22,7 @@ class Choice:
 
 
 def auto_recipe(entries: int, dim: int, memory_bytes: int | None = None) -> Choice:
-    """A recipe for so many keys of this dimension, for a process that may hold `memory_bytes`; None = enough."""
+    """A recipe for `entries` keys of `dim` dimensions, in a process that may hold `memory_bytes`; None = enough."""
     if entries < MIN_TRAINED_ENTRIES:
         return Choice("flat", (f"{entries} entries are few: exact search is fast, and nothing has to be trained",))
     lists = lists_for(entries)

@@ -28,7 +28,7 @@ WORKSPACE = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes that a search may take on
 ROWS = 1024  # queries worked on at once: more do not make products faster
 LEAST_SPARE = 64  # candidates beside the k, ...
 SPARE = 1 / 8  # ... and as a share of k: fewer, and the proof fails more often
-LO = 2.0**11  # of the two halves of a query, the lower one is held so many times as large
+LO = 2.0**11  # the lower of a query's two halves is held multiplied by this
 ID_BITS = 32
 
 # Bounds on rounding. Products are summed in float32, on tensor cores by cutting off digits: d * ACCUMULATION * |q||x|.

@@ -23,8 +23,8 @@ __all__ = ["Exclusion", "check_exclusion", "without"]
 
 Search = Callable[[Float32, int], tuple[Float32, Int64]]
 
-# Beyond the removed entries that are to be expected among the nearest: so many, and so many standard deviations. A
-# query that meets more is searched again
+# candidates beyond the removed entries that are expected among the nearest: this many, and this many standard
+# deviations; a query that meets more is searched again
 MARGIN = 4
 DEVIATIONS = 3
 BLOCK_CANDIDATES = 1 << 20  # of some queries together: what is looked through at once
@@ -111,7 +111,7 @@ def without(search: Search, queries: Float32, k: int, exclusion: Exclusion, entr
     entries: of the datastore; c is never more. A query that excludes e entries is searched with k + e candidates, or k
     + k if that is less, and with twice as many, up to k + e, as long as fewer than k are left of a full row; e is
     rounded up to a power of two, so that queries of one batch are searched together, as many as have BLOCK_CANDIDATES.
-    Of removed entries only so many are reckoned with at first as are to be expected among the nearest.
+    Removed entries count at first with the number that is expected among the nearest.
     """
     distances, ids = np.full((len(queries), k), MISSING_DISTANCE, np.float32), np.full((len(queries), k), -1, np.int64)
     removed = exclusion.removed.count

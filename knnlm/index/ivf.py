@@ -35,7 +35,7 @@ VISITED_PER_SQRT = 24  # times sqrt(n), entries
 MIN_VISITED = 24_576  # entries: what 24 sqrt(n) is of a million
 QUANTIZER_EF_SEARCH = 64  # candidates among the centroids, where a graph finds the lists
 OVERSIZED = 10  # times the average list
-LARGE_SHARE = 0.2  # of all entries, in one list
+LARGE_SHARE = 0.2  # a list that holds this part of all entries is remarked
 SPARE_LISTS = 8  # that a matrix product may rank otherwise than true distances do
 FASTSCAN_IMPLEMENTATION = 11  # of FAISS's FastScan, with a reservoir of candidates: fastest at k around a thousand
 
@@ -180,12 +180,12 @@ def remark_on_lists(index: Any) -> str | None:
 
 
 def visited(entries: int) -> int:
-    """How many of so many entries a search looks at when it does not say; never too few for a thousand neighbors."""
+    """Entries that a search looks at by default, in an index of `entries`: never too few for a thousand neighbors."""
     return max(VISITED_PER_SQRT * math.isqrt(entries), MIN_VISITED)
 
 
 def lists_for(entries: int) -> int:
-    """How many lists suit so many entries."""
+    """The number of lists that suits an index of `entries`."""
     return int(
         np.clip(round(LISTS_PER_SQRT * math.sqrt(entries)), 1, min(max(1, entries // ENTRIES_PER_LIST), MAX_NLIST))
     )

@@ -313,7 +313,7 @@ class Searcher:
     def _nearest_of_block(
         self, queries: Float32, k: int, candidates: int, request: SearchRequest, timings: dict[str, float]
     ) -> tuple[Float32, Int64]:
-        """`_nearest` of all queries at once, among so many candidates of the index for each."""
+        """`_nearest` of all queries at once, among `candidates` entries of the index for each."""
         begun = time.perf_counter()
         rescores = rescoring(request, self._index)
         projected = self._index.project(queries)

@@ -163,7 +163,7 @@ class Choices:
         return Piece(index, "".join(texts), listed, degraded=degraded)
 
     async def _score(self, number: int) -> PromptScore:
-        """Of one prompt: once for all of its choices."""
+        """The score of one prompt, made once for all of its choices."""
         async with self._scoring[number]:
             if number not in self._scores:
                 prompt, top = self.asked.prompts[number], self.asked.options.top

@@ -26,7 +26,7 @@ MAX_ALL_LISTED = 1 << 22  # in all that are made at a time
 
 
 class Completions:
-    """Of one model. degraded: told of each answer by the LM alone that was to have been mixed."""
+    """The completions of one model. degraded: told of each answer by the LM alone that was to have been mixed."""
 
     def __init__(
         self,
@@ -116,5 +116,5 @@ class Completions:
 
 
 def encoded(answer: Json) -> bytes:
-    """As JSON: compact, and without numbers that JSON does not have."""
+    """The answer as compact JSON. Raises ValueError for a number that JSON does not have."""
     return json.dumps(answer, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictInt, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from knnlm.generation import MAX_STOPS
 from services.aggregator.schemas.explaining import ExplainedToken
 from services.aggregator.schemas.mixing import Knn, Sourced, UsedDomain
 from services.runtime.schemas import FirstProblem, Text, encodable
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-MAX_STOPS = 64
 MAX_SEED = 2**63
 
 # fields of OpenAI's and vLLM's interfaces that would change the answer and are not served: the values that would not
@@ -57,7 +57,7 @@ def _prompts(value: Any) -> list[Any]:  # Any: JSON
 
 
 def _bias(value: Any) -> dict[int, float]:  # Any: JSON
-    """By token id; JSON writes numbers that are keys as texts."""
+    """The biases by token id; JSON writes numbers that are keys as texts."""
     problem = PydanticCustomError("logit_bias", 'expected an object of numbers by token id, as in {{"50256": -100}}')
     if not isinstance(value, dict):
         raise problem
@@ -124,7 +124,7 @@ class Sampled(Sourced):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     knn: CompletionKnn | None = None
-    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = Field(None, description="Of each choice.")
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = Field(None, description="Tokens of each choice at most.")
     n: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Choices for each prompt; by default 1.")
     temperature: Annotated[Number, Field(ge=0)] | None = Field(None, description="0: the likeliest token; default 1.")
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
@@ -139,7 +139,7 @@ class Sampled(Sourced):
     ) = Field(None, description="Tokens before which a choice ends, beside EOS.")
     ignore_eos: StrictBool | None = Field(None, description="Go on behind the EOS token.")
     seed: Annotated[StrictInt, Field(ge=-MAX_SEED, lt=MAX_SEED)] | None = Field(
-        None, description="Of the draws: with the same one a choice is the same, whatever else is under way."
+        None, description="Seed of the draws: with the same one a choice is the same, whatever else is under way."
     )
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None

@@ -19,7 +19,7 @@ class ExplainRequest(ScoreRequest):
         None, description="In place of `text`: explained as it follows `prompt`, as text or ids as that is."
     )
     passages: Annotated[StrictInt, Field(ge=0)] = Field(
-        3, description="Of each token, so many of the entries that gave it most, with the text around them."
+        3, description="Entries shown for each token, those that gave it most first, with the text around them."
     )
     passage_tokens: Annotated[StrictInt, Field(ge=0)] = Field(24, description="Tokens of text on each side of them.")
 
@@ -32,9 +32,9 @@ class ExplainRequest(ScoreRequest):
 class ExplainedPassage(BaseModel):
     domain: str
     document: str
-    position: int = Field(description="Of the token in the document, in tokens.")
+    position: int = Field(description="Where the token stands in the document, in tokens.")
     distance: float = Field(description="Squared L2.")
-    share: float = Field(description="Of what its component's p comes from: the entries that store the token.")
+    share: float = Field(description="Its part of what all entries that store the token gave it; these add up to 1.")
     before: str
     after: str = Field(description="The token and what followed it.")
 
@@ -64,7 +64,7 @@ class ExplainedDocument(BaseModel):
     domain: str
     document: str
     probability: float = Field(description="Sum over tokens of weight times p times share of its passages.")
-    share: float = Field(description="Of what retrieval gave the text, passages that are not shown included.")
+    share: float = Field(description="Its part of all that retrieval gave the text, shown or not.")
     tokens: int = Field(description="How many of the tokens it gave something to.")
 
 

@@ -124,7 +124,7 @@ class NextTokenRequest(Request):
     )
     top_n: Annotated[StrictInt, Field(ge=0)] = Field(10, description="The likeliest tokens of the mixture.")
     full: StrictBool = Field(False, description="Also the whole distribution, in order of token ids.")
-    encoding: Literal["list", "base64"] = Field("list", description="Of the whole distribution.")
+    encoding: Literal["list", "base64"] = Field("list", description="How the whole distribution is written.")
     neighbors: Annotated[StrictInt, Field(ge=0)] = Field(0, description="Nearest neighbors shown, with their source.")
     neighbor_tokens: Annotated[StrictInt, Field(ge=0)] = Field(24, description="Tokens of text on each side of them.")
 
@@ -155,7 +155,7 @@ class Neighbor(BaseModel):
     token_id: int
     token: str = Field(description="What it says comes next.")
     document: str
-    position: int = Field(description="Of that token in the document, in tokens.")
+    position: int = Field(description="Where that token stands in the document, in tokens.")
     before: str
     after: str = Field(description="The token and what followed it.")
 
@@ -174,7 +174,7 @@ class Component(BaseModel):
     name: str
     kind: str
     weight: float = Field(description="0 where it found nothing.")
-    p: list[float] | None = Field(description="Of each token of `top`; null where it found nothing.")
+    p: list[float] | None = Field(description="For each token of `top`; null where it found nothing.")
 
 
 class NextToken(BaseModel):
