@@ -57,9 +57,8 @@ class Answers:
             self._put("top_log_probs", rows, best.values)
         if request.candidates is not None:
             counts = self._counts[rows]
-            begins = (
-                self._starts[rows] - np.cumsum(counts) + counts
-            )  # of each row's candidates, less those before them here
+            # where each row's candidates begin, less how many stand before them here
+            begins = self._starts[rows] - np.cumsum(counts) + counts
             places = np.repeat(begins, counts) + np.arange(counts.sum())
             row = torch.from_numpy(np.repeat(np.arange(len(rows)), counts)).to(device)
             wanted = torch.from_numpy(self._candidates[places]).to(device)
