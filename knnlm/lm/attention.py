@@ -9,7 +9,8 @@ from transformers import Cache, DynamicCache
 
 from knnlm.lm.architectures import Architecture
 from knnlm.lm.capture import takes_positions
-from knnlm.lm.prefixes import Kept, LayerShape, Prefixes
+from knnlm.lm.prefixes import Kept, Prefixes
+from knnlm.lm.slots import LayerShape, Slots
 
 
 def layer_shapes(base: nn.Module, device: torch.device) -> list[LayerShape]:
@@ -29,18 +30,18 @@ def continuing(base: nn.Module, architecture: Architecture, prefixes: Prefixes, 
     pasts = np.array([one.past for one in batch])
     width, longest = max(one.new for one in batch), max(len(one.tokens) for one in batch)
     alike = bool((pasts == pasts[0]).all())
-    places = torch.from_numpy(pasts[:, None] + np.arange(width)).to(prefixes.device)  # (b, width)
-    cache = _Slots(prefixes, start, int(pasts[0]) if alike else places, longest, width)
+    places = torch.from_numpy(pasts[:, None] + np.arange(width)).to(prefixes.slots.shape.device)  # (b, width)
+    cache = _Window(prefixes.slots, start, int(pasts[0]) if alike else places, longest, width)
     arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
     if takes_positions(base):
         # rows beyond a sequence's end have no meaning, but must have a place
         arguments["position_ids"] = places.clamp(max=longest - 1)
     if not alike:
-        arguments["attention_mask"] = _masks(base.config, architecture, places, longest, prefixes.dtype)
+        arguments["attention_mask"] = _masks(base.config, architecture, places, longest, prefixes.slots.shape.dtype)
     return arguments
 
 
-class _Slots(Cache):
+class _Window(Cache):
     """What a model of transformers sees of the slots start, start + 1, ... in one pass.
 
     places: where in their slots the new tokens go, (b, width), or where those of all of them begin.
@@ -48,22 +49,23 @@ class _Slots(Cache):
 
     is_compileable = False
 
-    def __init__(self, prefixes: Prefixes, start: int, places: Tensor | int, longest: int, width: int) -> None:
+    def __init__(self, slots: Slots, start: int, places: Tensor | int, longest: int, width: int) -> None:
         super().__init__(layers=[])
-        self._prefixes = prefixes
+        self._slots = slots
         self._start = start
         self._places = places
         self._longest = longest
         self._width = width
         if isinstance(places, Tensor):
-            self._columns = places.clamp(max=prefixes.length - 1)  # where no sequence has a token
+            self._columns = places.clamp(max=slots.length - 1)  # where no sequence has a token
             self._rows = torch.arange(len(places), device=places.device)[:, None]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Write what is new and return all there is, (b, heads, longest, dim) each: views."""
-        keys, values = self._prefixes.layer(layer_idx, self._start, len(key_states))
+        mine = slice(self._start, self._start + len(key_states))
+        keys, values = self._slots.keys[layer_idx][mine], self._slots.values[layer_idx][mine]
         if isinstance(self._places, int):
             new = slice(self._places, self._places + self._width)
             keys[:, :, new] = key_states

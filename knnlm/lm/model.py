@@ -27,6 +27,7 @@ from knnlm.lm.attention import continuing, layer_shapes
 from knnlm.lm.capture import capture, capture_keys, encode, only_at
 from knnlm.lm.prefixes import DEFAULT_BYTES, Kept, Prefixes, passes
 from knnlm.lm.requests import Feed, batches, plan
+from knnlm.lm.slots import SlotShape
 from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
 from knnlm.tokenizer import Tokenizer
 
@@ -59,11 +60,9 @@ class LanguageModel:
         self.prefixes: Prefixes | None = None
         if prefix_cache_bytes:
             with torch.inference_mode():
-                shapes = layer_shapes(self._base, model.device)
-            self.prefixes = Prefixes(
-                shapes, vocab_size=info.vocab_size, context_length=info.context_length, dtype=model.dtype,
-                device=model.device, max_bytes=prefix_cache_bytes,
-            )  # fmt: skip
+                layers = layer_shapes(self._base, model.device)
+            shape = SlotShape(layers, info.vocab_size, model.dtype, model.device)
+            self.prefixes = Prefixes(shape, context_length=info.context_length, max_bytes=prefix_cache_bytes)
 
     @classmethod
     def load(

@@ -13,6 +13,7 @@ from knnlm.errors import ModelError
 from knnlm.lm import model as model_module
 from knnlm.lm import prefixes as prefixes_module
 from knnlm.lm.model import LanguageModel
+from knnlm.lm.slots import Slots
 from knnlm.messages import ForwardRequest
 from tests.lm import tiny_models
 from tests.lm.conftest import Tiny
@@ -110,8 +111,8 @@ def test_a_step_feeds_one_token_and_copies_nothing(lm: LanguageModel, monkeypatc
     rng = np.random.default_rng(1)
     sequences = [tokens(rng, n) for n in (5, 9, 12)]
     ask(lm, sequences)
-    monkeypatch.setattr(prefixes_module.Prefixes, "_swap", None)  # they are neighbors from the first
-    monkeypatch.setattr(prefixes_module.Prefixes, "_move", None)
+    monkeypatch.setattr(Slots, "swap", None)  # they are neighbors from the first
+    monkeypatch.setattr(Slots, "moved", None)
     seen = fed(lm)
     for _ in range(9):
         sequences = [np.append(one, tokens(rng, 1)) for one in sequences]
@@ -217,7 +218,7 @@ def test_what_is_not_asked_for_is_not_kept(lm: LanguageModel) -> None:
 
 def test_the_least_recently_used_goes_and_the_longest_is_left_out(lm: LanguageModel) -> None:
     rng = np.random.default_rng(7)
-    slot = kept_by(lm)._slot_bytes
+    slot = kept_by(lm)._shape.slot_bytes
     lm.prefixes = kept_by(lm, 3 * slot(65))
     first, second, third, fourth = (tokens(rng, 30) for _ in range(4))
     for one in (first, second, third, first, fourth):
@@ -252,7 +253,7 @@ def test_a_failed_pass_leaves_nothing_behind(llama: Tiny, lm: LanguageModel, mon
         ask(lm, [bad, np.append(good, np.int32(3))], full=True)
     prefixes = lm.prefixes
     assert prefixes is not None
-    assert all(bool(tensor.isfinite().all()) for tensor in (*prefixes._slots.keys, *prefixes._slots.values))
+    assert all(bool(tensor.isfinite().all()) for tensor in (*prefixes.slots.keys, *prefixes.slots.values))
     check(lm, [np.append(good, np.int32(i)) for i in range(4)])
 
 
