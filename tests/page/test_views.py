@@ -213,3 +213,21 @@ async def test_what_goes_wrong_in_the_middle_of_a_stream_is_told(store: Path) ->
             await looked.sees("[role=alert]", told)
             assert await looked.text("#generate-lm") == " mat"
             await looked.page.unroute("**/v1/completions")
+
+
+TORN = """async (text) => {
+  const { eventData } = await import("./web/api.js");
+  const bytes = [...new TextEncoder().encode(text)];
+  const body = new ReadableStream({
+    start(out) { bytes.forEach((byte) => out.enqueue(new Uint8Array([byte]))); out.close(); },
+  });
+  const found = [];
+  for await (const data of eventData(body)) found.push(data);
+  return found;
+}"""
+
+
+async def test_events_are_read_however_their_bytes_arrive(store: Path) -> None:
+    sent = "data: naïve 🐈\r\n\r\n: a comment\n\ndata:a\ndata: b\n\ndata: cut"
+    async with looking(store, "text=the cat") as looked:
+        assert await looked.page.evaluate(TORN, sent) == ["naïve 🐈", "a\nb"]

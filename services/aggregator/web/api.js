@@ -35,11 +35,15 @@ export const post = (path, body, options = {}) => json(path, { ...options, metho
 /** The objects that a stream of server-sent events carries, until [DONE]. Throws the ApiError that one of them holds. */
 export async function* streamed(path, body, options = {}) {
   const response = await answered(path, { ...options, method: "POST", body });
-  for await (const data of eventData(response.body)) {
-    if (data === "[DONE]") return;
-    const message = JSON.parse(data);
-    if (message.error) throw new ApiError(message.error, response.status);
-    yield message;
+  try {
+    for await (const data of eventData(response.body)) {
+      if (data === "[DONE]") return;
+      const message = JSON.parse(data);
+      if (message.error) throw new ApiError(message.error, response.status);
+      yield message;
+    }
+  } catch (problem) {
+    if (problem instanceof ApiError || options.signal?.aborted) throw problem;
   }
   throw new ApiError({ message: "The stream ended early." }, response.status);
 }

@@ -3,18 +3,23 @@ import { el, number, percent, visible } from "./dom.js";
 import { passageList } from "./passages.js";
 import { legend, tokenStrip } from "./tokens.js";
 
-export const probability = (logarithm) => (logarithm === null ? 0 : Math.exp(logarithm));
+const probability = (logarithm) => (logarithm === null ? 0 : Math.exp(logarithm));
 
-/** Fills `place` with the shaded tokens of `reply`; `detail` shows the one that is chosen. */
-export function showExplained(place, detail, reply, label) {
-  const strip = tokenStrip(label, (i) => showDetail(detail, reply.tokens[i]));
-  for (const t of reply.tokens) strip.add({ text: t.token, p: probability(t.log_p), p_lm: probability(t.log_p_lm) });
-  place.replaceChildren(legend(), strip.element, documentList(reply.documents));
-  detail.hidden = true;
+/** A shaded text that grows: { element, add }; `detail` shows the token that is chosen. */
+export function explainedStrip(detail, label) {
+  const tokens = [];
+  const strip = tokenStrip(label, (i) => showDetail(detail, tokens[i]));
+  return {
+    element: el("div", { class: "stack" }, legend(), strip.element),
+    add(token) {
+      tokens.push(token);
+      strip.add({ text: token.token, p: probability(token.log_p), p_lm: probability(token.log_p_lm) });
+    },
+  };
 }
 
 /** A token's components and the passages that gave it most, in `place`. */
-export function showDetail(place, token) {
+function showDetail(place, token) {
   const retrieved = token.components.flatMap((component) => component.passages);
   place.replaceChildren(
     el("h3", {}, "Token ", el("code", {}, visible(token.token)), `: ${percent(probability(token.log_p))}`),
@@ -33,8 +38,8 @@ function component({ name, weight, log_p }) {
   return el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, number(weight)), el("td", {}, percent(p)), el("td", {}, percent(weight * p)));
 }
 
-/** The documents that a text leans on; null where nothing was retrieved. */
-function documentList(documents) {
+/** The documents that a text leans on; null where it leans on none. */
+export function documentList(documents) {
   if (!documents.length) return null;
   return el("details", {}, el("summary", {}, "Documents it leans on"),
     el("table", { class: "plain" },

@@ -1,8 +1,8 @@
-// One prompt continued twice and streamed: by the LM alone, and with retrieval. Then every token of the second is
-// explained: shaded by what retrieval gave it, with the passages it came from.
+// One prompt continued twice and streamed: by the LM alone, and with retrieval, where every token is shaded by what
+// retrieval gave it and shows its passages.
 import * as api from "./api.js";
 import { byId, el, latest, number, told } from "./dom.js";
-import { showExplained } from "./explained.js";
+import { explainedStrip } from "./explained.js";
 import { retrievalControls } from "./retrieval.js";
 import * as state from "./state.js";
 
@@ -36,20 +36,21 @@ export function generateView() {
   }
 
   async function generate(signal) {
-    const options = Object.fromEntries(inputs.map((input) => [input.name, input.value]));
     status.textContent = "Generating…";
     stop.disabled = false;
     detail.hidden = true;
     for (const place of Object.values(places)) place.replaceChildren();
     const own = new AbortController(); // when one of the two fails, the other ends
     try {
-      const { tokens: prompt } = await api.post("v1/tokenize", { prompt: field.value, parse_special: false }, { signal });
-      const one = (place, knn) => continued({ place, prompt, knn, options, signal: AbortSignal.any([signal, own.signal]) });
+      const both = AbortSignal.any([signal, own.signal]);
+      const plain = el("div", { class: "strip" });
+      const strip = explainedStrip(detail, "Continuation with retrieval");
+      places.lm.append(plain);
+      if (controls.knn) places.knn.append(strip.element);
       const [alone, mixed] = await Promise.all([
-        one(places.lm, undefined),
-        controls.knn ? one(places.knn, controls.knn) : null,
+        continued(places.lm, { ...body(), knn: undefined }, both, ({ text }) => plain.append(text)),
+        controls.knn && continued(places.knn, body(), both, ({ explained }) => explained?.forEach(strip.add), controls.show),
       ]);
-      if (mixed?.ids.length) await explain(prompt, mixed, signal);
       ended([speed("LM", alone), mixed && speed("with retrieval", mixed)].filter(Boolean).join(" · "));
     } catch (problem) {
       if (!signal.aborted) ended("");
@@ -59,12 +60,9 @@ export function generateView() {
     }
   }
 
-  async function explain(prompt, { ids, used }, signal) {
-    status.textContent = "Looking up what each token came from…";
-    const knn = { ...controls.knn, version: used?.version };
-    const reply = await api.post("v1/explain", { prompt, completion: ids, knn, passages: PASSAGES }, { signal });
-    controls.show(reply.domains[0]);
-    showExplained(places.knn, detail, reply, "Continuation with retrieval");
+  function body() {
+    const options = Object.fromEntries(inputs.map((input) => [input.name, input.value]));
+    return { prompt: field.value, add_bos: true, knn: controls.knn && { ...controls.knn, explain: PASSAGES }, ...options };
   }
 
   return {
@@ -77,28 +75,24 @@ export function generateView() {
   };
 }
 
-/** One continuation, shown token by token. Resolves to its token ids, the domain that was used, and its seconds. */
-async function continued({ place, prompt, knn, options, signal }) {
-  const strip = el("div", { class: "strip" });
-  place.append(strip);
-  const body = { prompt, knn, ...options, stream: true, logprobs: 0, return_tokens_as_token_ids: true };
-  const ids = [];
-  let used = null;
+/** One continuation. show(choice): of each chunk. used(domain): once. Resolves to its number of tokens and seconds. */
+async function continued(place, body, signal, show, used = () => undefined) {
   let began = null;
-  for await (const chunk of api.streamed("v1/completions", body, { signal })) {
+  let usage = null;
+  let degraded = null;
+  const stream = api.streamed("v1/completions", { ...body, stream: true, stream_options: { include_usage: true } }, { signal });
+  for await (const chunk of stream) {
     began ??= performance.now();
-    used ??= chunk.domains?.[0] ?? null;
-    if (chunk.degraded) place.append(el("p", { class: "problem" }, chunk.degraded));
-    for (const choice of chunk.choices) {
-      ids.push(...(choice.logprobs?.tokens ?? []).map((name) => Number(name.slice("token_id:".length))));
-      strip.append(choice.text);
-      if (choice.finish_reason === "stop") place.append(el("p", { class: "hint" }, "It ended here."));
-    }
+    if (chunk.domains) used(chunk.domains[0]);
+    if (chunk.degraded && !degraded) place.append(el("p", { class: "problem" }, (degraded = chunk.degraded)));
+    chunk.choices.forEach(show);
+    if (chunk.choices[0]?.finish_reason === "stop") place.append(el("p", { class: "hint" }, "It ended here."));
+    usage = chunk.usage ?? usage;
   }
-  return { ids, used, seconds: (performance.now() - began) / 1000 };
+  return { tokens: usage.completion_tokens, seconds: (performance.now() - began) / 1000 };
 }
 
-const speed = (name, { ids, seconds }) => `${name}: ${ids.length} tokens${seconds > 0 ? `, ${number(ids.length / seconds)} a second` : ""}`;
+const speed = (name, { tokens, seconds }) => `${name}: ${tokens} tokens${seconds > 0 ? `, ${number(tokens / seconds)} a second` : ""}`;
 
 function numberField({ name, label, low, high, step, otherwise }) {
   const input = el("input", {

@@ -1,7 +1,7 @@
 // A pasted text, scored: perplexities, every token shaded by what retrieval gave, passages on a click.
 import * as api from "./api.js";
 import { byId, el, latest, number, told } from "./dom.js";
-import { showExplained } from "./explained.js";
+import { documentList, explainedStrip } from "./explained.js";
 import { retrievalControls } from "./retrieval.js";
 import * as state from "./state.js";
 
@@ -11,7 +11,6 @@ export function scoreView() {
   const field = byId("score-text");
   const status = byId("score-status");
   const result = byId("score-result");
-  const tokens = el("div", { class: "stack" });
   const detail = byId("score-detail");
   const scoring = latest();
   const controls = retrievalControls(byId("score-controls"), {
@@ -26,8 +25,9 @@ export function scoreView() {
     try {
       const { reply, note } = await explained({ text: field.value, knn: controls.knn }, signal);
       controls.show(reply.domains[0]);
-      showExplained(tokens, detail, reply, "The text's tokens");
-      result.replaceChildren(figures(reply), tokens);
+      const strip = explainedStrip(detail, "The text's tokens");
+      reply.tokens.forEach(strip.add);
+      result.replaceChildren(...[figures(reply), strip.element, documentList(reply.documents)].filter(Boolean));
       result.hidden = false;
       status.textContent = note;
     } catch (problem) {
@@ -48,7 +48,7 @@ export function scoreView() {
 /** The text explained; a text too long for passages is explained without. */
 async function explained(body, signal) {
   try {
-    return { reply: await api.post("v1/explain", { ...body, passages: PASSAGES }, { signal }), note: "" };
+    return { reply: await api.post("v1/explain", { ...body, passages: PASSAGES }, { signal }), note: "Scored." };
   } catch (problem) {
     if (problem.param !== "passages") throw problem;
     const reply = await api.post("v1/explain", { ...body, passages: 0 }, { signal });
