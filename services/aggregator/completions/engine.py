@@ -17,7 +17,7 @@ from services.aggregator.completions.metrics import CompletionMetrics
 from services.aggregator.completions.schemas import CompletionRequest
 from services.aggregator.completions.shapes import CompletionShape, Gathered, Json
 from services.aggregator.requests import MemoryBudget
-from services.aggregator.retrieval_options import chosen
+from services.aggregator.retrieval_options import chosen, named_as_asked
 from services.aggregator.settings import AggregatorSettings
 from services.runtime.context import RequestContext
 
@@ -53,7 +53,8 @@ class Completions:
 
     async def shape(self, request: CompletionRequest, call: RequestContext) -> tuple[CompletionShape, dict[str, Any]]:
         """What the request asks, with the shape of its answer, and the options of the sources that are mixed."""
-        name, sources = chosen(request, self.info.model_id, self._settings)
+        with named_as_asked(request):  # of retrieval alone: the request has a temperature of its own, too
+            name, sources = chosen(request, self.info.model_id, self._settings)
         asked = await self._reader.completion(request)
         return CompletionShape(asked, name, call.id, self._tokenizer), sources
 

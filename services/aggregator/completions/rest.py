@@ -24,10 +24,10 @@ def add_completion_routes(router: APIRouter, core: AggregatorCore) -> None:
     async def completions(request: CompletionRequest) -> Response:
         """`model` chooses the domain, `knn` in the body chooses more; with `stream` server-sent events."""
         call, engine = current(), core.aggregator.completions
+        shape, sources = await engine.shape(request, call)
+        if request.stream:
+            return EventStream(_named(engine.chunks(shape, sources, call), request), call)
         with named_as_asked(request):
-            shape, sources = await engine.shape(request, call)
-            if request.stream:
-                return EventStream(_named(engine.chunks(shape, sources, call), request), call)
             answer = await engine.whole(shape, sources, call)
         return Response(await asyncio.to_thread(encoded, answer), media_type="application/json")
 
