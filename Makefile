@@ -30,7 +30,7 @@ up: $(STAMP) ## start the services with what `make demo` built
 down: ## stop the services
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m demo.services down; else echo "nothing is installed, so nothing runs"; fi
 
-test: $(STAMP) ## the tests: offline, on CPU, under five minutes
+test: $(STAMP) ## the tests: offline, on CPU
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not faults and not compose and not page and not clients"
 
 test-all: $(STAMP) ## the tests that take longer, too
