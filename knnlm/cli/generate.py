@@ -35,7 +35,7 @@ from knnlm.errors import InvalidRequest
 from knnlm.options import KnnOptions
 
 if TYPE_CHECKING:
-    from knnlm.clients.answers import Completion
+    from knnlm.clients.completions import Completion
     from knnlm.generation import GenerationOptions, NewToken
 
 

@@ -6,7 +6,6 @@ that is awaited. What differs between the two is how one request is sent.
 
 import asyncio
 import copy
-import json
 import os
 import random
 import time
@@ -19,9 +18,9 @@ import httpx
 
 from knnlm.clients import routes
 from knnlm.clients.call import FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, MIN_ATTEMPT_SECONDS
-from knnlm.clients.failures import rebuild
+from knnlm.clients.events import EventReader
 from knnlm.clients.http import KEEPALIVE_SECONDS, answered_json, outgoing_headers, translated, transport_error
-from knnlm.clients.routes import Call, Json, Streamed
+from knnlm.clients.routes import Call, Streamed
 from knnlm.errors import InvalidRequest, KnnlmError, Overloaded, Unavailable
 from knnlm.transport.context import time_limit
 from knnlm.transport.security import ApiKey, Tls
@@ -169,7 +168,7 @@ class Client(_Connection[httpx.Client]):
 
     def _stream(self, call: Streamed[Answer]) -> Iterator[Answer]:
         response = self._response(call)
-        reader = _EventReader(self._url)
+        reader = EventReader(self._url)
         try:
             for chunk in response.iter_bytes():
                 yield from map(call.read, reader.events(chunk))
@@ -213,7 +212,7 @@ class AsyncClient(_Connection[httpx.AsyncClient]):
 
     async def _stream(self, call: Streamed[Answer]) -> AsyncIterator[Answer]:
         response = await self._response(call)
-        reader = _EventReader(self._url)
+        reader = EventReader(self._url)
         try:
             async for chunk in response.aiter_bytes():
                 for event in reader.events(chunk):
@@ -276,44 +275,6 @@ class _Attempts:
         if isinstance(failure, httpx.ConnectError) or isinstance(error, Overloaded):
             return True  # nothing has begun
         return self._call.repeatable and isinstance(error, Unavailable)
-
-
-class _EventReader:
-    """The events of a stream: lines that begin with data:, the last of which says [DONE]."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-        self._rest = b""
-        self._complete = False
-
-    def events(self, chunk: bytes) -> Iterator[Json]:
-        """Those that the chunk completes. Raises the error that the service tells in one of them."""
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
-        for line in lines:
-            data = line.removeprefix(b"data:").strip()
-            if data == line.strip():
-                continue  # empty, a comment or another field
-            if data == b"[DONE]":
-                self._complete = True
-                continue
-            yield self._event(data)
-
-    def check_complete(self) -> None:
-        """Raises Unavailable for a stream that ended before it said so."""
-        if not self._complete:
-            raise Unavailable(f"{self._where} broke the stream off")
-
-    def _event(self, data: bytes) -> Json:
-        try:
-            event = json.loads(data)
-        except ValueError as err:
-            raise KnnlmError(f"{self._where} streamed something that is not JSON") from err
-        if not isinstance(event, dict):
-            raise KnnlmError(f"{self._where} streamed {type(event).__name__}, expected a JSON object")
-        error = event.get("error")
-        if isinstance(error, dict):
-            raise rebuild(str(error.get("code")), str(error.get("message")), param=error.get("param"))
-        return event
 
 
 def _seconds(retry_after: str) -> float:

@@ -3,7 +3,7 @@
 `lmbda` is "lambda" in JSON. A field that a newer service adds is passed over. docs/api.md says what each means.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,48 +129,6 @@ class Scored:
     context_length: int
     min_context: int
     components: Sequence[ScoredComponent]
-
-
-@dataclass(frozen=True)
-class Logprobs:
-    """One element for each token, the prompt's first with `echo`; the first of all has None. text_offset: where the
-    token's text begins in the choice's, in characters."""
-
-    tokens: Sequence[str]
-    token_logprobs: Sequence[float | None]
-    top_logprobs: Sequence[Mapping[str, float] | None] | None
-    text_offset: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """finish_reason: "stop", "length", or None where more follows. stop_reason: the stop text or token it ended at."""
-
-    index: int
-    text: str
-    logprobs: Logprobs | None
-    finish_reason: str | None
-    stop_reason: str | int | None
-
-
-@dataclass(frozen=True)
-class Usage:
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Generated texts; of a stream, what came now of one of them. domains: of a stream in its first part alone."""
-
-    id: str
-    created: int
-    model: str
-    choices: Sequence[Choice]
-    usage: Usage | None = None
-    domains: Sequence[UsedDomain] = ()
-    degraded: str | None = None
 
 
 @dataclass(frozen=True)

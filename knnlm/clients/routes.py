@@ -12,6 +12,7 @@ from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from knnlm.clients import answers
+from knnlm.clients.completions import Completion
 from knnlm.clients.explained import Explained
 from knnlm.errors import InvalidRequest, KnnlmError
 from knnlm.messages import Document, DomainChange, DomainInfo
@@ -118,13 +119,13 @@ def complete(
     echo: bool | None = None,
     logprobs: int | None = None,
     **more: object,
-) -> Call[answers.Completion]:
+) -> Call[Completion]:
     """How each prompt goes on: n choices of each, in the prompts' order."""
     sampled = {"temperature": temperature, "top_p": top_p, "stop": stop, "seed": seed, "n": n}
     body = _body(
         knn, prompt=prompt, model=model, max_tokens=max_tokens, echo=echo, logprobs=logprobs, **sampled, **more
     )
-    return Call("POST", "/v1/completions", _of(answers.Completion), body)
+    return Call("POST", "/v1/completions", _of(Completion), body)
 
 
 def _streamed(route: Callable[Given, Call[Answer]]) -> Callable[Given, Streamed[Answer]]:

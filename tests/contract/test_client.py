@@ -13,6 +13,7 @@ from pydantic import SecretStr
 
 from knnlm import AsyncClient, Client, Document, DomainOptions, KnnOptions, SearchOptions
 from knnlm.clients import answers, routes
+from knnlm.clients.completions import Completion
 from knnlm.clients.explained import Explained
 from knnlm.clients.routes import Call
 from knnlm.errors import (
@@ -36,7 +37,7 @@ CALLS: Sequence[tuple[Call[Any], type | None]] = [  # Any: of any answer. With t
     (routes.next_token("x"), answers.NextTokens),
     (routes.score("x"), answers.Scored),
     (routes.explain("x"), Explained),
-    (routes.complete("x"), answers.Completion),
+    (routes.complete("x"), Completion),
     (routes.models(), answers.ModelList),
     (routes.model("{model}"), answers.Model),
     (routes.domains(), answers.DomainList),
@@ -178,7 +179,7 @@ ASKED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def together(parts: Sequence[answers.Completion], index: int) -> str:
+def together(parts: Sequence[Completion], index: int) -> str:
     return "".join(choice.text for part in parts for choice in part.choices if choice.index == index)
 
 
@@ -205,6 +206,9 @@ def test_completions_come_whole_and_in_parts(store: Path) -> None:
         assert (echoed.text, echoed.finish_reason) == ("the cat", "length")
         assert echoed.logprobs is not None
         assert echoed.logprobs.token_logprobs[0] is None
+        explained = client.complete("the cat", knn={"domain": "cat", "explain": 2}, **ASKED).choices[0].explained
+        assert explained is not None
+        assert [len(token.components) for token in explained] == [2] * 12
         first = whole.choices[0].text
         stopped = client.complete("the cat", model="toy+cat", stop=first[3:6], **ASKED).choices[0]
         assert (stopped.finish_reason, stopped.stop_reason) == ("stop", first[3:6])
