@@ -1,6 +1,7 @@
 """The text of a completion while it grows: characters are never torn, and it ends before a stop string. Pure."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ class GrowingText:
         for token in prompt[-CONTEXT_TOKENS:].tolist():
             self._reader.add(token)
         self._stop = [text for text in stop if text]
+        self._begun = [0] * len(self._stop)  # characters of each that end the text
         self._held = ""
         self.read = 0
         self.piece = ""
@@ -46,14 +48,30 @@ class GrowingText:
             at, self.stopped_at = min(found)
             self._held = ""
             return text[:at]
-        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._begun = [_begun(stop, size, piece) for stop, size in zip(self._stop, self._begun, strict=True)]
+        held = max(self._begun, default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of the text that begin the stop string."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
+def _begun(stop: str, size: int, piece: str) -> int:
+    """Characters at the end of a text that begin the stop string. size: the same before the piece was added, which does
+    not complete it (Knuth, Morris and Pratt 1977)."""
+    borders = _borders(stop)
+    for character in piece:
+        while size and stop[size] != character:
+            size = borders[size - 1]
+        size += stop[size] == character
+    return size
+
+
+@lru_cache(maxsize=256)
+def _borders(text: str) -> list[int]:
+    """For each beginning of the text, characters of its longest end that is a shorter beginning."""
+    borders, size = [0], 0
+    for character in text[1:]:
+        while size and text[size] != character:
+            size = borders[size - 1]
+        size += text[size] == character
+        borders.append(size)
+    return borders

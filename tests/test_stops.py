@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from knnlm.stops import GrowingText
@@ -62,3 +64,19 @@ def test_a_character_that_never_ends_shows_as_one() -> None:
     growing = GrowingText(TOKENIZER, TOKENIZER.encode("x"))
     assert growing.add(TOKENIZER.encode("é")[1]) == ""
     assert growing.end() == "�"
+
+
+def test_what_may_begin_one_of_many_long_stop_strings_is_held_back_in_little_time() -> None:
+    long = ["a" * i + "c" + "a" * (1000 - i) for i in range(1, 64)]
+    for stop, released in ((["a" * 1023 + "b", *long], ""), (["aab" + "x" * 1000, *long[:0:-1]], "a" * 37)):
+        growing = GrowingText(TOKENIZER, TOKENIZER.encode("x"), stop)
+        texts = [growing.add(token) for token in TOKENIZER.encode("a" * 100)[1:].tolist()]
+        assert "".join(texts) == released
+        assert "".join(texts) + growing.end() == "a" * 100
+    growing = GrowingText(TOKENIZER, TOKENIZER.encode("x"), ["a" * 1023 + "b", *long])
+    tokens = TOKENIZER.encode("a" * 1022)[1:].tolist()
+    for token in tokens:
+        growing.add(token)
+    started = time.thread_time()
+    growing.add(tokens[0])
+    assert time.thread_time() - started < 0.003  # 13 ms where each length of each string is compared
