@@ -86,18 +86,24 @@ async def _from_parts(
     seen = required(forward.top_tokens) if top else np.empty((n, 0), np.int32)
     seen_log_probs = required(forward.top_log_probs) if top else np.empty((n, 0), np.float32)
     rows = np.arange(n) % SOURCE_ROWS
-    named = [
-        np.setdiff1d(np.append(stored_tokens(shares[j], rows[j]), targets[j]), seen[j]).astype(np.int32)
-        for j in range(n)
-    ]
+
+    def named_tokens() -> list[Ids]:
+        return [
+            np.setdiff1d(np.append(stored_tokens(shares[j], rows[j]), targets[j]), seen[j]).astype(np.int32)
+            for j in range(n)
+        ]
+
+    named = await asyncio.to_thread(named_tokens)
+    answer = required(forward.target_log_probs)  # does where nothing is named but the target itself
     if any(shares):
         request = ForwardRequest([tokens], [np.arange(n, dtype=np.int32)], candidates=named)
         answer = required((await mixer.forward(request, timings)).candidate_log_probs)
-        others = np.split(answer, np.cumsum([len(tokens) for tokens in named])[:-1])
-    else:  # nothing is named but the target itself
-        others = [value[: len(named[j])] for j, value in enumerate(required(forward.target_log_probs)[:, None])]
 
     def listed() -> list[PromptToken]:
+        if any(shares):
+            others = np.split(answer, np.cumsum([len(tokens) for tokens in named])[:-1])
+        else:
+            others = [value[: len(named[j])] for j, value in enumerate(answer[:, None])]
         made = []
         for j in range(n):
             known = np.concatenate([seen[j], named[j]]).astype(np.int64)

@@ -119,7 +119,7 @@ class Row:
         if not n:
             return []
         least = np.partition(log_probs, len(log_probs) - n)[len(log_probs) - n]
-        if least <= self.known.bound:
+        if least <= self.known.bound and not self.complete:
             return None
         places = np.flatnonzero(log_probs >= least)
         places = places[np.lexsort((self.known.tokens[places], -log_probs[places]))][:n]

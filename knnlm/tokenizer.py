@@ -135,7 +135,8 @@ class Tokenizer:
 
     def token(self, token_id: int) -> str:
         """The text of one token inside a text: with its leading space. Bytes that are no character alone are U+FFFD."""
-        return self.pieces([token_id], inside=True)[0]
+        text = self._texts.get(token_id)
+        return self.pieces([token_id], inside=True)[0] if text is None else text
 
     def __len__(self) -> int:
         size: int = self._backend.get_vocab_size(with_added_tokens=True)

@@ -103,7 +103,7 @@ class Reader:
             raise TooLarge(
                 f"{len(prompts)} prompts with {made} choices each are {choices} choices, at most "
                 f"{limits.max_choices} are taken (--max-choices)",
-                param="n" if made > 1 else "prompt",
+                param="prompt" if made == 1 else "n" if made == request.n else "best_of",
             )
         if max_tokens * choices > limits.max_completion_tokens:
             raise TooLarge(
@@ -178,6 +178,8 @@ class Reader:
             self._inputs.check_token_count(sum(len(row) for row in request.prompt), "prompt")
             prompts = [self._inputs.token_array(row, "prompt") for row in request.prompt]
         keep = request.truncate_prompt_tokens
+        if keep == 0:
+            raise InvalidRequest("truncate_prompt_tokens must be -1 or >= 1, got 0", param="truncate_prompt_tokens")
         if keep is not None:
             most = self._info.context_length if keep == -1 else keep
             prompts = [

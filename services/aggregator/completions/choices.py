@@ -142,6 +142,10 @@ class Choices:
 
     async def _echoed(self, index: int, number: int) -> Piece:
         """The prompt, and how likely its tokens are if that was asked for."""
+        score = None if self.asked.logprobs is None else await self._score(number)
+        return await asyncio.to_thread(self._prompt, index, number, score)
+
+    def _prompt(self, index: int, number: int, score: PromptScore | None) -> Piece:
         asked = self.asked
         prompt, unseen = asked.prompts[number], asked.unseen[number]
         reader = self.tokenizer.reader(inside=False)
@@ -153,8 +157,7 @@ class Choices:
         offsets = np.cumsum([0, *(len(text) for text in texts)]).tolist()
         degraded = None
         listed = [Listed(int(prompt[0]), texts[0], 0, None)]
-        if asked.logprobs is not None:
-            score = await self._score(number)
+        if score is not None:
             degraded = score.plan.degraded
             listed += [
                 Listed(one.token, text, offset, one.log_prob, one.top)

@@ -1,5 +1,6 @@
 """Requests for text to answers and streams. Knows no HTTP."""
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ from knnlm.mixer import Mixer
 from knnlm.rounds import Rounds
 from knnlm.tokenizer import Tokenizer
 from services.aggregator.completions.asked import Asked, Reader
-from services.aggregator.completions.choices import Choices
+from services.aggregator.completions.choices import Choices, Piece
 from services.aggregator.completions.metrics import CompletionMetrics
 from services.aggregator.completions.schemas import CompletionRequest
 from services.aggregator.completions.shapes import CompletionShape, Gathered, Json
@@ -58,8 +59,8 @@ class Completions:
         asked = await self._reader.completion(request)
         return CompletionShape(asked, name, call.id, self._tokenizer), sources
 
-    async def whole(self, shape: CompletionShape, sources: dict[str, Any], call: RequestContext) -> Json:
-        """The whole answer. Raises KnnlmError for everything that cannot be answered."""
+    async def whole(self, shape: CompletionShape, sources: dict[str, Any], call: RequestContext) -> bytes:
+        """The whole answer as JSON. Raises KnnlmError for everything that cannot be answered."""
         made = [Gathered() for _ in range(shape.asked.choices)]
         async with self._under_way(shape.asked, sources, call) as choices:
             degraded = choices.plan.degraded
@@ -68,13 +69,18 @@ class Completions:
                 degraded = degraded or piece.degraded
             if degraded is not None:
                 self._degraded()
-        return shape.whole(made, choices.plan, degraded)
+            return await asyncio.to_thread(lambda: _encoded(shape.whole(made, choices.plan, degraded)))
 
     async def chunks(
         self, shape: CompletionShape, sources: dict[str, Any], call: RequestContext
-    ) -> AsyncGenerator[Json, None]:
-        """The same as a stream; what is wrong with a request is raised before the first chunk."""
+    ) -> AsyncGenerator[bytes, None]:
+        """The same as a stream of JSON; what is wrong with a request is raised before the first chunk."""
         generated, told = 0, False
+
+        def chunk(piece: Piece) -> bytes | None:
+            made = shape.chunk(piece, choices.plan, first=first, generated=generated)
+            return None if made is None else _encoded(made)
+
         async with self._under_way(shape.asked, sources, call) as choices:
             first = True
             async for piece in choices.pieces():
@@ -82,12 +88,13 @@ class Completions:
                 if not told and (piece.degraded or choices.plan.degraded) is not None:
                     told = True
                     self._degraded()
-                made = shape.chunk(piece, choices.plan, first=first, generated=generated)
+                # a prompt that is echoed has many parts
+                made = await asyncio.to_thread(chunk, piece) if len(piece.tokens) > 1 else chunk(piece)
                 if made is not None:
                     first = False
                     yield made
-            for chunk in shape.closing(generated):
-                yield chunk
+            for last in shape.closing(generated):
+                yield _encoded(last)
 
     @asynccontextmanager
     async def _under_way(self, asked: Asked, sources: dict[str, Any], call: RequestContext) -> AsyncIterator[Choices]:
@@ -116,6 +123,6 @@ class Completions:
                 await choices.close()
 
 
-def encoded(answer: Json) -> bytes:
+def _encoded(answer: Json) -> bytes:
     """The answer as compact JSON. Raises ValueError for a number that JSON does not have."""
     return json.dumps(answer, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

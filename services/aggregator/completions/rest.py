@@ -1,14 +1,11 @@
 """The routes of OpenAI's interface that make text."""
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from fastapi import APIRouter, Response
 
-from services.aggregator.completions.engine import encoded
 from services.aggregator.completions.schemas import Completion, CompletionRequest
-from services.aggregator.completions.shapes import Json
 from services.aggregator.completions.stream import EventStream
 from services.aggregator.core import AggregatorCore
 from services.aggregator.retrieval_options import named_as_asked
@@ -28,8 +25,7 @@ def add_completion_routes(router: APIRouter, core: AggregatorCore) -> None:
         if request.stream:
             return EventStream(_named(engine.chunks(shape, sources, call), request), call)
         with named_as_asked(request):
-            answer = await engine.whole(shape, sources, call)
-        return Response(await asyncio.to_thread(encoded, answer), media_type="application/json")
+            return Response(await engine.whole(shape, sources, call), media_type="application/json")
 
     completions.__annotations__["request"] = with_sources(CompletionRequest)  # FastAPI reads the body's schema from it
     router.post(
@@ -41,7 +37,7 @@ def add_completion_routes(router: APIRouter, core: AggregatorCore) -> None:
     )(completions)
 
 
-async def _named(chunks: AsyncGenerator[Json, None], request: Sourced) -> AsyncGenerator[Json, None]:
+async def _named(chunks: AsyncGenerator[bytes, None], request: Sourced) -> AsyncGenerator[bytes, None]:
     """The chunks; errors name the field as the caller wrote it."""
     with named_as_asked(request):
         async with aclosing(chunks):

@@ -58,7 +58,7 @@ def _prompts(value: Any) -> list[Any]:  # Any: JSON
 
 def _bias(value: Any) -> dict[int, float]:  # Any: JSON
     """The biases by token id; JSON writes numbers that are keys as texts."""
-    problem = PydanticCustomError("logit_bias", 'expected an object of numbers by token id, as in {{"50256": -100}}')
+    problem = PydanticCustomError("logit_bias", 'expected an object of numbers by token id, as in {"50256": -100}')
     if not isinstance(value, dict):
         raise problem
     bias = {}
@@ -125,7 +125,9 @@ class Sampled(Sourced):
 
     knn: CompletionKnn | None = None
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = Field(None, description="Tokens of each choice at most.")
-    n: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Choices for each prompt; by default 1.")
+    n: Annotated[StrictInt, Field(ge=1, lt=MAX_SEED)] | None = Field(
+        None, description="Choices for each prompt; by default 1."
+    )
     temperature: Annotated[Number, Field(ge=0)] | None = Field(None, description="0: the likeliest token; default 1.")
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1)] | None = Field(None, description="0 or -1: all tokens.")
@@ -149,7 +151,7 @@ class Sampled(Sourced):
 
 class CompletionRequest(Sampled):
     prompt: Prompts = Field(description="A text, several, token ids, or several lists of them, used as they are.")
-    best_of: Annotated[StrictInt, Field(ge=1)] | None = Field(
+    best_of: Annotated[StrictInt, Field(ge=1, lt=MAX_SEED)] | None = Field(
         None, description="Choices to make, of which the n with the largest mean log-probability are given."
     )
     echo: StrictBool | None = Field(None, description="Give the prompt, too, and with `logprobs` how likely it is.")

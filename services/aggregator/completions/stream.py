@@ -1,6 +1,7 @@
 """Server-sent events: chunks as they come, each a line `data: JSON`, and `data: [DONE]` behind the last."""
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -9,8 +10,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from knnlm.errors import DeadlineExceeded, KnnlmError
-from services.aggregator.completions.engine import encoded
-from services.aggregator.completions.shapes import Json
 from services.runtime import errors
 from services.runtime.context import RequestContext
 from services.runtime.observability import event
@@ -31,7 +30,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[Json, None], call: RequestContext) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes, None], call: RequestContext) -> None:
         self.background = None
         self.status_code = 200
         self._chunks = chunks
@@ -51,14 +50,11 @@ class EventStream(Response):
                 return
             except KnnlmError as err:
                 self._call.error = err.code
-                await _send(send, _event(errors.body(err)))
+                await _send(send, _told(err))
             except Exception:  # noqa: BLE001  an edge: the answer has begun, and nobody behind this can say it
                 event(LOG, "unhandled", logging.ERROR, path=scope["path"])
                 self._call.error = errors.Internal.code
-                await _send(
-                    send,
-                    _event(errors.body(errors.Internal("internal error; the log has it under the id in X-Request-Id"))),
-                )
+                await _send(send, _told(errors.Internal("internal error; the log has it under the id in X-Request-Id")))
             await send({"type": "http.response.body", "body": DONE})
 
 
@@ -66,5 +62,9 @@ async def _send(send: Send, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-def _event(chunk: Json) -> bytes:
-    return b"data: " + encoded(chunk) + b"\n\n"
+def _event(chunk: bytes) -> bytes:
+    return b"data: " + chunk + b"\n\n"
+
+
+def _told(err: KnnlmError) -> bytes:
+    return _event(json.dumps(errors.body(err), ensure_ascii=False).encode())
