@@ -63,7 +63,7 @@ async def test_without_a_key_the_service_s_sentence_is_shown(store: Path) -> Non
         await looked.page.keyboard.type("ordinary")
         await looked.page.keyboard.press("Enter")
         await looked.sees("#model", "toy")
-        assert not await looked.page.locator("[role=alert]").is_visible()
+        await looked.page.locator("[role=alert]").wait_for(state="hidden")
 
 
 async def test_what_documents_and_links_hold_is_shown_as_text(store: Path) -> None:
@@ -131,3 +131,14 @@ async def test_a_service_that_is_gone_is_told_of(store: Path) -> None:
         await looked.page.route("**/v1/*", lambda route: route.abort())
         await looked.page.locator("#next-text").fill("the dog")
         await looked.sees("[role=alert]", "The service cannot be reached.")
+
+
+async def test_when_retrieval_is_down_the_page_says_so_and_the_lm_answers(store: Path) -> None:
+    async with looking(store, "text=the cat") as looked:
+        await looked.sees("#next-a [role=status]", "8 tokens")
+        await looked.services.hosts["datastore"].shut()
+        await looked.page.reload()
+        await looked.sees("[role=alert]", "datastore")
+        await looked.page.locator("#next-a select").select_option("")
+        await looked.sees("#next-a [role=status]", "8 tokens")
+        await looked.sees("#next-a .bars thead", "LM")

@@ -12,21 +12,17 @@ const views = { next: nextTokenView(), generate: generateView(), score: scoreVie
 const tabs = Object.keys(views).map((name) => byId(`tab-${name}`));
 const nameOf = (tab) => tab.id.slice("tab-".length);
 
-/** The domains that the model can be mixed with, by name; every view is told of them. */
+/** All domains by name; every view is told of those that the model can be mixed with. Where they cannot be had, the LM
+ * alone is there, and views keep what they knew. */
 async function load() {
-  const [models, found] = await Promise.all([api.get("v1/models"), api.get("v1/domains").catch(without)]);
-  byId("model").textContent = models.data[0].id;
-  const domains = new Map(found.domains.map((info) => [info.domain, info]));
-  const usable = new Set(models.data.map((model) => model.id));
-  const mixed = new Map([...domains].filter(([name]) => usable.has(`${models.data[0].id}+${name}`)));
+  const { data: models } = await api.get("v1/models");
+  byId("model").textContent = models[0].id;
+  const { domains } = await api.get("v1/domains");
+  const named = domains.map((info) => [info.domain, info]);
+  const usable = new Set(models.map((model) => model.id));
+  const mixed = new Map(named.filter(([name]) => usable.has(`${models[0].id}+${name}`)));
   for (const view of Object.values(views)) view.update(mixed);
-  return domains;
-}
-
-/** Without a datastore service there are no domains: the LM alone is there. */
-function without(problem) {
-  if (problem.code === "unauthenticated") throw problem;
-  return { domains: [] };
+  return new Map(named);
 }
 
 function showTab() {
@@ -59,6 +55,8 @@ byId("skip").addEventListener("click", (event) => { event.preventDefault(); byId
 byId("key").addEventListener("click", async () => { await api.changeKey(); await begin(); });
 api.askWith(askForKey);
 state.onRestored(showTab);
+
+for (const view of Object.values(views)) view.update(new Map());
 
 async function begin() {
   await told("page", load);
