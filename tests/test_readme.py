@@ -59,7 +59,6 @@ async def test_programs_with_a_client_run(tmp_path: Path) -> None:
                 program = program.replace("http://127.0.0.1:8000", url).replace("pocket+", "toy+")
                 out = await asyncio.to_thread(run, [sys.executable, "-c", program], tmp_path, KNNLM_URL=url)
                 assert re.search(r"\d\.\d", out)
-                assert len(out.splitlines()[-1]) > 10
 
 
 def test_the_commands_run(checkout: Path) -> None:
