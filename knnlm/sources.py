@@ -129,7 +129,8 @@ class UsedDomain:
 
     def as_json(self) -> dict[str, object]:
         """What answers say of it."""
-        return {n: getattr(self, n) for n in ("domain", "version", "temperature", "lmbda", "k", "rule")}
+        shown = {n: getattr(self, n) for n in ("domain", "version", "temperature", "k", "rule")}
+        return {**shown, "lambda": self.lmbda}
 
 
 @dataclass(frozen=True)

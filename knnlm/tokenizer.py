@@ -128,9 +128,10 @@ class Tokenizer:
         """What turns tokens that come one after another into `pieces`."""
         return Reader(self, inside)
 
-    def passage(self, before: Ids, after: Ids, *, inside: bool) -> tuple[str, str]:
-        """The texts of tokens that follow one another; together they are the whole's. inside: as in `pieces`."""
-        pieces = self.pieces(np.concatenate([before, after]), inside=inside)
+    def passage(self, before: Ids, after: Ids, *, position: int) -> tuple[str, str]:
+        """The texts of tokens that follow one another; together they are the whole's. position: of the first token of
+        `after` in its document."""
+        pieces = self.pieces(np.concatenate([before, after]), inside=position > len(before))
         return "".join(pieces[: len(before)]), "".join(pieces[len(before) :])
 
     def token(self, token_id: int) -> str:

@@ -150,7 +150,7 @@ def test_before_and_after_of_a_passage_are_the_passage(tokenizer: Tokenizer, tex
     for inside in (False, True):
         whole = "".join(tokenizer.pieces(tokens, inside=inside))
         for cut in range(len(tokens) + 1):
-            assert "".join(tokenizer.passage(tokens[:cut], tokens[cut:], inside=inside)) == whole
+            assert "".join(tokenizer.passage(tokens[:cut], tokens[cut:], position=cut + inside)) == whole
 
 
 @settings(max_examples=50, deadline=None)

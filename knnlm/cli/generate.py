@@ -149,13 +149,13 @@ def _there(parts: "Iterable[Completion]", *, quiet: bool) -> dict[str, Any]:  # 
 
 def _asked(options: "GenerationOptions", seed: int | None) -> dict[str, Any]:  # Any: JSON
     """The options as fields of a request, which also asks for token ids."""
-    sampling = {name: value for name, value in asdict(options.sampling).items() if name not in ("seed", "logit_bias")}
+    sampling = {name: value for name, value in asdict(options.sampling).items() if name != "logit_bias"}
     ends = {"max_tokens": options.max_tokens, "stop": list(options.stop), "ignore_eos": options.ignore_eos}
     return {**sampling, **ends, "seed": seed, "logprobs": 0, "return_tokens_as_token_ids": True}
 
 
 def _described(used: Mapping[str, Any]) -> str:  # Any: JSON
-    weight = used.get("lambda", used.get("lmbda"))
+    weight = used["lambda"]
     lmbda = "" if weight is None else f", lambda {weight:.3f}"
     return f"{used['domain']} {used['version']}: rule {used['rule']}{lmbda}, temperature {used['temperature']:.5g}"
 

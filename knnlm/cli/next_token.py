@@ -126,8 +126,7 @@ def _nearest(result: "NextTokens", tokenizer: "Tokenizer") -> list[dict[str, Any
         for passage, distance in zip(
             found.passages[0] if found.passages else (), found.neighbors.distances[0], strict=False
         ):
-            inside = passage.position > len(passage.before)
-            before, after = tokenizer.passage(passage.before, passage.after, inside=inside)
+            before, after = tokenizer.passage(passage.before, passage.after, position=passage.position)
             shown.append(
                 {
                     "domain": found.domain,

@@ -62,7 +62,7 @@ def show(
 
 def _entry(datastore: "Datastore", tokenizer: "Tokenizer", number: int, around: int) -> dict[str, Any]:  # Any: JSON
     passage = datastore.passage(number, around, around)
-    before, after = tokenizer.passage(passage.before, passage.after, inside=passage.position > len(passage.before))
+    before, after = tokenizer.passage(passage.before, passage.after, position=passage.position)
     return {
         "entry": number,
         "document": passage.document,

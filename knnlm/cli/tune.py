@@ -1,6 +1,5 @@
 """`knnlm tune`: fit temperature, lambda, k and how to search of a domain, and store them with it."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,6 +76,7 @@ def tune(
     from knnlm.evaluation import search_settings
     from knnlm.evaluation.plots import write_tuning_page
     from knnlm.evaluation.splits import select
+    from knnlm.wire.jsonable import to_json
 
     path = version_folder(Catalog(store), domain, version)
     chosen = list(select(read_documents(sources), parse_part(part)))
@@ -112,8 +112,8 @@ def tune(
     for warning in warnings:
         remark(f"warning: {warning}")
     if as_json:
-        curve = [asdict(point) for point in found.fit.curve]
-        answer = {"domain": domain, "version": path.name, **asdict(tuning), "leak": found.leak}
+        curve = [to_json(point) for point in found.fit.curve]
+        answer = {"domain": domain, "version": path.name, **to_json(tuning), "leak": found.leak}
         print_json({**answer, "warnings": warnings, "curve": curve})
         return
     _print_quality(tuning.quality)

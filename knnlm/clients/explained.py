@@ -10,6 +10,7 @@ from knnlm.decoding import Share
 from knnlm.generation import NewToken
 from knnlm.scoring import Score
 from knnlm.tokenizer import Tokenizer
+from knnlm.wire.jsonable import finite
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,20 @@ def explained(score: Score, model: str, tokenizer: Tokenizer) -> Explained:
     for i, (token, piece, log_p, log_p_lm, weight) in enumerate(zip(*columns, strict=True)):
         lm = ExplainedComponent("lm", "lm", 1 - weight, log_p_lm, [])
         others = [_component(share, i, tokenizer) for share in mixed.components]
-        tokens.append(ExplainedToken(token, piece, _finite(log_p), log_p_lm, weight, [lm, *others]))
+        tokens.append(ExplainedToken(token, piece, finite(log_p), log_p_lm, weight, [lm, *others]))
     return Explained(
         model=model,
-        domains=[UsedDomain(**used.as_json()) for used in score.domains],  # type: ignore[arg-type]  # the same fields
+        domains=[
+            UsedDomain(used.domain, used.version, used.k, used.lmbda, used.temperature, used.rule)
+            for used in score.domains
+        ],
         degraded=score.degraded,
         context="".join(pieces[: score.first]),
         tokens=tokens,
         documents=score.documents,
-        total_log_p=_finite(score.total),
+        total_log_p=finite(score.total),
         total_log_p_lm=score.lm_total,
-        perplexity=_finite(score.perplexity),
+        perplexity=finite(score.perplexity),
         perplexity_lm=score.lm_perplexity,
         context_length=score.context_length,
         min_context=score.min_context,
@@ -108,30 +112,26 @@ def explained_token(new: NewToken, tokenizer: Tokenizer) -> ExplainedToken:
     """A token that was generated."""
     parts = new.row.components(new.token)
     weight = math.fsum(part[2] for part in parts)
-    lm = ExplainedComponent("lm", "lm", 1 - weight, _finite(new.lm_log_prob), [])
+    lm = ExplainedComponent("lm", "lm", 1 - weight, finite(new.lm_log_prob), [])
     others = [
         ExplainedComponent(
-            name, kind, share, None if log_p is None else _finite(log_p), [_passage(c, tokenizer) for c in carried]
+            name, kind, share, None if log_p is None else finite(log_p), [_passage(c, tokenizer) for c in carried]
         )
         for (name, kind, share, log_p), carried in zip(parts, new.carried or [()] * len(parts), strict=True)
     ]
-    return ExplainedToken(new.token, new.piece, _finite(new.log_prob), new.lm_log_prob, weight, [lm, *others])
+    return ExplainedToken(new.token, new.piece, finite(new.log_prob), new.lm_log_prob, weight, [lm, *others])
 
 
 def _component(share: Share, i: int, tokenizer: Tokenizer) -> ExplainedComponent:
     carried = share.evidence.carried[i] if share.evidence.carried else ()
-    log_p = _finite(float(share.evidence.of_targets[i]))
+    log_p = finite(float(share.evidence.of_targets[i]))
     passages = [_passage(carrier, tokenizer) for carrier in carried]
     return ExplainedComponent(share.name, share.kind, float(share.weight[i]), log_p, passages)
 
 
 def _passage(carrier: Carrier, tokenizer: Tokenizer) -> ExplainedPassage:
     found = carrier.passage
-    before, after = tokenizer.passage(found.before, found.after, inside=found.position > len(found.before))
+    before, after = tokenizer.passage(found.before, found.after, position=found.position)
     return ExplainedPassage(
         carrier.domain, found.document, found.position, carrier.distance, carrier.share, before, after
     )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

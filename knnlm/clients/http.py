@@ -129,7 +129,7 @@ class HttpDatastore(_Client):
     """A datastore service. `activate` and changing documents need an admin key."""
 
     async def search(self, request: SearchRequest) -> SearchResult:
-        path = f"/v1/domains/{_quoted(request.domain, 'domain')}/search"
+        path = f"/v1/domains/{quoted(request.domain, 'domain')}/search"
         if self._encoding == PROTOBUF:
             message = protos.to_proto(request, datastore_pb2.SearchRequest)
             answer = await self._message(path, message, datastore_pb2.SearchResponse.FromString)
@@ -137,7 +137,7 @@ class HttpDatastore(_Client):
         return from_json(SearchResult, await self._json("POST", path, self._in_domain(request)))
 
     async def passages(self, request: PassagesRequest) -> Sequence[Passage]:
-        path = f"/v1/domains/{_quoted(request.domain, 'domain')}/passages"
+        path = f"/v1/domains/{quoted(request.domain, 'domain')}/passages"
         if self._encoding == PROTOBUF:
             message = protos.to_proto(request, datastore_pb2.GetPassagesRequest)
             answer = await self._message(path, message, datastore_pb2.GetPassagesResponse.FromString)
@@ -148,20 +148,20 @@ class HttpDatastore(_Client):
         return [from_json(DomainInfo, given) for given in (await self._json("GET", "/v1/domains"))["domains"]]
 
     async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
-        query = "" if version is None else f"?version={_quoted(version, 'version')}"
-        return from_json(DomainInfo, await self._json("GET", f"/v1/domains/{_quoted(domain, 'domain')}{query}"))
+        query = "" if version is None else f"?version={quoted(version, 'version')}"
+        return from_json(DomainInfo, await self._json("GET", f"/v1/domains/{quoted(domain, 'domain')}{query}"))
 
     async def activate(self, domain: str, version: str) -> DomainInfo:
-        path = f"/v1/domains/{_quoted(domain, 'domain')}:activate"
+        path = f"/v1/domains/{quoted(domain, 'domain')}:activate"
         return from_json(DomainInfo, await self._json("POST", path, {"version": version}))
 
     async def add_documents(self, domain: str, documents: Sequence[Document], *, replace: bool = False) -> DomainChange:
-        path = f"/v1/domains/{_quoted(domain, 'domain')}/documents"
+        path = f"/v1/domains/{quoted(domain, 'domain')}/documents"
         body = {"documents": [to_json(document) for document in documents], "replace": replace}
         return from_json(DomainChange, await self._json("POST", path, body))
 
     async def remove_documents(self, domain: str, ids: Sequence[str]) -> DomainChange:
-        path = f"/v1/domains/{_quoted(domain, 'domain')}/documents:remove"
+        path = f"/v1/domains/{quoted(domain, 'domain')}/documents:remove"
         return from_json(DomainChange, await self._json("POST", path, {"ids": list(ids)}))
 
     def _in_domain(self, request: SearchRequest | PassagesRequest) -> dict[str, object]:
@@ -171,7 +171,7 @@ class HttpDatastore(_Client):
         return body
 
 
-def _quoted(name: str, param: str) -> str:
+def quoted(name: str, param: str) -> str:
     """The name as a part of a URL. Raises InvalidRequest for one that is not valid Unicode."""
     try:
         return quote(name, safe="")

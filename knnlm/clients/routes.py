@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
-from urllib.parse import quote
 
 from knnlm.clients import answers
 from knnlm.clients.completions import Completion
 from knnlm.clients.explained import Explained
+from knnlm.clients.http import quoted
 from knnlm.errors import InvalidRequest, KnnlmError
 from knnlm.messages import Document, DomainChange, DomainInfo
 from knnlm.options import KnnOptions
@@ -149,7 +149,7 @@ def models() -> Call[Sequence[answers.Model]]:
 
 def model(model: str) -> Call[answers.Model]:
     """One of them, by its id."""
-    return Call("GET", f"/v1/models/{_quoted(model, 'model')}", _of(answers.Model))
+    return Call("GET", f"/v1/models/{quoted(model, 'model')}", _of(answers.Model))
 
 
 def domains() -> Call[Sequence[DomainInfo]]:
@@ -228,12 +228,4 @@ def _knn_json(knn: KnnOptions) -> Json:
 
 
 def _domain(name: str) -> str:
-    return f"/v1/domains/{_quoted(name, 'domain')}"
-
-
-def _quoted(name: str, param: str) -> str:
-    """The name as a part of a path. Raises InvalidRequest for one that is not valid Unicode."""
-    try:
-        return quote(name, safe="")
-    except UnicodeEncodeError as err:
-        raise InvalidRequest(f"{param} is not valid Unicode at character {err.start}", param=param) from err
+    return f"/v1/domains/{quoted(name, 'domain')}"

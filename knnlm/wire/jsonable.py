@@ -4,6 +4,7 @@ Names are those of the records, but `lmbda` is "lambda". Arrays are written in o
 either; see arrays.py.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -27,6 +28,11 @@ from knnlm.wire.records import (
 )
 
 Made = TypeVar("Made")
+
+
+def finite(value: float) -> float | None:
+    """The number, None in place of an infinity, which JSON cannot say."""
+    return value if math.isfinite(value) else None
 
 
 def to_json(record: object, encoding: str = "list") -> dict[str, Any]:  # Any: JSON

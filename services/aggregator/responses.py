@@ -1,7 +1,6 @@
 """From mixed arrays to the shapes of answers: probabilities, token texts, neighbors with their source."""
 
 import json
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +14,7 @@ from knnlm.scoring import Score
 from knnlm.sources import Plan
 from knnlm.tokenizer import Tokenizer
 from knnlm.wire import array_to_json
-from knnlm.wire.jsonable import to_json
+from knnlm.wire.jsonable import finite, to_json
 from services.aggregator.schemas import mixing
 from services.aggregator.schemas.domains import Domain, DomainStatus
 from services.aggregator.schemas.domains import DomainReplica as ReplicaAnswer
@@ -82,9 +81,9 @@ def score_response(score: Score, model: str, tokenizer: Tokenizer) -> mixing.Sco
         first_token_id=int(score.tokens[0]),
         tokens=_scored_tokens(score, tokenizer),
         components=_scored_components(score),
-        total_log_p=_finite(score.total),
+        total_log_p=finite(score.total),
         total_log_p_lm=score.lm_total,
-        perplexity=_finite(score.perplexity),
+        perplexity=finite(score.perplexity),
         perplexity_lm=score.lm_perplexity,
         context_length=score.context_length,
         min_context=score.min_context,
@@ -101,9 +100,9 @@ def _scored_tokens(score: Score, tokenizer: Tokenizer) -> list[mixing.ScoredToke
         mixing.ScoredToken(
             token_id=token,
             token=text,
-            log_p=_finite(log_p),
+            log_p=finite(log_p),
             log_p_lm=log_p_lm,
-            log_p_knn=None if log_p_knn is None else _finite(log_p_knn),
+            log_p_knn=None if log_p_knn is None else finite(log_p_knn),
             lmbda=weight,
         )
         for token, text, log_p, log_p_lm, log_p_knn, weight in zip(tokens, texts, *columns, strict=True)
@@ -117,7 +116,7 @@ def _scored_components(score: Score) -> list[mixing.ScoredComponent]:
     columns += [(c.name, c.kind, c.weight, c.evidence.of_targets) for c in mixed.components]
     return [
         mixing.ScoredComponent(
-            name=name, kind=kind, weight=weight.tolist(), log_p=[_finite(value) for value in log_probs.tolist()]
+            name=name, kind=kind, weight=weight.tolist(), log_p=[finite(value) for value in log_probs.tolist()]
         )
         for name, kind, weight, log_probs in columns
     ]
@@ -156,11 +155,6 @@ def domain_status_shape(info: DomainInfo, replicas: Sequence[DomainReplica]) -> 
     return shape
 
 
-def _finite(value: float) -> float | None:
-    """JSON has no infinity: null stands for it."""
-    return value if math.isfinite(value) else None
-
-
 def _neighbors(answer: NextTokens, row: int, count: int, tokenizer: Tokenizer) -> list[mixing.Neighbor]:
     """The nearest `count` over all domains, each with its share of its own domain's distribution."""
     shown = []
@@ -173,9 +167,7 @@ def _neighbors(answer: NextTokens, row: int, count: int, tokenizer: Tokenizer) -
         weights = np.exp(log_weights - np.logaddexp.reduce(log_weights))
         for j, passage in enumerate(result.passages[row]):
             value = int(neighbors.values[row, j])
-            before, after = tokenizer.passage(
-                passage.before, passage.after, inside=passage.position > len(passage.before)
-            )
+            before, after = tokenizer.passage(passage.before, passage.after, position=passage.position)
             shown.append(
                 mixing.Neighbor(
                     domain=result.domain,

@@ -18,7 +18,6 @@ from prometheus_client import Counter, Histogram
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
 from knnlm.index.exclusion import check_exclusion
 from knnlm.messages import DomainInfo, Passage, PassagesRequest, PassagesResult, SearchRequest, SearchResult
-from knnlm.neighbors import Neighbors
 from knnlm.options import SEARCH_OPTIONS
 from services.datastore.encoding import encoder
 from services.datastore.loaded import Loaded, Opener, opener
@@ -219,7 +218,8 @@ class Engine:
         self._queries.labels(request.domain).inc(sum(sizes))
         with self._seconds.labels(request.domain).time():
             result = loaded.search(request)
-        return [result] if len(requests) == 1 else _parts(result, sizes)
+        ends = np.cumsum([0, *sizes]).tolist()
+        return [result] if len(requests) == 1 else [result.rows(start, end) for start, end in pairwise(ends)]
 
 
 def _look_up(loaded: Loaded, requests: Sequence[PassagesRequest]) -> list[Sequence[Passage]]:
@@ -242,19 +242,3 @@ def _excluded(requests: Sequence[SearchRequest]) -> npt.NDArray[np.int64] | None
     return np.concatenate(
         [np.full(n, -1, np.int64) if entries is None else entries for n, entries in zip(sizes, given, strict=True)]
     )
-
-
-def _parts(result: SearchResult, sizes: Sequence[int]) -> list[SearchResult]:
-    found = result.neighbors
-    return [
-        replace(
-            result,
-            neighbors=Neighbors(
-                found.distances[start:end],
-                found.values[start:end],
-                None if found.ids is None else found.ids[start:end],
-            ),
-            passages=result.passages[start:end],
-        )
-        for start, end in pairwise(np.cumsum([0, *sizes]))
-    ]

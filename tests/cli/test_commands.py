@@ -238,7 +238,7 @@ def test_next_shows_probabilities_and_neighbors(knnlm: Knnlm, store: Path) -> No
     assert [t["p"] for t in tokens] == sorted((t["p"] for t in tokens), reverse=True)
     used = answer["domains"][0]
     for t in tokens:
-        assert t["p"] == pytest.approx((1 - used["lmbda"]) * t["p_lm"] + used["lmbda"] * t["p_knn"], rel=1e-6)
+        assert t["p"] == pytest.approx((1 - used["lambda"]) * t["p_lm"] + used["lambda"] * t["p_knn"], rel=1e-6)
     assert [n["distance"] for n in neighbors] == sorted(n["distance"] for n in neighbors)
     assert len(neighbors) == 2
     table = knnlm("next", "the cat", "--domain", "toy", "--top", 3, "--neighbors", 2).out

@@ -35,7 +35,7 @@ def test_tune_stores_what_it_found(knnlm: Knnlm, store: Path, corpus: Path, tmp_
     assert {point["k"] for point in found["curve"]} == {4, 64}
     stored = manifest(store).tuning
     assert stored is not None
-    assert (stored.temperature, stored.lmbda, stored.k) == (found["temperature"], found["lmbda"], found["k"])
+    assert (stored.temperature, stored.lmbda, stored.k) == (found["temperature"], found["lambda"], found["k"])
     assert "<svg" in page.read_text()
     assert "perplexity" in knnlm("tune", "toy", corpus, "--part", "tune").out
 
@@ -84,7 +84,7 @@ def test_a_rule_is_fitted_stored_and_served(knnlm: Knnlm, store: Path, corpus: P
     served = ("eval", corpus, "--part", "tune", "--domain", "toy")
     assert knnlm(*served, "--json").json["knn"]["perplexity"] == pytest.approx(found["knn_perplexity"], rel=1e-6)
     other = knnlm(*served, "--rule", "fixed", "--json").json["knn"]["perplexity"]
-    assert other == pytest.approx(knnlm(*served, "--lambda", found["lmbda"], "--json").json["knn"]["perplexity"])
+    assert other == pytest.approx(knnlm(*served, "--lambda", found["lambda"], "--json").json["knn"]["perplexity"])
     assert other != pytest.approx(found["knn_perplexity"], rel=1e-6)
     assert "rule level (most 0.5, scale " in knnlm(*served).out
     assert "rule level (most 0.5, scale " in " ".join(knnlm("show", "toy").out.split())

@@ -67,7 +67,7 @@ def test_every_report_names_policy_values_and_versions(pipeline: Pipeline) -> No
     assert (written["context_length"], written["min_context"], written["tokens"]) == (32, 7, 37)
     assert written["model_id"] == "toy"
     assert written["domains"] == [
-        {"domain": "toy", "version": "v1", "temperature": 3.0, "lmbda": 0.3, "k": 8, "rule": "fixed"}
+        {"domain": "toy", "version": "v1", "temperature": 3.0, "lambda": 0.3, "k": 8, "rule": "fixed"}
     ]
     assert [d["id"] for d in written["documents"]] == ["one", "two"]
 

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from knnlm.generation import MAX_STOPS
 from services.aggregator.schemas.explaining import ExplainedToken
-from services.aggregator.schemas.mixing import Knn, Sourced, UsedDomain
+from services.aggregator.schemas.mixing import IDS_SCHEMA, Knn, Sourced, UsedDomain, are_token_ids
 from services.runtime.schemas import FirstProblem, Text, encodable
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -48,11 +48,10 @@ def _prompts(value: Any) -> list[Any]:  # Any: JSON
     if all(isinstance(row, str) for row in rows):
         encodable(rows)
         return rows
-    for row in rows:
-        if not isinstance(row, list) or not row or not all(type(i) is int and i >= 0 for i in row):
-            raise PydanticCustomError(
-                "prompts", "expected a text, a list of texts, token ids >= 0, or lists of them, none of them empty"
-            )
+    if not all(map(are_token_ids, rows)):
+        raise PydanticCustomError(
+            "prompts", "expected a text, a list of texts, token ids >= 0, or lists of them, none of them empty"
+        )
     return rows
 
 
@@ -81,13 +80,13 @@ def _texts(value: Any) -> list[str]:  # Any: JSON
     return texts
 
 
-_TEXT, _IDS = {"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_TEXT = {"type": "string"}
 _TEXTS = {"type": "array", "items": _TEXT}
 Prompts = Annotated[
     Any,
     PlainValidator(_prompts),
     WithJsonSchema(
-        {"anyOf": [_TEXT, {**_TEXTS, "minItems": 1}, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]}
+        {"anyOf": [_TEXT, {**_TEXTS, "minItems": 1}, IDS_SCHEMA, {"type": "array", "items": IDS_SCHEMA, "minItems": 1}]}
     ),
 ]
 Stops = Annotated[Any, PlainValidator(_texts), WithJsonSchema({"anyOf": [_TEXT, {**_TEXTS, "maxItems": MAX_STOPS}]})]

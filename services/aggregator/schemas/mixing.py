@@ -27,18 +27,24 @@ Temperature = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, des
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], FirstProblem(), Field(min_length=1)]
 
 
+def are_token_ids(value: Any) -> bool:  # Any: JSON
+    """Whether it is a list of token ids, at least one."""
+    return isinstance(value, list) and bool(value) and all(type(i) is int and i >= 0 for i in value)
+
+
 def _token_rows(value: Any) -> list[list[int]]:  # Any: JSON
     """The ids of one context or of several, as several."""
     rows = value if isinstance(value, list) and value and all(isinstance(row, list) for row in value) else [value]
-    for row in rows:
-        if not isinstance(row, list) or not row or not all(type(i) is int and i >= 0 for i in row):
-            raise PydanticCustomError("token_rows", "expected token ids >= 0, or lists of them, none of them empty")
+    if not all(map(are_token_ids, rows)):
+        raise PydanticCustomError("token_rows", "expected token ids >= 0, or lists of them, none of them empty")
     return rows
 
 
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 TokenRows = Annotated[
-    Any, PlainValidator(_token_rows), WithJsonSchema({"anyOf": [_IDS, {"type": "array", "items": _IDS, "minItems": 1}]})
+    Any,
+    PlainValidator(_token_rows),
+    WithJsonSchema({"anyOf": [IDS_SCHEMA, {"type": "array", "items": IDS_SCHEMA, "minItems": 1}]}),
 ]
 
 
