@@ -40,7 +40,7 @@ TICKS = 3  # of the event loop, after which all whom a round answered have asked
 
 
 @dataclass(eq=False)
-class _Asked:
+class _WaitingStep:
     request: StepRequest
     answer: "asyncio.Future[Row]"
     deadline: float | None
@@ -66,7 +66,7 @@ class Rounds:
         self._partly = mixer.info.vocab_size > whole_row_tokens
         self._likeliest = min(likeliest, mixer.info.vocab_size)
         self._observe = observe
-        self._waiting: list[_Asked] = []
+        self._waiting: list[_WaitingStep] = []
         self._running: asyncio.Task[None] | None = None
 
     async def step(self, request: StepRequest) -> Row:
@@ -77,7 +77,7 @@ class Rounds:
         """
         self._mixer.check_contexts([request.context])
         deadline = outgoing_deadline()
-        asked = _Asked(
+        asked = _WaitingStep(
             request, asyncio.get_running_loop().create_future(), deadline, (outgoing_id(), outgoing_metadata())
         )
         self._waiting.append(asked)
@@ -131,13 +131,13 @@ class Rounds:
         finally:
             self._running = None
 
-    def _batches(self, asked: Sequence[_Asked]) -> list[list[_Asked]]:
+    def _batches(self, asked: Sequence[_WaitingStep]) -> list[list[_WaitingStep]]:
         """Those whose forward pass is one request: cached or not, whole rows or parts, of bounded size."""
         numbers = self._mixer.info.vocab_size
-        batches: list[list[_Asked]] = []
+        batches: list[list[_WaitingStep]] = []
         for kind in {(a.request.cache, self._whole(a.request)) for a in asked}:
             same = [a for a in asked if (a.request.cache, self._whole(a.request)) == kind]
-            batch: list[_Asked] = []
+            batch: list[_WaitingStep] = []
             tokens = 0
             for one in same:
                 tokens += len(one.request.context)
@@ -151,7 +151,7 @@ class Rounds:
     def _whole(self, request: StepRequest) -> bool:
         return request.whole or not self._partly
 
-    async def _batch(self, asked: Sequence[_Asked]) -> None:
+    async def _batch(self, asked: Sequence[_WaitingStep]) -> None:
         """One forward pass, then the sources of each way at the same time. Every answer is settled."""
         requests = [a.request for a in asked]
         whole = self._whole(requests[0])
@@ -186,7 +186,7 @@ class Rounds:
                 places.append(i)
             await asyncio.gather(*(self._way([asked[i] for i in p], _rows(forward, p), timings) for _, p in ways))
 
-    async def _way(self, asked: Sequence[_Asked], forward: ForwardResult, before: Mapping[str, float]) -> None:
+    async def _way(self, asked: Sequence[_WaitingStep], forward: ForwardResult, before: Mapping[str, float]) -> None:
         """The rows of requests that are asked of the same sources."""
         requests, timings = [a.request for a in asked], dict(before)
         first = requests[0]
@@ -299,7 +299,7 @@ def _rows(forward: ForwardResult, places: Sequence[int]) -> ForwardResult:
     return replace(forward, **{name: array[list(places)] for name, array in arrays.items()})
 
 
-def _fail(asked: Sequence[_Asked], err: Exception) -> None:
+def _fail(asked: Sequence[_WaitingStep], err: Exception) -> None:
     for one in asked:
         if not one.answer.done():
             one.answer.set_exception(copy.copy(err))  # each caller names the field in its own words

@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache
 
 from knnlm.lm.architectures import Architecture
 from knnlm.lm.capture import takes_positions
-from knnlm.lm.prefixes import Kept, Prefixes
+from knnlm.lm.prefixes import CachedSequence, Prefixes
 from knnlm.lm.slots import LayerShape, Slots
 
 
@@ -21,7 +21,9 @@ def layer_shapes(base: nn.Module, device: torch.device) -> list[LayerShape]:
     return [LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
 
 
-def continuing(base: nn.Module, architecture: Architecture, prefixes: Prefixes, batch: list[Kept]) -> dict[str, Any]:
+def continuing(
+    base: nn.Module, architecture: Architecture, prefixes: Prefixes, batch: list[CachedSequence]
+) -> dict[str, Any]:
     """Arguments of a pass over the new tokens of a batch, padded on the right; they are written to their slots.
 
     The batch is put in the order of its slots. Equally much of each is kept where the architecture takes no mask.

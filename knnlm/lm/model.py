@@ -25,7 +25,7 @@ from knnlm.lm.answers import Answers
 from knnlm.lm.architectures import find
 from knnlm.lm.attention import continuing, layer_shapes
 from knnlm.lm.capture import capture, capture_keys, encode, only_at
-from knnlm.lm.prefixes import DEFAULT_BYTES, Kept, Prefixes, passes
+from knnlm.lm.prefixes import DEFAULT_BYTES, CachedSequence, Prefixes, passes
 from knnlm.lm.requests import Feed, batches, plan
 from knnlm.lm.slots import SlotShape
 from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
@@ -151,7 +151,7 @@ class LanguageModel:
             raise
         return rest
 
-    def _repeat(self, known: Sequence[Kept], prefixes: Prefixes, run: "_Run") -> None:
+    def _repeat(self, known: Sequence[CachedSequence], prefixes: Prefixes, run: "_Run") -> None:
         """Answer from the last log-probabilities of sequences of which nothing is new."""
         run.clock()
         rows = np.array([feed.first_row for one in known for feed in one.feeds], np.int64)
@@ -188,7 +188,7 @@ class LanguageModel:
         return self._hidden(ids, asked, _rows(batch), run)
 
     def _encode_new(
-        self, batch: list[Kept], prefixes: Prefixes, run: "_Run"
+        self, batch: list[CachedSequence], prefixes: Prefixes, run: "_Run"
     ) -> tuple[Tensor, list[Feed], npt.NDArray[np.int64]]:
         """As `_encode`, of what is new in kept sequences; their feeds in the order of the rows; and for each row the
         slot of the sequence whose last token it belongs to, else -1."""

@@ -24,10 +24,11 @@ MAX_MASK_NUMBERS = 1 << 25  # of the mask of one pass, in which sequences of dif
 
 
 @dataclass(eq=False, slots=True)
-class Kept:
+class CachedSequence:
     """A sequence of the request under way that has a slot. feeds: all that ask for it, at the same positions.
 
-    past: how many of its tokens are found, and not computed again. All of them: its last log-probabilities are known.
+    past: tokens found in the cache, which are not computed again; where that is all of them, the log-probabilities
+    after the last are in the cache, too.
     """
 
     feeds: list[Feed]
@@ -44,7 +45,7 @@ class Kept:
 
 
 class Prefixes:
-    """At most max_bytes of memory. asked, found: tokens of the sequences so far, and how many were not computed again.
+    """A cache of at most max_bytes. asked, found: tokens of all sequences so far, and how many were not computed again.
 
     Not for several threads at once.
     """
@@ -56,14 +57,14 @@ class Prefixes:
         self._context_length = context_length
         self._max_bytes = max_bytes
         self._now = 0
-        self._taken: dict[int, Kept] = {}  # by their slots: of the request under way
+        self._taken: dict[int, CachedSequence] = {}  # by their slots: of the request under way
 
     @property
     def held_bytes(self) -> int:
         """Bytes that are allocated."""
         return self.slots.held_bytes
 
-    def place(self, feeds: Sequence[Feed], *, keys: bool) -> tuple[list[Kept], list[Feed]]:
+    def place(self, feeds: Sequence[Feed], *, keys: bool) -> tuple[list[CachedSequence], list[Feed]]:
         """The sequences that have a slot now, and the feeds of those for which there is no room.
 
         keys: they are wanted, so that known log-probabilities are not enough.
@@ -87,7 +88,7 @@ class Prefixes:
         self.found += sum(one.past * len(one.feeds) + len(one.tokens) * (len(one.feeds) - 1) for one in kept)
         return kept, rest
 
-    def window(self, batch: list[Kept]) -> int:
+    def window(self, batch: list[CachedSequence]) -> int:
         """Make the sequences of one pass neighbors, in the order of their slots; the first one's slot."""
         mine = sorted(one.slot for one in batch)
         count = len(mine)
@@ -115,8 +116,8 @@ class Prefixes:
         self.slots.rows[torch.from_numpy(slots).to(self._shape.device)] = log_probs
         self.slots.has_row[slots] = True
 
-    def commit(self, batch: Sequence[Kept]) -> None:
-        """These are computed."""
+    def commit(self, batch: Sequence[CachedSequence]) -> None:
+        """Record that these have been computed: later requests find them."""
         for one in batch:
             self.slots.fill(one.slot, one.tokens, one.past, self._now)
             del self._taken[one.slot]
@@ -159,7 +160,7 @@ class Prefixes:
 
     def _take(self, group: list[Feed], slot: int, past: int) -> None:
         self.slots.cut(slot, past, self._now, row=past == len(group[0].tokens))
-        self._taken[slot] = Kept(group, slot, past)
+        self._taken[slot] = CachedSequence(group, slot, past)
 
     def _exact(self, feed: Feed) -> int | None:
         """The slot of these tokens, or of all but the last, when what is asked lies behind what is there."""
@@ -206,13 +207,13 @@ class Prefixes:
             self._taken[kept.slot] = kept
 
 
-def passes(kept: Sequence[Kept], max_tokens: int, *, alike: bool) -> list[list[Kept]]:
+def passes(kept: Sequence[CachedSequence], max_tokens: int, *, alike: bool) -> list[list[CachedSequence]]:
     """Sequences of which something is new, put together where they waste little: a step beside steps, and not padded to
     the length of a prompt. alike: those of one pass have equally many tokens that are found.
 
     New tokens and padding of one pass are at most max_tokens, unless a sequence alone has more.
     """
-    grouped: list[list[Kept]] = []
+    grouped: list[list[CachedSequence]] = []
     for one in sorted((one for one in kept if one.new), key=lambda one: (one.past == 0, -one.new, one.past)):
         batch = grouped[-1] if grouped else []
         if batch:

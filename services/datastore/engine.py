@@ -39,7 +39,7 @@ _Answer = SearchResult | Sequence[Passage]
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _QueuedRequest:
     loaded: Loaded
     request: SearchRequest | PassagesRequest
 
@@ -66,7 +66,7 @@ class Engine:
         self._metrics = metrics
         self._pool = Pool(settings, metrics, open_searcher or opener(settings))
         self.updates = DocumentUpdates(settings, metrics, self._pool, open_encoder)
-        self._batcher: Batcher[_Asked, _Answer] | None = None
+        self._batcher: Batcher[_QueuedRequest, _Answer] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._switches: set[asyncio.Task[DomainInfo]] = set()
         self._seconds = Histogram(
@@ -133,7 +133,7 @@ class Engine:
             raise Unavailable("the domains are being loaded")
         loaded = self._pool.get(request.domain, request.version)
         with loaded.lease():
-            return await self._batcher.submit(_Asked(loaded, request), call)
+            return await self._batcher.submit(_QueuedRequest(loaded, request), call)
 
     async def list_domains(self) -> Sequence[DomainInfo]:
         return await self._pool.list()
@@ -204,7 +204,7 @@ class Engine:
                 param=param,
             )
 
-    def _process(self, asked: Sequence[_Asked]) -> Sequence[_Answer]:
+    def _process(self, asked: Sequence[_QueuedRequest]) -> Sequence[_Answer]:
         """Answer requests of one version that want the same by one search or lookup. Called in the worker thread."""
         loaded, requests = asked[0].loaded, [item.request for item in asked]
         searches = [request for request in requests if isinstance(request, SearchRequest)]
@@ -228,7 +228,7 @@ def _look_up(loaded: Loaded, requests: Sequence[PassagesRequest]) -> list[Sequen
     return [passages[start:end] for start, end in pairwise(np.cumsum([0, *map(len, entries)]))]
 
 
-def _group(asked: _Asked) -> tuple[object, ...]:
+def _group(asked: _QueuedRequest) -> tuple[object, ...]:
     """What can be answered together: of one loaded version, of one kind, and equal in all but the rows."""
     return (id(asked.loaded), type(asked.request), *asked.request.batch_key)
 

@@ -18,8 +18,8 @@ from knnlm.mixer import Mixer
 from knnlm.prompts import PromptScore, score_prompt
 from knnlm.sources import Plan
 from knnlm.tokenizer import Tokenizer
-from services.aggregator.completions.asked import Asked
 from services.aggregator.completions.metrics import CompletionMetrics
+from services.aggregator.completions.reading import CheckedRequest
 
 WAITING_PIECES = 64  # of one request, beyond which its choices wait for the reader
 
@@ -57,7 +57,7 @@ class Choices:
     started: when the request arrived, on the clock of time.perf_counter. timings: seconds per stage of the first one.
     """
 
-    asked: Asked
+    checked: CheckedRequest
     generator: Generator
     mixer: Mixer
     tokenizer: Tokenizer
@@ -71,12 +71,12 @@ class Choices:
         self._tasks: list[asyncio.Task[None]] = []
         self._first: list[Piece | None] = []
         self._scores: dict[int, PromptScore] = {}
-        self._scoring = [asyncio.Lock() for _ in self.asked.prompts]
+        self._scoring = [asyncio.Lock() for _ in self.checked.prompts]
 
     async def begin(self, plan: Plan) -> None:
         """Begin, and wait for the first token of any choice. Raises what kept it from coming; then nothing is left."""
         self.plan, self._queue, self._scores = plan, asyncio.Queue(WAITING_PIECES), {}
-        self._tasks = [asyncio.create_task(self._guarded(i)) for i in range(self.asked.choices)]
+        self._tasks = [asyncio.create_task(self._guarded(i)) for i in range(self.checked.choices)]
         try:
             self._first = [await self._next()]
         except BaseException:
@@ -118,12 +118,12 @@ class Choices:
             await self._queue.put(None)
 
     async def _choice(self, index: int) -> None:
-        asked = self.asked
-        number, choice = divmod(index, asked.made)
-        prompt = asked.prompts[number]
-        before = await self._echoed(index, number) if asked.echo else Piece(index, "")
+        checked = self.checked
+        number, choice = divmod(index, checked.made)
+        prompt = checked.prompts[number]
+        before = await self._echoed(index, number) if checked.echo else Piece(index, "")
         shown, finished, last = len(before.text), False, None
-        async for new in self.generator.generate(prompt, asked.options, self.plan, seed=asked.seed, choice=choice):
+        async for new in self.generator.generate(prompt, checked.options, self.plan, seed=checked.seed, choice=choice):
             now = time.perf_counter()
             self.metrics.generated(now - (self.started if last is None else last), first=last is None)
             last = now
@@ -137,22 +137,22 @@ class Choices:
 
     def _piece(self, index: int, shown: int, new: NewToken) -> Piece:
         listed = Listed(new.token, new.piece, shown + new.offset, new.log_prob, new.top)
-        explained = explained_token(new, self.tokenizer) if self.asked.explain else None
+        explained = explained_token(new, self.tokenizer) if self.checked.explain else None
         return Piece(index, new.text, [listed], 1, new.finish, new.stopped_at, new.degraded, explained)
 
     async def _echoed(self, index: int, number: int) -> Piece:
         """The prompt, and how likely its tokens are if that was asked for."""
-        score = None if self.asked.logprobs is None else await self._score(number)
+        score = None if self.checked.logprobs is None else await self._score(number)
         return await asyncio.to_thread(self._prompt, index, number, score)
 
     def _prompt(self, index: int, number: int, score: PromptScore | None) -> Piece:
-        asked = self.asked
-        prompt, unseen = asked.prompts[number], asked.unseen[number]
+        checked = self.checked
+        prompt, hidden_bos = checked.prompts[number], checked.hidden_bos[number]
         reader = self.tokenizer.reader(inside=False)
         texts = [reader.add(token) for token in prompt.tolist()]
-        if not asked.options.max_tokens:
+        if not checked.options.max_tokens:
             texts[-1] += reader.end()
-        if unseen:
+        if hidden_bos:
             texts[0] = ""
         offsets = np.cumsum([0, *(len(text) for text in texts)]).tolist()
         degraded = None
@@ -169,7 +169,7 @@ class Choices:
         """The score of one prompt, made once for all of its choices."""
         async with self._scoring[number]:
             if number not in self._scores:
-                prompt, top = self.asked.prompts[number], self.asked.options.top
+                prompt, top = self.checked.prompts[number], self.checked.options.top
                 self._scores[number] = await score_prompt(self.mixer, self.plan, prompt, top, self.timings)
             return self._scores[number]
 

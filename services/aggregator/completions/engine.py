@@ -12,9 +12,9 @@ from knnlm.messages import ModelInfo
 from knnlm.mixer import Mixer
 from knnlm.rounds import Rounds
 from knnlm.tokenizer import Tokenizer
-from services.aggregator.completions.asked import Asked, Reader
 from services.aggregator.completions.choices import Choices, Piece
 from services.aggregator.completions.metrics import CompletionMetrics
+from services.aggregator.completions.reading import CheckedRequest, RequestReader
 from services.aggregator.completions.schemas import CompletionRequest
 from services.aggregator.completions.shapes import CompletionShape, Gathered, Json
 from services.aggregator.requests import MemoryBudget
@@ -44,7 +44,7 @@ class Completions:
         self._settings = settings
         self._metrics = metrics
         self._degraded = degraded
-        self._reader = Reader(mixer.info, tokenizer, settings)
+        self._reader = RequestReader(mixer.info, tokenizer, settings)
         self._running = MemoryBudget(settings.max_running_choices)
         self._listed = MemoryBudget(MAX_ALL_LISTED)
 
@@ -56,13 +56,13 @@ class Completions:
         """What the request asks, with the shape of its answer, and the options of the sources that are mixed."""
         with named_as_asked(request):  # of retrieval alone: the request has a temperature of its own, too
             name, sources = chosen(request, self.info.model_id, self._settings)
-        asked = await self._reader.completion(request)
-        return CompletionShape(asked, name, call.id, self._tokenizer), sources
+        checked = await self._reader.completion(request)
+        return CompletionShape(checked, name, call.id, self._tokenizer), sources
 
     async def whole(self, shape: CompletionShape, sources: dict[str, Any], call: RequestContext) -> bytes:
         """The whole answer as JSON. Raises KnnlmError for everything that cannot be answered."""
-        made = [Gathered() for _ in range(shape.asked.choices)]
-        async with self._under_way(shape.asked, sources, call) as choices:
+        made = [Gathered() for _ in range(shape.checked.choices)]
+        async with self._under_way(shape.checked, sources, call) as choices:
             degraded = choices.plan.degraded
             async for piece in choices.pieces():
                 made[piece.index].add(piece)
@@ -81,7 +81,7 @@ class Completions:
             made = shape.chunk(piece, choices.plan, first=first, generated=generated)
             return None if made is None else _encoded(made)
 
-        async with self._under_way(shape.asked, sources, call) as choices:
+        async with self._under_way(shape.checked, sources, call) as choices:
             first = True
             async for piece in choices.pieces():
                 generated += piece.generated
@@ -97,25 +97,27 @@ class Completions:
                 yield _encoded(last)
 
     @asynccontextmanager
-    async def _under_way(self, asked: Asked, sources: dict[str, Any], call: RequestContext) -> AsyncIterator[Choices]:
+    async def _under_way(
+        self, checked: CheckedRequest, sources: dict[str, Any], call: RequestContext
+    ) -> AsyncIterator[Choices]:
         """The choices once the first token of any is there; none is left behind."""
-        generator, options = self._generator, asked.options
+        generator, options = self._generator, checked.options
         generator.check_tokens(options)
-        rooms = [generator.room(prompt, options.max_tokens) for prompt in asked.prompts]
+        rooms = [generator.room(prompt, options.max_tokens) for prompt in checked.prompts]
         listed = 0
-        if asked.logprobs is not None or asked.echo:
-            tokens = sum(rooms) + (asked.prompt_tokens if asked.echo else 0)
-            listed = asked.made * tokens * (1 + (asked.logprobs or 0))
+        if checked.logprobs is not None or checked.echo:
+            tokens = sum(rooms) + (checked.prompt_tokens if checked.echo else 0)
+            listed = checked.made * tokens * (1 + (checked.logprobs or 0))
         if listed > MAX_LISTED:
             raise TooLarge(
                 f"echo and logprobs list {listed} values, at most {MAX_LISTED} are listed in one answer: ask for fewer "
                 "prompts, choices or tokens",
-                param="echo" if asked.echo else "logprobs",
+                param="echo" if checked.echo else "logprobs",
             )
         choices = Choices(
-            asked, generator, self._mixer, self._tokenizer, self._metrics, call.started, timings=call.timings
+            checked, generator, self._mixer, self._tokenizer, self._metrics, call.started, timings=call.timings
         )
-        async with self._listed.hold(listed, call.remaining()), self._running.hold(asked.choices, call.remaining()):
+        async with self._listed.hold(listed, call.remaining()), self._running.hold(checked.choices, call.remaining()):
             try:
                 await self._mixer.planned(sources, choices.begin)
                 yield choices

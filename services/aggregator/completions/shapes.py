@@ -10,8 +10,8 @@ from knnlm.clients.explained import ExplainedToken
 from knnlm.sources import Plan
 from knnlm.tokenizer import Tokenizer
 from knnlm.wire.jsonable import to_json
-from services.aggregator.completions.asked import Asked
 from services.aggregator.completions.choices import Listed, Piece
+from services.aggregator.completions.reading import CheckedRequest
 from services.aggregator.responses import used_domains
 
 LEAST = -9999.0  # what stands for minus infinity, which JSON cannot say: as in vLLM
@@ -50,15 +50,15 @@ class CompletionShape:
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, asked: Asked, name: str, request_id: str, tokenizer: Tokenizer) -> None:
-        self.asked = asked
+    def __init__(self, checked: CheckedRequest, name: str, request_id: str, tokenizer: Tokenizer) -> None:
+        self.checked = checked
         self._head = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": name}
         self._tokenizer = tokenizer
 
     def whole(self, made: Sequence[Gathered], plan: Plan, degraded: str | None) -> Json:
         """made: all that were generated, the best of which are given."""
-        per_prompt = [made[i : i + self.asked.made] for i in range(0, len(made), self.asked.made)]
-        given = [one for choices in per_prompt for one in _best(choices, self.asked.n)]
+        per_prompt = [made[i : i + self.checked.made] for i in range(0, len(made), self.checked.made)]
+        given = [one for choices in per_prompt for one in _best(choices, self.checked.n)]
         return {
             **self._head,
             "object": self.whole_object,
@@ -69,7 +69,7 @@ class CompletionShape:
 
     def chunk(self, piece: Piece, plan: Plan, *, first: bool, generated: int) -> Json | None:
         """What a piece adds to the stream; None where that is nothing. generated: tokens so far, of all choices."""
-        shown = piece.text or piece.finish or self.asked.explain or self.asked.logprobs is not None
+        shown = piece.text or piece.finish or self.checked.explain or self.checked.logprobs is not None
         if not (first or shown):
             return None
         extras = _extras(plan, piece.degraded)
@@ -78,17 +78,17 @@ class CompletionShape:
             if piece.degraded is None:
                 extras.pop("degraded")
         chunk = {**self._head, "object": self.chunk_object, "choices": [self._part(piece)], **extras}
-        if self.asked.include_usage:
-            chunk["usage"] = self.usage(generated) if self.asked.usage_in_all else None
+        if self.checked.include_usage:
+            chunk["usage"] = self.usage(generated) if self.checked.usage_in_all else None
         return chunk
 
     def closing(self, generated: int) -> Iterable[Json]:
         """Chunks behind the last piece."""
-        if self.asked.include_usage:
+        if self.checked.include_usage:
             yield {**self._head, "object": self.chunk_object, "choices": [], "usage": self.usage(generated)}
 
     def usage(self, generated: int) -> Json:
-        prompt = self.asked.prompt_tokens
+        prompt = self.checked.prompt_tokens
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
     def _choice(self, index: int, one: Gathered) -> Json:
@@ -112,10 +112,10 @@ class CompletionShape:
         }
 
     def _explained(self, tokens: Sequence[ExplainedToken]) -> Json:
-        return {"explained": [to_json(token) for token in tokens]} if self.asked.explain else {}
+        return {"explained": [to_json(token) for token in tokens]} if self.checked.explain else {}
 
     def _logprobs(self, tokens: Sequence[Listed]) -> Json | None:
-        if self.asked.logprobs is None:
+        if self.checked.logprobs is None:
             return None
         return {
             "tokens": [self._name(one.token, one.text) for one in tokens],
@@ -135,7 +135,7 @@ class CompletionShape:
         return found
 
     def _name(self, token: int, text: str) -> str:
-        return f"token_id:{token}" if self.asked.as_ids else text
+        return f"token_id:{token}" if self.checked.as_ids else text
 
 
 def finite(value: float) -> float:

@@ -22,12 +22,13 @@ DEFAULT_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request's choices.
+class CheckedRequest:
+    """What one request asks to be generated, checked and with its defaults.
 
-    prompts: (t,) int32 each. unseen: whether its first token is a BOS that was put before its text and is not shown. n:
-    choices given of each prompt, of `made` that are generated. logprobs: likeliest tokens listed beside each
-    token, None for no log-probabilities at all.
+    prompts: (t,) int32 each. hidden_bos: of each, whether its first token is a BOS that was put before its text and is
+    not shown. seed: of the draws. made: choices generated for each prompt, of which the best n are given. logprobs: how
+    many of the likeliest tokens are listed beside each token, None for no log-probabilities at all. as_ids: tokens are
+    named by their ids. explain: each token with what made it. usage_in_all: `usage` so far in every chunk.
     """
 
     prompts: Sequence[Ids]
@@ -38,14 +39,14 @@ class Asked:
     echo: bool = False
     logprobs: int | None = None
     as_ids: bool = False
-    unseen: Sequence[bool] = ()
+    hidden_bos: Sequence[bool] = ()
     explain: bool = False
     include_usage: bool = False
     usage_in_all: bool = False
 
     @property
     def choices(self) -> int:
-        """All that are generated."""
+        """How many are generated, for all prompts together."""
         return len(self.prompts) * self.made
 
     @property
@@ -53,7 +54,7 @@ class Asked:
         return sum(len(prompt) for prompt in self.prompts)
 
 
-class Reader:
+class RequestReader:
     """Reads requests for the completions of one model."""
 
     def __init__(self, info: ModelInfo, tokenizer: Tokenizer, settings: AggregatorSettings) -> None:
@@ -62,7 +63,7 @@ class Reader:
         self._settings = settings
         self._inputs = Inputs(info, tokenizer, settings)
 
-    async def completion(self, request: CompletionRequest) -> Asked:
+    async def completion(self, request: CompletionRequest) -> CheckedRequest:
         """Raises InvalidRequest and TooLarge."""
         _refuse_unserved(request)
         made = request.n or 1
@@ -73,18 +74,18 @@ class Reader:
                 raise InvalidRequest(
                     "best_of cannot be streamed: the best are known when all are there", param="best_of"
                 )
-        prompts, unseen = await self._prompts(request)
-        return self._asked(
+        prompts, hidden_bos = await self._prompts(request)
+        return self._checked(
             request,
             prompts,
             max_tokens=DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens,
             made=request.best_of or made,
             echo=bool(request.echo),
             logprobs=request.logprobs,
-            unseen=unseen,
+            hidden_bos=hidden_bos,
         )
 
-    def _asked(
+    def _checked(
         self,
         request: Sampled,
         prompts: Sequence[Ids],
@@ -93,8 +94,8 @@ class Reader:
         made: int,
         logprobs: int | None,
         echo: bool = False,
-        unseen: Sequence[bool] = (),
-    ) -> Asked:
+        hidden_bos: Sequence[bool] = (),
+    ) -> CheckedRequest:
         if request.stream_options is not None and not request.stream:
             raise InvalidRequest("stream_options goes with stream: true", param="stream_options")
         limits = self._settings
@@ -120,7 +121,7 @@ class Reader:
         around = 24 if knn is None or knn.explain_tokens is None else knn.explain_tokens
         self._check_explained(explain or 0, around, max_tokens * choices)
         stream = request.stream_options
-        return Asked(
+        return CheckedRequest(
             prompts=prompts,
             options=GenerationOptions(
                 max_tokens=max_tokens,
@@ -138,7 +139,7 @@ class Reader:
             echo=echo,
             logprobs=logprobs,
             as_ids=bool(request.return_tokens_as_token_ids),
-            unseen=unseen,
+            hidden_bos=hidden_bos,
             explain=explain is not None,
             include_usage=stream is not None and bool(stream.include_usage),
             usage_in_all=stream is not None and bool(stream.continuous_usage_stats),
@@ -167,13 +168,13 @@ class Reader:
                 f"prompt may hold {self._settings.max_choices} prompts, got {len(request.prompt)} (--max-choices)",
                 param="prompt",
             )
-        unseen = [False] * len(request.prompt)
+        hidden_bos = [False] * len(request.prompt)
         if isinstance(request.prompt[0], str):
             prompts = await self._inputs.encoded(request.prompt, "prompt")
             bos = self._info.bos_token_id
             if bos is not None:  # each begins with it now
-                unseen = [self._puts_bos(request) and prompt[1:2].tolist() != [bos] for prompt in prompts]
-                prompts = [prompt if added else prompt[1:] for prompt, added in zip(prompts, unseen, strict=True)]
+                hidden_bos = [self._puts_bos(request) and prompt[1:2].tolist() != [bos] for prompt in prompts]
+                prompts = [prompt if added else prompt[1:] for prompt, added in zip(prompts, hidden_bos, strict=True)]
         else:
             self._inputs.check_token_count(sum(len(row) for row in request.prompt), "prompt")
             prompts = [self._inputs.token_array(row, "prompt") for row in request.prompt]
@@ -184,9 +185,9 @@ class Reader:
             most = self._info.context_length if keep == -1 else keep
             prompts = [
                 end_of_context(prompt, most, self._info.bos_token_id if added else None)
-                for prompt, added in zip(prompts, unseen, strict=True)
+                for prompt, added in zip(prompts, hidden_bos, strict=True)
             ]
-        return prompts, unseen
+        return prompts, hidden_bos
 
     def _puts_bos(self, request: CompletionRequest) -> bool:
         if request.add_bos is not None:
