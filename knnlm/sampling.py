@@ -101,12 +101,14 @@ def choose(known: Known, options: SamplingOptions, counts: Mapping[int, int], dr
         raise InvalidRequest("logit_bias and penalties leave no token to generate", param="logit_bias")
     if options.temperature == 0:
         return int(known.tokens[scores == largest].min()) if largest > known.bound else None
-    scores = scores / options.temperature
-    bound, largest = known.bound / options.temperature, largest / options.temperature
-    total = np.logaddexp(_log_sum(scores), known.log_rest)
+    bound, total = known.bound, 0.0  # p sums to one
+    if scores is not known.log_probs or options.temperature != 1:
+        scores = scores / options.temperature
+        bound, largest = known.bound / options.temperature, largest / options.temperature
+        total = float(np.logaddexp(_log_sum(scores), known.log_rest))
     for depth in HEADS:
         least = max(bound, largest - depth)
-        chosen = _draw(known.tokens, scores, least, float(total), options, draw)
+        chosen = _draw(known.tokens, scores, least, total, options, draw)
         if chosen is not None or least == bound:
             return chosen
     return None
