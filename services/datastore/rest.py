@@ -1,5 +1,6 @@
 """The datastore service over HTTP: decode, one call, encode."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -32,9 +33,9 @@ def routes(engine: Engine) -> APIRouter:
     )
     async def search(domain: str, body: SearchBody) -> JSONResponse:
         """The answer names the version it came from; pin it in the next request to stay on it."""
-        request = from_json(SearchRequest, {**vars(body), "domain": domain})
+        request = await asyncio.to_thread(from_json, SearchRequest, {**vars(body), "domain": domain})
         result = await engine.search(request, current())
-        return JSONResponse(to_json(result, body.encoding))
+        return await asyncio.to_thread(lambda: JSONResponse(to_json(result, body.encoding)))
 
     @router.post(
         PASSAGES,
@@ -44,9 +45,9 @@ def routes(engine: Engine) -> APIRouter:
     )
     async def passages(domain: str, body: PassagesBody) -> JSONResponse:
         """Entries are numbered in one version: pin the one that the search answered from."""
-        request = from_json(PassagesRequest, {**vars(body), "domain": domain})
+        request = await asyncio.to_thread(from_json, PassagesRequest, {**vars(body), "domain": domain})
         result = await engine.passages(request, current())
-        return JSONResponse(to_json(result, body.encoding))
+        return await asyncio.to_thread(lambda: JSONResponse(to_json(result, body.encoding)))
 
     @router.get("/v1/domains", summary="Every domain that is served", response_model=DomainsAnswer)
     async def list_domains() -> JSONResponse:

@@ -1,5 +1,6 @@
 """The lm service over HTTP: decode, one call, encode."""
 
+import asyncio
 from collections.abc import Mapping
 
 from fastapi import APIRouter
@@ -29,9 +30,9 @@ def routes(engine: Engine) -> APIRouter:
     )
     async def forward(body: ForwardBody) -> JSONResponse:
         """Stateless; several requests that want the same are run together."""
-        request = from_json(ForwardRequest, vars(body))
+        request = await asyncio.to_thread(from_json, ForwardRequest, vars(body))
         result = await engine.forward(request, current())
-        return JSONResponse(to_json(result, body.encoding))
+        return await asyncio.to_thread(lambda: JSONResponse(to_json(result, body.encoding)))
 
     @router.get("/v1/model", summary="What is loaded", response_model=answer(ModelInfo))
     async def model() -> JSONResponse:
