@@ -15,8 +15,8 @@ from knnlm.wire.jsonable import finite
 
 @dataclass(frozen=True)
 class ExplainedPassage:
-    """An entry that stores a token. position: of the token in the document. share: of what its component's p comes
-    from, the entries that store the token. after: the token and what followed it."""
+    """An entry that stores a token. position: where the token stands in the document, in tokens. distance: squared L2.
+    share: its part of what all entries that store the token gave it. after: the token and what followed it."""
 
     domain: str
     document: str
@@ -29,7 +29,8 @@ class ExplainedPassage:
 
 @dataclass(frozen=True)
 class ExplainedComponent:
-    """One distribution of the mixture at one token. passages: those that gave most first."""
+    """One distribution of the mixture at one token: `lm`, or a source's, of its kind. weight: 0 where it found nothing.
+    passages: those that gave most first."""
 
     name: str
     kind: str
@@ -40,7 +41,8 @@ class ExplainedComponent:
 
 @dataclass(frozen=True)
 class ExplainedToken:
-    """Natural logarithms; None stands for minus infinity. lmbda: what all components but the LM weighed here."""
+    """Natural logarithms; None stands for minus infinity. lmbda: what all components but the LM weighed here.
+    components: all that was mixed, the LM first."""
 
     token_id: int
     token: str

@@ -4,8 +4,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, StrictInt, Tag
 
+from knnlm.attribution import DocumentShare
+from knnlm.clients import explained
 from services.aggregator.schemas.mixing import ScoreRequest, TokenIds, UsedDomain, by_type
-from services.runtime.schemas import Text
+from services.runtime.schemas import Text, answer
 
 TextOrIds = Annotated[
     Annotated[Text, Tag("a_text")] | Annotated[TokenIds, Tag("a_list_of_token_ids")],
@@ -29,43 +31,12 @@ class ExplainRequest(ScoreRequest):
         return "completion" if alone else super().given
 
 
-class ExplainedPassage(BaseModel):
-    domain: str
-    document: str
-    position: int = Field(description="Where the token stands in the document, in tokens.")
-    distance: float = Field(description="Squared L2.")
-    share: float = Field(description="Its part of what all entries that store the token gave it; these add up to 1.")
-    before: str
-    after: str = Field(description="The token and what followed it.")
+class ExplainedToken(answer(explained.ExplainedToken)):  # type: ignore[misc]  # made of the record
+    __doc__ = explained.ExplainedToken.__doc__
 
 
-class ExplainedComponent(BaseModel):
-    """One distribution of the mixture at one token. kind: `lm`, `knn`, or another source's."""
-
-    name: str
-    kind: str
-    weight: float = Field(description="0 where it found nothing.")
-    log_p: float | None
-    passages: list[ExplainedPassage] = Field(description="Those that gave most first.")
-
-
-class ExplainedToken(BaseModel):
-    """Natural logarithms; null stands for minus infinity, which JSON cannot say."""
-
-    token_id: int
-    token: str
-    log_p: float | None
-    log_p_lm: float
-    lmbda: float = Field(serialization_alias="lambda", description="What all components but the LM weighed here.")
-    components: list[ExplainedComponent] = Field(description="All that was mixed, the LM first.")
-
-
-class ExplainedDocument(BaseModel):
-    domain: str
-    document: str
-    probability: float = Field(description="Sum over tokens of weight times p times share of its passages.")
-    share: float = Field(description="Its part of all that retrieval gave the text, shown or not.")
-    tokens: int = Field(description="How many of the tokens it gave something to.")
+class ExplainedDocument(answer(DocumentShare)):  # type: ignore[misc]  # made of the record
+    __doc__ = DocumentShare.__doc__
 
 
 class ExplainResponse(BaseModel):
