@@ -92,7 +92,7 @@ class ForwardResult:
 
     @property
     def statistics(self) -> LmStatistics | None:
-        """None when they were not asked for."""
+        """The statistics of each distribution; None when they were not asked for."""
         if self.entropy is None or self.largest_log_prob is None:
             return None
         return LmStatistics(self.entropy, self.largest_log_prob)

@@ -132,7 +132,7 @@ class Rounds:
             self._running = None
 
     def _batches(self, asked: Sequence[_WaitingStep]) -> list[list[_WaitingStep]]:
-        """Those whose forward pass is one request: cached or not, whole rows or parts, of bounded size."""
+        """The steps in batches, each of one forward request: cached or not, whole rows or parts, of bounded size."""
         numbers = self._mixer.info.vocab_size
         batches: list[list[_WaitingStep]] = []
         for kind in {(a.request.cache, self._whole(a.request)) for a in asked}:

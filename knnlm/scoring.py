@@ -42,7 +42,7 @@ class Score:
 
     @property
     def knn_log_probs(self) -> npt.NDArray[np.float64] | None:
-        """None without retrieval."""
+        """(n,) log p_kNN; None without retrieval."""
         return self.mixed.knn_log_probs
 
     @property

@@ -148,7 +148,7 @@ def models() -> Call[Sequence[answers.Model]]:
 
 
 def model(model: str) -> Call[answers.Model]:
-    """One of them, by its id."""
+    """One model of `models`, by its id."""
     return Call("GET", f"/v1/models/{quoted(model, 'model')}", _of(answers.Model))
 
 
@@ -158,7 +158,7 @@ def domains() -> Call[Sequence[DomainInfo]]:
 
 
 def domain(domain: str) -> Call[answers.DomainStatus]:
-    """One of them, and each replica's version of it."""
+    """One domain, and each replica's version of it."""
     return Call("GET", _domain(domain), _of(answers.DomainStatus))
 
 

@@ -110,7 +110,7 @@ def _scored_tokens(score: Score, tokenizer: Tokenizer) -> list[mixing.ScoredToke
 
 
 def _scored_components(score: Score) -> list[mixing.ScoredComponent]:
-    """All that was mixed, the LM first."""
+    """The components that were mixed, the LM first."""
     mixed = score.mixed
     columns = [("lm", "lm", 1 - mixed.weight, mixed.lm_log_probs)]
     columns += [(c.name, c.kind, c.weight, c.evidence.of_targets) for c in mixed.components]

@@ -84,7 +84,7 @@ class Choices:
             raise
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """All, those of different choices in between one another. Raises what keeps one of them from going on."""
+        """The pieces of all choices as they come. Raises what keeps one of them from going on."""
         left = len(self._tasks)
         while left:
             try:
