@@ -6,6 +6,7 @@ that is awaited. What differs between the two is how one request is sent.
 
 import asyncio
 import copy
+import math
 import os
 import random
 import time
@@ -107,19 +108,22 @@ class _Connection(Generic[Http]):
         self._url = url.rstrip("/")
         self._key = api_key or os.environ.get(API_KEY)
         self._admin_key = admin_key or os.environ.get(ADMIN_API_KEY) or self._key
-        self._timeout = timeout
+        self._timeout = _finite(timeout)
         self._wait = wait
-        self._http: Http = self._opened(
-            base_url=self._url,
-            transport=transport,
-            verify=True if tls is None else tls.ssl_context(),
-            limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
-        )
+        try:
+            self._http: Http = self._opened(
+                base_url=self._url,
+                transport=transport,
+                verify=True if tls is None else tls.ssl_context(),
+                limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
+            )
+        except httpx.InvalidURL as err:
+            raise InvalidRequest(f"base_url must be a URL, got {url!r:.80}: {err}", param="base_url") from err
 
     def within(self, seconds: float) -> Self:
         """The same client with another timeout; it shares the connections, which are closed together."""
         other = copy.copy(self)
-        other._timeout = seconds
+        other._timeout = _finite(seconds)
         return other
 
     next_token = _Method(routes.next_token)
@@ -283,3 +287,9 @@ def _seconds(retry_after: str) -> float:
         return float(retry_after)
     except ValueError:
         return 0.0
+
+
+def _finite(timeout: float) -> float:
+    if not math.isfinite(timeout):
+        raise InvalidRequest(f"timeout must be a finite number of seconds, got {timeout}", param="timeout")
+    return timeout

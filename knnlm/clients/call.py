@@ -20,7 +20,7 @@ from knnlm.clients.replica import Metadata, Method, Rank, Replica
 from knnlm.clients.resolve import Address, parse
 from knnlm.errors import KnnlmError
 from knnlm.transport.context import PROBE, outgoing_id, outgoing_metadata, time_limit
-from knnlm.transport.security import ApiKey, Tls
+from knnlm.transport.security import ApiKey, Tls, current_key
 
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.05, 1.0  # between two rounds over replicas that do not answer
 MIN_ATTEMPT_SECONDS = 0.02  # with less time left, no further attempt is made
@@ -256,8 +256,7 @@ class Caller(Generic[Stub]):
             raise failed if failed.kind is Kind.FINAL else refused from failed
 
     def _metadata(self) -> Metadata:
-        key = self.connection.api_key
-        key = key() if callable(key) else key
+        key = current_key(self.connection.api_key)
         metadata = [] if key is None else [("authorization", f"Bearer {key}")]
         request_id = outgoing_id()
         if request_id is not None:

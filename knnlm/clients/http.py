@@ -27,7 +27,7 @@ from knnlm.messages import (
     SearchResult,
 )
 from knnlm.transport.context import outgoing_id, outgoing_metadata, time_limit
-from knnlm.transport.security import ApiKey, Tls
+from knnlm.transport.security import ApiKey, Tls, current_key
 from knnlm.v1 import datastore_pb2, lm_pb2
 from knnlm.wire import protos
 from knnlm.wire.jsonable import from_json, to_json
@@ -187,9 +187,10 @@ def _encoded(body: Mapping[str, object]) -> bytes:
 
 
 def outgoing_headers(api_key: ApiKey, limit: float) -> dict[str, str]:
-    """What every call carries: its key, how many seconds it may take, and the id and trace of the request served."""
+    """What every call carries: its key, how many seconds it may take, and the id and trace of the request served.
+    Raises InvalidRequest for a key that no header could carry."""
     headers = {**dict(outgoing_metadata()), "x-request-timeout": f"{limit:.6g}"}
-    key = api_key() if callable(api_key) else api_key
+    key = current_key(api_key)
     if key is not None:
         headers["authorization"] = f"Bearer {key}"
     request_id = outgoing_id()

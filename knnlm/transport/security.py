@@ -78,6 +78,14 @@ class SecretFile:
             self._missing = False
 
 
+def current_key(key: ApiKey) -> str | None:
+    """The key as it is now. Raises InvalidRequest, which does not show it, for one that no header could carry."""
+    now = key() if callable(key) else key
+    if now and not (now.isascii() and now.isprintable() and now == now.strip()):
+        raise InvalidRequest("a key must be printable ASCII without spaces around it", param="api_key")
+    return now
+
+
 @dataclass(frozen=True)
 class Tls:
     """How a client speaks TLS, over gRPC and HTTP.

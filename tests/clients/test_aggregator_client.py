@@ -11,7 +11,9 @@ import pytest
 
 from knnlm import AsyncClient, Client, DomainOptions, KnnOptions, SearchOptions
 from knnlm.clients import aggregator, routes
+from knnlm.clients.call import Connection
 from knnlm.clients.routes import Json, Streamed
+from knnlm.clients.rpc import GrpcLanguageModel
 from knnlm.errors import (
     Conflict,
     DeadlineExceeded,
@@ -110,6 +112,32 @@ def test_an_address_that_is_none_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="http://") as raised:
         Client("localhost:8000")
     assert raised.value.param == "base_url"
+    with pytest.raises(InvalidRequest) as raised:
+        Client("http://[::1")
+    assert raised.value.param == "base_url"
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf")])
+def test_a_timeout_that_is_no_number_of_seconds_is_refused(seconds: float) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        Client(timeout=seconds)
+    assert raised.value.param == "timeout"
+    with pytest.raises(InvalidRequest, match="timeout"):
+        Client().within(seconds)
+
+
+@pytest.mark.parametrize("key", ["kei\nnes", "schl\xfcssel", "of me "])
+async def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key: str) -> None:
+    async with AsyncClient("http://127.0.0.1:1", api_key=key) as client:
+        with pytest.raises(InvalidRequest) as raised:
+            await client.models()
+        assert raised.value.param == "api_key"
+        assert key.strip() not in str(raised.value)
+    lm = GrpcLanguageModel(Connection("127.0.0.1:1", api_key=lambda: key))
+    with pytest.raises(InvalidRequest) as raised:
+        await lm.get_model()
+    assert raised.value.param == "api_key"
+    await lm.aclose()
 
 
 @pytest.mark.parametrize(
