@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from knnlm.clients.explained import explained_token
 from knnlm.rows import stored_tokens
 from services.aggregator.completions.choices import Listed
 from services.aggregator.completions.shapes import finite
@@ -78,3 +79,21 @@ async def test_a_long_answer_is_put_together_beside_the_event_loop(
             assert answer.status_code == 200
             assert len(seen) > 30
             assert threading.main_thread() not in seen
+
+
+async def test_what_made_a_token_is_put_together_beside_the_event_loop(
+    store: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[threading.Thread] = []
+
+    def noted(*args: Any) -> Any:
+        seen.append(threading.current_thread())
+        return explained_token(*args)
+
+    monkeypatch.setattr("services.aggregator.completions.choices.explained_token", noted)
+    given = {"prompt": "the cat", "model": "toy+cat", "max_tokens": 3, "ignore_eos": True, "knn": {**KNN, "explain": 2}}
+    async with system(store) as running:
+        await running.post("/v1/completions", given)
+    assert len(seen) == 3
+    assert threading.main_thread() not in seen

@@ -130,14 +130,16 @@ class Choices:
             if index == 0:
                 for stage, seconds in new.row.timings.items():
                     self.timings[stage] = self.timings.get(stage, 0.0) + seconds
-            await self._queue.put(_joined(before, self._piece(index, shown, new)))
+            await self._queue.put(_joined(before, await self._piece(index, shown, new)))
             before, finished = Piece(index, ""), new.finish is not None
         if not finished:
             await self._queue.put(replace(before, finish=FINISHED_LENGTH))
 
-    def _piece(self, index: int, shown: int, new: NewToken) -> Piece:
+    async def _piece(self, index: int, shown: int, new: NewToken) -> Piece:
         listed = Listed(new.token, new.piece, shown + new.offset, new.log_prob, new.top)
-        explained = explained_token(new, self.tokenizer) if self.checked.explain else None
+        explained = None
+        if self.checked.explain:  # on a thread: it may have many passages
+            explained = await asyncio.to_thread(explained_token, new, self.tokenizer)
         return Piece(index, new.text, [listed], 1, new.finish, new.stopped_at, new.degraded, explained)
 
     async def _echoed(self, index: int, number: int) -> Piece:

@@ -88,8 +88,8 @@ class Completions:
                 if not told and (piece.degraded or choices.plan.degraded) is not None:
                     told = True
                     self._degraded()
-                # a prompt that is echoed has many parts
-                made = await asyncio.to_thread(chunk, piece) if len(piece.tokens) > 1 else chunk(piece)
+                large = len(piece.tokens) > 1 or piece.explained is not None  # a prompt that is echoed, or passages
+                made = await asyncio.to_thread(chunk, piece) if large else chunk(piece)
                 if made is not None:
                     first = False
                     yield made
