@@ -69,6 +69,7 @@ class NewToken:
     in characters. piece: that text, "" while a character is not complete; of EOS and other special tokens, which
     no text has, their name. finish: None, or why this is the last: "stop" or "length". stopped_at: the
     stop string or token. carried: for each of row.components, the entries that gave the token most, if asked for.
+    missing: why some of them are missing.
     """
 
     token: int
@@ -82,11 +83,12 @@ class NewToken:
     finish: str | None = None
     stopped_at: str | int | None = None
     carried: Sequence[Sequence[Carrier]] = ()
+    missing: str | None = None
 
     @property
     def degraded(self) -> str | None:
-        """Why the LM alone answered, None where it is as asked."""
-        return self.row.plan.degraded
+        """Why the LM alone answered, or passages are missing; None where it is as asked."""
+        return self.row.plan.degraded or self.missing
 
 
 @dataclass(frozen=True)
@@ -197,13 +199,14 @@ class Generator:
         if token is None or top is None:
             raise RuntimeError("a complete row leaves nothing open")
         carried: Sequence[Sequence[Carrier]] = ()
+        missing = None
         if options.carriers:
-            carried = await row.carried(token, options.carriers, options.passage_tokens)
+            carried, missing = await row.carried(token, options.carriers, options.passage_tokens)
         offset = sequence.text.read
         text, finish, stopped_at = sequence.add(token)
         log_prob, lm_log_prob = row.of(token)
         return NewToken(
-            token, row, log_prob, lm_log_prob, top, text, offset, sequence.piece, finish, stopped_at, carried
+            token, row, log_prob, lm_log_prob, top, text, offset, sequence.piece, finish, stopped_at, carried, missing
         )
 
 

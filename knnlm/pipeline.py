@@ -250,6 +250,9 @@ class LocalLanguageModel:
     async def get_tokenizer(self) -> str:
         return self._lm.tokenizer.json
 
+    async def get_chat_template(self) -> str | None:
+        return self._lm.tokenizer.chat_template
+
 
 class LocalDatastore:
     """Opened searchers as a DatastoreClient. Each domain stays on the version it was opened with."""

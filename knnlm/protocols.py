@@ -81,6 +81,10 @@ class LanguageModelClient(Protocol):
         """The tokenizer as the JSON of the tokenizers library; its sha256 is in ModelInfo."""
         ...
 
+    async def get_chat_template(self) -> str | None:
+        """The Jinja template that makes a prompt of messages; None where the model has none."""
+        ...
+
 
 class DatastoreClient(Protocol):
     """A set of domains somewhere. Behind a service its methods raise what those of LanguageModelClient do, too.

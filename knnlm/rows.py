@@ -83,21 +83,23 @@ class Row:
         found = [result.rows(self.at, self.at + 1) for result in self.found]
         return Mixed(self.known.log_probs[None], self.lm_log_probs[None], shares), found
 
-    async def carried(self, token: int, count: int, passage_tokens: int) -> list[Sequence[Carrier]]:
+    async def carried(self, token: int, count: int, passage_tokens: int) -> tuple[list[Sequence[Carrier]], str | None]:
         """For each of `components`, the entries that gave the token most; see knnlm.sources.Carrying. None of a
-        source that may be missing and is."""
+        source that may be missing and is, and why it is."""
         found: list[Sequence[Carrier]] = []
+        missing: str | None = None
         for source, share in zip(self.plan.sources, self.shares, strict=True):
             entries: Sequence[Sequence[Carrier]] = [[]]
             if isinstance(source, Carrying):
                 here = [result.rows(self.at, self.at + 1) for result in share.evidence.found]
                 try:
                     entries = await source.carried(here, np.array([token]), count, passage_tokens)
-                except (Unavailable, DeadlineExceeded):
+                except (Unavailable, DeadlineExceeded) as err:
                     if not source.optional:
                         raise
+                    missing = err.message
             found.append(entries[0])
-        return found
+        return found, missing
 
     def components(self, token: int) -> list[tuple[str, str, float, float | None]]:
         """Name, kind, weight and log p of each source; None where it has no distribution here."""

@@ -38,15 +38,21 @@ Ids = npt.NDArray[np.int32]
 
 
 class Tokenizer:
-    """`json` is the serialisation of the tokenizers library. Raises ModelError when it is none."""
+    """`json` is the serialisation of the tokenizers library. Raises ModelError when it is none.
 
-    def __init__(self, json: str, *, bos_token_id: int | None, eos_token_id: int | None) -> None:
+    chat_template: the Jinja template that makes a prompt of messages (knnlm.chat), None where the model has none.
+    """
+
+    def __init__(
+        self, json: str, *, bos_token_id: int | None, eos_token_id: int | None, chat_template: str | None = None
+    ) -> None:
         self._backend = _backend(json)
         self._backend.encode_special_tokens = True  # as any other text
         self._parsing: tokenizers.Tokenizer | None = None  # one to which special tokens in a text are special
         self.json = json
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
+        self.chat_template = chat_template
         self._shape = _Shape(self._backend)
         self._added = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items()}
         self._special = frozenset(i for i, t in self._backend.get_added_tokens_decoder().items() if t.special)
@@ -138,6 +144,10 @@ class Tokenizer:
         """The text of one token inside a text: with its leading space. Bytes that are no character alone are U+FFFD."""
         text = self._texts.get(token_id)
         return self.pieces([token_id], inside=True)[0] if text is None else text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token inside a text stands for, which need not be whole characters."""
+        return self._learned(token_id)
 
     def __len__(self) -> int:
         size: int = self._backend.get_vocab_size(with_added_tokens=True)

@@ -50,6 +50,9 @@ class Lm:
     async def get_tokenizer(self) -> str:
         return TOY.tokenizer.json
 
+    async def get_chat_template(self) -> str | None:
+        return None
+
 
 class BruteForce:
     """One domain, versions "v1" and "v2" that store different tokens; every search is written down."""

@@ -243,8 +243,10 @@ def wire_names(record: type) -> Iterator[str]:
 
 
 def test_a_model_and_its_message_have_the_same_fields() -> None:
-    """The message has the tokenizer besides."""
-    assert {*wire_names(ModelInfo), "tokenizer_json"} == set(lm_pb2.GetModelResponse.DESCRIPTOR.fields_by_name)
+    """The message has the tokenizer and its chat template besides."""
+    assert {*wire_names(ModelInfo), "tokenizer_json", "chat_template"} == set(
+        lm_pb2.GetModelResponse.DESCRIPTOR.fields_by_name
+    )
 
 
 def test_lambda_is_called_lambda_on_the_wire() -> None:

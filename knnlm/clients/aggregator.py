@@ -131,6 +131,8 @@ class _Connection(Generic[Http]):
     explain = _Method(routes.explain)
     complete = _Method(routes.complete)
     stream = _Stream(routes.stream)
+    chat = _Method(routes.chat)
+    stream_chat = _Stream(routes.stream_chat)
     models = _Method(routes.models)
     model = _Method(routes.model)
     domains = _Method(routes.domains)

@@ -49,3 +49,62 @@ class Completion:
     usage: Usage | None = None
     domains: Sequence[UsedDomain] = ()
     degraded: str | None = None
+
+
+@dataclass(frozen=True)
+class LikelyToken:
+    """bytes: what the token stands for, which need not be whole characters."""
+
+    token: str
+    logprob: float
+    bytes: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatToken(LikelyToken):
+    top_logprobs: Sequence[LikelyToken]
+
+
+@dataclass(frozen=True)
+class ChatLogprobs:
+    content: Sequence[ChatToken]
+
+
+@dataclass(frozen=True)
+class Message:
+    """What was said; in a stream what it has more of now."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+@dataclass(frozen=True)
+class ChatChoice:
+    """message: in a whole answer. delta: in a stream. The others as in a Choice."""
+
+    index: int
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+    message: Message | None = None
+    delta: Message | None = None
+    explained: Sequence[ExplainedToken] | None = None
+
+    @property
+    def text(self) -> str:
+        """The message's, or what a stream has more of now."""
+        said = self.message or self.delta
+        return "" if said is None else said.content or ""
+
+
+@dataclass(frozen=True)
+class ChatCompletion:
+    """As Completion, with messages."""
+
+    id: str
+    created: int
+    model: str
+    choices: Sequence[ChatChoice]
+    usage: Usage | None = None
+    domains: Sequence[UsedDomain] = ()
+    degraded: str | None = None

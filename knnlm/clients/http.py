@@ -124,6 +124,10 @@ class HttpLanguageModel(_Client):
     async def get_tokenizer(self) -> str:
         return (await self._call("GET", "/v1/tokenizer")).content.decode()
 
+    async def get_chat_template(self) -> str | None:
+        template = (await self._json("GET", "/v1/chat_template")).get("chat_template")
+        return None if template is None else str(template)
+
 
 class HttpDatastore(_Client):
     """A datastore service. `activate` and changing documents need an admin key."""

@@ -11,7 +11,7 @@ from functools import wraps
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 from knnlm.clients import answers
-from knnlm.clients.completions import Completion
+from knnlm.clients.completions import ChatCompletion, Completion
 from knnlm.clients.explained import Explained
 from knnlm.clients.http import quoted
 from knnlm.errors import InvalidRequest, KnnlmError
@@ -128,6 +128,29 @@ def complete(
     return Call("POST", "/v1/completions", _of(Completion), body)
 
 
+def chat(
+    messages: Sequence[Json],
+    *,
+    model: str | None = None,
+    knn: Knn | None = None,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    stop: Texts | None = None,
+    seed: int | None = None,
+    n: int | None = None,
+    logprobs: bool | None = None,
+    top_logprobs: int | None = None,
+    **more: object,
+) -> Call[ChatCompletion]:
+    """What the assistant says next: n choices. messages: each with `role` and `content`. Raises InvalidRequest where
+    the model has no chat template."""
+    sampled = {"temperature": temperature, "top_p": top_p, "stop": stop, "seed": seed, "n": n}
+    shown = {"logprobs": logprobs, "top_logprobs": top_logprobs}
+    body = _body(knn, messages=messages, model=model, max_tokens=max_tokens, **sampled, **shown, **more)
+    return Call("POST", "/v1/chat/completions", _of(ChatCompletion), body)
+
+
 def _streamed(route: Callable[Given, Call[Answer]]) -> Callable[Given, Streamed[Answer]]:
     """The route with its answer in parts, as they come."""
 
@@ -140,6 +163,7 @@ def _streamed(route: Callable[Given, Call[Answer]]) -> Callable[Given, Streamed[
 
 
 stream = _streamed(complete)
+stream_chat = _streamed(chat)
 
 
 def models() -> Call[Sequence[answers.Model]]:

@@ -156,6 +156,11 @@ class GrpcLanguageModel(_Client["_LmStub"]):
         message = lm_pb2.GetModelRequest(include_tokenizer=True)
         return (await self._caller.call(lambda stub: stub.GetModel, message)).tokenizer_json
 
+    async def get_chat_template(self) -> str | None:
+        message = lm_pb2.GetModelRequest(include_chat_template=True)
+        answer = await self._caller.call(lambda stub: stub.GetModel, message)
+        return answer.chat_template if answer.HasField("chat_template") else None
+
 
 class GrpcDatastore(_Client["_Stub"]):
     """A datastore service; see GrpcLanguageModel. Its replicas need not serve the same domains, nor the same versions

@@ -37,6 +37,7 @@ UNUSED = frozenset(
      "gradient_checkpointing", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params"),
 )  # fmt: skip
 UNUSED_ENDINGS = ("_token_id", "dropout", "_pdrop")
+MAX_TEMPLATE_CHARACTERS = 1 << 18
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float32")}
 
 
@@ -49,7 +50,9 @@ def resolve(path_or_id: str) -> Path:
         raise ModelError(f"no model folder at {path_or_id!r}", param="model")
     try:
         folder = Path(snapshot_download(path_or_id, allow_patterns=["*.json"]))
-        return Path(snapshot_download(path_or_id, revision=folder.name, allow_patterns=["*.json", *_names(folder)]))
+        return Path(
+            snapshot_download(path_or_id, revision=folder.name, allow_patterns=["*.json", "*.jinja", *_names(folder)])
+        )
     except (OSError, ValueError) as err:  # what huggingface_hub raises, offline included, is one of these
         raise ModelError(
             f"{path_or_id!r} is no folder here and could not be had from the hub: {err}", param="model"
@@ -114,7 +117,7 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
 
 
 def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
-    """tokenizer.json as it is, with the BOS and EOS that the folder's tokenizer class declares.
+    """tokenizer.json as it is, with the BOS, EOS and chat template that the folder's tokenizer class declares.
 
     A token that tokenizer.json does not hold is none: classes have default names for it that a model need not use.
     """
@@ -141,7 +144,14 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
         ids[role] = None if token is None else backend.token_to_id(token)
         if (ids[role] or 0) >= vocab_size:
             raise ModelError(f"{role} is {ids[role]}, outside the model's {vocab_size} logits", param="model")
-    return Tokenizer(text, bos_token_id=ids["bos_token"], eos_token_id=ids["eos_token"])
+    template = declared.chat_template  # a text, or several by name
+    template = template.get("default") if isinstance(template, dict) else template
+    if template is not None and len(template) > MAX_TEMPLATE_CHARACTERS:
+        raise ModelError(
+            f"the chat template in {folder} has {len(template)} characters, at most {MAX_TEMPLATE_CHARACTERS}",
+            param="model",
+        )
+    return Tokenizer(text, bos_token_id=ids["bos_token"], eos_token_id=ids["eos_token"], chat_template=template)
 
 
 def weights_sha256(folder: Path) -> str:

@@ -64,13 +64,15 @@ class ForwardResponse(_message.Message):
     def __init__(self, log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., target_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_tokens: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., top_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., keys: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., timings: _Optional[_Iterable[_Union[_common_pb2.Timing, _Mapping]]] = ..., fingerprint: _Optional[str] = ..., entropy: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., largest_log_prob: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., candidate_log_probs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., log_power_sums: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
-    __slots__ = ("include_tokenizer",)
+    __slots__ = ("include_tokenizer", "include_chat_template")
     INCLUDE_TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     include_tokenizer: bool
-    def __init__(self, include_tokenizer: _Optional[bool] = ...) -> None: ...
+    include_chat_template: bool
+    def __init__(self, include_tokenizer: _Optional[bool] = ..., include_chat_template: _Optional[bool] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model_id", "architecture", "weights_sha256", "tokenizer_sha256", "vocab_size", "context_length", "key_function", "key_dim", "dtype", "device", "bos_token_id", "eos_token_id", "tokenizer_json", "config_sha256")
+    __slots__ = ("model_id", "architecture", "weights_sha256", "tokenizer_sha256", "vocab_size", "context_length", "key_function", "key_dim", "dtype", "device", "bos_token_id", "eos_token_id", "tokenizer_json", "chat_template", "config_sha256")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +86,7 @@ class GetModelResponse(_message.Message):
     BOS_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_JSON_FIELD_NUMBER: _ClassVar[int]
+    CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     CONFIG_SHA256_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     architecture: str
@@ -98,5 +101,6 @@ class GetModelResponse(_message.Message):
     bos_token_id: int
     eos_token_id: int
     tokenizer_json: str
+    chat_template: str
     config_sha256: str
-    def __init__(self, model_id: _Optional[str] = ..., architecture: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., key_function: _Optional[str] = ..., key_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., bos_token_id: _Optional[int] = ..., eos_token_id: _Optional[int] = ..., tokenizer_json: _Optional[str] = ..., config_sha256: _Optional[str] = ...) -> None: ...
+    def __init__(self, model_id: _Optional[str] = ..., architecture: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., key_function: _Optional[str] = ..., key_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., bos_token_id: _Optional[int] = ..., eos_token_id: _Optional[int] = ..., tokenizer_json: _Optional[str] = ..., chat_template: _Optional[str] = ..., config_sha256: _Optional[str] = ...) -> None: ...

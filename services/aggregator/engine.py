@@ -100,8 +100,9 @@ class Aggregator:
         completion_metrics: CompletionMetrics | None = None,
     ) -> "Aggregator":
         """Ask the lm service who it is. Raises what the client raises while that service is not ready."""
-        info, json = await asyncio.gather(lm.get_model(), lm.get_tokenizer())
-        tokenizer = Tokenizer(json, bos_token_id=info.bos_token_id, eos_token_id=info.eos_token_id)
+        info, json, template = await asyncio.gather(lm.get_model(), lm.get_tokenizer(), lm.get_chat_template())
+        bos, eos = info.bos_token_id, info.eos_token_id
+        tokenizer = Tokenizer(json, bos_token_id=bos, eos_token_id=eos, chat_template=template)
         if tokenizer.sha256 != info.tokenizer_sha256:
             raise Unavailable(
                 f"the lm service gave a tokenizer with sha256 {tokenizer.sha256}, announced {info.tokenizer_sha256}"

@@ -11,7 +11,7 @@ from knnlm.v1 import lm_pb2
 from knnlm.wire import protos
 from knnlm.wire.jsonable import from_json, to_json
 from services.lm.engine import Engine
-from services.lm.schemas import ForwardBody
+from services.lm.schemas import ChatTemplate, ForwardBody
 from services.runtime.context import current
 from services.runtime.protobuf_routes import PROTOBUF_TOO, ProtobufRoute, parse
 from services.runtime.schemas import answer
@@ -42,6 +42,11 @@ def routes(engine: Engine) -> APIRouter:
     async def tokenizer() -> Response:
         """Byte for byte what tokenizer_sha256 in /v1/model is of."""
         return Response(engine.model.tokenizer.json, media_type="application/json")
+
+    @router.get("/v1/chat_template", summary="The Jinja template that makes a prompt of messages")
+    async def chat_template() -> ChatTemplate:
+        """null where the model has none."""
+        return ChatTemplate(chat_template=engine.model.tokenizer.chat_template)
 
     return router
 

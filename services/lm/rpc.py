@@ -34,4 +34,5 @@ class _Servicer(lm_pb2_grpc.LanguageModelServicer):
     async def GetModel(self, request: lm_pb2.GetModelRequest, context: Context) -> lm_pb2.GetModelResponse:  # noqa: ARG002, N802
         model = self._engine.model
         tokenizer = model.tokenizer.json if request.include_tokenizer else ""
-        return protos.to_proto(model.info, lm_pb2.GetModelResponse, tokenizer_json=tokenizer)
+        template = model.tokenizer.chat_template if request.include_chat_template else None
+        return protos.to_proto(model.info, lm_pb2.GetModelResponse, tokenizer_json=tokenizer, chat_template=template)

@@ -1,5 +1,7 @@
 """What the lm service's HTTP face takes."""
 
+from pydantic import BaseModel
+
 from knnlm.messages import ForwardRequest
 from services.runtime.schemas import Encoding, body_fields
 
@@ -10,3 +12,7 @@ class ForwardBody(body_fields(ForwardRequest, max_items=MAX_SEQUENCES)):  # type
     __doc__ = ForwardRequest.__doc__
 
     encoding: Encoding = "list"
+
+
+class ChatTemplate(BaseModel):
+    chat_template: str | None

@@ -52,6 +52,9 @@ class Client:
     async def get_tokenizer(self) -> str:
         return self.lm.tokenizer.json
 
+    async def get_chat_template(self) -> str | None:
+        return None
+
     async def aclose(self) -> None:
         self.closed += 1
 

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from knnlm import AsyncClient, Client, Document, DomainOptions, KnnOptions, SearchOptions
 from knnlm.clients import answers, routes
-from knnlm.clients.completions import Completion
+from knnlm.clients.completions import ChatCompletion, Completion
 from knnlm.clients.explained import Explained
 from knnlm.clients.routes import Call
 from knnlm.errors import (
@@ -38,6 +38,7 @@ CALLS: Sequence[tuple[Call[Any], type | None]] = [  # Any: of any answer. With t
     (routes.score("x"), answers.Scored),
     (routes.explain("x"), Explained),
     (routes.complete("x"), Completion),
+    (routes.chat([]), ChatCompletion),
     (routes.models(), answers.ModelList),
     (routes.model("{model}"), answers.Model),
     (routes.domains(), answers.DomainList),

@@ -80,10 +80,13 @@ async def test_no_positions_give_no_rows_of_the_right_width() -> None:
 
 async def test_every_face_tells_the_model_and_its_tokenizer() -> None:
     model = ToyLanguageModel()
-    async with lm_faces(lm_service()) as (_, clients):
-        for client in clients.values():
-            assert await client.get_model() == model.info
-            assert await client.get_tokenizer() == model.tokenizer.json
+    for template in (None, "", "{{ messages }}"):
+        model.tokenizer.chat_template = template
+        async with lm_faces(lm_service(model)) as (_, clients):
+            for client in clients.values():
+                assert await client.get_model() == model.info
+                assert await client.get_tokenizer() == model.tokenizer.json
+                assert await client.get_chat_template() == template
 
 
 BAD = {

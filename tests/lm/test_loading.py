@@ -50,6 +50,22 @@ def test_info_holds_the_facts_of_the_folder(llama: Tiny) -> None:
     assert llama.lm.tokenizer.encode("a")[0] == 256
 
 
+def test_the_chat_template_of_the_folder_comes_with_the_tokenizer(folder: Path) -> None:
+    assert load(folder).tokenizer.chat_template is None
+    config = folder / "tokenizer_config.json"
+    written = json.loads(config.read_text())
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ messages }}"}]
+    for given in ("{{ messages }}", several):
+        config.write_text(json.dumps(written | {"chat_template": given}))
+        assert load(folder).tokenizer.chat_template == "{{ messages }}"
+    config.write_text(json.dumps(written))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}")
+    assert load(folder).tokenizer.chat_template == "{{ bos_token }}"
+    (folder / "chat_template.jinja").write_text("x" * 300_000)
+    with pytest.raises(ModelError, match="the chat template in .* has 300000 characters"):
+        load(folder)
+
+
 def test_every_architecture_tells_its_context_length(tiny: Tiny) -> None:
     assert tiny.lm.info.context_length == 64
 

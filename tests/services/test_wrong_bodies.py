@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from services.aggregator.completions.schemas import CompletionRequest
+from services.aggregator.completions.schemas import ChatRequest, CompletionRequest
 from services.aggregator.schemas.domains import ActivateRequest
 from services.aggregator.schemas.mixing import Knn, NextTokenRequest, ScoreRequest
 from services.aggregator.schemas.tokenizer import DetokenizeRequest, TokenizeRequest
@@ -16,8 +16,8 @@ from services.runtime.schemas import AddDocumentsBody, RemoveDocumentsBody, Stri
 
 MANY = 10_000
 BODIES: list[type[BaseModel]] = [
-    ActivateBody, ActivateRequest, AddDocumentsBody, CompletionRequest, DetokenizeRequest, ForwardBody, Knn,
-    NextTokenRequest, RemoveDocumentsBody, ScoreRequest, SearchBody, TokenizeRequest,
+    ActivateBody, ActivateRequest, AddDocumentsBody, ChatRequest, CompletionRequest, DetokenizeRequest, ForwardBody,
+    Knn, NextTokenRequest, RemoveDocumentsBody, ScoreRequest, SearchBody, TokenizeRequest,
 ]  # fmt: skip
 
 

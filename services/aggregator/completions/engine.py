@@ -15,8 +15,8 @@ from knnlm.tokenizer import Tokenizer
 from services.aggregator.completions.choices import Choices, Piece
 from services.aggregator.completions.metrics import CompletionMetrics
 from services.aggregator.completions.reading import CheckedRequest, RequestReader
-from services.aggregator.completions.schemas import CompletionRequest
-from services.aggregator.completions.shapes import CompletionShape, Gathered, Json
+from services.aggregator.completions.schemas import ChatRequest, CompletionRequest
+from services.aggregator.completions.shapes import ChatShape, CompletionShape, Gathered, Json, Shape
 from services.aggregator.requests import MemoryBudget
 from services.aggregator.retrieval_options import chosen, named_as_asked
 from services.aggregator.settings import AggregatorSettings
@@ -52,14 +52,18 @@ class Completions:
     def info(self) -> ModelInfo:
         return self._mixer.info
 
-    async def shape(self, request: CompletionRequest, call: RequestContext) -> tuple[CompletionShape, dict[str, Any]]:
+    async def shape(
+        self, request: CompletionRequest | ChatRequest, call: RequestContext
+    ) -> tuple[Shape, dict[str, Any]]:
         """What the request asks, with the shape of its answer, and the options of the sources that are mixed."""
         with named_as_asked(request):  # of retrieval alone: the request has a temperature of its own, too
             name, sources = chosen(request, self.info.model_id, self._settings)
+        if isinstance(request, ChatRequest):
+            return ChatShape(await self._reader.chat(request), name, call.id, self._tokenizer), sources
         checked = await self._reader.completion(request)
         return CompletionShape(checked, name, call.id, self._tokenizer), sources
 
-    async def whole(self, shape: CompletionShape, sources: dict[str, Any], call: RequestContext) -> bytes:
+    async def whole(self, shape: Shape, sources: dict[str, Any], call: RequestContext) -> bytes:
         """The whole answer as JSON. Raises KnnlmError for everything that cannot be answered."""
         made = [Gathered() for _ in range(shape.checked.choices)]
         async with self._under_way(shape.checked, sources, call) as choices:
@@ -71,28 +75,22 @@ class Completions:
                 self._degraded()
             return await asyncio.to_thread(lambda: _encoded(shape.whole(made, choices.plan, degraded)))
 
-    async def chunks(
-        self, shape: CompletionShape, sources: dict[str, Any], call: RequestContext
-    ) -> AsyncGenerator[bytes, None]:
+    async def chunks(self, shape: Shape, sources: dict[str, Any], call: RequestContext) -> AsyncGenerator[bytes, None]:
         """The same as a stream of JSON; what is wrong with a request is raised before the first chunk."""
         generated, told = 0, False
 
-        def chunk(piece: Piece) -> bytes | None:
-            made = shape.chunk(piece, choices.plan, first=first, generated=generated)
-            return None if made is None else _encoded(made)
+        def made(piece: Piece) -> list[bytes]:
+            return [_encoded(chunk) for chunk in shape.chunks(piece, choices.plan, generated=generated)]
 
         async with self._under_way(shape.checked, sources, call) as choices:
-            first = True
             async for piece in choices.pieces():
                 generated += piece.generated
                 if not told and (piece.degraded or choices.plan.degraded) is not None:
                     told = True
                     self._degraded()
                 large = len(piece.tokens) > 1 or piece.explained is not None  # a prompt that is echoed, or passages
-                made = await asyncio.to_thread(chunk, piece) if large else chunk(piece)
-                if made is not None:
-                    first = False
-                    yield made
+                for chunk in await asyncio.to_thread(made, piece) if large else made(piece):
+                    yield chunk
             for last in shape.closing(generated):
                 yield _encoded(last)
 

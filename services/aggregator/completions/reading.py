@@ -1,19 +1,22 @@
 """A request for text, read and checked: what is asked for, beside the schema, within the settings."""
 
+import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from knnlm.chat import ChatTemplate
 from knnlm.decoding import end_of_context
 from knnlm.errors import InvalidRequest, TooLarge
 from knnlm.generation import GenerationOptions
 from knnlm.messages import ModelInfo
 from knnlm.sampling import SamplingOptions
 from knnlm.tokenizer import Tokenizer
-from services.aggregator.completions.schemas import NEUTRAL, CompletionRequest, Sampled
+from services.aggregator.completions.schemas import MESSAGE_NEUTRAL, ChatRequest, CompletionRequest, Sampled
 from services.aggregator.requests import Inputs
 from services.aggregator.settings import AggregatorSettings
 
@@ -65,7 +68,7 @@ class RequestReader:
 
     async def completion(self, request: CompletionRequest) -> CheckedRequest:
         """Raises InvalidRequest and TooLarge."""
-        _refuse_unserved(request)
+        _refuse_unserved(request.model_extra, request.neutral)
         made = request.n or 1
         if request.best_of is not None:
             if request.best_of < made:
@@ -85,6 +88,52 @@ class RequestReader:
             hidden_bos=hidden_bos,
         )
 
+    async def chat(self, request: ChatRequest) -> CheckedRequest:
+        """Raises InvalidRequest, also for a model without a chat template, and TooLarge."""
+        _refuse_unserved(request.model_extra, request.neutral)
+        for i, message in enumerate(request.messages):
+            _refuse_unserved(message.model_extra, MESSAGE_NEUTRAL, f"messages.{i}.")
+        if request.top_logprobs and not request.logprobs:
+            raise InvalidRequest("top_logprobs goes with logprobs: true", param="top_logprobs")
+        text = await asyncio.to_thread(self._rendered, request)
+        (prompt,) = await self._inputs.encoded([text], "messages")
+        if self._info.bos_token_id is not None:
+            prompt = prompt[1:]  # the template writes one where the model wants one
+        limits, made = self._settings, request.n or 1
+        most, param = request.max_completion_tokens, "max_completion_tokens"
+        if most is None:
+            most, param = request.max_tokens, "max_tokens"
+        if most is None:  # to the end of the context
+            most = max(1, min(self._info.context_length - len(prompt), limits.max_completion_tokens // made))
+        return self._checked(
+            request,
+            [prompt],
+            max_tokens=most,
+            made=made,
+            logprobs=request.top_logprobs or 0 if request.logprobs else None,
+            hidden_bos=[False],
+            params=(param, "top_logprobs"),
+        )
+
+    def _rendered(self, request: ChatRequest) -> str:
+        """The prompt that the messages make. Called on a thread."""
+        return self._template.render(
+            [message.rendered for message in request.messages], max_characters=self._settings.max_text_bytes
+        )
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        """The model's. Raises InvalidRequest where it has none, or one that cannot be used."""
+        known, info = self._tokenizer, self._info
+        if known.chat_template is None:
+            raise InvalidRequest(
+                f"model {info.model_id} has no chat template, so that no prompt can be made of messages: give a prompt "
+                "to /v1/completions instead",
+                param="messages",
+            )
+        bos, eos = ("" if i is None else known.token(i) for i in (info.bos_token_id, info.eos_token_id))
+        return ChatTemplate(known.chat_template, bos_token=bos, eos_token=eos)
+
     def _checked(
         self,
         request: Sampled,
@@ -95,7 +144,9 @@ class RequestReader:
         logprobs: int | None,
         echo: bool = False,
         hidden_bos: Sequence[bool] = (),
+        params: tuple[str, str] = ("max_tokens", "logprobs"),
     ) -> CheckedRequest:
+        """params: the fields of max_tokens and logprobs."""
         if request.stream_options is not None and not request.stream:
             raise InvalidRequest("stream_options goes with stream: true", param="stream_options")
         limits = self._settings
@@ -108,13 +159,13 @@ class RequestReader:
             )
         if max_tokens * choices > limits.max_completion_tokens:
             raise TooLarge(
-                f"max_tokens {max_tokens} for each of {choices} choices is more than the "
+                f"{params[0]} {max_tokens} for each of {choices} choices is more than the "
                 f"{limits.max_completion_tokens} tokens that one request may generate (--max-completion-tokens)",
-                param="max_tokens",
+                param=params[0],
             )
         if logprobs is not None and logprobs > limits.max_logprobs:
             raise TooLarge(
-                f"logprobs must be at most {limits.max_logprobs}, got {logprobs} (--max-logprobs)", param="logprobs"
+                f"{params[1]} must be at most {limits.max_logprobs}, got {logprobs} (--max-logprobs)", param=params[1]
             )
         knn = request.knn
         explain = None if knn is None else knn.explain
@@ -207,9 +258,10 @@ def _sampling(request: Sampled) -> SamplingOptions:
     )
 
 
-def _refuse_unserved(request: Sampled) -> None:
-    others = request.model_extra or {}
-    for name, neutral in NEUTRAL.items():
-        value = others.get(name)
-        if value is not None and value not in neutral:
-            raise InvalidRequest(f"{name} is not served here: leave it out", param=name)
+def _refuse_unserved(
+    others: Mapping[str, object] | None, neutral: Mapping[str, tuple[object, ...]], where: str = ""
+) -> None:
+    for name, values in neutral.items():
+        value = (others or {}).get(name)
+        if value is not None and value not in values:
+            raise InvalidRequest(f"{where}{name} is not served here: leave it out", param=f"{where}{name}")

@@ -1,17 +1,19 @@
-"""What /v1/completions takes and gives: OpenAI's shape, with vLLM's and this project's fields beside it.
+"""What /v1/completions and /v1/chat/completions take and give: OpenAI's shape, with vLLM's and this project's
+fields beside it.
 
 Unknown fields are ignored, as clients of many servers send some. A known field that is not served is refused unless its
 value changes nothing; null is each field's default.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictInt, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictInt, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from knnlm.generation import MAX_STOPS
 from services.aggregator.schemas.explaining import ExplainedToken
-from services.aggregator.schemas.mixing import IDS_SCHEMA, Knn, Sourced, UsedDomain, are_token_ids
+from services.aggregator.schemas.mixing import IDS_SCHEMA, Knn, Sourced, UsedDomain, are_token_ids, by_type
 from services.runtime.schemas import FirstProblem, Text, encodable
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -40,6 +42,34 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "guided_choice": ([],),
     "guided_grammar": ("",),
 }
+CHAT_NEUTRAL: dict[str, tuple[object, ...]] = {
+    **NEUTRAL,
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (False, True),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "add_special_tokens": (False,),
+    "add_bos": (False,),
+    "truncate_prompt_tokens": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+}
+MESSAGE_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "tool_calls": ([],), "function_call": (), "tool_call_id": (), "audio": (), "refusal": (),
+}  # fmt: skip
+MAX_MESSAGES, MAX_PARTS = 4096, 1024  # whatever their texts
 
 
 def _prompts(value: Any) -> list[Any]:  # Any: JSON
@@ -118,9 +148,11 @@ class CompletionKnn(Knn):
 
 
 class Sampled(Sourced):
-    """What requests for text have in common."""
+    """What requests for text have in common. neutral: fields that are not served, with the values that change
+    nothing."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = NEUTRAL
 
     knn: CompletionKnn | None = None
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = Field(None, description="Tokens of each choice at most.")
@@ -172,6 +204,49 @@ class CompletionRequest(Sampled):
         return "prompt"
 
 
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: Text
+
+
+Content = Annotated[
+    Annotated[Text, Tag("a_text")]
+    | Annotated[list[TextPart], FirstProblem(), Field(max_length=MAX_PARTS), Tag("a_list_of_parts")],
+    by_type(a_text=str, a_list_of_parts=list),
+]
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    role: Text = Field(description="As the model's chat template knows them: system, user, assistant, ...")
+    content: Content = Field(description="A text, or parts of one, which are joined by line ends.")
+    name: Text | None = None
+
+    @property
+    def rendered(self) -> dict[str, str]:
+        """What the template is given."""
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return {"role": self.role, "content": content, **({} if self.name is None else {"name": self.name})}
+
+
+class ChatRequest(Sampled):
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = CHAT_NEUTRAL
+
+    messages: Annotated[list[Message], FirstProblem(), Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
+        description="What was said so far, of which the model's chat template makes the prompt."
+    )
+    max_completion_tokens: Annotated[StrictInt, Field(ge=0)] | None = Field(None, description="As `max_tokens`.")
+    logprobs: StrictBool | None = Field(None, description="Log-probabilities in the mixture of each token.")
+    top_logprobs: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        None, description="With `logprobs`: those of this many of the likeliest tokens."
+    )
+
+    @property
+    def given(self) -> str:
+        return "messages"
+
+
 class Logprobs(BaseModel):
     """Lists with one element for each token, the prompt's first with `echo`; the first of all has null."""
 
@@ -181,15 +256,50 @@ class Logprobs(BaseModel):
     text_offset: list[int] = Field(description="Where the token's text begins in `text`, in characters.")
 
 
-class Choice(BaseModel):
+class EndedChoice(BaseModel):
+    """What choices of both kinds have."""
+
     index: int
-    text: str
-    logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int | None = Field(description="The stop string or the token id at which it ended.")
     explained: list[ExplainedToken] | None = Field(
         None, description="With knn.explain: each generated token as /v1/explain says it."
     )
+
+
+class Choice(EndedChoice):
+    text: str
+    logprobs: Logprobs | None
+
+
+class LikelyToken(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] = Field(description="What the token stands for, which need not be whole characters.")
+
+
+class ChatToken(LikelyToken):
+    top_logprobs: list[LikelyToken]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatToken]
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatDelta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChoice(EndedChoice):
+    message: AnswerMessage
+    delta: ChatDelta | None = Field(None, description="In a stream, instead of `message`: what it has more of.")
+    logprobs: ChatLogprobs | None
 
 
 class Usage(BaseModel):
@@ -198,12 +308,22 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class Completion(BaseModel):
+class Made(BaseModel):
+    """What answers of both kinds have."""
+
     id: str
-    object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
-    choices: list[Choice]
     usage: Usage | None
     domains: list[UsedDomain]
     degraded: str | None = Field(description="Why the answer is the LM's alone; null when it is as asked.")
+
+
+class Completion(Made):
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[Choice]
+
+
+class ChatCompletion(Made):
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]

@@ -2,6 +2,7 @@
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,15 +46,18 @@ class Gathered:
         return self.log_prob / self.generated if self.generated else 0.0
 
 
-class CompletionShape:
-    """The answers to one request of /v1/completions. name: of the model it is answered under."""
+class Shape(ABC):
+    """The answers to one request. name: of the model it is answered under."""
 
-    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+    prefix: str
+    whole_object: str
+    chunk_object: str
 
     def __init__(self, checked: CheckedRequest, name: str, request_id: str, tokenizer: Tokenizer) -> None:
         self.checked = checked
         self._head = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": name}
         self._tokenizer = tokenizer
+        self._begun = False
 
     def whole(self, made: Sequence[Gathered], plan: Plan, degraded: str | None) -> Json:
         """made: all that were generated, the best of which are given."""
@@ -67,20 +71,19 @@ class CompletionShape:
             **_extras(plan, degraded),
         }
 
-    def chunk(self, piece: Piece, plan: Plan, *, first: bool, generated: int) -> Json | None:
-        """What a piece adds to the stream; None where that is nothing. generated: tokens so far, of all choices."""
-        shown = piece.text or piece.finish or self.checked.explain or self.checked.logprobs is not None
-        if not (first or shown):
-            return None
-        extras = _extras(plan, piece.degraded)
-        if not first:
-            extras.pop("domains")
-            if piece.degraded is None:
-                extras.pop("degraded")
-        chunk = {**self._head, "object": self.chunk_object, "choices": [self._part(piece)], **extras}
-        if self.checked.include_usage:
-            chunk["usage"] = self.usage(generated) if self.checked.usage_in_all else None
-        return chunk
+    def chunks(self, piece: Piece, plan: Plan, *, generated: int) -> Iterable[Json]:
+        """What a piece adds to the stream. generated: tokens so far, of all choices."""
+        for part in self._parts(piece):
+            extras = _extras(plan, piece.degraded)
+            if self._begun:
+                extras.pop("domains")
+                if piece.degraded is None:
+                    extras.pop("degraded")
+            self._begun = True
+            chunk = {**self._head, "object": self.chunk_object, "choices": [part], **extras}
+            if self.checked.include_usage:
+                chunk["usage"] = self.usage(generated) if self.checked.usage_in_all else None
+            yield chunk
 
     def closing(self, generated: int) -> Iterable[Json]:
         """Chunks behind the last piece."""
@@ -94,15 +97,48 @@ class CompletionShape:
     def _choice(self, index: int, one: Gathered) -> Json:
         return {
             "index": index,
-            "text": "".join(one.texts),
+            **self._text("".join(one.texts)),
             "logprobs": self._logprobs(one.tokens),
             "finish_reason": one.finish,
             "stop_reason": one.stopped_at,
             **self._explained(one.explained),
         }
 
-    def _part(self, piece: Piece) -> Json:
-        return {
+    def _shown(self, piece: Piece) -> bool:
+        """Whether a piece that does not end a choice is anything to the reader."""
+        return bool(piece.text) or self.checked.explain or self.checked.logprobs is not None
+
+    @abstractmethod
+    def _text(self, text: str) -> Json:
+        """The text of a whole choice, as a field."""
+
+    @abstractmethod
+    def _parts(self, piece: Piece) -> Iterable[Json]:
+        """The elements of `choices` that tell of a piece, each in a chunk of its own."""
+
+    @abstractmethod
+    def _logprobs(self, tokens: Sequence[Listed]) -> Json | None:
+        """None where they were not asked for."""
+
+    def _explained(self, tokens: Sequence[ExplainedToken]) -> Json:
+        return {"explained": [to_json(token) for token in tokens]} if self.checked.explain else {}
+
+    def _name(self, token: int, text: str) -> str:
+        return f"token_id:{token}" if self.checked.as_ids else text
+
+
+class CompletionShape(Shape):
+    """Of /v1/completions."""
+
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def _text(self, text: str) -> Json:
+        return {"text": text}
+
+    def _parts(self, piece: Piece) -> Iterable[Json]:
+        if self._begun and not piece.finish and not self._shown(piece):
+            return
+        yield {
             "index": piece.index,
             "text": piece.text,
             "logprobs": self._logprobs(piece.tokens),
@@ -110,9 +146,6 @@ class CompletionShape:
             "stop_reason": piece.stopped_at,
             **self._explained([] if piece.explained is None else [piece.explained]),
         }
-
-    def _explained(self, tokens: Sequence[ExplainedToken]) -> Json:
-        return {"explained": [to_json(token) for token in tokens]} if self.checked.explain else {}
 
     def _logprobs(self, tokens: Sequence[Listed]) -> Json | None:
         if self.checked.logprobs is None:
@@ -134,8 +167,57 @@ class CompletionShape:
             found[name] = max(finite(log_prob), found.get(name, LEAST))
         return found
 
-    def _name(self, token: int, text: str) -> str:
-        return f"token_id:{token}" if self.checked.as_ids else text
+
+class ChatShape(Shape):
+    """Of /v1/chat/completions. Every choice of a stream begins with its role and ends with a chunk that has no text."""
+
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, checked: CheckedRequest, name: str, request_id: str, tokenizer: Tokenizer) -> None:
+        super().__init__(checked, name, request_id, tokenizer)
+        self._opened: set[int] = set()
+
+    def _text(self, text: str) -> Json:
+        return {"message": {"role": "assistant", "content": text}}
+
+    def _parts(self, piece: Piece) -> Iterable[Json]:
+        open_end = {"logprobs": None, "finish_reason": None, "stop_reason": None}
+        if piece.index not in self._opened:
+            self._opened.add(piece.index)
+            yield {"index": piece.index, "delta": {"role": "assistant", "content": ""}, **open_end}
+        if self._shown(piece) and (piece.text or piece.tokens):
+            yield {
+                "index": piece.index,
+                "delta": {"content": piece.text},
+                **open_end,
+                "logprobs": self._logprobs(piece.tokens),
+                **self._explained([] if piece.explained is None else [piece.explained]),
+            }
+        if piece.finish is not None:
+            ended = {"finish_reason": piece.finish, "stop_reason": piece.stopped_at}
+            yield {"index": piece.index, "delta": {}, **open_end, **ended}
+
+    def _logprobs(self, tokens: Sequence[Listed]) -> Json | None:
+        if self.checked.logprobs is None:
+            return None
+        return {
+            "content": [
+                {
+                    **self._likely(one.token, one.text, one.log_prob),
+                    "top_logprobs": [
+                        self._likely(token, self._tokenizer.token(token), log_prob) for token, log_prob in one.top
+                    ],
+                }
+                for one in tokens
+            ]
+        }
+
+    def _likely(self, token: int, text: str, log_prob: float | None) -> Json:
+        return {
+            "token": self._name(token, text),
+            "logprob": LEAST if log_prob is None else finite(log_prob),
+            "bytes": list(self._tokenizer.token_bytes(token)),
+        }
 
 
 def finite(value: float) -> float:

@@ -40,6 +40,9 @@ class Lm:
     async def get_tokenizer(self) -> str:
         return self.model.tokenizer.json
 
+    async def get_chat_template(self) -> str | None:
+        return self.model.tokenizer.chat_template
+
 
 async def test_another_model_is_taken_over() -> None:
     lm, settings = Lm(), AggregatorSettings()
