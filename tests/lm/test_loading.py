@@ -62,7 +62,7 @@ def test_the_chat_template_of_the_folder_comes_with_the_tokenizer(folder: Path) 
     (folder / "chat_template.jinja").write_text("{{ bos_token }}")
     assert load(folder).tokenizer.chat_template == "{{ bos_token }}"
     (folder / "chat_template.jinja").write_text("x" * 300_000)
-    with pytest.raises(ModelError, match="the chat template in .* has 300000 characters"):
+    with pytest.raises(ModelError, match=r"the chat template in .* has 300000 characters"):
         load(folder)
 
 
