@@ -34,7 +34,9 @@ def _asked(param: str, request: Sourced) -> str:
         return "knn.domains"
     if param == "domain" and (knn is None or knn.domain is None) and "+" in (request.model or ""):
         return "model"
-    if param in ("text", "tokens", "prompt") and getattr(request, param, None) is None:
+    if param == "prompt" and param not in type(request).model_fields:
+        return request.given
+    if param in ("text", "tokens") and getattr(request, "text", None) is None:
         return request.given
     if param in OF_KNN:
         return f"knn.{param}"

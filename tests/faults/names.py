@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["BODIES", "HALF", "broken"]
+__all__ = ["BODIES", "HALF", "IGNORING", "broken"]
 
 HALF = "a\ud800"
 _KNN = {"domain": "toy", "version": "v1", "exclude_documents": ["0"], "combine": "mixture", "rule": "fixed"}
@@ -34,6 +34,10 @@ BODIES: Mapping[str, Sequence[tuple[str, dict[str, Any]]]] = {
         ("/v1/score", {"text": "a text", "model": "toy", "knn": _KNN}),
         ("/v1/explain", {"text": "a text", "model": "toy", "knn": _KNN, "on_datastore_error": "fail"}),
         ("/v1/explain", {"prompt": "a", "completion": " text", "knn": {"domains": ["toy"]}}),
+        ("/v1/completions", {"prompt": "a", "model": "toy", "knn": _KNN, "stop": ["a"], "user": "a"}),
+        ("/v1/completions", {"prompt": ["a", "b"], "stop": "a", "logit_bias": {"5": 1}, "max_tokens": 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "a", "content": "a", "name": "a"}], "knn": _KNN}),
+        ("/v1/chat/completions", {"messages": [{"role": "a", "content": [{"type": "text", "text": "a"}]}]}),
         ("/v1/domains/toy:activate", {"version": "v1"}),
         ("/v1/domains/toy/documents", {"documents": [{"id": "x", "text": "a text"}]}),
         ("/v1/domains/toy/documents:remove", {"ids": ["0"]}),
@@ -41,21 +45,23 @@ BODIES: Mapping[str, Sequence[tuple[str, dict[str, Any]]]] = {
         ("/detokenize", {"tokens": [1], "model": "toy"}),
     ),
 }
+IGNORING = ("/v1/completions", "/v1/chat/completions")  # fields that nobody knows
 
 
-def broken(body: Any) -> Iterator[bytes]:
-    """The body as JSON, each time with one of its texts, or the name of one of its fields, replaced."""
-    for changed in _changed(body):
+def broken(body: Any, *, names: bool = True) -> Iterator[bytes]:
+    """The body as JSON, each time with one of its texts, or with `names` the name of one of its fields, replaced."""
+    for changed in _changed(body, names):
         yield json.dumps(changed).encode()
 
 
-def _changed(value: Any) -> Iterator[Any]:
+def _changed(value: Any, names: bool) -> Iterator[Any]:
     if isinstance(value, str):
         yield HALF
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            yield from ([*value[:i], new, *value[i + 1 :]] for new in _changed(item))
+            yield from ([*value[:i], new, *value[i + 1 :]] for new in _changed(item, names))
     elif isinstance(value, dict):
-        yield {**value, HALF: 1}
+        if names:
+            yield {**value, HALF: 1}
         for name, item in value.items():
-            yield from ({**value, name: new} for new in _changed(item))
+            yield from ({**value, name: new} for new in _changed(item, names))
