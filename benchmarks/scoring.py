@@ -3,9 +3,9 @@
     python -m benchmarks.scoring [--size N] [--text PATH ...] [--tokens 8192]
 
 Beside it, in this process: the plain model of transformers, forward and loss over the same windows, with no retrieval
-and no service. The default windows of `/v1/score`: 512 tokens, of which at least half are context, so that two tokens
-are fed for one that is scored; every token is counted once. k = 1024. The same two threads for the plain model, the lm
-service and the datastore service; all share the processor's cores.
+and no service. Windows of 512 tokens, of which at least half are context, so that two tokens are fed for one that is
+scored; every token is counted once. k = 1024. The same two threads for the plain model, the lm service and the
+datastore service; all share the processor's cores.
 
 The plain model is given as many windows at a time as the lm service gives its own.
 """
@@ -99,9 +99,10 @@ def measure(prepared: Prepared, running: System, tokens: Ids, rounds: int) -> No
     spent = {name: dict.fromkeys(services, 0.0) for name in (ALONE, MIXED)}
     calls = dict.fromkeys(spent, 0)
     with httpx.Client(base_url=running.aggregator.http, timeout=600) as client:
+        same = {"context_length": plain.context_length, "min_context": plain.context_length // 2}
 
         def answer(body: dict[str, object]) -> dict[str, float]:
-            response = client.post("/v1/score", json={"tokens": tokens.tolist(), **body})
+            response = client.post("/v1/score", json={"tokens": tokens.tolist(), **same, **body})
             response.raise_for_status()
             found: dict[str, float] = response.json()
             return found
