@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -123,7 +124,7 @@ class _Group:
         self._children: dict[str, subprocess.Popen[str]] = {}
         self._readers: dict[str, threading.Thread] = {}
         self._tails: dict[str, deque[str]] = {}
-        self._asked = threading.Event()
+        self._asked = False  # no Event: setting one in a handler that interrupts its wait may never return
         self._handlers: dict[signal.Signals, signal._HANDLER] = {}  # as they were
         self.exit_code = 0
 
@@ -177,14 +178,14 @@ class _Group:
         self._until(lambda: False)
 
     def _until(self, done: Callable[[], bool]) -> bool:
-        while not self._asked.is_set():
+        while not self._asked:
             for name, child in self._children.items():
                 if child.poll() is not None:
                     self._tell_end(name, child.returncode)
                     return False
             if done():
                 return True
-            self._asked.wait(LOOK_SECONDS)
+            time.sleep(LOOK_SECONDS)
         return False
 
     def _tell_end(self, name: str, code: int) -> None:
@@ -196,10 +197,10 @@ class _Group:
         self.exit_code = code if code > 0 else 1
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  as signal.signal wants it
-        if self._asked.is_set() and number != signal.SIGHUP:
+        if self._asked and number != signal.SIGHUP:
             for child in self._children.values():
                 child.kill()
-        self._asked.set()
+        self._asked = True
 
 
 def _say(text: str) -> None:

@@ -46,7 +46,10 @@ class Serving:
             return next(filter(matches, self.lines))
 
     def end(self) -> int:
-        code = self.process.wait(SECONDS)
+        try:
+            code = self.process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            raise AssertionError("it does not end:\n" + "".join(self.lines)) from None
         self._reader.join()
         return code
 
