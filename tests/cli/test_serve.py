@@ -66,11 +66,13 @@ def serving(model: object, store: Path, folder: Path, *flags: str, **variables: 
     kept = {name: value for name, value in os.environ.items() if not name.startswith("KNNLM_")}
     ports = [word for name in ("port", "lm-port", "lm-grpc-port", "datastore-port", "datastore-grpc-port")
              for word in (f"--{name}", "0")]  # fmt: skip
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as nohup may have set it for the tests
     process = subprocess.Popen(
         [sys.executable, "-m", "knnlm.cli.main", "serve", "--model", str(model), "--store", str(store), *ports, *flags],
         env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}, cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+    signal.signal(signal.SIGHUP, ignored)
     running = Serving(process)
     try:
         yield running
