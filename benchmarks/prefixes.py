@@ -27,7 +27,7 @@ from knnlm.messages import ForwardRequest
 PROMPT, NEW = 40, 96
 BATCHES = (1, 16)
 CONTEXTS = (40, 400)
-STEPS = 8  # from one prompt, where single steps are timed
+STEPS = 8  # steps from one prompt, where single steps are timed
 RATE_GOAL, CONTEXT_GOAL = 0.8, 1.3
 
 Sequences = list[npt.NDArray[np.int32]]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.attribution import Carrier
-from knnlm.messages import SearchResult
+from knnlm.messages import PASSAGE_TOKENS, SearchResult
 from knnlm.neighbors import TokenMasses
 
 Ids = npt.NDArray[np.int32]
@@ -47,7 +47,7 @@ class Step:
     keys: npt.NDArray[np.floating] | None = None
     targets: Ids | None = None
     passages: int = 0
-    passage_tokens: int = 24
+    passage_tokens: int = PASSAGE_TOKENS
     carriers: int = 0
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from knnlm.attribution import Carrier
 from knnlm.errors import InvalidRequest, Unavailable, UnknownVersion
+from knnlm.messages import PASSAGE_TOKENS
 from knnlm.mixer import Mixer, Options
 from knnlm.rounds import Rounds
 from knnlm.rows import Row, StepRequest
@@ -42,7 +43,7 @@ class GenerationOptions:
     ignore_eos: bool = False
     top: int = 0
     carriers: int = 0
-    passage_tokens: int = 24
+    passage_tokens: int = PASSAGE_TOKENS
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:

@@ -13,8 +13,8 @@ from knnlm.messages import DomainInfo, Passage, PassagesRequest, SearchRequest, 
 from knnlm.protocols import DatastoreClient
 from knnlm.transport.context import outgoing_deadline
 
-MAX_ROWS = 256  # of one joined search; a larger one gains nothing by others beside it
-TICKS = 2  # of the event loop, within which all sources of one step have asked
+MAX_ROWS = 256  # queries of one joined search; a larger one gains nothing by others beside it
+TICKS = 2  # turns of the event loop, within which all sources of one step have asked
 
 
 class JoinedSearches:
@@ -33,7 +33,8 @@ class JoinedSearches:
         answer: asyncio.Future[SearchResult] = asyncio.get_running_loop().create_future()
         if key not in self._waiting:
             self._waiting[key] = []
-            task = asyncio.create_task(self._make(key))  # in the context of this call: its deadline is that of all
+            # runs in the context of this call, whose deadline is that of all
+            task = asyncio.create_task(self._make(key))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         self._waiting[key].append((request, answer))

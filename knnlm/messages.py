@@ -19,6 +19,7 @@ from knnlm.options import SearchOptions
 T = TypeVar("T")
 # what a model's answers follow from, by the names of ModelInfo's fields
 IDENTITY = ("weights_sha256", "tokenizer_sha256", "key_function", "config_sha256", "bos_token_id")
+PASSAGE_TOKENS = 24  # tokens of text shown on each side of a passage unless asked otherwise
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class SearchRequest:
     version: str | None = None
     ids: bool = False
     passages: int = 0
-    passage_tokens: int = 24
+    passage_tokens: int = PASSAGE_TOKENS
     exclude_entries: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
@@ -216,7 +217,7 @@ class PassagesRequest:
     domain: str
     version: str
     entries: npt.NDArray[np.int64]
-    passage_tokens: int = 24
+    passage_tokens: int = PASSAGE_TOKENS
 
     @property
     def batch_key(self) -> tuple[object, ...]:

@@ -16,7 +16,7 @@ from knnlm.decoding import Mixed, choose_windows, mix_evidence, plan_fed_windows
 from knnlm.domains import NoDatastore
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable, UnknownVersion
 from knnlm.evidence import Evidence, Step, Stretch
-from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo, SearchResult, required
+from knnlm.messages import PASSAGE_TOKENS, ForwardRequest, ForwardResult, ModelInfo, SearchResult, required
 from knnlm.mixture import TOLERANCE
 from knnlm.options import KnnOptions
 from knnlm.protocols import DatastoreClient, LanguageModelClient
@@ -24,9 +24,9 @@ from knnlm.rules import FIXED
 from knnlm.scoring import NOTHING_ELSE, Score, Scoring
 from knnlm.sources import Plan, Services, Source, Timings, UsedDomain, computed, source_kind, timed, together
 
-SEARCHED_BYTES = 16  # of one neighbor with its entry number
-PASSAGE_BYTES = 256  # of the text around an entry, beside its tokens
-EXPLAINED_BYTES = 1 << 25  # in the answers of the datastore service about one batch of windows
+SEARCHED_BYTES = 16  # bytes of one neighbor with its entry number
+PASSAGE_BYTES = 256  # bytes of the text around an entry, beside its tokens
+EXPLAINED_BYTES = 1 << 25  # bytes of the answers of the datastore service about one batch of windows
 T = TypeVar("T")
 Ids = npt.NDArray[np.int32]
 Options = KnnOptions | Mapping[str, Any] | None  # Any: a record of options for each row of knnlm.sources.SOURCES
@@ -100,7 +100,7 @@ class Mixer:
         contexts: Sequence[Ids],
         *,
         passages: int = 0,
-        passage_tokens: int = 24,
+        passage_tokens: int = PASSAGE_TOKENS,
     ) -> NextTokens:
         """The distribution of the token after each context, a (t_i,) int32 array with its BOS.
 
@@ -144,7 +144,7 @@ class Mixer:
         *,
         first: int = 1,
         passages: int = 3,
-        passage_tokens: int = 24,
+        passage_tokens: int = PASSAGE_TOKENS,
         context_length: int | None = None,
         min_context: int | None = None,
     ) -> Score:
@@ -185,7 +185,12 @@ class Mixer:
         return Score(tokens, mixed, *window, first, ended.domains, ended.degraded, scoring.timings)
 
     async def next_token(
-        self, contexts: Sequence[Ids], options: Options = None, *, passages: int = 0, passage_tokens: int = 24
+        self,
+        contexts: Sequence[Ids],
+        options: Options = None,
+        *,
+        passages: int = 0,
+        passage_tokens: int = PASSAGE_TOKENS,
     ) -> NextTokens:
         """`plan` and `step`. A context that cannot be taken is refused before anything is asked."""
         self.check_contexts(contexts)

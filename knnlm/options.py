@@ -17,7 +17,7 @@ Record = TypeVar("Record")
 
 DEFAULT_K = 1024  # as in Khandelwal et al. 2020 (arXiv 1911.00172), unless a domain's tuning says otherwise
 MAX_EXCLUDED_DOCUMENTS = 1024  # ids in one request
-MAX_ID_CHARACTERS = 4096  # in the id of a document
+MAX_ID_CHARACTERS = 4096  # characters of the id of a document
 
 
 @dataclass(frozen=True)

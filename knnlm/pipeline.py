@@ -19,6 +19,7 @@ import numpy.typing as npt
 from knnlm.errors import Conflict, InvalidRequest, UnknownDomain, UnknownVersion
 from knnlm.generation import Completion, GenerationOptions, Generator, NewToken
 from knnlm.messages import (
+    PASSAGE_TOKENS,
     Document,
     DomainInfo,
     ForwardRequest,
@@ -129,7 +130,7 @@ class Pipeline:
         knn: Options | str = None,
         *,
         passages: int = 0,
-        passage_tokens: int = 24,
+        passage_tokens: int = PASSAGE_TOKENS,
     ) -> NextTokens:
         """The distribution of the token after a context, or after each of several: one row each.
 
@@ -160,7 +161,7 @@ class Pipeline:
         *,
         prompt: Context | None = None,
         passages: int = 3,
-        passage_tokens: int = 24,
+        passage_tokens: int = PASSAGE_TOKENS,
         context_length: int | None = None,
         min_context: int | None = None,
     ) -> Score:
@@ -204,7 +205,7 @@ class Pipeline:
         """
         tokens, chosen = self._tokens(prompt), _options(knn)
         drawn = secrets.randbits(63) if seed is None else seed
-        generator = Generator(self._mixer, self.tokenizer)  # of the event loop that this call runs in
+        generator = Generator(self._mixer, self.tokenizer)  # belongs to the event loop of this call
         return _run(generator.complete(tokens, options or GenerationOptions(), chosen, seed=drawn, on_token=on_token))
 
     def close(self) -> None:

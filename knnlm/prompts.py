@@ -61,7 +61,7 @@ async def score_prompt(mixer: Mixer, plan: Plan, tokens: Ids, top: int, timings:
         [tokens], positions, targets=tokens[1:], top_n=top, keys=plan.needs_keys, statistics=plan.statistics
     )
     forward = await mixer.forward(request, timings)
-    shares: list[Sequence[Share]] = []  # of each row
+    shares: list[Sequence[Share]] = []  # one for each row
     state: dict[str, Any] = {}  # Any: as in knnlm.evidence.Stretch
     for start in range(0, len(tokens) - 1, SOURCE_ROWS):
         end = min(start + SOURCE_ROWS, len(tokens) - 1)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from knnlm.decoding import mix_evidence, weighed
 from knnlm.errors import DeadlineExceeded, InvalidRequest
 from knnlm.evidence import Evidence, Step, Stretch
-from knnlm.messages import ForwardRequest, ForwardResult, required
+from knnlm.messages import PASSAGE_TOKENS, ForwardRequest, ForwardResult, required
 from knnlm.mixer import Mixer, NextTokens, Options
 from knnlm.neighbors import TokenMasses
 from knnlm.rows import Ids, Row, StepRequest, mixed_at, partial, stored_tokens
@@ -32,11 +32,11 @@ from knnlm.sources import Plan, Timings, computed
 from knnlm.transport.context import outgoing, outgoing_deadline, outgoing_id, outgoing_metadata
 
 WHOLE_ROW_TOKENS = 16_384  # with a larger vocabulary only parts of a row are asked for
-LIKELIEST_TOKENS = 512  # of such a row
-FORWARD_TOKENS = 32_768  # of one forward request, or one sequence
+LIKELIEST_TOKENS = 512  # tokens asked for first of a row of which only a part is
+FORWARD_TOKENS = 32_768  # tokens of one forward request, unless one sequence has more
 FORWARD_NUMBERS = 1 << 23  # probabilities in its answer
-NUMBERS_AT_A_TIME = 8  # that are mixed in the time of one in `computed`, where most are only copied
-TICKS = 3  # of the event loop, after which all whom a round answered have asked for their next step
+NUMBERS_AT_A_TIME = 8  # numbers mixed in the time that `computed` counts for one: most are only copied
+TICKS = 3  # turns of the event loop, after which all whom a round answered have asked for their next step
 
 
 @dataclass(eq=False)
@@ -82,7 +82,7 @@ class Rounds:
         )
         self._waiting.append(asked)
         if self._running is None:
-            # in a context of its own: it serves requests that come later, too
+            # has a context of its own: it serves requests that come later, too
             self._running = asyncio.get_running_loop().create_task(self._run(), context=contextvars.Context())
         try:
             async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
@@ -91,7 +91,7 @@ class Rounds:
             raise DeadlineExceeded("the request's time was over before its next token was there") from err
 
     async def next_token(
-        self, context: Ids, options: Options = None, *, passages: int = 0, passage_tokens: int = 24
+        self, context: Ids, options: Options = None, *, passages: int = 0, passage_tokens: int = PASSAGE_TOKENS
     ) -> NextTokens:
         """As Mixer.next_token of one context, beside those whom the round is for anyway."""
         self._mixer.check_contexts([context])
@@ -125,6 +125,8 @@ class Rounds:
                     await asyncio.sleep(0)
                 asked = [a for a in self._waiting if not a.answer.done()]  # the others' callers left
                 self._waiting = []
+                if not asked:
+                    continue
                 started = time.perf_counter()
                 await asyncio.gather(*(self._batch(batch) for batch in self._batches(asked)))
                 self._observe(len(asked), time.perf_counter() - started)

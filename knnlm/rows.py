@@ -12,7 +12,7 @@ from knnlm.attribution import Carrier
 from knnlm.decoding import Mixed, Share
 from knnlm.errors import DeadlineExceeded, Unavailable
 from knnlm.evidence import Evidence
-from knnlm.messages import SearchResult
+from knnlm.messages import PASSAGE_TOKENS, SearchResult
 from knnlm.mixture import Component, mix
 from knnlm.neighbors import TokenMasses
 from knnlm.sampling import Known
@@ -39,7 +39,7 @@ class StepRequest:
     whole: bool = False
     cache: bool = False
     passages: int = 0
-    passage_tokens: int = 24
+    passage_tokens: int = PASSAGE_TOKENS
     carriers: bool = False
     state: dict[str, Any] = field(default_factory=dict)  # Any: as in knnlm.evidence.Stretch
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from knnlm.tokenizer import Tokenizer
 
-CONTEXT_TOKENS = 16  # of the prompt that are read first: a character may begin there
+CONTEXT_TOKENS = 16  # last tokens of the prompt, which are read first: a character may begin there
 
 
 class GrowingText:

@@ -33,6 +33,7 @@ from knnlm.cli.remote import (
 )
 from knnlm.cli.retrieval import domain_names, retrieving
 from knnlm.errors import InvalidRequest
+from knnlm.messages import PASSAGE_TOKENS
 from knnlm.options import KnnOptions
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from knnlm.clients.explained import Explained
 
 SHOWN_DOCUMENTS = 10
-LEAST_SHADED = 0.02  # of a token's probability
+LEAST_SHADED = 0.02  # share of a token's probability
 
 
 @retrieving
@@ -55,7 +56,7 @@ def explain(
     store: StoreOption = DEFAULT_STORE,
     knn: KnnOptions | None = None,
     passages: Annotated[int, typer.Option(help="Passages of each token, those that gave it most first.")] = 3,
-    passage_tokens: Annotated[int, typer.Option(help="Tokens of text on each side of a passage.")] = 24,
+    passage_tokens: Annotated[int, typer.Option(help="Tokens of text on each side of a passage.")] = PASSAGE_TOKENS,
     html: Annotated[
         Path | None, typer.Option(help="Also write a page to this file, where each token shows its passages.")
     ] = None,

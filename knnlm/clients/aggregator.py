@@ -26,7 +26,7 @@ from knnlm.errors import InvalidRequest, KnnlmError, Overloaded, Unavailable
 from knnlm.transport.context import time_limit
 from knnlm.transport.security import ApiKey, Tls
 
-URL, API_KEY, ADMIN_API_KEY = "KNNLM_URL", "KNNLM_API_KEY", "KNNLM_ADMIN_API_KEY"  # of the environment
+URL, API_KEY, ADMIN_API_KEY = "KNNLM_URL", "KNNLM_API_KEY", "KNNLM_ADMIN_API_KEY"  # variables of the environment
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)

@@ -38,7 +38,7 @@ WARM_QUERIES = 16
 SPARE_CANDIDATES = 8  # beyond those wanted: which one is the last must not hang on the rounding of its distance
 BLOCK_BYTES = 1 << 26  # that finding and rescoring the candidates of some queries may take at once
 CANDIDATE_BYTES = 64  # of one candidate, in FAISS's heaps, in arrays and while they are sorted
-EFFORT_BYTES = 64  # of one list that is visited, or one candidate that a graph keeps: its number and distance
+EFFORT_BYTES = 64  # bytes for one list that is visited, or one candidate that a graph keeps: its number and distance
 
 
 class Searcher:

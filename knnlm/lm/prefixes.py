@@ -20,7 +20,7 @@ DEFAULT_BYTES = 512 << 20
 MIN_SHARED = 16  # tokens: a shorter beginning is not copied from another sequence
 FIRST_SLOTS = 8
 LENGTH_STEP = 64  # tokens
-MAX_MASK_NUMBERS = 1 << 25  # of the mask of one pass, in which sequences of different lengths go on
+MAX_MASK_NUMBERS = 1 << 25  # numbers of the mask of one pass over sequences of different lengths
 
 
 @dataclass(eq=False, slots=True)
@@ -57,7 +57,7 @@ class Prefixes:
         self._context_length = context_length
         self._max_bytes = max_bytes
         self._now = 0
-        self._taken: dict[int, CachedSequence] = {}  # by their slots: of the request under way
+        self._taken: dict[int, CachedSequence] = {}  # by slot, the sequences of the request under way
 
     @property
     def held_bytes(self) -> int:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-TOKEN_BYTES = 8  # of one token itself, and its part of the name by which a sequence is found
+TOKEN_BYTES = 8  # bytes of one token id, and of its part of the name by which a sequence is found
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from knnlm.wire.records import Field as RecordField
 
 Given = TypeVar("Given")
 
-MAX_DOCUMENTS = 16_384  # in one body, whatever a service's max_documents
+MAX_DOCUMENTS = 16_384  # documents in one body, whatever a service's max_documents
 
 _PACKED = {
     "type": "object",

@@ -127,54 +127,6 @@ def test_every_family_and_every_codec_has_a_recipe_here() -> None:
         assert any(r.rpartition(",")[2] == name.replace("<M>", "20") for r in RECIPES), name
 
 
-@pytest.mark.parametrize("recipe", ["", "tree", "IVF8", "1", "auto"])
-def test_unknown_family_lists_those_known(recipe: str) -> None:
-    with pytest.raises(InvalidRequest, match="families: flat, ivf"):
-        family(recipe)
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        "flat,sq8",
-        "flat8",
-        "ivf",
-        "ivf0",
-        "ivf8,",
-        "ivf8,sq3",
-        "ivf8,pq",
-        "ivf8,pq0",
-        "ivf99999999",
-        "ivf8,sq8,x",
-        "ivf8,pq<M>",
-        "ivf8\n",
-        "hnsw",
-        "hnsw1",
-        "hnsw257",
-        "hnsw8,",
-        "hnsw8,pq8x4fs",
-        "hnsw8,rabitqfs",
-        "sq3",
-        "fp16,flat",
-        "pca8,",
-        "pca8_4,flat",
-        "pca0,sq8",
-        "opq,sq8",
-        "pca8,flat",
-        "faiss:",
-    ],
-)
-def test_malformed_recipe_is_refused(recipe: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"is not known|a pre-transform without an index|unknown index recipe"):
-        family(recipe)
-
-
-@pytest.mark.parametrize("recipe", ["faiss:IVF64,Flat,Refine(Flat)", "faiss:PCA16,IVF64,PQ8,RFlat", "faiss:Flat,RFlat"])
-def test_a_refinement_of_faiss_is_refused(recipe: str) -> None:
-    """It would hide the lists, of which one was visited then, whatever a search asked for."""
-    assert "every search is rescored" in str(family(recipe).why_unsuitable(10_000, DIM))
-
-
 def test_neighbors_are_near_enough_to_brute_force(made: Made) -> None:
     result = find(made.open(), QUERIES)
     assert result.ids is not None
@@ -360,8 +312,8 @@ def test_parameters_of_a_search_do_something(made: Made) -> None:
     searcher = made.open()
     queries = np.random.default_rng(0).normal(0, 3, (40, DIM)).astype(np.float32)  # away from all clusters
     if "nprobe" in searcher._index.efforts:
-        little, much = (find(searcher, queries, N, nprobe=nprobe) for nprobe in (1, 8))
-        assert (little.values < 0).sum() > (much.values < 0).sum() or searcher._index.efforts["nprobe"] == 1
+        little, much = ((find(searcher, queries, N, nprobe=nprobe).values < 0).sum() for nprobe in (1, 8))
+        assert little > much if searcher._index.efforts["nprobe"] > 1 else little == much
     if "ef_search" in searcher._index.efforts:
         # k is 1, so that k does not raise it
         near, far = (searcher._index.search(queries, 1, SearchOptions(ef_search=ef))[0] for ef in (N, 1))

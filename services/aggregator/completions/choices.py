@@ -21,7 +21,7 @@ from knnlm.tokenizer import Tokenizer
 from services.aggregator.completions.metrics import CompletionMetrics
 from services.aggregator.completions.reading import CheckedRequest
 
-WAITING_PIECES = 64  # of one request, beyond which its choices wait for the reader
+WAITING_PIECES = 64  # unread pieces of one request, beyond which its choices wait for the reader
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from services.aggregator.settings import AggregatorSettings
 from services.runtime.context import RequestContext
 
 MAX_LISTED = 1 << 20  # log-probabilities, and tokens of prompts that are echoed, in one answer
-MAX_ALL_LISTED = 1 << 22  # in all that are made at a time
+MAX_ALL_LISTED = 1 << 22  # the same in all answers that are made at a time
 
 
 class Completions:

@@ -13,7 +13,7 @@ from knnlm.chat import ChatTemplate
 from knnlm.decoding import end_of_context
 from knnlm.errors import InvalidRequest, TooLarge
 from knnlm.generation import GenerationOptions
-from knnlm.messages import ModelInfo
+from knnlm.messages import PASSAGE_TOKENS, ModelInfo
 from knnlm.sampling import SamplingOptions
 from knnlm.tokenizer import Tokenizer
 from services.aggregator.completions.schemas import MESSAGE_NEUTRAL, ChatRequest, CompletionRequest, Sampled
@@ -169,7 +169,7 @@ class RequestReader:
             )
         knn = request.knn
         explain = None if knn is None else knn.explain
-        around = 24 if knn is None or knn.explain_tokens is None else knn.explain_tokens
+        around = PASSAGE_TOKENS if knn is None or knn.explain_tokens is None else knn.explain_tokens
         self._check_explained(explain or 0, around, max_tokens * choices)
         stream = request.stream_options
         return CheckedRequest(

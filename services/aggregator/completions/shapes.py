@@ -26,7 +26,7 @@ class Gathered:
 
     texts: list[str] = field(default_factory=list)
     tokens: list[Listed] = field(default_factory=list)
-    log_prob: float = 0.0  # of what was generated
+    log_prob: float = 0.0  # that of all generated tokens together
     explained: list[ExplainedToken] = field(default_factory=list)
     generated: int = 0
     finish: str | None = None

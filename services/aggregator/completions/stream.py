@@ -16,7 +16,7 @@ from services.runtime.observability import event
 
 LOG = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
-READER_SECONDS = 5.0  # that a reader who does not read gets beyond the request's time, before its connection is closed
+READER_SECONDS = 5.0  # seconds beyond the request's time that a reader who does not read has
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),

@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field, StrictInt, Tag
 
 from knnlm.attribution import DocumentShare
 from knnlm.clients import explained
+from knnlm.messages import PASSAGE_TOKENS
 from services.aggregator.schemas.mixing import ScoreRequest, TokenIds, UsedDomain, by_type
 from services.runtime.schemas import Text, answer
 
@@ -23,7 +24,9 @@ class ExplainRequest(ScoreRequest):
     passages: Annotated[StrictInt, Field(ge=0)] = Field(
         3, description="Entries shown for each token, those that gave it most first, with the text around them."
     )
-    passage_tokens: Annotated[StrictInt, Field(ge=0)] = Field(24, description="Tokens of text on each side of them.")
+    passage_tokens: Annotated[StrictInt, Field(ge=0)] = Field(
+        PASSAGE_TOKENS, description="Tokens of text on each side of them."
+    )
 
     @property
     def given(self) -> str:

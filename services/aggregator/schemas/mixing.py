@@ -15,6 +15,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from knnlm.messages import PASSAGE_TOKENS
 from knnlm.options import SearchOptions
 from knnlm.sources import SOURCES, source_kind
 from services.aggregator.schemas.tokenizer import ParseSpecial
@@ -132,7 +133,9 @@ class NextTokenRequest(Request):
     full: StrictBool = Field(False, description="Also the whole distribution, in order of token ids.")
     encoding: Literal["list", "base64"] = Field("list", description="How the whole distribution is written.")
     neighbors: Annotated[StrictInt, Field(ge=0)] = Field(0, description="Nearest neighbors shown, with their source.")
-    neighbor_tokens: Annotated[StrictInt, Field(ge=0)] = Field(24, description="Tokens of text on each side of them.")
+    neighbor_tokens: Annotated[StrictInt, Field(ge=0)] = Field(
+        PASSAGE_TOKENS, description="Tokens of text on each side of them."
+    )
 
 
 class ScoreRequest(Request):
