@@ -36,7 +36,7 @@ test: $(STAMP) ## the tests: offline, on CPU
 test-all: $(STAMP) ## the tests that take longer, too
 	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not faults and not compose and not page and not clients"
 
-test-faults: $(STAMP) ## overload, kills, full disks, fuzzing, leaks: some ten minutes, figures printed
+test-faults: $(STAMP) ## overload, kills, full disks, fuzzing, leaks: some fifteen minutes, figures printed
 	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -s -m faults tests/faults
 
 test-compose: $(STAMP) ## docker-compose.yml on the Docker engine of this machine: replicas killed, added, switched under load

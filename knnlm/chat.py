@@ -45,7 +45,7 @@ class ChatTemplate:
         work = _WORK.set(_Work(MAX_WORK, MAX_SECONDS))  # what is constant is computed here
         try:
             self._template = _Environment().from_string(source)
-        except Exception as err:
+        except Exception as err:  # a template is a foreign program: whatever it raises is about it
             raise _unusable(err) from err
         finally:
             _WORK.reset(work)
@@ -67,7 +67,7 @@ class ChatTemplate:
                     break
         except _Refused as err:
             raise InvalidRequest(f"the model's chat template refuses the messages: {err!s:.300}", param=PARAM) from err
-        except Exception as err:
+        except Exception as err:  # a template is a foreign program: whatever it raises is about it
             raise _unusable(err) from err
         finally:
             _WORK.reset(before)

@@ -46,10 +46,9 @@ class GenerationOptions:
     passage_tokens: int = PASSAGE_TOKENS
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 0:
-            raise InvalidRequest(f"max_tokens must be >= 0, got {self.max_tokens}", param="max_tokens")
-        if self.top < 0:
-            raise InvalidRequest(f"top must be >= 0, got {self.top}", param="top")
+        for name in ("max_tokens", "top", "carriers", "passage_tokens"):
+            if (value := getattr(self, name)) < 0:
+                raise InvalidRequest(f"{name} must be >= 0, got {value}", param=name)
         if len(self.stop) > MAX_STOPS or len(self.stop_token_ids) > MAX_STOPS:
             param = "stop" if len(self.stop) > MAX_STOPS else "stop_token_ids"
             raise InvalidRequest(f"{param} may hold {MAX_STOPS}, got {len(getattr(self, param))}", param=param)
@@ -174,7 +173,8 @@ class Generator:
         seed: int = 0,
         on_token: Callable[[NewToken], None] | None = None,
     ) -> Completion:
-        """All of `generate`. on_token: told of each as soon as it is known."""
+        """The whole completion that `generate` makes. prompt: (t,) int32 with its BOS. on_token: told of each token as
+        soon as it is known. Raises as `generate`."""
         plan = await self._mixer.plan(sources)
         texts: list[str] = []
         tokens: list[int] = []

@@ -93,7 +93,8 @@ class Rounds:
     async def next_token(
         self, context: Ids, options: Options = None, *, passages: int = 0, passage_tokens: int = PASSAGE_TOKENS
     ) -> NextTokens:
-        """As Mixer.next_token of one context, beside those whom the round is for anyway."""
+        """The mixture after one context, as Mixer.next_token answers it, from the next round. context: (t,) int32.
+        Raises as `step` and `Mixer.plan`."""
         self._mixer.check_contexts([context])
 
         async def step(plan: Plan) -> Row:

@@ -72,7 +72,7 @@ class Row:
         return self.known.bound == -math.inf
 
     def of(self, token: int) -> tuple[float, float]:
-        """log p and log p_LM of a known token."""
+        """log p and log p_LM, in nats, of a token among `known`."""
         place = int(np.searchsorted(self.known.tokens, token))
         return float(self.known.log_probs[place]), float(self.lm_log_probs[place])
 
@@ -84,8 +84,8 @@ class Row:
         return Mixed(self.known.log_probs[None], self.lm_log_probs[None], shares), found
 
     async def carried(self, token: int, count: int, passage_tokens: int) -> tuple[list[Sequence[Carrier]], str | None]:
-        """For each of `components`, the entries that gave the token most; see knnlm.sources.Carrying. None of a
-        source that may be missing and is, and why it is."""
+        """Entries that gave the token most, for each of `components` (see knnlm.sources.Carrying), and why some are
+        missing, else None. Raises what a source raises, unless it is optional."""
         found: list[Sequence[Carrier]] = []
         missing: str | None = None
         for source, share in zip(self.plan.sources, self.shares, strict=True):

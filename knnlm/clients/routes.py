@@ -190,7 +190,7 @@ def activate(domain: str, version: str, *, wait: bool = False) -> Call[DomainInf
     """Switch a domain to another version (admin key). wait: return when every replica that serves the domain has
     switched; DeadlineExceeded names those that are late, and they go on."""
     body = {"version": version, "wait": wait}
-    return Call("POST", f"{_domain(domain)}:activate", _of(DomainInfo), body, admin=True)
+    return Call("POST", f"{_domain(domain)}:activate", _of(DomainInfo), body, admin=True, repeatable=False)
 
 
 def add_documents(domain: str, documents: Sequence[Document], *, replace: bool = False) -> Call[DomainChange]:

@@ -189,8 +189,10 @@ def _one_of_two(texts: object, tokens: object, params: tuple[str, str]) -> None:
 class MemoryBudget:
     """Bounds the numbers that requests hold in memory together. Requests wait in the order of their arrival."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, what: str = "memory for its distributions was free") -> None:
+        """what: for which a request waits, in the error of one that waited too long."""
         self._left = size
+        self._what = what
         self._turn = asyncio.Lock()
         self._freed = asyncio.Event()
 
@@ -204,7 +206,7 @@ class MemoryBudget:
                     await self._freed.wait()
                 self._left -= size
         except TimeoutError as err:
-            raise DeadlineExceeded("the request's time was over before memory for its distributions was free") from err
+            raise DeadlineExceeded(f"the request's time was over before {self._what}") from err
         try:
             yield
         finally:

@@ -45,8 +45,8 @@ class Completions:
         self._metrics = metrics
         self._degraded = degraded
         self._reader = RequestReader(mixer.info, tokenizer, settings)
-        self._running = MemoryBudget(settings.max_running_choices)
-        self._listed = MemoryBudget(MAX_ALL_LISTED)
+        self._running = MemoryBudget(settings.max_running_choices, "others' choices had ended (--max-running-choices)")
+        self._listed = MemoryBudget(MAX_ALL_LISTED, "memory for its log-probabilities was free")
 
     @property
     def info(self) -> ModelInfo:

@@ -169,6 +169,8 @@ class RequestReader:
             )
         knn = request.knn
         explain = None if knn is None else knn.explain
+        if knn is not None and knn.explain_tokens is not None and explain is None:
+            raise InvalidRequest("knn.explain_tokens goes with knn.explain", param="knn.explain_tokens")
         around = PASSAGE_TOKENS if knn is None or knn.explain_tokens is None else knn.explain_tokens
         self._check_explained(explain or 0, around, max_tokens * choices)
         stream = request.stream_options

@@ -26,6 +26,9 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "min_tokens": (0,),
+    "max_completion_tokens": (),
+    "top_logprobs": (0,),
+    "detokenize": (True,),
     "prompt_logprobs": (),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -135,7 +138,9 @@ Bias = Annotated[
 
 class StreamOptions(BaseModel):
     include_usage: StrictBool | None = Field(None, description="End with a chunk that has `usage` and no choices.")
-    continuous_usage_stats: StrictBool | None = Field(None, description="`usage` so far in every chunk.")
+    continuous_usage_stats: StrictBool | None = Field(
+        None, description="With include_usage: `usage` so far in every chunk."
+    )
 
 
 class CompletionKnn(Knn):
