@@ -143,6 +143,8 @@ async def test_a_datastore_that_dies_is_said_and_the_lm_goes_on_where_it_may() -
     [
         ({"max_tokens": -1}, InvalidRequest, "max_tokens must be >= 0"),
         ({"top": -1}, InvalidRequest, "top"),
+        ({"carriers": -1}, InvalidRequest, "carriers must be >= 0"),
+        ({"passage_tokens": -5}, InvalidRequest, "passage_tokens must be >= 0"),
         ({"stop": ("",)}, InvalidRequest, "a stop string must have"),
         ({"stop": ("x",) * 65}, InvalidRequest, "stop may hold 64"),
         ({"stop_token_ids": (258,)}, InvalidRequest, "stop_token_ids names token 258"),
