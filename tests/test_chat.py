@@ -1,7 +1,6 @@
 """Chat templates: what they make of messages, and what they cannot do."""
 
 import json
-import time
 from typing import Any
 
 import pytest
@@ -37,15 +36,26 @@ LLAMA = """{{ bos_token }}
 {%- endfor %}"""
 
 
-def rendered(source: str, messages: Any = MESSAGES, **bounds: Any) -> str:
-    return ChatTemplate(source, bos_token="<s>", eos_token="</s>").render(
-        messages, **{"max_characters": 10_000, **bounds}
-    )
+METHODS = (
+    "{{ 'aXbX'.replace('X', 'y') }}{{ 'aXbX'.replace('X', 'y', 1) }}{{ ','.join(['a', 'b']) }}",
+    "{{ ' a '.strip() }}{{ 'a b'.split() }}{{ 'ab'.startswith('a') }}{{ 'a'.ljust(3) }}{{ {'a': 1}.items() | list }}",
+)
+AROUND = (
+    "BODY",
+    "{% for m in messages %}BODY{% endfor %}",
+    "{% block part %}BODY{% endblock %}",
+    "{% macro part(x) %}BODY{% endmacro %}{% for m in messages %}{{ part(m) }}{% endfor %}",
+    "{% macro part() %}{{ caller() }}{% endmacro %}{% call part() %}BODY{% endcall %}",
+)
 
 
-def refusal(source: str, messages: Any = MESSAGES, **bounds: Any) -> str:
+def rendered(source: str, messages: Any = MESSAGES, max_characters: int = 10_000) -> str:
+    return ChatTemplate(source, bos_token="<s>", eos_token="</s>").render(messages, max_characters=max_characters)
+
+
+def refusal(source: str, messages: Any = MESSAGES) -> str:
     with pytest.raises(InvalidRequest) as raised:
-        rendered(source, messages, **bounds)
+        rendered(source, messages)
     assert raised.value.param == "messages"
     assert len(raised.value.message) < 400
     return raised.value.message
@@ -78,6 +88,8 @@ def test_they_are_what_transformers_makes_of_them() -> None:
         "{{ 'aXbX' | replace('X', '--') }}{{ 'aXb'.replace('X', 'y') }}",
         "{{ messages[0].missing is defined }}{{ messages[0]['name'] }}{{ none }}"
         "{{ '-' * 3 }}{{ 7 // 2 }}{{ '/'.join(['a', 'b']) }}",
+        "{{ '%s of %d' % ('a', 3) }}{{ '{:>4}'.format('b') }}{{ '%s' | format(1) }}{{ 'c' | center(5) }}",
+        *(around.replace("BODY", body) for around in AROUND for body in METHODS),
     )  # fmt: skip
     for source in (CHATML, LLAMA, *others):
         (expected,), _ = utils.render_jinja_template(
@@ -94,62 +106,41 @@ def test_they_are_what_transformers_makes_of_them() -> None:
         "{{ self.__init__() }}",
         "{{ messages.append(1) }}",
         "{{ messages[0].update(role='x') }}",
-        "{{ '{0.__class__}'.format(messages) }}",
         "{% include 'secret' %}",
-        "{{ lipsum(10) }}",
-        "{{ cycler('a') }}",
         "{% if %}",
         "{{ messages.0.role.content.nothing }}",
     ],
 )
 def test_a_template_reaches_nothing_else(source: str) -> None:
-    assert "the model's chat template cannot be used with these messages: " in refusal(source)
+    assert "the model's chat template cannot be used" in refusal(source)
 
 
-@pytest.mark.parametrize("name", ["''.__class__", "raise_exception.__globals__", "self.__init__", "messages.append"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "''.__class__",
+        "raise_exception.__globals__",
+        "self.__init__",
+        "messages.append",
+        "'{0.__class__}'.format(messages)",
+    ],
+)
 def test_what_is_hidden_is_nothing(name: str) -> None:
     assert rendered("{{ " + name + " }}") == ""
 
 
-BIG = "{% set a = 'a' * 100000 %}"
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% for m in messages %}{% for n in range(10**6) %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+def test_a_template_that_recurses_for_ever_fails() -> None:
+    for source in (
         "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
         "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
-        "{% macro f() %}{% for i in range(99999) %}" + "x" * 10_000 + "{% endfor %}{% endmacro %}{{ f() }}",
-        BIG + "{% set b %}{% for i in range(99999) %}{{ a }}{% endfor %}{% endset %}{{ b | length }}",
-        "{% for i in range(99999) %}{{ messages }}{% endfor %}",
-        "{{ 'a' * 10**9 }}",
-        "{{ [1] * 10**9 }}",
-        "{{ 10 ** 10 ** 10 }}",
-        "{% set ns = namespace(n=9) %}{% for i in range(64) %}{% set ns.n = ns.n * ns.n %}{% endfor %}{{ ns.n }}",
-        "{% set ns = namespace(a='a') %}{% for i in range(64) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}",
-        "{% set a = 'a' %}" + "{% set a = a + a %}" * 64,
-        BIG + "{{ a | replace('a', a) | length }}",
-        BIG + "{{ a.replace('a', a) | length }}",
-        BIG + "{{ ((a,) * 10000) | join | length }}",
-        BIG + "{{ ''.join((a,) * 10000) | length }}",
-        BIG + "{{ ((a,) * 10000) | string | length }}",
-        BIG + "{{ ((a,) * 10000) | tojson | length }}",
-        BIG + "{{ ('\\n' * 9999999) | indent(a) | length }}",
-        "{{ '%1000000000d' % 1 }}",
-        "{{ '{:1000000000}'.format(1) }}",
-        "{{ '%1000000000d' | format(1) }}",
-        "{{ 'a'.ljust(10**9) }}",
-        "{{ 'a' | center(10**9) }}",
         "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
-    ],
-)
-def test_a_template_that_never_ends_or_makes_too_much_is_stopped(source: str) -> None:
-    started = time.monotonic()
-    refusal(source, seconds=1.0)
-    assert time.monotonic() - started < 10.0
+    ):
+        assert "RecursionError" in refusal(source)
+
+
+def test_half_of_a_character_is_refused() -> None:
+    assert "UnicodeEncodeError" in refusal("{{ 'a\\ud800b' }}")
+    assert refusal("{{ raise_exception('a\\ud800b') }}").endswith("refuses the messages: a?b")
 
 
 def test_a_long_prompt_is_refused_and_long_messages_are_not() -> None:

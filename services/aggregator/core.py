@@ -68,10 +68,11 @@ class AggregatorCore:
             with outgoing(deadline=time.monotonic() + ASK_SECONDS):
                 if (await lm.get_model()).fingerprint == self.aggregator.info.fingerprint:
                     return
-            self._aggregator = await self._connect(lm, datastore)
+            before, self._aggregator = self.aggregator, await self._connect(lm, datastore)
         except KnnlmError as err:
             event(LOG, "cannot_ask_lm", logging.WARNING, reason=err.message)
             return
+        await before.completions.close()
         event(LOG, "model_changed", model=self.aggregator.info.model_id)
 
     async def _connect(self, lm: LanguageModelClient, datastore: Datastore) -> Aggregator:
@@ -99,5 +100,7 @@ class AggregatorCore:
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
+        if self._aggregator is not None:
+            await self._aggregator.completions.close()
         if self._upstream is not None:
             await self._upstream.aclose()

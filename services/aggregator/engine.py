@@ -57,8 +57,8 @@ class Datastore(DatastoreClient, DocumentsClient, Protocol):
 
 
 class Aggregator:
-    """One model and a set of domains, mixed. Make it with `connect`. degraded: told of each answer by the LM alone that
-    was to have been mixed."""
+    """One model and a set of domains, mixed. Make it with `connect`, close its `completions`. degraded: told of each
+    answer by the LM alone that was to have been mixed."""
 
     def __init__(
         self,
@@ -107,7 +107,9 @@ class Aggregator:
             raise Unavailable(
                 f"the lm service gave a tokenizer with sha256 {tokenizer.sha256}, announced {info.tokenizer_sha256}"
             )
-        return cls(lm, datastore, info, tokenizer, settings, degraded, completion_metrics)
+        aggregator = cls(lm, datastore, info, tokenizer, settings, degraded, completion_metrics)
+        await aggregator.completions.start()
+        return aggregator
 
     async def next_token(self, request: mixing.NextTokenRequest, call: RequestContext) -> mixing.NextTokenResponse:
         """The answer; seconds per stage go into the call. Raises KnnlmError for everything that cannot be answered."""

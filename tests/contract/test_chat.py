@@ -1,5 +1,6 @@
 """/v1/chat/completions over the three services, and by OpenAI's own client."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,13 @@ async def test_an_answer_is_the_completion_of_the_rendered_prompt(store: Path) -
         given = body(messages=[{"role": "user", "content": parts, "name": "me"}])
         lines = body(messages=[{"role": "user", "content": "the\ncat"}])
         assert await text(running, given) == await text(running, lines)
+
+
+async def test_an_assistant_may_have_said_nothing(store: Path) -> None:  # noqa: F811
+    async with system(store, lm=chatting()) as running:
+        asked = [*ASKED, {"role": "assistant", "content": ""}]
+        nulls = [*ASKED, {"role": "assistant", "content": None}]
+        assert await text(running, body(messages=nulls)) == await text(running, body(messages=asked))
 
 
 async def text(running: Any, given: Any) -> str:
@@ -160,7 +168,11 @@ async def test_what_cannot_be_is_refused_by_its_name(store: Path) -> None:  # no
 
 
 async def test_a_model_without_a_template_says_so(store: Path) -> None:  # noqa: F811
-    for template, said in ((None, "model toy has no chat template, "), ("{% if %}", "template cannot be used")):
+    for template, said in (
+        (None, "model toy has no chat template, "),
+        ("{% if %}", "template cannot be used"),
+        ("{{ 'a\\ud800b' }}", "template cannot be used with these messages: UnicodeEncodeError"),
+    ):
         async with system(store, lm=chatting(template)) as running:
             for stream in (False, True):
                 error = (await running.post("/v1/chat/completions", body(stream=stream), 400))["error"]
@@ -168,6 +180,20 @@ async def test_a_model_without_a_template_says_so(store: Path) -> None:  # noqa:
                 assert error["param"] == "messages"
             assert template is not None or "/v1/completions" in error["message"]
             assert (await running.post("/v1/completions", {"prompt": "the", "max_tokens": 1}))["choices"]
+
+
+async def test_a_template_that_never_ends_holds_up_no_other_route(store: Path) -> None:  # noqa: F811
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    async with system(store, lm=chatting(endless)) as running:
+        asked = running.client.post
+        chats = [
+            asyncio.create_task(asked("/v1/chat/completions", json=body(), headers={"X-Request-Timeout": "4"}))
+            for _ in range(40)  # more than there are threads
+        ]
+        await asyncio.sleep(0.2)
+        assert (await running.post("/v1/next_token", {"text": "the cat"}))["results"]
+        assert not any(chat.done() for chat in chats)
+        assert {(await chat).status_code for chat in chats} == {504}
 
 
 async def test_openai_chats(store: Path) -> None:  # noqa: F811

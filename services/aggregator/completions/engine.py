@@ -48,6 +48,15 @@ class Completions:
         self._running = MemoryBudget(settings.max_running_choices, "others' choices had ended (--max-running-choices)")
         self._listed = MemoryBudget(MAX_ALL_LISTED, "memory for its log-probabilities was free")
 
+    async def start(self) -> None:
+        """Start what renders chats. Raises Unavailable."""
+        if self._reader.template is not None:
+            await self._reader.template.start()
+
+    async def close(self) -> None:
+        if self._reader.template is not None:
+            await self._reader.template.close()
+
     @property
     def info(self) -> ModelInfo:
         return self._mixer.info
@@ -59,7 +68,9 @@ class Completions:
         with named_as_asked(request):  # of retrieval alone: the request has a temperature of its own, too
             name, sources = chosen(request, self.info.model_id, self._settings)
         if isinstance(request, ChatRequest):
-            return ChatShape(await self._reader.chat(request), name, call.id, self._tokenizer), sources
+            return ChatShape(
+                await self._reader.chat(request, call.remaining()), name, call.id, self._tokenizer
+            ), sources
         checked = await self._reader.completion(request)
         return CompletionShape(checked, name, call.id, self._tokenizer), sources
 

@@ -1,15 +1,12 @@
 """A request for text, read and checked: what is asked for, beside the schema, within the settings."""
 
-import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.chat import ChatTemplate
 from knnlm.decoding import end_of_context
 from knnlm.errors import InvalidRequest, TooLarge
 from knnlm.generation import GenerationOptions
@@ -17,6 +14,7 @@ from knnlm.messages import PASSAGE_TOKENS, ModelInfo
 from knnlm.sampling import SamplingOptions
 from knnlm.tokenizer import Tokenizer
 from services.aggregator.completions.schemas import MESSAGE_NEUTRAL, ChatRequest, CompletionRequest, Sampled
+from services.aggregator.completions.templates import TemplateProcess
 from services.aggregator.requests import Inputs
 from services.aggregator.settings import AggregatorSettings
 
@@ -58,13 +56,19 @@ class CheckedRequest:
 
 
 class RequestReader:
-    """Reads requests for the completions of one model."""
+    """Reads requests for the completions of one model. template: of its chats, None where it has none."""
 
     def __init__(self, info: ModelInfo, tokenizer: Tokenizer, settings: AggregatorSettings) -> None:
         self._info = info
         self._tokenizer = tokenizer
         self._settings = settings
         self._inputs = Inputs(info, tokenizer, settings)
+        self.template: TemplateProcess | None = None
+        if tokenizer.chat_template is not None:
+            bos, eos = ("" if i is None else tokenizer.token(i) for i in (info.bos_token_id, info.eos_token_id))
+            self.template = TemplateProcess(
+                tokenizer.chat_template, bos_token=bos, eos_token=eos, max_characters=settings.max_text_bytes
+            )
 
     async def completion(self, request: CompletionRequest) -> CheckedRequest:
         """Raises InvalidRequest and TooLarge."""
@@ -88,14 +92,21 @@ class RequestReader:
             hidden_bos=hidden_bos,
         )
 
-    async def chat(self, request: ChatRequest) -> CheckedRequest:
-        """Raises InvalidRequest, also for a model without a chat template, and TooLarge."""
+    async def chat(self, request: ChatRequest, seconds: float) -> CheckedRequest:
+        """seconds: to wait for the prompt. Raises InvalidRequest, also for a model without a chat template, TooLarge,
+        DeadlineExceeded and Unavailable."""
         _refuse_unserved(request.model_extra, request.neutral)
         for i, message in enumerate(request.messages):
             _refuse_unserved(message.model_extra, MESSAGE_NEUTRAL, f"messages.{i}.")
         if request.top_logprobs and not request.logprobs:
             raise InvalidRequest("top_logprobs goes with logprobs: true", param="top_logprobs")
-        text = await asyncio.to_thread(self._rendered, request)
+        if self.template is None:
+            raise InvalidRequest(
+                f"model {self._info.model_id} has no chat template, so that no prompt can be made of messages: give a "
+                "prompt to /v1/completions instead",
+                param="messages",
+            )
+        text = await self.template.render([message.rendered for message in request.messages], seconds)
         (prompt,) = await self._inputs.encoded([text], "messages")
         if self._info.bos_token_id is not None:
             prompt = prompt[1:]  # the template writes one where the model wants one
@@ -114,25 +125,6 @@ class RequestReader:
             hidden_bos=[False],
             params=(param, "top_logprobs"),
         )
-
-    def _rendered(self, request: ChatRequest) -> str:
-        """The prompt that the messages make. Called on a thread."""
-        return self._template.render(
-            [message.rendered for message in request.messages], max_characters=self._settings.max_text_bytes
-        )
-
-    @cached_property
-    def _template(self) -> ChatTemplate:
-        """The model's. Raises InvalidRequest where it has none, or one that cannot be used."""
-        known, info = self._tokenizer, self._info
-        if known.chat_template is None:
-            raise InvalidRequest(
-                f"model {info.model_id} has no chat template, so that no prompt can be made of messages: give a prompt "
-                "to /v1/completions instead",
-                param="messages",
-            )
-        bos, eos = ("" if i is None else known.token(i) for i in (info.bos_token_id, info.eos_token_id))
-        return ChatTemplate(known.chat_template, bos_token=bos, eos_token=eos)
 
     def _checked(
         self,

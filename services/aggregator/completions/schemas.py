@@ -8,7 +8,18 @@ value changes nothing; null is each field's default.
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictInt, Tag, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StrictBool,
+    StrictInt,
+    Tag,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from knnlm.generation import MAX_STOPS
@@ -225,13 +236,23 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     role: Text = Field(description="As the model's chat template knows them: system, user, assistant, ...")
-    content: Content = Field(description="A text, or parts of one, which are joined by line ends.")
+    content: Content | None = Field(
+        description="A text, or parts of one, which are joined by line ends; null of an assistant's message is no text."
+    )
     name: Text | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _said(cls, content: Any, info: ValidationInfo) -> Any:  # Any: Content
+        if content is None and info.data.get("role", "assistant") != "assistant":
+            raise PydanticCustomError("no_content", "expected a text or a list of parts; null is an assistant's alone")
+        return content
 
     @property
     def rendered(self) -> dict[str, str]:
         """What the template is given."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        parts = self.content or ""
+        content = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
         return {"role": self.role, "content": content, **({} if self.name is None else {"name": self.name})}
 
 

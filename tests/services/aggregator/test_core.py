@@ -9,6 +9,7 @@ from knnlm.domains import NoDatastore
 from knnlm.errors import DeadlineExceeded, Unavailable
 from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
 from knnlm.testing import ToyLanguageModel
+from services.aggregator.completions.schemas import ChatRequest
 from services.aggregator.core import AggregatorCore
 from services.aggregator.engine import Aggregator
 from services.aggregator.requests import MemoryBudget
@@ -62,6 +63,24 @@ async def test_another_model_is_taken_over() -> None:
     await core.look(lm, NoDatastore())
     after = await core.aggregator.next_token(request, CALL)
     assert after.results[0].top != before.results[0].top
+
+
+async def test_the_process_of_a_chat_template_ends_with_its_model() -> None:
+    lm, settings = Lm(), AggregatorSettings()
+    lm.model.tokenizer.chat_template = "{{ messages[0].content }}"
+    core = AggregatorCore(settings, UpstreamMetrics(Metrics("aggregator")))
+    core._aggregator = first = await Aggregator.connect(lm, NoDatastore(), settings)
+    lm.model = ToyLanguageModel(seed=1)
+    lm.model.tokenizer.chat_template = "{{ messages[0].role }}"
+    await core.look(lm, NoDatastore())
+    request = ChatRequest(messages=[{"role": "user", "content": "the"}], max_tokens=1)
+    with pytest.raises(Unavailable, match="no longer served"):
+        await first.completions.shape(request, CALL)
+    shape, _ = await core.aggregator.completions.shape(request, CALL)
+    assert shape.checked.prompt_tokens == len("user")
+    await core.close()
+    with pytest.raises(Unavailable, match="no longer served"):
+        await core.aggregator.completions.shape(request, CALL)
 
 
 async def test_who_comes_first_goes_first_and_nobody_passes_the_bound() -> None:
