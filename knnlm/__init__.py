@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what _MODULES says, for type checkers and editors
     from knnlm.datastore.reader import Datastore
     from knnlm.datastore.text import read_documents
     from knnlm.errors import KnnlmError
+    from knnlm.evaluation.memory_targets import build_targets
     from knnlm.evaluation.search_settings import tune
     from knnlm.generation import GenerationOptions
     from knnlm.index.searcher import Searcher
@@ -29,7 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncClient", "Catalog", "Client", "Datastore", "Document", "DomainOptions", "GenerationOptions", "KnnOptions",
     "KnnlmError", "LanguageModel", "Pipeline", "SamplingOptions", "SearchOptions", "Searcher", "Tokenizer", "build",
-    "errors", "read_documents", "tune",
+    "build_targets", "errors", "read_documents", "tune",
 ]  # fmt: skip
 
 _MODULES = {
@@ -49,6 +50,7 @@ _MODULES = {
     "Searcher": "index.searcher",
     "Tokenizer": "tokenizer",
     "build": "pipeline",
+    "build_targets": "evaluation.memory_targets",
     "read_documents": "datastore.text",
     "tune": "evaluation.search_settings",
 }

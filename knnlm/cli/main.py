@@ -20,6 +20,7 @@ from knnlm.cli.explain import explain
 from knnlm.cli.forget import forget
 from knnlm.cli.generate import generate
 from knnlm.cli.index import index
+from knnlm.cli.memory import memory
 from knnlm.cli.next_token import next_token
 from knnlm.cli.score import score
 from knnlm.cli.serve import serve
@@ -53,6 +54,7 @@ app.command()(show)
 app.command()(verify)
 app.command()(tune)
 app.command("eval")(evaluate)
+app.add_typer(memory, name="memory")
 app.add_typer(domains, name="domains")
 app.command("next")(next_token)
 app.command()(score)

@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 MAGIC = b"\x93NUMPY\x01\x00"
 HEADER = re.compile(
-    rb"\{'descr': '([<>][fi][248])', 'fortran_order': (False|True), 'shape': \(((?:\d{1,18}, )*\d{1,18},?)\), \} *\n"
+    rb"\{'descr': '([<>][fiu][248])', 'fortran_order': (False|True), 'shape': \(((?:\d{1,18}, )*\d{1,18},?)\), \} *\n"
 )
 
 

@@ -138,6 +138,22 @@ class Datastore:
             found[here] = values[ids[here] - first]
         return found
 
+    def keys_of(self, ids: Int64) -> npt.NDArray[np.float32]:
+        """(n, d) keys of entries (n,) of any segment. Raises InvalidRequest for an entry that does not exist."""
+        self._refuse_unknown(ids)
+        found = np.empty((len(ids), self.manifest.key_dim), np.float32)
+        for keys, first in zip((self.keys, *(s.keys for s in self.segments)), self._first_entries, strict=False):
+            here = (ids >= first) & (ids < first + len(keys))
+            found[here] = keys[ids[here] - first]
+        return found
+
+    def live_entries(self) -> Int64:
+        """(n,) ascending: the entries that count. 8 bytes each."""
+        gone = np.zeros(self.entries, np.bool_)
+        for start, end in zip(*(edges.tolist() for edges in self.removed), strict=True):
+            gone[start:end] = True
+        return np.flatnonzero(~gone)
+
     def document_of(self, entries: npt.NDArray[np.integer]) -> tuple[Int64, Int64]:
         """(n,) document numbers and (n,) places of the values in their documents, in tokens.
 

@@ -115,18 +115,20 @@ def find(
     held_out: HeldOut,
     options: SearchOptions,
     *,
+    exclude_entries: npt.NDArray[np.int64] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Observations:
     """What requests with these options are answered for every query of `held_out`: the same candidates are considered.
 
-    `search` answers for `domain`. on_progress: called with the queries done so far. Memory: 8 bytes per query and
-    neighbor. Raises what searching raises.
+    `search` answers for `domain`. exclude_entries: (n,) see SearchRequest. on_progress: called with the queries done so
+    far. Memory: 8 bytes per query and neighbor. Raises what searching raises.
     """
     n = len(held_out.queries)
     distances = values = None
     for start in range(0, n, BLOCK_ROWS):
         rows = slice(start, min(start + BLOCK_ROWS, n))
-        found = search.search(SearchRequest(domain, held_out.queries[rows], options)).neighbors
+        own = None if exclude_entries is None else exclude_entries[rows]
+        found = search.search(SearchRequest(domain, held_out.queries[rows], options, exclude_entries=own)).neighbors
         if distances is None or values is None:
             shape = (n, found.values.shape[1])
             distances, values = np.empty(shape, np.float32), np.empty(shape, np.int32)

@@ -84,6 +84,11 @@ class Index(ABC):
     def memory_bytes(self) -> int:
         """What it holds in memory once every part of it but `reduced` has been used, file maps included."""
 
+    def grouped(self) -> Int64 | None:
+        """(n,) its entries, those that lie together one after another: searched for in this order, the same parts of
+        the index and of the keys are read again and again. None where it does not group them."""
+        return None
+
     def warm(self) -> None:
         """Bring what is mapped into memory, so that the first searches do not wait for the disk."""
         return

@@ -146,6 +146,11 @@ class IvfIndex(FaissIndex):
         _, nearest = self._quantizer.search(queries, min(nprobe + SPARE_LISTS, self._nlist))
         return rescored(centroids, queries, nearest, nprobe)
 
+    def grouped(self) -> Int64:
+        lists = self._index.invlists
+        parts = [faiss.rev_swig_ptr(lists.get_ids(i), lists.list_size(i)) for i in range(self._nlist)]
+        return np.concatenate([np.array(part, np.int64) for part in parts])
+
     @property
     def memory_bytes(self) -> int:
         tables = getattr(self._index, "precomputed_table", None)  # FAISS makes them when it reads pq codes

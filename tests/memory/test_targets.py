@@ -1,0 +1,303 @@
+"""p_kNN of every entry against brute force over the stored keys; runs that were stopped; what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.layout import FileRecord
+from knnlm.datastore.reader import Datastore
+from knnlm.datastore.updates.documents import remove
+from knnlm.errors import Conflict, DatastoreCorrupt, InvalidRequest
+from knnlm.evaluation.memory_targets import build_targets
+from knnlm.index.build import build_index
+from knnlm.index.searcher import Searcher
+from knnlm.memory.manifest import StoreRecord, TargetsManifest
+from knnlm.memory.targets import LEAST_MASS, Targets
+from knnlm.neighbors import TokenMasses
+from knnlm.testing import TEXTS, toy_datastore
+
+TWINS = (*TEXTS, TEXTS[0])  # the first document comes twice, so that every entry of it has an exact twin
+T, K = 2.0, 24
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("memory") / "store"
+    path = toy_datastore(store, texts=TWINS)
+    build_index(path, "ivf4,flat")
+    return store
+
+
+def make(store: Path, out: Path, **options: object) -> TargetsManifest:
+    given: dict[str, object] = {"ks": [K], "temperature": T, "part_entries": 100, **options}
+    return build_targets(store, "toy", "no model is needed", out, **given)  # type: ignore[arg-type]
+
+
+def brute_force(
+    datastore: Datastore, entry: int, exclude: str, k: int = K, temperature: float = T
+) -> npt.NDArray[np.float64]:
+    """(V,) p_kNN by its definition, for the key of an entry without itself, or without its document."""
+    keys = datastore.keys.astype(np.float64)
+    distances = ((keys - keys[entry]) ** 2).sum(axis=1)
+    document, _ = datastore.document_of(np.arange(datastore.entries))
+    gone = document == document[entry] if exclude == "document" else np.arange(datastore.entries) == entry
+    distances[gone] = np.inf
+    nearest = np.argsort(distances, kind="stable")[:k]
+    p = np.zeros(datastore.manifest.model.vocab_size)
+    np.add.at(p, datastore.values[nearest], np.exp((distances.min() - distances[nearest]) / temperature))
+    whole: npt.NDArray[np.float64] = p / p.sum()
+    return whole
+
+
+def dense(rows: TokenMasses, vocab_size: int) -> npt.NDArray[np.float64]:
+    return np.exp(rows.dense(vocab_size))
+
+
+@pytest.mark.parametrize("exclude", ["entry", "document"])
+def test_targets_are_p_knn_by_its_definition(store: Path, tmp_path: Path, exclude: str) -> None:
+    made = make(store, tmp_path / "targets", exclude=exclude, top=300)
+    targets = Targets.open(tmp_path / "targets", check="all")
+    datastore = Datastore.open(store / "toy/v1")
+    assert made.rows == len(targets) == datastore.entries
+    ids = np.arange(datastore.entries)
+    rows, kept = targets.rows(ids)
+    found = dense(rows, datastore.manifest.model.vocab_size)
+    expected = np.array([brute_force(datastore, i, exclude) for i in ids.tolist()])
+    expected[expected < LEAST_MASS] = 0
+    np.testing.assert_allclose(found, expected / expected.sum(axis=1, keepdims=True), atol=1e-3)
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-12)
+    np.testing.assert_allclose(kept, expected.sum(axis=1), atol=1e-4)
+    whole = np.array([brute_force(datastore, i, exclude) for i in ids.tolist()])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = -np.where(whole > 0, whole * np.log(whole), 0).sum(axis=1)
+    assert made.shape.entropy == pytest.approx(entropy.mean(), abs=1e-4)
+    assert made.shape.largest == pytest.approx(whole.max(axis=1).mean(), abs=1e-4)
+    assert made.shape.support == pytest.approx((whole > 0).sum(axis=1).mean(), abs=0.1)
+    assert made.shape.of_value == pytest.approx(whole[ids, datastore.values].mean(), abs=1e-4)
+
+
+def test_the_entry_itself_is_left_out_by_its_number_and_its_twin_is_not(store: Path, tmp_path: Path) -> None:
+    """At a temperature this low the nearest neighbor alone counts: the twin, at distance 0, stores the same token."""
+    make(store, tmp_path / "entry", temperature=1e-6, ks=[1])
+    make(store, tmp_path / "document", temperature=1e-6, ks=[1], exclude="document")
+    datastore = Datastore.open(store / "toy/v1")
+    twins = np.arange(1, len(TEXTS[0]))  # the first entry of every document has the same context
+    for name in ("entry", "document"):  # the twin lies in another document
+        rows, _ = Targets.open(tmp_path / name).rows(twins)
+        np.testing.assert_array_equal(rows.tokens, datastore.values[twins])
+    alone = np.arange(len(TEXTS[0]), len(TEXTS[0]) + 8)  # without a twin: distance 0 would be the entry itself
+    rows, _ = Targets.open(tmp_path / "entry").rows(alone)
+    expected = [brute_force(datastore, i, "entry", 1, 1e-6).argmax() for i in alone.tolist()]
+    np.testing.assert_array_equal(rows.tokens, expected)
+
+
+def test_only_the_likeliest_tokens_are_kept_and_what_that_loses_is_recorded(store: Path, tmp_path: Path) -> None:
+    made = make(store, tmp_path / "targets", top=2, temperature=20.0)
+    targets = Targets.open(tmp_path / "targets")
+    datastore = Datastore.open(store / "toy/v1")
+    rows, kept = targets.rows(np.arange(datastore.entries))
+    assert np.diff(rows.offsets).max() == 2
+    for entry in range(0, datastore.entries, 40):
+        p = brute_force(datastore, entry, "entry", temperature=20.0)
+        best = np.sort(p)[-2:]
+        assert kept[entry] == pytest.approx(best.sum(), abs=1e-5)
+        np.testing.assert_allclose(np.sort(np.exp(rows.row(entry)[1])), best / best.sum(), atol=1e-3)
+    assert made.kept == pytest.approx(kept.mean(), abs=1e-6)
+    assert made.kept < 0.9
+
+
+def test_rows_are_named_by_entries_in_any_order(store: Path, tmp_path: Path) -> None:
+    make(store, tmp_path / "targets")
+    targets = Targets.open(tmp_path / "targets")
+    all_rows, _ = targets.rows(np.arange(len(targets)))
+    some = np.array([7, 3, 3, 200])
+    rows, _ = targets.rows(some)
+    for place, entry in enumerate(some):
+        np.testing.assert_array_equal(rows.row(place)[0], all_rows.row(int(entry))[0])
+    with pytest.raises(InvalidRequest, match="no target for entry 99999"):
+        targets.rows(np.array([99999]))
+
+
+def test_entries_without_another_document_have_empty_rows(tmp_path: Path) -> None:
+    toy_datastore(tmp_path / "store", texts=TEXTS[:1])
+    made = make(tmp_path / "store", tmp_path / "targets", exclude="document")
+    assert (made.rows, made.empty, made.masses) == (0, len(TEXTS[0]), 0)
+    rows, kept = Targets.open(tmp_path / "targets").rows(np.arange(5))
+    assert len(rows.tokens) == 0
+    assert kept.max() == 0
+
+
+def test_removed_documents_are_no_neighbors_and_have_no_rows(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "store")
+    toy_datastore(tmp_path / "store")
+    change = remove(["0"], catalog, "toy", activate=catalog.activate)
+    made = make(tmp_path / "store", tmp_path / "targets", top=300)
+    targets = Targets.open(tmp_path / "targets")
+    datastore = Datastore.open(catalog.path("toy", change.version))
+    gone = len(TEXTS[0])
+    np.testing.assert_array_equal(targets.entries, np.arange(gone, datastore.entries))
+    rows, _ = targets.rows(targets.entries)
+    assert made.rows == len(rows)
+    spoken = set(datastore.values[gone:].tolist())
+    assert set(rows.tokens.tolist()) <= spoken
+
+
+def test_another_order_of_the_entries_changes_nothing(store: Path, tmp_path: Path) -> None:
+    toy_datastore(tmp_path / "store", texts=TWINS)  # without an index
+    make(tmp_path / "store", tmp_path / "flat", part_entries=77)
+    make(store, tmp_path / "ivf")
+    a, b = Targets.open(tmp_path / "flat"), Targets.open(tmp_path / "ivf")
+    ids = np.arange(len(a))
+    np.testing.assert_array_equal(a.rows(ids)[0].tokens, b.rows(ids)[0].tokens)
+    np.testing.assert_array_equal(a.rows(ids)[0].log_masses, b.rows(ids)[0].log_masses)
+    grouped = Searcher.open(store / "toy/v1").index.grouped()
+    assert grouped is not None
+    assert not np.array_equal(grouped, ids)
+    np.testing.assert_array_equal(np.sort(grouped), ids)
+
+
+def files(folder: Path) -> dict[str, FileRecord]:
+    return {f.name: FileRecord.of(f) for f in folder.iterdir() if f.name != "targets.json"}
+
+
+@pytest.fixture
+def dying(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What it holds is how many searches are left before one raises."""
+    left = [1 << 30]
+    search = Searcher.search
+
+    def counted(self: Searcher, request: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return search(self, request)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Searcher, "search", counted)
+    return left
+
+
+def test_stopped_at_any_part_it_continues_to_the_same_bytes(store: Path, tmp_path: Path, dying: list[int]) -> None:
+    make(store, tmp_path / "whole")
+    expected = files(tmp_path / "whole")
+    parts = -(-Datastore.open(store / "toy/v1").entries // 100)
+    for done in range(parts):
+        out = tmp_path / f"stopped{done}"
+        dying[0] = done
+        with pytest.raises(Killed):
+            make(store, out)
+        assert not out.exists()
+        dying[0] = parts - done  # not one more than is left to do
+        make(store, out)
+        assert files(out) == expected
+        assert Targets.open(out, check="all").manifest.shape == Targets.open(tmp_path / "whole").manifest.shape
+
+
+def test_a_damaged_part_is_made_again(store: Path, tmp_path: Path, dying: list[int]) -> None:
+    make(store, tmp_path / "whole")
+    dying[0] = 3
+    with pytest.raises(Killed):
+        make(store, tmp_path / "out")
+    work = tmp_path / ".out.building"
+    data = bytearray((work / "part-00001.npz").read_bytes())
+    data[len(data) // 2] ^= 1
+    (work / "part-00001.npz").write_bytes(data)
+    (work / "part-00000.npz").write_bytes(b"")
+    dying[0] = 1 << 30
+    make(store, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_stopped_while_parts_are_put_together_it_continues(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(store, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("knnlm.memory.targets.save", lambda record, file: _kill(record, file))
+        with pytest.raises(Killed):
+            make(store, tmp_path / "out")
+    make(store, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            make(store, tmp_path / "late")
+    make(store, tmp_path / "late")
+    assert files(tmp_path / "late") == files(tmp_path / "whole")
+
+
+def _kill(record: object, file: Path) -> None:
+    from knnlm.memory import manifest
+
+    if file.name == "targets.json":
+        raise Killed
+    manifest.save(record, file)  # type: ignore[arg-type]
+
+
+def test_targets_are_not_continued_with_other_settings(store: Path, tmp_path: Path, dying: list[int]) -> None:
+    dying[0] = 1
+    with pytest.raises(Killed):
+        make(store, tmp_path / "out")
+    with pytest.raises(Conflict, match=r"begun with temperature 2\.0, asked for is 3\.0"):
+        make(store, tmp_path / "out", temperature=3.0)
+    with pytest.raises(Conflict, match="begun with exclude 'entry', asked for is 'document'"):
+        make(store, tmp_path / "out", exclude="document")
+    dying[0] = 1 << 30
+    make(store, tmp_path / "out")
+    with pytest.raises(Conflict, match="out exists already"):
+        make(store, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exclude": "none"}, "exclude must be one of entry, document, got 'none'"),
+        ({"ks": [0]}, "k must be at least 1, got 0"),
+        ({"top": 0}, "top must be at least 1, got 0"),
+        ({"part_entries": 0}, "part_entries must be at least 1"),
+        ({"temperature": 0.0}, "temperature must be > 0, got 0"),
+        ({"ks": [8, 16]}, r"a given temperature belongs to one k, got \[8, 16\]"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(
+    store: Path, tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        make(store, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_changed_on_disk_is_refused(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make(store, out)
+    data = bytearray((out / "masses.npy").read_bytes())
+    data[-1] ^= 1
+    (out / "masses.npy").write_bytes(data)
+    with pytest.raises(DatastoreCorrupt, match=r"masses\.npy has sha256"):
+        Targets.open(out, check="all")
+    (out / "kept.npy").write_bytes(b"")
+    with pytest.raises(DatastoreCorrupt, match=r"kept\.npy has 0 bytes, expected"):
+        Targets.open(out)
+    text = (out / "targets.json").read_text()
+    (out / "targets.json").write_text(text.replace('"top": 32', '"top": 33'))
+    with pytest.raises(DatastoreCorrupt, match=r"targets\.json was changed"):
+        Targets.open(out)
+
+
+def test_what_was_made_from_a_version_is_stale_once_the_domain_says_something_else(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "store")
+    toy_datastore(tmp_path / "store")
+    made = make(tmp_path / "store", tmp_path / "targets").store
+    assert made.stale(catalog) is None
+    build_index(catalog.path("toy", "v1"), "ivf2,flat")  # another index is the same content
+    assert made.stale(catalog) is None
+    remove(["0"], catalog, "toy", activate=catalog.activate)
+    assert "made from toy v1" in str(made.stale(catalog))
+    assert isinstance(made, StoreRecord)
+    assert "cannot be read" in str(made.stale(Catalog(tmp_path / "elsewhere")))
