@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.data import FOLDER, Prepared, prepare
 from benchmarks.harness import Latency, Rate, arguments, figure, interleave, table
-from benchmarks.load import Callers, GrpcCallers, HttpCallers, keep
+from benchmarks.load import Callers, GrpcCallers, HttpCallers, keep, search_post
 from benchmarks.system import THREADS, Running, service
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.manifest import Manifest
@@ -113,7 +113,9 @@ async def _loads(prepared: Prepared, running: Running, callers: int, stack: Asyn
         return [SearchRequest(domain, part, SearchOptions(k=K)) for part in np.split(queries, len(queries) // batch)]
 
     async def http(domain: str, batch: int, number: int) -> Callers:
-        return await stack.enter_async_context(HttpCallers(running.http, requests(domain, batch), number))
+        return await stack.enter_async_context(
+            HttpCallers(running.http, [search_post(r) for r in requests(domain, batch)], number)
+        )
 
     async def grpc(batch: int, number: int) -> Callers:
         return await stack.enter_async_context(GrpcCallers(running.grpc, requests(prepared.domain, batch), number))

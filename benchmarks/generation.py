@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.data import FOLDER, Prepared, prepare
 from benchmarks.harness import arguments, figure, interleave, table
+from benchmarks.load import HttpCallers, Post
 from benchmarks.scoring import tokens_of
 from benchmarks.system import THREADS, System, system
 from knnlm.tokenizer import Tokenizer
@@ -169,16 +170,12 @@ class Measure:
         return self._posts(bodies, "/v1/completions", count * GENERATED)
 
     def _posts(self, bodies: Sequence[Body], path: str, units: int) -> Callable[[], int]:
-        """All at the same time, over connections that stay open."""
-        client = httpx.AsyncClient(base_url=self._url, timeout=120, limits=httpx.Limits(max_connections=None))
-        contents = [json.dumps(body).encode() for body in bodies]
-
-        async def post(content: bytes) -> None:
-            response = await client.post(path, content=content, headers={"content-type": "application/json"})
-            response.raise_for_status()
+        """All at the same time, each over a connection that stays open."""
+        callers = HttpCallers(self._url, [Post(path, json.dumps(body).encode()) for body in bodies], len(bodies))
+        self._runner.run(callers.__aenter__())
 
         async def all_of_them() -> None:
-            await asyncio.gather(*map(post, contents))
+            await asyncio.gather(*map(callers.call, range(len(bodies))))
 
         def program() -> int:
             self._runner.run(all_of_them())

@@ -1,4 +1,4 @@
-"""Callers that never wait, for programs that measure a datastore service: so many calls always in flight.
+"""Callers that never wait, for programs that measure a service: so many calls always in flight.
 
 They do next to nothing, as load generators do: they and the service share the cores, and what a client library costs is
 not what the service costs. They read every answer whole and look at its status; they do not parse it.
@@ -7,6 +7,7 @@ not what the service costs. They read every answer whole and look at its status;
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Protocol, Self
 from urllib.parse import quote, urlsplit
@@ -18,7 +19,7 @@ from knnlm.transport.context import HTTP2, MAX_MESSAGE_BYTES
 from knnlm.v1 import datastore_pb2
 from knnlm.wire.protos import to_proto
 
-__all__ = ["Callers", "GrpcCallers", "HttpCallers", "keep"]
+__all__ = ["Callers", "GrpcCallers", "HttpCallers", "Post", "keep", "search_post"]
 
 CHANNELS = 4  # gRPC puts many calls on one connection: so many connections for all callers
 METHOD = "/knnlm.v1.Datastore/Search"
@@ -75,13 +76,28 @@ class GrpcCallers:
             await channel.close()
 
 
-class HttpCallers:
-    """Callers over HTTP, with protobuf and a connection each."""
+@dataclass(frozen=True)
+class Post:
+    """What is sent to a path: a body of the content type."""
 
-    def __init__(self, base_url: str, requests: Sequence[SearchRequest], callers: int) -> None:
+    path: str
+    body: bytes
+    content_type: str = "application/json"
+
+
+def search_post(request: SearchRequest) -> Post:
+    """A search as protobuf."""
+    body = to_proto(request, datastore_pb2.SearchRequest).SerializeToString()
+    return Post(f"/v1/domains/{quote(request.domain, safe='')}/search", body, "application/protobuf")
+
+
+class HttpCallers:
+    """Callers over HTTP, with a connection each."""
+
+    def __init__(self, base_url: str, posts: Sequence[Post], callers: int) -> None:
         self.callers = callers
         self._address = urlsplit(base_url)
-        self._messages = [self._message(request) for request in requests]
+        self._messages = [self._message(post) for post in posts]
         self._turn = count()
         self._connections: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
@@ -94,13 +110,12 @@ class HttpCallers:
         if not head.startswith("http/1.1 200"):
             raise RuntimeError(f"{head.splitlines()[0]}: {body[:300]!r}")
 
-    def _message(self, request: SearchRequest) -> bytes:
-        body = to_proto(request, datastore_pb2.SearchRequest).SerializeToString()
+    def _message(self, post: Post) -> bytes:
         head = (
-            f"POST /v1/domains/{quote(request.domain, safe='')}/search HTTP/1.1\r\nhost: {self._address.netloc}\r\n"
-            f"content-type: application/protobuf\r\ncontent-length: {len(body)}\r\n\r\n"
+            f"POST {post.path} HTTP/1.1\r\nhost: {self._address.netloc}\r\n"
+            f"content-type: {post.content_type}\r\ncontent-length: {len(post.body)}\r\n\r\n"
         )
-        return head.encode() + body
+        return head.encode() + post.body
 
     async def __aenter__(self) -> Self:
         for _ in range(self.callers):

@@ -10,14 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from knnlm.clients.explained import explained
 from knnlm.clients.rpc import DomainReplica
 from knnlm.errors import KnnlmError, Unavailable
 from knnlm.joined import JoinedSearches
 from knnlm.messages import Document, DomainInfo, ModelInfo, differs
-from knnlm.mixer import Mixer
+from knnlm.mixer import Mixer, NextTokens
 from knnlm.protocols import DatastoreClient, DocumentsClient, LanguageModelClient
 from knnlm.rounds import Rounds
+from knnlm.sources import computed
 from knnlm.tokenizer import Tokenizer
 from knnlm.wire.arrays import LIST_LIMIT, ListBudget
 from knnlm.wire.jsonable import to_json
@@ -111,8 +115,11 @@ class Aggregator:
         await aggregator.completions.start()
         return aggregator
 
-    async def next_token(self, request: mixing.NextTokenRequest, call: RequestContext) -> mixing.NextTokenResponse:
-        """The answer; seconds per stage go into the call. Raises KnnlmError for everything that cannot be answered."""
+    async def next_token(self, request: mixing.NextTokenRequest, call: RequestContext) -> bytes:
+        """The answer as JSON, a NextTokenResponse; seconds per stage go into the call.
+
+        Raises KnnlmError for everything that cannot be answered.
+        """
         model, sources = chosen(request, self.info.model_id, self._settings)
         self._inputs.check_shown(request, mixed=bool(sources))
         contexts = await self._inputs.contexts(request.text, request.tokens, parse_special=request.parse_special)
@@ -127,10 +134,23 @@ class Aggregator:
             else:
                 answer = await self._mixer.next_token(contexts, sources, **shown)
             self._note(answer.degraded, answer.timings, call)
-            results = await asyncio.to_thread(next_tokens, request, contexts, answer, self.tokenizer)
-        return mixing.NextTokenResponse(
+            given = (request, model, contexts, answer)
+            if request.full or request.neighbors:  # long to write
+                return await asyncio.to_thread(self._next_token_answer, *given)
+            return await computed(numbers, self._next_token_answer, *given)
+
+    def _next_token_answer(
+        self,
+        request: mixing.NextTokenRequest,
+        model: str,
+        contexts: Sequence[npt.NDArray[np.int32]],
+        answer: NextTokens,
+    ) -> bytes:
+        results = next_tokens(request, contexts, answer, self.tokenizer)
+        shape = mixing.NextTokenResponse(
             model=model, domains=used_domains(answer), degraded=answer.degraded, results=results
         )
+        return shape.model_dump_json(by_alias=True).encode()
 
     async def score(self, request: mixing.ScoreRequest, call: RequestContext) -> mixing.ScoreResponse:
         """The answer; seconds per stage go into the call. Raises KnnlmError for everything that cannot be answered."""

@@ -41,10 +41,11 @@ def routes(core: AggregatorCore, settings: AggregatorSettings) -> APIRouter:
     )
     started = int(time.time())
 
-    async def next_token(request: mixing.NextTokenRequest) -> mixing.NextTokenResponse:
+    async def next_token(request: mixing.NextTokenRequest) -> Response:
         """The mixture's likeliest tokens with p, p_lm and p_knn; on request the whole distribution and neighbors."""
         with named_as_asked(request):
-            return await core.aggregator.next_token(request, current())
+            answer = await core.aggregator.next_token(request, current())
+        return Response(answer, media_type="application/json")
 
     async def score(request: mixing.ScoreRequest) -> mixing.ScoreResponse:
         """The text is scored in windows; one version of a domain answers for all of them."""
@@ -124,8 +125,10 @@ def routes(core: AggregatorCore, settings: AggregatorSettings) -> APIRouter:
     add_completion_routes(texts, core)
     for prefix in ("", "/v1"):
         _add_tokenizer_routes(texts, core, prefix)
-    router.include_router(texts)
-    return router
+    first = APIRouter()
+    first.include_router(texts)  # routes are tried in their order, and these are asked most
+    first.include_router(router)
+    return first
 
 
 def _add_tokenizer_routes(router: APIRouter, core: AggregatorCore, prefix: str) -> None:

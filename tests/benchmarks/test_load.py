@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.concurrent import OTHER, Load, two_domains
 from benchmarks.data import Prepared
-from benchmarks.load import GrpcCallers, HttpCallers, keep
+from benchmarks.load import GrpcCallers, HttpCallers, keep, search_post
 from knnlm.datastore.catalog import Catalog
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
@@ -39,7 +39,7 @@ def answered(host: Host, face: str) -> float | None:
 async def test_every_call_that_is_counted_was_answered(tmp_path: Path) -> None:
     async with (
         datastore(tmp_path) as host,
-        HttpCallers(f"http://127.0.0.1:{host.port}", REQUESTS, 3) as http,
+        HttpCallers(f"http://127.0.0.1:{host.port}", [search_post(r) for r in REQUESTS], 3) as http,
         GrpcCallers(f"127.0.0.1:{host.grpc_port}", REQUESTS, 3) as over_grpc,
     ):
         for face, callers in (("http", http), ("grpc", over_grpc)):
@@ -53,7 +53,7 @@ async def test_a_call_that_is_refused_ends_the_measurement(tmp_path: Path) -> No
     wrong = [SearchRequest("nowhere", QUERIES, SearchOptions(k=3))]
     async with (
         datastore(tmp_path) as host,
-        HttpCallers(f"http://127.0.0.1:{host.port}", wrong, 1) as http,
+        HttpCallers(f"http://127.0.0.1:{host.port}", [search_post(r) for r in wrong], 1) as http,
         GrpcCallers(f"127.0.0.1:{host.grpc_port}", wrong, 1) as over_grpc,
     ):
         with pytest.raises(RuntimeError, match=r"404 .*unknown_domain"):
