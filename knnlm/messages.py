@@ -173,6 +173,12 @@ class SearchRequest:
     def k(self) -> int:
         return self.options.k or 0
 
+    def rows(self, start: int, end: int) -> "SearchRequest":
+        """The same of some of the queries. What is left over of exclude_entries stays with the last: it is refused."""
+        last = None if end >= len(self.queries) else end
+        exclude = None if self.exclude_entries is None else self.exclude_entries[start:last]
+        return replace(self, queries=self.queries[start:end], exclude_entries=exclude)
+
     @property
     def batch_key(self) -> tuple[object, ...]:
         """Equal for requests that one search can answer: everything but the rows, and what a row must look like."""

@@ -1,7 +1,7 @@
 """A language model behind a client, as an encoder of keys: for threads that may block, such as a build.
 
-One request is answered before the next is sent. What one answer may hold is bounded (64 MiB over gRPC, and by settings
-of the lm service), so a request for more is sent in parts.
+One request is answered before the next is sent. What one answer may hold is bounded, here and by settings of
+the lm service, so a request for more is sent in parts.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo
 from knnlm.protocols import LanguageModelClient
 from knnlm.tokenizer import Tokenizer
 
-MAX_ANSWER_BYTES = 48 << 20  # keys in one answer, four bytes a number: leaves room below 64 MiB
+MAX_ANSWER_BYTES = 8 << 20  # keys in one answer, four bytes a number: packing them holds up the lm service
 MAX_REQUEST_TOKENS = 65_536  # an lm service takes as many unless its settings say otherwise
 
 Answer = TypeVar("Answer")

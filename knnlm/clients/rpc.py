@@ -7,9 +7,10 @@ which it is first used; it connects then, never when it is made.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Self, TypeAlias, TypeVar
 
+import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from knnlm.clients import affinity
@@ -30,12 +31,14 @@ from knnlm.messages import (
     SearchRequest,
     SearchResult,
 )
+from knnlm.neighbors import Neighbors
 from knnlm.v1 import datastore_pb2, datastore_pb2_grpc, lm_pb2, lm_pb2_grpc
 from knnlm.wire import protos
 
 ASK_SECONDS = 5.0  # for one of several replicas to say how it is
 MARGIN_SECONDS = 0.1  # before the deadline, to name the replicas that are late
 POLL_SECONDS = 0.25  # between two questions which version each replica serves
+MAX_PART_BYTES = 4 << 20  # of one answer's neighbors: packed and read in some 10 ms each
 MAX_SAID_CHARS = 200  # one replica's words, in an error about several
 ABSENT, DOWN = "absent", "down"
 
@@ -171,6 +174,16 @@ class GrpcDatastore(_Client["_Stub"]):
         super().__init__(connection, DATASTORE, _ask_domains)
 
     async def search(self, request: SearchRequest) -> SearchResult:
+        """A large answer is asked for in parts, if the request pins a version: packing and reading a message holds up
+        everything else in an event loop, also from another thread."""
+        number_bytes = 16 if request.ids else 8
+        rows = max(1, MAX_PART_BYTES // (number_bytes * max(1, request.k)))
+        if len(request.queries) <= rows or request.version is None:
+            return await self._search(request)
+        starts = range(0, len(request.queries), rows)
+        return _below([await self._search(request.rows(start, start + rows)) for start in starts])
+
+    async def _search(self, request: SearchRequest) -> SearchResult:
         message = protos.to_proto(request, datastore_pb2.SearchRequest)
         reply = await self._caller.call(
             lambda stub: stub.Search, message, domain=request.domain, version=request.version
@@ -306,6 +319,20 @@ class GrpcDatastore(_Client["_Stub"]):
             except UnknownDomain as err:
                 refused = err
         raise refused or UnknownDomain(f"unknown domain {domain!r:.80}", param="domain")
+
+
+def _below(parts: Sequence[SearchResult]) -> SearchResult:
+    """The rows of all parts, one below the other."""
+    found = [part.neighbors for part in parts]
+    ids = [neighbors.ids for neighbors in found if neighbors.ids is not None]
+    together = Neighbors(
+        np.concatenate([neighbors.distances for neighbors in found]),
+        np.concatenate([neighbors.values for neighbors in found]),
+        np.concatenate(ids) if ids else None,
+    )
+    timings = {stage: sum(part.timings.get(stage, 0.0) for part in parts) for part in parts for stage in part.timings}
+    passages = [row for part in parts for row in part.passages]
+    return replace(parts[0], neighbors=together, passages=passages, timings=timings)
 
 
 async def _check_health(replica: "Replica[_LmStub]", metadata: Metadata, seconds: float) -> None:

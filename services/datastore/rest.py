@@ -14,6 +14,7 @@ from knnlm.wire.jsonable import from_json, to_json
 from knnlm.wire.protos import from_proto, to_proto
 from services.datastore.engine import Engine
 from services.datastore.schemas import ActivateBody, DomainAnswer, DomainsAnswer, PassagesBody, SearchBody
+from services.runtime.bodies import packing
 from services.runtime.context import current
 from services.runtime.protobuf_routes import PROTOBUF_TOO, ProtobufRoute, parse
 from services.runtime.schemas import AddDocumentsBody, RemoveDocumentsBody, answer
@@ -26,7 +27,7 @@ PASSAGES = "/v1/domains/{domain}/passages"
 
 
 def routes(engine: Engine) -> APIRouter:
-    router = APIRouter(tags=["datastore"])
+    router = APIRouter(tags=["datastore"], route_class=packing())
 
     @router.post(
         SEARCH, summary="k neighbors of each query", response_model=answer(SearchResult), openapi_extra=PROTOBUF_TOO

@@ -12,6 +12,7 @@ from knnlm.wire import protos
 from knnlm.wire.jsonable import from_json, to_json
 from services.lm.engine import Engine
 from services.lm.schemas import ChatTemplate, ForwardBody
+from services.runtime.bodies import packing
 from services.runtime.context import current
 from services.runtime.protobuf_routes import PROTOBUF_TOO, ProtobufRoute, parse
 from services.runtime.schemas import answer
@@ -20,7 +21,7 @@ FORWARD = "/v1/forward"
 
 
 def routes(engine: Engine) -> APIRouter:
-    router = APIRouter(tags=["lm"])
+    router = APIRouter(tags=["lm"], route_class=packing())
 
     @router.post(
         FORWARD,

@@ -9,11 +9,14 @@ from fastapi.routing import APIRoute
 
 from knnlm.errors import InvalidRequest, TooLarge
 
+MAX_LISTED = 1 << 18  # numbers in a body of JSON lists, parsed in a tenth of a second
 
-def bounded(max_bytes: int, max_values: int, settings: str) -> type[APIRoute]:
+
+def bounded(max_bytes: int | None, max_values: int, settings: str) -> type[APIRoute]:
     """A route that refuses bodies of more bytes, or of more values and keys, without parsing them.
 
-    settings: the options that the two numbers follow from, as they are told to the caller.
+    max_bytes: None where --max-body-bytes is enough. settings: what the two numbers follow from, as it is told to the
+    caller.
     """
 
     class Bounded(APIRoute):
@@ -22,7 +25,7 @@ def bounded(max_bytes: int, max_values: int, settings: str) -> type[APIRoute]:
 
             async def handle_bounded(request: Request) -> Response:
                 body = await request.body()
-                if len(body) > max_bytes:
+                if max_bytes is not None and len(body) > max_bytes:
                     raise TooLarge(f"the body may have {max_bytes} bytes here, got {len(body)} ({settings})")
                 if b"\0" in body:  # UTF-16 and UTF-32 cannot do without: commas and quotes could not be counted
                     raise InvalidRequest("the body is not JSON in UTF-8: it has a zero byte")
@@ -33,6 +36,11 @@ def bounded(max_bytes: int, max_values: int, settings: str) -> type[APIRoute]:
             return handle_bounded
 
     return Bounded
+
+
+def packing() -> type[APIRoute]:
+    """A route whose arrays may be packed: those that are larger than MAX_LISTED must be."""
+    return bounded(None, MAX_LISTED, 'pack large arrays: {"dtype", "shape", "data"}')
 
 
 def has_more_values(body: bytes, most: int) -> bool:

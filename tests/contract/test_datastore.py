@@ -65,6 +65,48 @@ async def outcome(client: DatastoreClient, request: SearchRequest | PassagesRequ
     return "ok", None
 
 
+async def test_large_answers_come_in_parts_over_grpc(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("knnlm.clients.rpc.MAX_PART_BYTES", 2 * 4 * 16)  # two queries with k = 4 and entries
+    exclude = np.array([0, 7, -1, 250, 289])
+    requests = [
+        replace(REQUEST, version="v1"),
+        replace(REQUEST, version="v1", ids=True, exclude_entries=exclude),
+        replace(REQUEST, version="v1", ids=True, passages=2, passage_tokens=3),
+        replace(REQUEST, version="v1", options=SearchOptions(k=400)),
+        replace(REQUEST, domain="empty", version="v1"),
+    ]
+    async with datastore_faces(datastore_service(store)) as (host, clients):
+        whole, parted = clients["http protobuf"], clients["grpc"]
+
+        def asked() -> float:
+            labels = {"face": "grpc", "route": "/knnlm.v1.Datastore/Search", "code": "OK"}
+            return host.service.metrics.registry.get_sample_value("knnlm_requests_total", labels) or 0.0
+
+        for request, calls in zip(requests, (2, 3, 3, 5, 2), strict=True):
+            before = asked()
+            assert same(await parted.search(request), await whole.search(request))
+            assert asked() - before == calls
+        before = asked()
+        await parted.search(REQUEST)  # of any version: parts might come from two
+        assert asked() - before == 1
+        for wrong in (exclude[:4], np.append(exclude, 1)):
+            request = replace(requests[0], exclude_entries=wrong)
+            assert (
+                await outcome(parted, request)
+                == await outcome(whole, request)
+                == ("invalid_request", "exclude_entries")
+            )
+
+
+async def test_a_body_of_too_many_listed_numbers_is_not_parsed(store: Path) -> None:
+    queries = np.zeros((1 << 14, DIM), np.float32)
+    async with datastore_faces(datastore_service(store, max_queries=1 << 14)) as (_, clients):
+        request = replace(REQUEST, queries=queries)
+        with pytest.raises(TooLarge, match=r"262144 values .* \(pack large arrays"):
+            await clients["http list"].search(request)
+        assert await outcome(clients["http base64"], request) == ("ok", None)
+
+
 async def test_every_face_answers_as_the_searcher_does(store: Path) -> None:
     requests = [
         REQUEST,

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge
 from knnlm.messages import ForwardRequest, ForwardResult
@@ -46,6 +47,13 @@ async def outcome(client: LanguageModelClient, request: ForwardRequest) -> tuple
     except KnnlmError as err:
         return err.code, err.param
     return "ok", None
+
+
+async def test_a_body_of_too_many_listed_numbers_is_not_parsed() -> None:
+    async with lm_faces(lm_service()) as (_, clients):
+        request = ForwardRequest([np.zeros(1 << 18, np.int32)], [ids(0)], keys=True)
+        with pytest.raises(TooLarge, match=r"262144 values .* \(pack large arrays"):
+            await clients["http list"].forward(request)
 
 
 async def test_every_face_answers_as_the_model_does() -> None:
