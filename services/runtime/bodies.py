@@ -28,7 +28,7 @@ def bounded(max_bytes: int | None, max_values: int, settings: str) -> type[APIRo
                 if max_bytes is not None and len(body) > max_bytes:
                     raise TooLarge(f"the body may have {max_bytes} bytes here, got {len(body)} ({settings})")
                 if b"\0" in body:  # UTF-16 and UTF-32 cannot do without: commas and quotes could not be counted
-                    raise InvalidRequest("the body is not JSON in UTF-8: it has a zero byte")
+                    raise InvalidRequest("the body is not JSON in UTF-8: it has a zero byte", param="body")
                 if has_more_values(body, max_values):
                     raise TooLarge(f"the body may hold {max_values} values and keys here, got more ({settings})")
                 return await handle(request)
