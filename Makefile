@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 CLIENTS := .venv-clients
 PAGE := .venv-page
 PROTOS := $(wildcard proto/knnlm/v1/*.proto)
+# tests and services are some hundred processes: each would compile the project again
+unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .PHONY: help venv demo up down test test-all test-faults test-compose test-page test-clients browser bench check format proto proto-check clean
 
@@ -31,7 +33,7 @@ down: ## stop the services
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m demo.services down; else echo "nothing is installed, so nothing runs"; fi
 
 test: $(STAMP) ## the tests: offline, on CPU
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not faults and not compose and not page and not clients"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not faults and not compose and not page and not clients"
 
 test-all: $(STAMP) ## the tests that take longer, too
 	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not faults and not compose and not page and not clients"

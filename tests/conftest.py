@@ -1,5 +1,5 @@
 """Async tests run in an event loop of their own. Property tests draw the same examples every time, so that what passed
-passes again; `make test-all` explores."""
+passes again; `make test-all` explores. Files that take longest begin first, so that none is left over at the end."""
 
 import asyncio
 import inspect
@@ -11,6 +11,12 @@ from hypothesis import settings
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+LONGEST = ("test_readme", "cli/test_serve", "e2e/", "datastore/test_bounded", "services/test_processes", "no_secret_is")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: next((i for i, part in enumerate(LONGEST) if part in item.nodeid), len(LONGEST)))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -3,19 +3,22 @@
 import asyncio
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
+from knnlm.cli.main import run as knnlm
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.testing import toy_datastore
 from tests.contract.system import TUNING, system
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TEXT_CHARACTERS = 16_000  # of each document: enough to retrieve from, and read by the model in seconds
+TEXT_CHARACTERS = 8_000  # of each document: enough to retrieve from, and read by the model in seconds
 
 
 def blocks(language: str, page: str = README) -> list[str]:
@@ -41,10 +44,15 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
     return done.stdout
 
 
-def test_the_python_block_runs_and_retrieval_helps(checkout: Path) -> None:
+def test_the_python_block_runs_and_retrieval_helps(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, which has loaded torch."""
     (block,) = (block for block in blocks("python") if "knnlm.build(" in block)
-    out = run([sys.executable, "-c", block], checkout)
-    perplexities = [float(word) for word in out.split()[-2:]]
+    (checkout / "program.py").write_text(block, encoding="utf-8")
+    monkeypatch.chdir(checkout)
+    run_path("program.py", run_name="__main__")
+    perplexities = [float(word) for word in capsys.readouterr().out.split()[-2:]]
     assert perplexities[1] < perplexities[0]
 
 
@@ -61,9 +69,16 @@ async def test_programs_with_a_client_run(tmp_path: Path) -> None:
                 assert re.search(r"\d\.\d", out)
 
 
-def test_the_commands_run(checkout: Path) -> None:
-    out = run(["bash", "-euc", "".join(blocks("sh"))], checkout)
-    assert "kNN-LM" in out
+def test_the_commands_run(checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last as a shell starts it; those before it in this process, which has loaded torch."""
+    monkeypatch.chdir(checkout)
+    *commands, last = [line for block in blocks("sh") for line in block.splitlines()]
+    assert all(command.startswith("knnlm ") for command in (*commands, last))
+    for command in commands:
+        assert knnlm(shlex.split(command)[1:]) == 0, capsys.readouterr().err
+    assert "kNN-LM" in capsys.readouterr().out
+    run(["bash", "-euc", last], checkout)
+    assert (checkout / "build" / "explained.html").exists()
 
 
 def test_every_folder_and_module_of_the_tree_exists() -> None:

@@ -87,8 +87,8 @@ def test_a_service_is_started_ready_and_ended(tmp_path: Path) -> None:
 
 def test_a_service_that_does_not_start_says_why(tmp_path: Path) -> None:
     with (
-        pytest.raises(RuntimeError, match=r"lm service did not become ready[\s\S]*nowhere"),
-        service("lm", tmp_path, "--model", str(tmp_path / "nowhere")),
+        pytest.raises(RuntimeError, match=r"datastore service did not become ready[\s\S]*nowhere"),
+        service("datastore", tmp_path, "--store", str(tmp_path), "--domains", "nowhere"),
     ):
         pass
 

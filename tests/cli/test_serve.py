@@ -1,4 +1,6 @@
-"""`knnlm serve` as its users run it: three real processes, one command."""
+"""`knnlm serve` as its users run it: three real processes, one command; and over stand-ins for the services, where only
+what the command itself does with its children is in question.
+"""
 
 import os
 import re
@@ -9,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,20 @@ from knnlm.errors import KnnlmError
 from tests.services.processes import ROOT
 
 SECONDS = 120  # for any step: far more than it takes
+COMMAND = ["-m", "knnlm.cli.main"]
+ELSEWHERE = """
+from pathlib import Path
+from knnlm.cli import main, serve
+serve.home = Path.cwd
+main.main()
+"""
+STAND_IN = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+print("event=ready", flush=True)
+signal.sigwait([signal.SIGTERM])
+print("event=stopped", flush=True)
+"""
 
 
 class Serving:
@@ -62,13 +78,15 @@ class Serving:
 
 
 @contextmanager
-def serving(model: object, store: Path, folder: Path, *flags: str, **variables: str) -> Iterator[Serving]:
+def serving(
+    model: object, store: Path, folder: Path, *flags: str, command: Sequence[str] = COMMAND, **variables: str
+) -> Iterator[Serving]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("KNNLM_")}
     ports = [word for name in ("port", "lm-port", "lm-grpc-port", "datastore-port", "datastore-grpc-port")
              for word in (f"--{name}", "0")]  # fmt: skip
     ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as nohup may have set it for the tests
     process = subprocess.Popen(
-        [sys.executable, "-m", "knnlm.cli.main", "serve", "--model", str(model), "--store", str(store), *ports, *flags],
+        [sys.executable, *command, "serve", "--model", str(model), "--store", str(store), *ports, *flags],
         env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}, cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
@@ -82,6 +100,19 @@ def serving(model: object, store: Path, folder: Path, *flags: str, **variables: 
         running.end()
         if process.stdout is not None:
             process.stdout.close()
+
+
+def serving_stand_ins(folder: Path) -> AbstractContextManager[Serving]:
+    """Children that are ready at once, say what the services say, and end when they are told to."""
+    for name, text in (
+        *((f"{service}/__main__", STAND_IN) for service in ("lm", "datastore", "aggregator")), ("runtime/probe", ""),
+    ):  # fmt: skip
+        path = folder / "services" / f"{name}.py"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        (path.parent / "__init__.py").touch()
+    (folder / "services" / "__init__.py").touch()
+    return serving("any", folder / "store", folder, command=["-c", ELSEWHERE])
 
 
 def test_one_command_serves_a_model_and_a_store_until_it_is_told_to_end(
@@ -102,11 +133,9 @@ def test_one_command_serves_a_model_and_a_store_until_it_is_told_to_end(
         assert stopped == ["aggregator", "datastore", "lm"]
 
 
-def test_a_service_that_dies_ends_the_others_and_its_last_words_are_shown(
-    model: Path, built: Path, tmp_path: Path
-) -> None:
-    with serving(model, built, tmp_path) as running:
-        running.line(lambda line: line.startswith("datastore") and "event=ready" in line)
+def test_a_service_that_dies_ends_the_others_and_its_last_words_are_shown(tmp_path: Path) -> None:
+    with serving_stand_ins(tmp_path) as running:
+        running.line(lambda line: line.startswith("ready: "))
         os.kill(running.children()["datastore"], signal.SIGKILL)
         assert running.end() == 1
         told = running.lines.index("error: the datastore service ended by signal 9; the end of its log:\n")
@@ -114,11 +143,14 @@ def test_a_service_that_dies_ends_the_others_and_its_last_words_are_shown(
         assert not running.children()
 
 
-def test_closing_the_terminal_ends_all(model: Path, built: Path, tmp_path: Path) -> None:
-    with serving(model, built, tmp_path) as running:
+@pytest.mark.parametrize("signals", [[signal.SIGHUP] * 2, [signal.SIGINT], [signal.SIGTERM]])
+def test_a_signal_or_a_closed_terminal_ends_all(tmp_path: Path, signals: list[signal.Signals]) -> None:
+    """SIGHUP comes from the shell and from the system."""
+    with serving_stand_ins(tmp_path) as running:
         running.line(lambda line: line.startswith("ready: "))
-        for _ in range(2):  # from the shell and from the system
-            running.process.send_signal(signal.SIGHUP)
+        assert set(running.children()) == {"lm", "datastore", "aggregator"}
+        for number in signals:
+            running.process.send_signal(number)
             time.sleep(0.2)
         assert running.end() == 0
         stopped = [line.split("|")[0].strip() for line in running.lines if "event=stopped" in line]
@@ -149,7 +181,7 @@ def test_services_end_when_the_command_was_killed(model: Path, built: Path, tmp_
         until = time.monotonic() + SECONDS
         while any(map(alive, children.values())):
             assert time.monotonic() < until, children
-            time.sleep(0.1)
+            time.sleep(0.02)
 
 
 def test_a_port_that_is_taken_is_the_error_of_the_command_before_anything_is_started(tmp_path: Path) -> None:
