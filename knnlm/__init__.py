@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what _MODULES says, for type checkers and editors
     from knnlm.datastore.text import read_documents
     from knnlm.errors import KnnlmError
     from knnlm.evaluation.memory_targets import build_targets
+    from knnlm.evaluation.memory_training import train_memory
     from knnlm.evaluation.search_settings import tune
     from knnlm.generation import GenerationOptions
     from knnlm.index.searcher import Searcher
@@ -30,7 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncClient", "Catalog", "Client", "Datastore", "Document", "DomainOptions", "GenerationOptions", "KnnOptions",
     "KnnlmError", "LanguageModel", "Pipeline", "SamplingOptions", "SearchOptions", "Searcher", "Tokenizer", "build",
-    "build_targets", "errors", "read_documents", "tune",
+    "build_targets", "errors", "read_documents", "train_memory", "tune",
 ]  # fmt: skip
 
 _MODULES = {
@@ -52,6 +53,7 @@ _MODULES = {
     "build": "pipeline",
     "build_targets": "evaluation.memory_targets",
     "read_documents": "datastore.text",
+    "train_memory": "evaluation.memory_training",
     "tune": "evaluation.search_settings",
 }
 

@@ -15,6 +15,7 @@ from knnlm.cli.common import (
     JsonOption,
     StoreOption,
     print_change,
+    remark,
 )
 from knnlm.errors import InvalidRequest
 
@@ -36,6 +37,7 @@ def forget(
     wanted = [*(ids or ()), *([] if ids_file is None else _lines(ids_file))]
     change = remove(wanted, catalog, domain, activate=catalog.activate if activate else None, wait=wait)
     print_change(catalog, change, active=activate, as_json=as_json)
+    remark(f"a memory trained on {domain} has not unlearnt them: `knnlm memory show` names its version")
 
 
 def _lines(file: Path) -> list[str]:

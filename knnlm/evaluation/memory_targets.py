@@ -15,8 +15,8 @@ from knnlm.evaluation.splits import Encoded, sample
 from knnlm.evaluation.tuning import Fit, fit, smallest_k
 from knnlm.index.contract import Int64
 from knnlm.index.searcher import Searcher
+from knnlm.memory.making import Progress, begun_with, make_targets, shape_of, target_rows
 from knnlm.memory.manifest import Begun, Exclude, FitRecord, StoreRecord, TargetSettings, TargetsManifest
-from knnlm.memory.targets import Progress, begun_with, make_targets, shape_of, target_rows
 from knnlm.neighbors import Neighbors
 from knnlm.options import DEFAULT_K, DomainOptions, SearchOptions
 from knnlm.pipeline import current_versions

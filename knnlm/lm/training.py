@@ -10,9 +10,7 @@ changed as long as the decay has not begun.
 import hashlib
 import json
 import math
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from knnlm.errors import Conflict, InvalidRequest
+from knnlm.errors import InvalidRequest
 from knnlm.lm.loading import no_progress_bars
+from knnlm.lm.optimizing import adamw, claim, optimize
 from knnlm.lm.training_data import BOS, encode, learn_tokenizer, split, windows
 from knnlm.messages import Document
 
@@ -111,7 +108,9 @@ def train(
     digest = hashlib.sha256()
     for document in documents:
         digest.update(json.dumps([document.id, document.text]).encode())
-    _claim(work, settings, digest.hexdigest())
+    identity = {**asdict(settings), "text_sha256": digest.hexdigest()}
+    identity.pop("tokens")  # the budget of a running job may change
+    claim(work, identity)
     tokenizer = learn_tokenizer(train_docs, settings.vocab_size, work / "tokenizer.json")
     stream, held = encode(tokenizer, train_docs), encode(tokenizer, held_docs)
     if min(len(stream), len(held)) <= settings.context:
@@ -180,89 +179,27 @@ def _fit(
 ) -> float:
     """Train in place, from the saved state if there is one. Returns the seconds spent, earlier runs included."""
     device = next(model.parameters()).device
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-    first, spent = _load_state(work, model, optimizer)
     forward: Any = torch.compile(model) if compile_model else model
     offsets = np.arange(settings.context + 1)
-    batches = windows(len(stream), settings.context, settings.batch_tokens // settings.context, settings.seed)
-    for _ in range(first):
-        next(batches)
-    model.train()
-    started = saved = time.monotonic()
-    for step in range(first, settings.steps):
-        begin = time.monotonic()
-        rows = torch.from_numpy(stream[next(batches)[:, None] + offsets].astype(np.int64)).to(device)  # (batch, T + 1)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
+    batches = enumerate(
+        windows(len(stream), settings.context, settings.batch_tokens // settings.context, settings.seed)
+    )
+
+    def losses(step: int) -> Iterator[torch.Tensor]:
+        starts = next(starts for number, starts in batches if number == step)
+        rows = torch.from_numpy(stream[starts[:, None] + offsets].astype(np.int64)).to(device)  # (batch, T + 1)
         with torch.autocast(device.type, torch.bfloat16):
             logits = forward(input_ids=rows[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        now = time.monotonic()
+        yield torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+
+    def told(step: int, loss: float, seconds: float) -> None:
         if on_step is not None:
-            on_step(step + 1, loss.item(), settings.batch_tokens / (now - begin))
-        if now - saved > save_seconds or step + 1 == settings.steps:
-            _save_state(work, model, optimizer, step + 1, spent + now - started)
-            saved = now
-    return spent + time.monotonic() - started
+            on_step(step, loss, settings.batch_tokens / seconds)
 
-
-def _save_state(
-    work: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int, seconds: float
-) -> None:
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        tensors[f"model.{name}"] = parameter.detach().contiguous()
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = value.contiguous()
-    temporary = work / "state.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"step": str(step), "seconds": repr(seconds)})
-    os.replace(temporary, work / "state.safetensors")
-
-
-def _load_state(work: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """(steps done, seconds spent) of the saved state, loaded into model and optimizer; (0, 0.0) when there is none."""
-    path = work / "state.safetensors"
-    if not path.exists():
-        return 0, 0.0
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"model.{name}"])
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors[f"optimizer.{key}.{name}"]
-                optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
-    return int(metadata["step"]), float(metadata["seconds"])
-
-
-def _claim(work: Path, settings: TrainSettings, text_sha256: str) -> None:
-    """Make the work folder, or check that it belongs to this run: all but the token budget must agree."""
-    identity = {**asdict(settings), "text_sha256": text_sha256}
-    identity.pop("tokens")
-    record = work / "run.json"
-    if record.exists():
-        found = json.loads(record.read_text())
-        for name, value in identity.items():
-            if found.get(name) != value:
-                raise Conflict(
-                    f"{work} holds an unfinished run with {name} {found.get(name)!r}, this one has {value!r}; "
-                    "remove the folder to start anew",
-                    param=name,
-                )
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(identity, indent=2))
+    return optimize(
+        model, adamw(model, settings.weight_decay), work, steps=settings.steps, losses=losses, notes={},
+        rate=lambda step: learning_rate(step, settings), on_step=told, save_seconds=save_seconds,
+    )  # fmt: skip
 
 
 def _config(settings: TrainSettings, tokenizer: Tokenizer) -> LlamaConfig:

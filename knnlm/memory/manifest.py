@@ -29,7 +29,8 @@ from knnlm.datastore.layout import (
 )
 from knnlm.datastore.manifest import Manifest, ModelRecord, WindowsRecord
 from knnlm.datastore.tuning import AskedOptions
-from knnlm.errors import DatastoreCorrupt, KnnlmError
+from knnlm.errors import DatastoreCorrupt, DatastoreMismatch, KnnlmError
+from knnlm.messages import ModelInfo
 
 TARGETS, MEMORY = "targets.json", "memory.json"
 MAX_BYTES: Final = 1 << 20
@@ -147,6 +148,83 @@ class TargetsManifest(Made):
         """Whether the teacher knows the rest of its documents: its distributions are sharper on the store than new
         text would find them, by more than a fifth."""
         return self.fit is not None and self.shape.largest > 1.2 * self.fit.shape.largest
+
+
+class TargetsUsed(Record):
+    """The targets a memory was trained on. sha256: of their targets.json."""
+
+    sha256: str
+    settings: TargetSettings
+    kept: float
+    empty: Count
+
+
+class StartRecord(Record):
+    """What a memory was before its training: a model with these weights, None where they were drawn at random; and the
+    sizes of an MLP."""
+
+    model_id: str | None = None
+    weights_sha256: str | None = None
+    sizes: dict[str, int] = Field(default_factory=dict)
+
+
+class TuneRecord(Record):
+    """By what the weights were chosen, those after `step` steps: losses in nats per token of documents that are not in
+    the store, of the LM alone, the memory alone (as it is stored), and the mixture where the memory weighs `lmbda`."""
+
+    documents: Count
+    tokens: Count
+    step: Count
+    lm_loss: float
+    memory_loss: float
+    mixture_loss: float
+    lmbda: float = Field(ge=0, le=1)
+
+
+class MemoryManifest(Made):
+    """memory.json. kind: "decoder", a model folder like any other, or "mlp", which reads the keys of the model with
+    `key_fingerprint` (ModelInfo.fingerprint). vocab_size: width of its logits. training: the settings of
+    knnlm.lm.distillation.DistilSettings. targets: None where beta is 0. train_loss, excess: of the last steps before
+    the chosen one, and how far that is above what any model could reach."""
+
+    kind: Kind
+    key_fingerprint: str
+    vocab_size: int = Field(ge=1, lt=1 << 31)
+    parameters: Count
+    start: StartRecord
+    training: dict[str, int | float]
+    targets: TargetsUsed | None
+    tune: TuneRecord
+    train_loss: float
+    excess: float
+    seconds: float
+
+    @property
+    def beta(self) -> float:
+        return float(self.training["beta"])
+
+    @classmethod
+    def open(cls, folder: Path, *, check: Checksums = "none") -> Self:
+        """The memory in a folder. Raises DatastoreCorrupt for what is none, or was changed since it was trained."""
+        found = load(cls, folder / MEMORY)
+        require_files(found, folder, check)
+        return found
+
+    def refuse_other(self, model: ModelInfo) -> None:
+        """Raises DatastoreMismatch, with both values, for a language model that this memory cannot be mixed with: one
+        with another tokenizer, or, of an MLP, whose keys are other ones."""
+        if self.model.tokenizer_sha256 != model.tokenizer_sha256:
+            raise DatastoreMismatch(
+                f"the memory has a tokenizer with sha256 {self.model.tokenizer_sha256}, model {model.model_id} has one "
+                f"with {model.tokenizer_sha256}",
+                param="tokenizer_sha256",
+            )
+        if self.kind == "mlp" and self.key_fingerprint != model.fingerprint:
+            raise DatastoreMismatch(
+                f"the memory reads keys of {self.model.model_id} ({self.key_fingerprint}), model {model.model_id} is "
+                f"{model.fingerprint}: an MLP memory belongs to the model that made its keys",
+                param="fingerprint",
+            )
 
 
 RecordType = TypeVar("RecordType", bound=Record)

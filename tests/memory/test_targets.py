@@ -14,8 +14,9 @@ from knnlm.errors import Conflict, DatastoreCorrupt, InvalidRequest
 from knnlm.evaluation.memory_targets import build_targets
 from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
+from knnlm.memory.making import LEAST_MASS
 from knnlm.memory.manifest import StoreRecord, TargetsManifest
-from knnlm.memory.targets import LEAST_MASS, Targets
+from knnlm.memory.targets import Targets
 from knnlm.neighbors import TokenMasses
 from knnlm.testing import TEXTS, toy_datastore
 
@@ -219,7 +220,7 @@ def test_stopped_while_parts_are_put_together_it_continues(
 ) -> None:
     make(store, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("knnlm.memory.targets.save", lambda record, file: _kill(record, file))
+        patch.setattr("knnlm.memory.making.save", lambda record, file: _kill(record, file))
         with pytest.raises(Killed):
             make(store, tmp_path / "out")
     make(store, tmp_path / "out")
