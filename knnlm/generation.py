@@ -106,6 +106,11 @@ class Completion:
     degraded: str | None
 
 
+def version_gone(err: UnknownVersion) -> Unavailable:
+    """What a completion raises whose version no replica has any more: another one would make another text."""
+    return Unavailable(f"the completion cannot go on: {err.message}")
+
+
 class Generator:
     """Completions of one model. Those of one event loop that run at the same time advance in shared rounds."""
 
@@ -162,7 +167,7 @@ class Generator:
                     return
                 row = await self.rounds.step(sequence.request(row.plan))
         except UnknownVersion as err:
-            raise Unavailable(f"the completion cannot go on: {err.message}") from err
+            raise version_gone(err) from err
 
     async def complete(
         self,
@@ -205,7 +210,7 @@ class Generator:
             carried, missing = await row.carried(token, options.carriers, options.passage_tokens)
         offset = sequence.text.read
         text, finish, stopped_at = sequence.add(token)
-        log_prob, lm_log_prob = row.of(token)
+        log_prob, lm_log_prob = row.log_probs_of(token)
         return NewToken(
             token, row, log_prob, lm_log_prob, top, text, offset, sequence.piece, finish, stopped_at, carried, missing
         )

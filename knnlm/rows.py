@@ -71,7 +71,7 @@ class Row:
         """Whether every token that is not known has a probability of zero."""
         return self.known.bound == -math.inf
 
-    def of(self, token: int) -> tuple[float, float]:
+    def log_probs_of(self, token: int) -> tuple[float, float]:
         """log p and log p_LM, in nats, of a token among `known`."""
         place = int(np.searchsorted(self.known.tokens, token))
         return float(self.known.log_probs[place]), float(self.lm_log_probs[place])

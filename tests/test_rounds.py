@@ -96,7 +96,7 @@ async def test_a_part_of_a_row_agrees_with_the_whole(lmbda: float) -> None:
     likeliest = row.top(3)
     assert likeliest is not None
     assert dict(likeliest) == pytest.approx(dict(completed.top(3) or ()))
-    assert row.of(255) == pytest.approx(completed.of(255))
+    assert row.log_probs_of(255) == pytest.approx(completed.log_probs_of(255))
     assert row.components(255) == completed.components(255)
 
 

@@ -9,8 +9,8 @@ from knnlm.clients.explained import ExplainedToken
 
 @dataclass(frozen=True)
 class Logprobs:
-    """One element for each token, the prompt's first with `echo`; the first of all has None. text_offset: where the
-    token's text begins in the choice's, in characters."""
+    """Lists with one element for each token: with `echo` the prompt's tokens stand before the others, and the first has
+    None for its log-probability. text_offset: characters of the choice's text before that of the token."""
 
     tokens: Sequence[str]
     token_logprobs: Sequence[float | None]
@@ -20,8 +20,8 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class Choice:
-    """finish_reason: "stop", "length", or None where more follows. stop_reason: the stop text or token it ended at.
-    explained: each token, where `knn` has `explain`."""
+    """One generated text, or a part of it. finish_reason: "stop", "length", or None where more follows. stop_reason:
+    the stop text or token it ended at. explained: what made each token, where `knn` has `explain`."""
 
     index: int
     text: str
@@ -40,7 +40,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Completion:
-    """Generated texts; of a stream, what came now of one of them. domains: of a stream in its first part alone."""
+    """An answer, or one part of a stream, which holds new text of one choice. domains: in a stream, in its first part
+    alone."""
 
     id: str
     created: int
@@ -53,7 +54,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class LikelyToken:
-    """bytes: what the token stands for, which need not be whole characters."""
+    """A token with its log-probability, in nats. bytes: what it stands for, which need not be whole characters."""
 
     token: str
     logprob: float
@@ -72,7 +73,7 @@ class ChatLogprobs:
 
 @dataclass(frozen=True)
 class Message:
-    """What was said; in a stream what it has more of now."""
+    """A message; in a stream its new text alone."""
 
     role: str | None = None
     content: str | None = None
@@ -80,7 +81,7 @@ class Message:
 
 @dataclass(frozen=True)
 class ChatChoice:
-    """message: in a whole answer. delta: in a stream. The others as in a Choice."""
+    """One generated message. message: in a whole answer. delta: in a stream. The others are those of a Choice."""
 
     index: int
     logprobs: ChatLogprobs | None
@@ -92,14 +93,14 @@ class ChatChoice:
 
     @property
     def text(self) -> str:
-        """The message's, or what a stream has more of now."""
+        """Text of the message; in a stream its new text."""
         said = self.message or self.delta
         return "" if said is None else said.content or ""
 
 
 @dataclass(frozen=True)
 class ChatCompletion:
-    """As Completion, with messages."""
+    """A Completion whose choices are messages."""
 
     id: str
     created: int

@@ -176,7 +176,9 @@ class HttpDatastore(_Client):
 
 
 def quoted(name: str, param: str) -> str:
-    """The name as a part of a URL. Raises InvalidRequest for one that is not valid Unicode."""
+    """The name as a part of a URL. Raises InvalidRequest for one that is empty or not valid Unicode."""
+    if not name:
+        raise InvalidRequest(f"{param} must not be empty", param=param)
     try:
         return quote(name, safe="")
     except UnicodeEncodeError as err:

@@ -1,4 +1,4 @@
-"""The arrays of an answer, filled from rows of log-probabilities: all that is asked is read from the same numbers."""
+"""The arrays of an answer to a ForwardRequest, filled from rows of log-probabilities."""
 
 from typing import Any
 
@@ -13,7 +13,8 @@ Rows = npt.NDArray[np.int64]
 
 
 class Answers:
-    """`arrays` are what is asked of a request's n positions, by their names in ForwardResult; empty at first."""
+    """Makes the answer to one request. arrays: those that it asks for, by their names in ForwardResult, with a row for
+    each of its n positions; not filled at first."""
 
     def __init__(self, request: ForwardRequest, info: ModelInfo) -> None:
         """request: checked, as knnlm.lm.requests.check does."""
@@ -44,7 +45,8 @@ class Answers:
             self.arrays["keys"] = np.empty((n, info.key_dim), key_dtype)
 
     def fill(self, rows: Rows, log_probs: Tensor) -> None:
-        """Put what is asked of these positions in its place. rows: (m,). log_probs: (m, V) float32, destroyed."""
+        """Fill in what is asked of some positions. rows: (m,), their places among the n. log_probs: (m, V) float32,
+        overwritten here."""
         request, device = self._request, log_probs.device
         if request.full:
             self._put("log_probs", rows, log_probs)

@@ -1,4 +1,4 @@
-"""Where keys and values of sequences stand: tensors that are allocated ahead, written in place, moved together."""
+"""Slots for the keys and values of sequences: tensors that are allocated ahead, written in place, moved together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ TOKEN_BYTES = 8  # bytes of one token id, and of its part of the name by which a
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one token of one layer takes: `heads` keys of `key_dim` and values of `value_dim` numbers."""
+    """Sizes of one layer: a token has `heads` keys of `key_dim` numbers, and as many values of `value_dim`."""
 
     heads: int
     key_dim: int
@@ -22,7 +22,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class SlotShape:
-    """What every slot holds. Tensors are on `device`, in the model's dtype, log-probabilities in float32."""
+    """Sizes of every slot. Tensors are on `device`, in the model's dtype, log-probabilities in float32."""
 
     layers: Sequence[LayerShape]
     vocab_size: int
@@ -40,11 +40,12 @@ class SlotShape:
 
 
 class Slots:
-    """`count` slots of `length` tokens each, of which a sequence leaves the last one free.
+    """`count` slots with room for `length` tokens each; a sequence has one token fewer at most.
 
-    keys, values: one tensor (slots, heads, length, dim) per layer; at first those of no slot, see `moved`. rows:
-    (slots, V) float32, the last log-probabilities, where has_row. tokens: (slots, length). lengths: (slots,), 0 where
-    free. used: (slots,), when, -1 where free.
+    keys, values: one tensor (slots, heads, length, dim) per layer; new slots have none yet, see `moved`. rows:
+    (slots, V) float32, the log-probabilities after the last token, valid where has_row. tokens: (slots, length) int32.
+    lengths: (slots,) int64, tokens that a slot holds, 0 where it is free. used: (slots,) int64, the time of the last
+    use as `fill` and `cut` are given it, -1 where free.
     """
 
     def __init__(self, shape: SlotShape, count: int = 0, length: int = 0) -> None:
@@ -73,11 +74,11 @@ class Slots:
         return self.count * self.shape.slot_bytes(self.length)
 
     def find(self, tokens: npt.NDArray[np.int64]) -> int | None:
-        """The slot of exactly these tokens."""
+        """The slot that holds exactly these tokens, None where there is none."""
         return self._by_name.get(_name(tokens))
 
     def fill(self, slot: int, tokens: npt.NDArray[np.int64], known: int, now: int) -> None:
-        """The slot holds these tokens, the first `known` of which it held before."""
+        """Record that the slot holds these tokens, the first `known` of which it held before. now: for `used`."""
         name = _name(tokens)
         self.tokens[slot, known : len(tokens)] = tokens[known:]
         self.lengths[slot] = len(tokens)
@@ -86,7 +87,8 @@ class Slots:
         self._by_name[name] = slot
 
     def cut(self, slot: int, length: int, now: int, *, row: bool = False) -> None:
-        """The slot holds the first `length` tokens of what is there, under no name. row: and its log-probabilities."""
+        """Keep the first `length` tokens of a slot; `find` does not see it. row: its log-probabilities are those after
+        the last of them. now: for `used`."""
         name = self._names[slot]
         if name is not None and self._by_name.get(name) == slot:
             del self._by_name[name]
@@ -96,7 +98,7 @@ class Slots:
         self.has_row[slot] = row
 
     def clear(self, slot: int) -> None:
-        """The slot is free, and no number in it that is not finite."""
+        """Free the slot. Its numbers become zeros: what is masked must be finite nevertheless."""
         self.cut(slot, 0, -1)
         for tensor in (*self.keys, *self.values):
             tensor[slot].zero_()
@@ -123,8 +125,8 @@ class Slots:
                 self._by_name[name] = slot
 
     def moved(self, kept: npt.NDArray[np.int64], count: int, length: int) -> "Slots":
-        """Others, of which the first ones hold what the slots `kept` hold here. These are not to be used any more: they
-        are let go of one layer after another."""
+        """New slots, the first of which hold what the slots `kept` hold here. This object's tensors are freed one layer
+        after another: it must not be used any more."""
         new = Slots(self.shape, count, length)
         known = int(self.lengths[kept].max(initial=0))
         chosen = torch.from_numpy(kept).to(self.shape.device)

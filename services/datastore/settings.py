@@ -27,7 +27,9 @@ class DatastoreSettings(GrpcSettings):
         "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where the index is searched: cpu, cuda or cuda:N"
     )
     max_memory_bytes: int | None = Field(
-        None, ge=1, description="of loaded versions together, mapped files left out; none: what the system has"
+        None,
+        ge=1,
+        description="bytes that loaded versions may take together without mapped files; none: what there is",
     )
     max_k: int = Field(4096, ge=1, description="neighbors per query")
     max_overfetch: float = Field(16.0, ge=1, description="candidates per neighbor that a request may ask for")
@@ -51,9 +53,13 @@ class DatastoreSettings(GrpcSettings):
     lm_target: str = Field("", description="gRPC address of the lm service, for adding documents; empty: none is added")
     lm_api_key: SecretStr | None = Field(None, description="key to send to the lm service")
     lm_api_key_file: OptionalPath = Field(None, description="file with that key, read again when it changes")
-    lm_tls_ca_file: OptionalPath = Field(None, description="certificates that the lm service's is checked by: TLS")
-    lm_tls_cert_file: OptionalPath = Field(None, description="certificate to show to the lm service: mutual TLS")
-    lm_tls_key_file: OptionalPath = Field(None, description="private key of that certificate")
+    lm_tls_ca_file: OptionalPath = Field(
+        None, description="PEM of the authorities that vouch for the lm service, which is then asked over TLS"
+    )
+    lm_tls_cert_file: OptionalPath = Field(
+        None, description="PEM certificate to present to the lm service, which is then asked over TLS"
+    )
+    lm_tls_key_file: OptionalPath = Field(None, description="PEM key of lm_tls_cert_file")
     watch_interval_s: float = Field(1.0, gt=0, description="how often the store is looked at for changes")
     grace_s: float = Field(
         60.0, ge=0, description="how long a version that was replaced still answers requests that pin it"

@@ -24,7 +24,9 @@ class LmSettings(GrpcSettings):
     max_queue_tokens: int = Field(1_048_576, ge=1, description="tokens waiting or in work; more are refused with 429")
     max_batch_tokens: int = Field(16_384, ge=1, description="tokens of several requests run together")
     prefix_cache_bytes: int = Field(
-        536_870_912, ge=0, description="for keys and values of recent sequences, whose next step is then cheap; 0: none"
+        536_870_912,
+        ge=0,
+        description="bytes of keys and values kept of recent sequences, to compute only what is new; 0: none",
     )
 
     @model_validator(mode="after")

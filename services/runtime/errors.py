@@ -4,6 +4,7 @@ Services raise knnlm.errors; nothing else in services/ knows a status.
 """
 
 import math
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -129,8 +130,12 @@ _SHORTENED.maxlevel, _SHORTENED.maxlist, _SHORTENED.maxstring = 2, MAX_SHOWN_CHA
 
 
 def _printable(text: str) -> str:
-    """Half of a surrogate pair, in the name of an unknown field perhaps, has no bytes in UTF-8: shown as an escape."""
-    return text.encode(errors="backslashreplace").decode()
+    """The text as it can be sent. Half of a surrogate pair, in the name of an unknown field perhaps, has no bytes in
+    UTF-8: an escape. Of an integer of thousands of digits, which JSON takes, the beginning."""
+    return _LONG_NUMBER.sub(r"\1…", text).encode(errors="backslashreplace").decode()
+
+
+_LONG_NUMBER = re.compile(r"(\d{20})\d{20,}")
 
 
 def _retry_after(err: KnnlmError) -> float | None:

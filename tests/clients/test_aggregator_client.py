@@ -283,6 +283,9 @@ def test_what_json_cannot_hold_is_refused_before_anything_is_sent() -> None:
             c.score("x", knn=body)
     with client(service) as c, pytest.raises(InvalidRequest, match="Unicode"):
         c.domain("\ud800")
+    with client(service) as c, pytest.raises(InvalidRequest, match="domain must not be empty") as raised:
+        c.domain("")
+    assert raised.value.param == "domain"
     assert service.asked == []
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from knnlm.clients.explained import ExplainedToken, explained_token
-from knnlm.errors import Unavailable, UnknownVersion
-from knnlm.generation import FINISHED_LENGTH, Generator, NewToken
+from knnlm.errors import UnknownVersion
+from knnlm.generation import FINISHED_LENGTH, Generator, NewToken, version_gone
 from knnlm.mixer import Mixer
 from knnlm.prompts import PromptScore, score_prompt
 from knnlm.sources import Plan
@@ -90,7 +90,7 @@ class Choices:
             try:
                 piece = self._first.pop() if self._first else await self._next()
             except UnknownVersion as err:
-                raise Unavailable(f"the completion cannot go on: {err.message}") from err
+                raise version_gone(err) from err
             if piece is None:
                 left -= 1
             else:

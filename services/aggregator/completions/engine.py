@@ -27,7 +27,7 @@ MAX_ALL_LISTED = 1 << 22  # the same in all answers that are made at a time
 
 
 class Completions:
-    """The completions of one model. degraded: told of each answer by the LM alone that was to have been mixed."""
+    """Makes the texts of one model. degraded: told of each answer by the LM alone that was to have been mixed."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Completions:
     async def shape(
         self, request: CompletionRequest | ChatRequest, call: RequestContext
     ) -> tuple[Shape, dict[str, Any]]:
-        """What the request asks, with the shape of its answer, and the options of the sources that are mixed."""
+        """The checked request with the shape of its answer, and the options of the sources that are mixed."""
         with named_as_asked(request):  # of retrieval alone: the request has a temperature of its own, too
             name, sources = chosen(request, self.info.model_id, self._settings)
         if isinstance(request, ChatRequest):
@@ -87,7 +87,7 @@ class Completions:
             return await asyncio.to_thread(lambda: _encoded(shape.whole(made, choices.plan, degraded)))
 
     async def chunks(self, shape: Shape, sources: dict[str, Any], call: RequestContext) -> AsyncGenerator[bytes, None]:
-        """The same as a stream of JSON; what is wrong with a request is raised before the first chunk."""
+        """The answer in parts, as JSON; what is wrong with a request is raised before the first chunk."""
         generated, told = 0, False
 
         def made(piece: Piece) -> list[bytes]:
@@ -109,7 +109,7 @@ class Completions:
     async def _under_way(
         self, checked: CheckedRequest, sources: dict[str, Any], call: RequestContext
     ) -> AsyncIterator[Choices]:
-        """The choices once the first token of any is there; none is left behind."""
+        """The choices, when the first token of any of them is there; all are closed at the end."""
         generator, options = self._generator, checked.options
         generator.check_tokens(options)
         rooms = [generator.room(prompt, options.max_tokens) for prompt in checked.prompts]

@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from knnlm.generation import MAX_STOPS
+from knnlm.sampling import MAX_LOGIT_BIAS, MAX_PENALTY
 from services.aggregator.schemas.explaining import ExplainedToken
 from services.aggregator.schemas.mixing import IDS_SCHEMA, Knn, Sourced, UsedDomain, are_token_ids, by_type
 from services.runtime.schemas import FirstProblem, Text, encodable
@@ -101,14 +102,18 @@ def _prompts(value: Any) -> list[Any]:  # Any: JSON
 
 def _bias(value: Any) -> dict[int, float]:  # Any: JSON
     """The biases by token id; JSON writes numbers that are keys as texts."""
-    problem = PydanticCustomError("logit_bias", 'expected an object of numbers by token id, as in {"50256": -100}')
+    problem = PydanticCustomError(
+        "logit_bias",
+        'expected an object of numbers in [-{most}, {most}] by token id, as in {"50256": -100}',
+        {"most": f"{MAX_LOGIT_BIAS:g}"},
+    )
     if not isinstance(value, dict):
         raise problem
     bias = {}
     for token, number in value.items():
         if not (isinstance(token, str) and token.isascii() and token.isdigit() and len(token) <= 10):
             raise problem
-        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= 1e9:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= MAX_LOGIT_BIAS:
             raise problem
         bias[int(token)] = float(number)
     return bias
@@ -179,8 +184,8 @@ class Sampled(Sourced):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1)] | None = Field(None, description="0 or -1: all tokens.")
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] | None = None
     logit_bias: Bias | None = Field(None, description="Added to the log-probability of tokens, by their id.")
     stop: Stops | None = Field(None, description="Texts before which a choice ends.")
     stop_token_ids: (

@@ -1,4 +1,4 @@
-"""From what choices make to OpenAI's shapes: whole answers and chunks of streams. Pure."""
+"""Whole answers and chunks of streams in OpenAI's shapes, made of what choices give. Pure."""
 
 import math
 import time
@@ -22,7 +22,7 @@ Json = dict[str, Any]  # Any: JSON
 
 @dataclass
 class Gathered:
-    """One choice, as far as it has come."""
+    """The pieces of one choice that have come so far."""
 
     texts: list[str] = field(default_factory=list)
     tokens: list[Listed] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Gathered:
 
 
 class Shape(ABC):
-    """The answers to one request. name: of the model it is answered under."""
+    """Makes the answer to one request. name: the model's, as the answer says it."""
 
     prefix: str
     whole_object: str
@@ -60,7 +60,7 @@ class Shape(ABC):
         self._begun = False
 
     def whole(self, made: Sequence[Gathered], plan: Plan, degraded: str | None) -> Json:
-        """made: all that were generated, the best of which are given."""
+        """The whole answer. made: all choices that were generated, the best of which are given."""
         per_prompt = [made[i : i + self.checked.made] for i in range(0, len(made), self.checked.made)]
         given = [one for choices in per_prompt for one in _best(choices, self.checked.n)]
         return {
@@ -72,7 +72,7 @@ class Shape(ABC):
         }
 
     def chunks(self, piece: Piece, plan: Plan, *, generated: int) -> Iterable[Json]:
-        """What a piece adds to the stream. generated: tokens so far, of all choices."""
+        """Chunks that a piece adds to the stream. generated: tokens of all choices so far."""
         for part in self._parts(piece):
             extras = _extras(plan, piece.degraded)
             if self._begun:
@@ -86,7 +86,7 @@ class Shape(ABC):
             yield chunk
 
     def closing(self, generated: int) -> Iterable[Json]:
-        """Chunks behind the last piece."""
+        """Chunks after the last piece."""
         if self.checked.include_usage:
             yield {**self._head, "object": self.chunk_object, "choices": [], "usage": self.usage(generated)}
 
@@ -105,20 +105,20 @@ class Shape(ABC):
         }
 
     def _shown(self, piece: Piece) -> bool:
-        """Whether a piece that does not end a choice is anything to the reader."""
+        """Whether a piece that does not end a choice has anything that is shown."""
         return bool(piece.text) or self.checked.explain or self.checked.logprobs is not None
 
     @abstractmethod
     def _text(self, text: str) -> Json:
-        """The text of a whole choice, as a field."""
+        """The field that holds the text of a whole choice."""
 
     @abstractmethod
     def _parts(self, piece: Piece) -> Iterable[Json]:
-        """The elements of `choices` that tell of a piece, each in a chunk of its own."""
+        """Elements of `choices` for one piece, each of which is sent in a chunk of its own."""
 
     @abstractmethod
     def _logprobs(self, tokens: Sequence[Listed]) -> Json | None:
-        """None where they were not asked for."""
+        """Log-probabilities of the tokens, None where they were not asked for."""
 
     def _explained(self, tokens: Sequence[ExplainedToken]) -> Json:
         return {"explained": [to_json(token) for token in tokens]} if self.checked.explain else {}
@@ -128,7 +128,7 @@ class Shape(ABC):
 
 
 class CompletionShape(Shape):
-    """Of /v1/completions."""
+    """Answers of /v1/completions."""
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
@@ -158,7 +158,7 @@ class CompletionShape(Shape):
         }
 
     def _likeliest(self, one: Listed) -> dict[str, float] | None:
-        """The token itself and the likeliest; of several that look the same, the likeliest."""
+        """Log-probabilities of the token itself and of the likeliest; of several with the same text, the largest."""
         if one.log_prob is None:
             return None
         found = {self._name(one.token, one.text): finite(one.log_prob)}
@@ -169,7 +169,8 @@ class CompletionShape(Shape):
 
 
 class ChatShape(Shape):
-    """Of /v1/chat/completions. Every choice of a stream begins with its role and ends with a chunk that has no text."""
+    """Answers of /v1/chat/completions. In a stream, every choice begins with its role and ends with a chunk without
+    text."""
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
