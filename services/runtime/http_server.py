@@ -9,7 +9,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -17,6 +17,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from services.runtime.settings import HttpSettings
 
+TICK_SECONDS = 1.0
+SETTLE_SECONDS = 0.01  # in which a socket that was accepted a moment ago is among the connections
 MAX_HEAD_BYTES = 1 << 16  # bytes of request line and headers; what most servers take is less
 
 
@@ -42,6 +44,28 @@ class HttpServer(uvicorn.Server):
                 ssl_context_factory=None if tls is None else lambda _config, _default: tls,
             )
         )
+
+        self._ending = asyncio.Event()
+
+    def end(self) -> None:
+        """Let `serve` stop accepting, answer what was accepted, and return."""
+        self.should_exit = True
+        self._ending.set()
+
+    async def main_loop(self) -> None:
+        """Until `end`, which it hears at once; as uvicorn's it renews the Date header every second."""
+        while not await self.on_tick(0):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TICK_SECONDS):
+                    await self._ending.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, which takes a tenth of a second even where nobody is connected."""
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(SETTLE_SECONDS)
+        if self.server_state.connections or self.server_state.tasks:
+            await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -126,7 +126,7 @@ class Host:
         if self._rpc is not None:
             await self._rpc.draining()
         self.admission.readiness.enter("draining")
-        self._http.should_exit = True
+        self._http.end()
         stopping = [self._serving] if self._serving is not None else []
         if self._rpc is not None:
             stopping.append(asyncio.ensure_future(self._rpc.stop(settings.drain_timeout_s)))

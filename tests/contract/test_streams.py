@@ -20,7 +20,7 @@ from services.aggregator.core import AggregatorCore
 from tests.contract.system import TUNING, System, system
 from tests.services.waiting import until
 
-STREAMS, TOGETHER = 1000, 100
+STREAMS, TOGETHER = 400, 100
 BODY: dict[str, Any] = {
     "prompt": "the cat", "model": "toy+cat", "max_tokens": 200, "stream": True, "ignore_eos": True, "temperature": 0,
     "logprobs": 0,

@@ -22,7 +22,7 @@ from knnlm.messages import SearchQuality
 from knnlm.options import SearchOptions
 from tests.index.helpers import datastore
 
-ENTRIES, DIM, QUERIES = 6000, 32, 1500
+ENTRIES, DIM, QUERIES = 6000, 32, 1000
 KS = [32, 200]
 
 
