@@ -114,8 +114,11 @@ def knn_evidence(
     return Evidence(neighbors.present, target_log_probs(neighbors, targets, temperature), looked_at)
 
 
-def used_domain(options: DomainOptions, knn: KnnOptions, info: DomainInfo, model: ModelInfo) -> UsedDomain:
-    """The values that hold for a domain: asked for, else those of its tuning.
+def used_domain(
+    options: DomainOptions, knn: KnnOptions, info: DomainInfo, model: ModelInfo, *, beside_cache: bool = False
+) -> UsedDomain:
+    """The values that hold for a domain: asked for, else those of its tuning. beside_cache: whether the continuous
+    cache is mixed, too.
 
     Raises DatastoreMismatch, with both values, for a domain that another model, configuration, tokenizer or key
     function made, and InvalidRequest for a value that is neither asked for nor tuned.
@@ -135,7 +138,7 @@ def used_domain(options: DomainOptions, knn: KnnOptions, info: DomainInfo, model
         options.version or info.version,
         temperature,
         knn.search.or_else(_tuned_search(tuning, knn.search, info.index)),
-        _weighing(options, knn.rule, info),
+        _weighing(options, knn.rule, info, beside_cache=beside_cache),
     )
 
 
@@ -153,7 +156,7 @@ class Knn:
             rule(options.rule)
         infos = await together([services.datastore.get_domain(d.domain, d.version) for d in options.domains])
         used = tuple(
-            used_domain(domain, options, info, services.info)
+            used_domain(domain, options, info, services.info, beside_cache="cache" in services.asked)
             for domain, info in zip(options.domains, infos, strict=True)
         )
         union = options.combine == "union"
@@ -268,7 +271,7 @@ def _said(used: UsedDomain) -> str:
     return f"temperature {used.temperature:g}, rule {used.rule} ({parameters}) for {used.domain}"
 
 
-def _weighing(options: DomainOptions, asked: str | None, info: DomainInfo) -> Weighing:
+def _weighing(options: DomainOptions, asked: str | None, info: DomainInfo, *, beside_cache: bool) -> Weighing:
     tuning = info.tuning
     if options.lmbda is not None:
         if asked not in (None, FIXED):
@@ -278,7 +281,9 @@ def _weighing(options: DomainOptions, asked: str | None, info: DomainInfo) -> We
         raise _untuned("lambda", info.domain)
     name = asked or tuning.rule
     if name == FIXED:
-        return Weighing(FIXED, {"lambda": tuning.lmbda})
+        return Weighing(
+            FIXED, {"lambda": tuning.cache.get("knn_lambda", tuning.lmbda) if beside_cache else tuning.lmbda}
+        )
     if name != tuning.rule:
         raise InvalidRequest(
             f"domain {info.domain} was tuned for the rule {tuning.rule}, it has no parameters for {name}: "

@@ -25,13 +25,15 @@ class Stretch:
     text: (t,) all of it from its beginning, what has not been predicted yet included when a known text is scored; only
     what stands before a predicted place may be looked at. predicted: (m,) places in the text whose token is predicted,
     ascending; the place after its end is len(text). state: what a source keeps from one stretch of the text to the
-    next, under its own name.
+    next, under its own name. before: (b, d) keys of the b places before the first predicted one, where a source of the
+    plan wants them and the state holds none (see knnlm.sources.Remembering).
     """
 
     text: Ids
     start: int
     predicted: npt.NDArray[np.int64]
     state: dict[str, Any] = field(default_factory=dict)  # Any: each source's own
+    before: npt.NDArray[np.floating] | None = None
 
 
 @dataclass(frozen=True)

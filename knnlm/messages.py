@@ -257,7 +257,9 @@ class Tuning:
     """Fitted on documents that are in neither the datastore nor any reported figure. Perplexities of those.
 
     rule, parameters: the lambda rule and what was fitted for it; `lmbda` is that of the rule "fixed". search: how to
-    search, as far as it was fitted, with the index `index`. quality: what was measured to choose it.
+    search, as far as it was fitted, with the index `index`. quality: what was measured to choose it. cache: lambda,
+    theta and size of the continuous cache beside this domain, and knn_lambda, the weight of retrieval beside the cache;
+    empty where they were not fitted.
     """
 
     temperature: float
@@ -272,6 +274,7 @@ class Tuning:
     search: SearchOptions = field(default_factory=SearchOptions)
     index: str | None = None
     quality: Sequence[SearchQuality] = ()
+    cache: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ from knnlm.options import KnnOptions
 from knnlm.protocols import DatastoreClient, LanguageModelClient
 from knnlm.rules import FIXED
 from knnlm.scoring import NOTHING_ELSE, Score, Scoring
-from knnlm.sources import Plan, Services, Source, Timings, UsedDomain, computed, source_kind, timed, together
+from knnlm.sources import SOURCES, Plan, Services, Source, Timings, UsedDomain, computed, source_kind, timed, together
 
 SEARCHED_BYTES = 16  # bytes of one neighbor with its entry number
 PASSAGE_BYTES = 256  # bytes of the text around an entry, beside its tokens
 EXPLAINED_BYTES = 1 << 25  # bytes of the answers of the datastore service about one batch of windows
 T = TypeVar("T")
 Ids = npt.NDArray[np.int32]
+Keys = npt.NDArray[np.floating]
 Options = KnnOptions | Mapping[str, Any] | None  # Any: a record of options for each row of knnlm.sources.SOURCES
 
 
@@ -81,16 +82,18 @@ class Mixer:
         asked = {"knn": options} if isinstance(options, KnnOptions) else dict(options or {})
         kinds = {name: source_kind(name) for name in asked}
         optional = all(kind.optional(asked[name]) for name, kind in kinds.items())
-        down = self._down() if asked and optional else None
+        down = self._down() if "knn" in asked and optional else None
         if down is not None:
             return Plan(degraded=down)
+        plan = Plan()
         try:
-            plans = await together([kind.resolve(asked[name], self._services) for name, kind in kinds.items()])
+            for name in (n for n in SOURCES if n in kinds):
+                services = replace(self._services, asked=frozenset(asked), infos=plan.infos)
+                plan += await kinds[name].resolve(asked[name], services)
         except (Unavailable, DeadlineExceeded) as err:
             if not optional:
                 raise
             return Plan(degraded=err.message)
-        plan = sum(plans, Plan())
         _check_weights(plan.sources)
         return plan
 
@@ -117,7 +120,11 @@ class Mixer:
         )
         timings: Timings = {}
         forward = await self.forward(request, timings)
-        stretches = [Stretch(context, 0, np.array([len(context)])) for context in contexts]
+        before = await self.before(contexts, [plan.earlier({})] * len(contexts), timings)
+        stretches = [
+            Stretch(context, 0, np.array([len(context)]), before=keys)
+            for context, keys in zip(contexts, before, strict=True)
+        ]
         asked = Step(stretches, forward.keys, passages=passages, passage_tokens=passage_tokens)
         plan, answers = await self.answers(plan, asked, timings)
         log_probs = required(forward.log_probs)
@@ -251,6 +258,29 @@ class Mixer:
                 f"{self.info.model_id} ({self.info.fingerprint}), which it announced"
             )
         return result
+
+    async def before(
+        self, contexts: Sequence[Ids], wanted: Sequence[int], timings: Timings, *, cache: bool = False
+    ) -> list[Keys | None]:
+        """For each context the keys of the places before its next token, (b, d) of at most as many as are wanted; None
+        where none are. Equal contexts are asked about once. cache: as in ForwardRequest. Raises as `forward`."""
+        found: list[Keys | None] = [None] * len(contexts)
+        distinct: dict[tuple[bytes, int], list[int]] = {}
+        for i, (context, places) in enumerate(zip(contexts, wanted, strict=True)):
+            if places and len(context) > 1:
+                distinct.setdefault((context.tobytes(), places), []).append(i)
+
+        async def ask(places: int, rows: Sequence[int]) -> None:
+            context = contexts[rows[0]]
+            positions = np.arange(max(0, len(context) - 1 - places), len(context) - 1, dtype=np.int32)
+            request = ForwardRequest([context], [positions], keys=True, cache=cache)
+            keys = required((await self.forward(request, timings)).keys)
+            for row in rows:
+                found[row] = keys
+
+        if distinct:
+            await together([ask(places, rows) for (_, places), rows in distinct.items()])
+        return found
 
     def check_contexts(self, contexts: Sequence[Ids]) -> None:
         """Raises InvalidRequest for an empty one, TooLarge for one that the model does not take."""

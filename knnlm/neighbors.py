@@ -110,7 +110,16 @@ def neighbor_log_probs(neighbors: Neighbors, temperature: float) -> TokenMasses:
     _check_temperature(temperature)
     near = np.where(neighbors.values >= 0, -neighbors.distances.astype(np.float64), -np.inf)
     # from the nearest neighbor on, and only then divided: -16000 and its logarithm of a sum would cancel to 1e-12
-    return _masses(neighbors, (near - _tops(near)) / temperature).normalized()
+    return token_masses(neighbors.values, (near - _tops(near)) / temperature).normalized()
+
+
+def token_masses(values: npt.NDArray[np.int32], log_weights: npt.NDArray[np.float64]) -> TokenMasses:
+    """The log weights (n, k) of values (n, k), -1 for padding, added up by token in each row."""
+    n, size = len(values), 1 + int(values.max(initial=-1))
+    if n * size <= COUNTED_PLACES and log_weights.max(initial=-np.inf) <= 0:
+        return _counted(values, log_weights, size)
+    row, slot = np.nonzero(values >= 0)
+    return _grouped(row, values[row, slot], log_weights[row, slot], n=n)
 
 
 def target_log_probs(
@@ -205,17 +214,8 @@ def _tops(log_weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return tops
 
 
-def _masses(neighbors: Neighbors, log_weights: npt.NDArray[np.float64]) -> TokenMasses:
-    n = len(neighbors.values)
-    size = 1 + int(neighbors.values.max(initial=-1))
-    if n * size <= COUNTED_PLACES and log_weights.max(initial=-np.inf) <= 0:
-        return _counted(neighbors.values, log_weights, size)
-    row, slot = np.nonzero(neighbors.values >= 0)
-    return _grouped(row, neighbors.values[row, slot], log_weights[row, slot], n=len(neighbors.values))
-
-
 def _counted(values: npt.NDArray[np.int32], log_weights: npt.NDArray[np.float64], size: int) -> TokenMasses:
-    """`_masses` of tokens below `size` by adding up into a table of all (row, token), several times faster than by
+    """`token_masses` of tokens below `size` by adding up into a table of all (row, token), several times faster than by
     sorting. log_weights: none above 0."""
     n = len(values)
     kept = values >= 0

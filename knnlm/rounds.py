@@ -194,7 +194,12 @@ class Rounds:
         requests, timings = [a.request for a in asked], dict(before)
         first = requests[0]
         try:
-            stretches = [Stretch(r.context, 0, np.array([len(r.context)]), r.state) for r in requests]
+            earlier = [r.plan.earlier(r.state) for r in requests]
+            keys_before = await self._mixer.before([r.context for r in requests], earlier, timings, cache=first.cache)
+            stretches = [
+                Stretch(r.context, 0, np.array([len(r.context)]), r.state, earlier_keys)
+                for r, earlier_keys in zip(requests, keys_before, strict=True)
+            ]
             keys = forward.keys if first.plan.needs_keys else None
             step = Step(
                 stretches,

@@ -7,7 +7,7 @@ resolves them into sources once per plan, before any work is done.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
@@ -27,7 +27,10 @@ T = TypeVar("T")
 Timings = dict[str, float]  # seconds per stage
 INLINE_NUMBERS = 1 << 15  # some tens of nanoseconds each: the event loop does not notice
 
-SOURCES: dict[str, str] = {"knn": "knnlm.domains:KNN"}  # a kind's name in requests, and where it is
+SOURCES: dict[str, str] = {
+    "knn": "knnlm.domains:KNN",
+    "cache": "knnlm.cache_source:CACHE",
+}  # a kind's name in requests, and where it is
 
 
 class Source(Protocol):
@@ -58,6 +61,17 @@ class Source(Protocol):
         pinned was let go, and InvalidRequest for what was asked wrongly.
         """
         ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A source that looks at the keys of earlier places of the same text. name: as in Source, under which it keeps them
+    in the state of a text. earlier: places before a text's first prediction whose keys it wants, at most."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def earlier(self) -> int: ...
 
 
 @runtime_checkable
@@ -97,10 +111,13 @@ async def timed(call: Awaitable[T], stage: str, timings: Timings) -> T:
 
 @dataclass(frozen=True)
 class Services:
-    """What sources may be made of. info: the language model, whose keys and vocabulary they must fit."""
+    """What sources may be made of. info: the language model, whose keys and vocabulary they must fit. asked: the kinds
+    of sources in this call. infos: the domains among those that were resolved before."""
 
     info: ModelInfo
     datastore: DatastoreClient
+    asked: frozenset[str] = frozenset()
+    infos: tuple[DomainInfo, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,6 +176,11 @@ class Plan:
     @property
     def in_order(self) -> bool:
         return any(source.in_order for source in self.sources)
+
+    def earlier(self, state: Mapping[str, Any]) -> int:  # Any: as in knnlm.evidence.Stretch
+        """Places before the first prediction of a text whose keys are wanted, when this is its state."""
+        wanted = [s.earlier for s in self.sources if isinstance(s, Remembering) and s.name not in state]
+        return max(wanted, default=0)
 
     @property
     def optional(self) -> bool:

@@ -28,11 +28,17 @@ VALUES: dict[type, Any] = {int: 7, float: 2.5, bool: True, tuple: ("a", "b")}
 OPTIONS = [(name, VALUES[option.kind]) for name, option in SEARCH_OPTIONS.items()]
 
 
+MEMORY_TARGETS = "knnlm/evaluation/memory_targets.py"
+
+
 @pytest.mark.parametrize(
     ("name", "places"),
     [
         ("ef_search", {"knnlm/index/hnsw.py", "services/datastore/settings.py"}),
-        ("exclude_own_documents", {"knnlm/index/exclusion.py"}),
+        (
+            "exclude_own_documents",
+            {"knnlm/index/exclusion.py", "knnlm/memory/targets.py", MEMORY_TARGETS},
+        ),
     ],
 )
 def test_an_option_is_typed_in_few_places(name: str, places: set[str]) -> None:

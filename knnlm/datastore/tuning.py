@@ -53,6 +53,7 @@ class TuningRecord(Record):
     search: AskedOptions = Field(default_factory=dict)
     index: str | None = None
     quality: tuple[QualityRecord, ...] = ()
+    cache: dict[str, float | tuple[float, ...]] = Field(default_factory=dict)
 
     @classmethod
     def of(cls, tuning: Tuning) -> Self:
@@ -70,5 +71,5 @@ class TuningRecord(Record):
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:  # Any: JSON
         fields: dict[str, Any] = handler(self)
-        later = ("rule", "parameters", "search", "index", "quality")
+        later = ("rule", "parameters", "search", "index", "quality", "cache")
         return {name: v for name, v in fields.items() if name not in later or v not in (None, "fixed", {}, [], ())}

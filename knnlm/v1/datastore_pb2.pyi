@@ -102,8 +102,15 @@ class GetPassagesResponse(_message.Message):
     def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ..., passages: _Optional[_Iterable[_Union[Passage, _Mapping]]] = ..., timings: _Optional[_Iterable[_Union[_common_pb2.Timing, _Mapping]]] = ...) -> None: ...
 
 class Tuning(_message.Message):
-    __slots__ = ("temperature", "k", "lm_perplexity", "knn_perplexity", "tokens", "documents", "rule", "parameters", "search", "index", "quality")
+    __slots__ = ("temperature", "k", "lm_perplexity", "knn_perplexity", "tokens", "documents", "rule", "parameters", "cache", "search", "index", "quality")
     class ParametersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Parameter
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Parameter, _Mapping]] = ...) -> None: ...
+    class CacheEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +126,7 @@ class Tuning(_message.Message):
     DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
     RULE_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
     SEARCH_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
@@ -130,10 +138,11 @@ class Tuning(_message.Message):
     documents: int
     rule: str
     parameters: _containers.MessageMap[str, Parameter]
+    cache: _containers.MessageMap[str, Parameter]
     search: SearchOptions
     index: str
     quality: _containers.RepeatedCompositeFieldContainer[SearchQuality]
-    def __init__(self, temperature: _Optional[float] = ..., k: _Optional[int] = ..., lm_perplexity: _Optional[float] = ..., knn_perplexity: _Optional[float] = ..., tokens: _Optional[int] = ..., documents: _Optional[int] = ..., rule: _Optional[str] = ..., parameters: _Optional[_Mapping[str, Parameter]] = ..., search: _Optional[_Union[SearchOptions, _Mapping]] = ..., index: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[SearchQuality, _Mapping]]] = ..., **kwargs) -> None: ...
+    def __init__(self, temperature: _Optional[float] = ..., k: _Optional[int] = ..., lm_perplexity: _Optional[float] = ..., knn_perplexity: _Optional[float] = ..., tokens: _Optional[int] = ..., documents: _Optional[int] = ..., rule: _Optional[str] = ..., parameters: _Optional[_Mapping[str, Parameter]] = ..., cache: _Optional[_Mapping[str, Parameter]] = ..., search: _Optional[_Union[SearchOptions, _Mapping]] = ..., index: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[SearchQuality, _Mapping]]] = ..., **kwargs) -> None: ...
 
 class Parameter(_message.Message):
     __slots__ = ("number", "numbers")

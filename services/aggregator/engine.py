@@ -27,7 +27,7 @@ from knnlm.wire.arrays import LIST_LIMIT, ListBudget
 from knnlm.wire.jsonable import to_json
 from services.aggregator.completions.engine import Completions
 from services.aggregator.completions.metrics import CompletionMetrics
-from services.aggregator.requests import Inputs, MemoryBudget
+from services.aggregator.requests import CacheMemory, Inputs, MemoryBudget
 from services.aggregator.responses import (
     domain_shape,
     domain_status_shape,
@@ -81,6 +81,7 @@ class Aggregator:
         self._degraded = degraded
         self._inputs = Inputs(info, tokenizer, settings)
         self._budget = MemoryBudget(settings.max_distribution_numbers)
+        self._caches = CacheMemory(info.key_dim, settings)
         self._mixer = Mixer(
             lm,
             JoinedSearches(datastore),
@@ -91,7 +92,7 @@ class Aggregator:
         )
         metrics = completion_metrics or CompletionMetrics(Metrics("aggregator"))
         self._rounds = Rounds(self._mixer, observe=metrics.round)
-        self.completions = Completions(self._mixer, self._rounds, tokenizer, settings, metrics, degraded)
+        self.completions = Completions(self._mixer, self._rounds, tokenizer, settings, self._caches, metrics, degraded)
 
     @classmethod
     async def connect(
@@ -121,13 +122,14 @@ class Aggregator:
         Raises KnnlmError for everything that cannot be answered.
         """
         model, sources = chosen(request, self.info.model_id, self._settings)
-        self._inputs.check_shown(request, mixed=bool(sources))
+        self._inputs.check_shown(request, retrieved="knn" in sources)
         contexts = await self._inputs.contexts(request.text, request.tokens, parse_special=request.parse_special)
         contexts = [self._inputs.fitting(c, request.truncate, request.given) for c in contexts]
         numbers = self._inputs.distribution_numbers(len(contexts), request.given)
         if request.full and request.encoding == "list":
             ListBudget(LIST_LIMIT).spend(3 * numbers)  # p, p_lm and p_knn
-        async with self._budget.hold(numbers, call.remaining()):
+        caches = self._caches.hold(sources, len(contexts), call.remaining())
+        async with caches, self._budget.hold(numbers, call.remaining()):
             shown = {"passages": request.neighbors, "passage_tokens": request.neighbor_tokens}
             if len(contexts) == 1:  # one of many that may have come at the same moment
                 answer = await self._rounds.next_token(contexts[0], sources, **shown)
@@ -157,7 +159,8 @@ class Aggregator:
         model, sources = chosen(request, self.info.model_id, self._settings)
         length, least = self._window(request)
         tokens = await self._inputs.one_text(request.text, request.tokens, parse_special=request.parse_special)
-        score = await self._mixer.score_text(tokens, sources, context_length=length, min_context=least)
+        async with self._caches.hold(sources, 1, call.remaining()):
+            score = await self._mixer.score_text(tokens, sources, context_length=length, min_context=least)
         self._note(score.degraded, score.timings, call)
         return await asyncio.to_thread(score_response, score, model, self.tokenizer)
 
@@ -166,15 +169,16 @@ class Aggregator:
         model, sources = chosen(request, self.info.model_id, self._settings)
         length, least = self._window(request)
         tokens, first = await self._inputs.explained(request)
-        score = await self._mixer.explain_text(
-            tokens,
-            sources,
-            first=first,
-            passages=request.passages,
-            passage_tokens=request.passage_tokens,
-            context_length=length,
-            min_context=least,
-        )
+        async with self._caches.hold(sources, 1, call.remaining()):
+            score = await self._mixer.explain_text(
+                tokens,
+                sources,
+                first=first,
+                passages=request.passages,
+                passage_tokens=request.passage_tokens,
+                context_length=length,
+                min_context=least,
+            )
         self._note(score.degraded, score.timings, call)
         # on a thread: it has many parts
         return await asyncio.to_thread(

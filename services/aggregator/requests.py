@@ -2,12 +2,14 @@
 distributions of all requests share."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from knnlm.cache_source import DEFAULT_SIZE
 from knnlm.decoding import end_of_context
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge
 from knnlm.messages import ModelInfo
@@ -17,6 +19,8 @@ from services.aggregator.schemas.explaining import ExplainRequest
 from services.aggregator.settings import AggregatorSettings
 
 Ids = npt.NDArray[np.int32]
+KEPT_PLACES = 2  # rows that a cache has room for, for each place that it looks at
+KEY_BYTES = 4  # bytes of a number of a key
 
 
 class Inputs:
@@ -140,7 +144,7 @@ class Inputs:
             )
         return numbers
 
-    def check_shown(self, request: mixing.NextTokenRequest, *, mixed: bool) -> None:
+    def check_shown(self, request: mixing.NextTokenRequest, *, retrieved: bool) -> None:
         """Raises TooLarge, and InvalidRequest for neighbors where nothing is retrieved."""
         limits = self._settings
         for name, most in (
@@ -150,7 +154,7 @@ class Inputs:
         ):
             if getattr(request, name) > most:
                 raise TooLarge(f"{name} must be at most {most}, got {getattr(request, name)}", param=name)
-        if request.neighbors and not mixed:
+        if request.neighbors and not retrieved:
             raise InvalidRequest("neighbors were asked for, but no domain is named in knn or model", param="neighbors")
 
     def check_texts(self, texts: Sequence[str], param: str, *, empty: bool = False) -> None:
@@ -212,3 +216,32 @@ class MemoryBudget:
         finally:
             self._left += size
             self._freed.set()
+
+
+class CacheMemory:
+    """The memory that the caches of all texts under way share (--max-cache-bytes)."""
+
+    def __init__(self, key_dim: int, settings: AggregatorSettings) -> None:
+        self._place_bytes = KEPT_PLACES * KEY_BYTES * key_dim
+        self._most = settings.max_cache_bytes
+        self._budget = MemoryBudget(self._most, "memory for its cache was free (--max-cache-bytes)")
+
+    def hold(
+        self,
+        sources: Mapping[str, Any],  # Any: a record of options for each row of knnlm.sources.SOURCES
+        texts: int,
+        seconds: float,
+    ) -> AbstractAsyncContextManager[None]:
+        """Room for the caches of so many texts; nothing where these sources have none. Raises TooLarge for more than
+        there ever is, and DeadlineExceeded when it is not free within `seconds`."""
+        options = sources.get("cache")
+        if options is None:
+            return nullcontext()
+        size = texts * self._place_bytes * (options.size or DEFAULT_SIZE)
+        if size > self._most:
+            raise TooLarge(
+                f"the caches of {texts} texts need {size} bytes, at most {self._most} are held (--max-cache-bytes): "
+                "ask for a smaller size, or for fewer texts",
+                param="cache.size",
+            )
+        return self._budget.hold(size, seconds)

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+from knnlm.cache_source import DEFAULT_SIZE, CacheOptions
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, UnknownModel
 from knnlm.options import DomainOptions, KnnOptions, SearchOptions, record_of
 from knnlm.sources import SOURCES, source_kind
@@ -75,6 +77,8 @@ def chosen(request: Sourced, model_id: str, settings: AggregatorSettings) -> tup
         if name not in sources and given is not None:
             with _named_under(name):
                 sources[name] = record_of(source_kind(name).options, vars(given))
+    if "cache" in sources:
+        sources["cache"] = _bounded(sources["cache"], settings.max_cache_size)
     domains = [d.domain for d in sources["knn"].domains] if "knn" in sources else []
     return "+".join([short_name(model_id), *domains]), sources
 
@@ -98,6 +102,13 @@ def _knn(request: Sourced, named: str | None, settings: AggregatorSettings) -> K
         rule=knn.rule,
         on_datastore_error=request.on_datastore_error or settings.on_datastore_error,
     )
+
+
+def _bounded(cache: CacheOptions, most: int) -> CacheOptions:
+    """The options with a size that is allowed. Raises TooLarge."""
+    if cache.size is not None and cache.size > most:
+        raise TooLarge(f"size must be at most {most} (--max-cache-size), got {cache.size}", param="cache.size")
+    return replace(cache, size=min(DEFAULT_SIZE, most)) if cache.size is None and most < DEFAULT_SIZE else cache
 
 
 @contextmanager

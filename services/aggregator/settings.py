@@ -85,6 +85,10 @@ class AggregatorSettings(HttpSettings):
         65_536, ge=1, description="tokens that one request for text may generate, all its choices together"
     )
     max_logprobs: int = Field(20, ge=0, description="likeliest tokens listed beside each token of a text")
+    max_cache_size: int = Field(4096, ge=1, description="earlier places of a text that a request's cache may look at")
+    max_cache_bytes: int = Field(
+        1 << 30, ge=1, description="bytes of keys that the caches of all requests under way hold; others wait"
+    )
     max_domains: int = Field(8, ge=1, description="domains in one request")
     max_k: int = Field(4096, ge=1, description="neighbors retrieved per query and domain")
     max_text_bytes: int = Field(

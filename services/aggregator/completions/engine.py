@@ -17,7 +17,7 @@ from services.aggregator.completions.metrics import CompletionMetrics
 from services.aggregator.completions.reading import CheckedRequest, RequestReader
 from services.aggregator.completions.schemas import ChatRequest, CompletionRequest
 from services.aggregator.completions.shapes import ChatShape, CompletionShape, Gathered, Json, Shape
-from services.aggregator.requests import MemoryBudget
+from services.aggregator.requests import CacheMemory, MemoryBudget
 from services.aggregator.retrieval_options import chosen, named_as_asked
 from services.aggregator.settings import AggregatorSettings
 from services.runtime.context import RequestContext
@@ -35,6 +35,7 @@ class Completions:
         rounds: Rounds,
         tokenizer: Tokenizer,
         settings: AggregatorSettings,
+        caches: CacheMemory,
         metrics: CompletionMetrics,
         degraded: Callable[[], None],
     ) -> None:
@@ -42,6 +43,7 @@ class Completions:
         self._generator = Generator(mixer, tokenizer, rounds)
         self._tokenizer = tokenizer
         self._settings = settings
+        self._caches = caches
         self._metrics = metrics
         self._degraded = degraded
         self._reader = RequestReader(mixer.info, tokenizer, settings)
@@ -126,7 +128,9 @@ class Completions:
         choices = Choices(
             checked, generator, self._mixer, self._tokenizer, self._metrics, call.started, timings=call.timings
         )
-        async with self._listed.hold(listed, call.remaining()), self._running.hold(checked.choices, call.remaining()):
+        caches = self._caches.hold(sources, checked.choices, call.remaining())
+        running = self._running.hold(checked.choices, call.remaining())
+        async with self._listed.hold(listed, call.remaining()), running, caches:
             try:
                 await self._mixer.planned(sources, choices.begin)
                 yield choices

@@ -1,0 +1,93 @@
+"""The continuous cache: the distribution that the earlier positions of the same text give (Grave et al. 2017, arXiv
+1612.04426). Pure: arrays in, arrays out, log space, float64.
+
+    p_cache(w) = sum of exp(theta h_t . h_i) over earlier places i with token w / the same sum over all earlier places
+
+A place of a text has the key from which its token was predicted and, once it has been seen, that token.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.errors import InvalidRequest
+from knnlm.neighbors import TokenMasses, token_masses
+
+BLOCK_BYTES = 1 << 22  # bytes of float64 scores that are made at a time
+BLOCK_ROWS = 256  # places that are asked at a time, at most
+MAX_THETA = 1e100  # no product of keys in float32, times it, overflows float64
+
+
+def cache_log_probs(
+    keys: npt.NDArray[np.floating],
+    tokens: npt.NDArray[np.integer],
+    first: int,
+    *,
+    theta: float,
+    size: int,
+    targets: npt.NDArray[np.integer] | None = None,
+) -> npt.NDArray[np.float64] | TokenMasses:
+    """p_cache at the places first ... n - 1 of n consecutive ones: of targets (n - first,), or whole distributions.
+
+    keys: (n, d) of all places. tokens: (>= n - 1,) of the same places; the place i is asked with keys[i] and sees the
+    `size` places before it, never its own token. A place that nothing precedes has -inf, or an empty row. Raises
+    InvalidRequest unless 0 <= theta <= MAX_THETA and size >= 1.
+    """
+    check_theta(theta)
+    if size < 1:
+        raise InvalidRequest(f"size must be >= 1, got {size}", param="size")
+    n = len(keys)
+    widened = keys.astype(np.float64)
+    found = np.full(n - first, -np.inf)
+    parts: list[TokenMasses] = []
+    lo = first
+    while lo < n:
+        start = max(0, lo - size)
+        hi = min(n, lo + max(1, min(BLOCK_ROWS, BLOCK_BYTES // (8 * (lo - start + BLOCK_ROWS)))))
+        places = np.arange(start, hi - 1)  # that any of these rows sees
+        asked = np.arange(lo, hi)[:, None]
+        seen = (places < asked) & (places >= asked - size)
+        scores = np.where(seen, theta * (widened[lo:hi] @ widened[start : hi - 1].T), -np.inf)
+        scores -= _tops(scores)
+        values = np.asarray(tokens[start : hi - 1], np.int32)
+        if targets is None:
+            parts.append(token_masses(np.where(seen, values, np.int32(-1)), scores).normalized())
+        else:
+            hits = np.where(values == targets[lo - first : hi - first, None], scores, -np.inf)
+            found[lo - first : hi - first] = _log_sum(hits) - _log_sum(scores, empty=0.0)
+        lo = hi
+    return found if targets is not None else stacked(parts)
+
+
+def check_theta(theta: float) -> None:
+    """Raises InvalidRequest unless 0 <= theta <= MAX_THETA."""
+    if not 0 <= theta <= MAX_THETA:
+        raise InvalidRequest(f"theta must lie in [0, {MAX_THETA:g}], got {theta}", param="theta")
+
+
+def _tops(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """(m, 1) the largest of each row, 0 where there is none."""
+    tops: npt.NDArray[np.float64] = scores.max(axis=1, initial=-math.inf, keepdims=True)
+    tops[~np.isfinite(tops)] = 0.0
+    return tops
+
+
+def _log_sum(scores: npt.NDArray[np.float64], empty: float = -math.inf) -> npt.NDArray[np.float64]:
+    """(m,) log of the sum of exp of each row; `empty` where all of it is -inf."""
+    tops = _tops(scores)
+    with np.errstate(divide="ignore"):
+        sums: npt.NDArray[np.float64] = np.log(np.exp(scores - tops).sum(axis=1)) + tops[:, 0]
+    return np.where(np.isneginf(sums), empty, sums)
+
+
+def stacked(parts: Sequence[TokenMasses]) -> TokenMasses:
+    """The rows of all parts, one below the other."""
+    ends = np.cumsum([0, *(len(part.tokens) for part in parts)])
+    offsets = [np.zeros(1, np.int64), *(part.offsets[1:] + end for part, end in zip(parts, ends, strict=False))]
+    return TokenMasses(
+        np.concatenate(offsets),
+        np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)]),
+        np.concatenate([np.empty(0), *(part.log_masses for part in parts)]),
+    )
