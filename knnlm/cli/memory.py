@@ -37,6 +37,7 @@ memory = typer.Typer(
 )
 
 MEMORIES = Path("memories")
+MIN_KEPT = 0.98  # mean mass: with less, what a memory learns is sharper than what retrieval answers
 
 
 @memory.command("targets")
@@ -58,7 +59,7 @@ def targets(
     temperature: Annotated[
         float | None, typer.Option(help="Take this temperature, with one --k; by default both are fitted.")
     ] = None,
-    top: Annotated[int, typer.Option(help="Tokens kept of each distribution.")] = 32,
+    top: Annotated[int, typer.Option(help="Tokens kept of each distribution.")] = 128,
     max_tokens: Annotated[
         int, typer.Option(help="Fit on a sample of this many tokens of the domain's own text.")
     ] = 20_000,
@@ -89,6 +90,10 @@ def targets(
         )
     if made.fit is not None and made.fit.lmbda == 0:
         remark("warning: retrieval does not help on a sample of this text, so there is little for a memory to learn")
+    if made.rows and made.kept < MIN_KEPT:
+        remark(
+            f"warning: what is left out of the distributions is {1 - made.kept:.1%} of their mass: try a larger --top"
+        )
     if as_json:
         print_json({"path": str(folder), **made.model_dump(mode="json")})
         return

@@ -22,7 +22,7 @@ from knnlm.options import DEFAULT_K, DomainOptions, SearchOptions
 from knnlm.pipeline import current_versions
 
 EXCLUDE: tuple[Exclude, ...] = ("entry", "document")
-TOP = 32  # tokens kept of each distribution
+TOP = 128  # tokens kept of each distribution
 KS = (64, 256, DEFAULT_K)
 SAMPLE_TOKENS = 20_000
 

@@ -15,7 +15,7 @@ from knnlm.evaluation.memory_targets import build_targets
 from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
 from knnlm.memory.making import LEAST_MASS
-from knnlm.memory.manifest import StoreRecord, TargetsManifest
+from knnlm.memory.manifest import FitRecord, StoreRecord, TargetsManifest
 from knnlm.memory.targets import Targets
 from knnlm.neighbors import TokenMasses
 from knnlm.testing import TEXTS, toy_datastore
@@ -97,6 +97,33 @@ def test_the_entry_itself_is_left_out_by_its_number_and_its_twin_is_not(store: P
     rows, _ = Targets.open(tmp_path / "entry").rows(alone)
     expected = [brute_force(datastore, i, "entry", 1, 1e-6).argmax() for i in alone.tolist()]
     np.testing.assert_array_equal(rows.tokens, expected)
+
+
+def test_distances_are_those_to_stored_keys_whatever_the_index_keeps(tmp_path: Path) -> None:
+    path = toy_datastore(tmp_path / "store", texts=TWINS)
+    build_index(path, "ivf4,pq4")  # a code of 4 bytes for 16 dimensions: its own distances are far off
+    k = Datastore.open(path).entries - 1
+    make(tmp_path / "store", tmp_path / "coded", ks=[k], top=300)
+    toy_datastore(tmp_path / "exact", texts=TWINS)
+    make(tmp_path / "exact", tmp_path / "flat", ks=[k], top=300)
+    ids = np.arange(k + 1)
+    coded, exact = (dense(Targets.open(tmp_path / n).rows(ids)[0], 258) for n in ("coded", "flat"))
+    np.testing.assert_allclose(coded, exact, atol=1e-3)
+
+
+def test_the_tuning_of_the_domain_stays_what_it_was(store: Path, tmp_path: Path) -> None:
+    before = (store / "toy/v1/manifest.json").read_bytes()
+    make(store, tmp_path / "targets", temperature=0.5)
+    assert (store / "toy/v1/manifest.json").read_bytes() == before
+
+
+def test_targets_that_know_the_rest_of_their_documents_are_too_sharp(tmp_path: Path, store: Path) -> None:
+    made = make(store, tmp_path / "targets")
+    shape = made.shape.model_copy(update={"largest": made.shape.largest / 1.3})
+    fit = FitRecord(tokens=1, documents=1, lmbda=0.5, lm_perplexity=2, knn_perplexity=1, shape=shape)
+    assert not made.too_sharp
+    assert made.model_copy(update={"fit": fit}).too_sharp
+    assert not made.model_copy(update={"fit": fit.model_copy(update={"shape": made.shape})}).too_sharp
 
 
 def test_only_the_likeliest_tokens_are_kept_and_what_that_loses_is_recorded(store: Path, tmp_path: Path) -> None:
@@ -286,7 +313,7 @@ def test_what_was_changed_on_disk_is_refused(store: Path, tmp_path: Path) -> Non
     with pytest.raises(DatastoreCorrupt, match=r"kept\.npy has 0 bytes, expected"):
         Targets.open(out)
     text = (out / "targets.json").read_text()
-    (out / "targets.json").write_text(text.replace('"top": 32', '"top": 33'))
+    (out / "targets.json").write_text(text.replace('"top": 128', '"top": 129'))
     with pytest.raises(DatastoreCorrupt, match=r"targets\.json was changed"):
         Targets.open(out)
 
