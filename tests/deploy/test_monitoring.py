@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from runpy import run_path
 from typing import Any
@@ -20,6 +21,7 @@ OF_EVERY_METRIC = {"job", "instance", "le"}
 WORDS = {"sum", "by", "rate", "increase", "histogram_quantile", "max", "min", "count", "or", "and", "unless"}
 
 
+@cache
 def known() -> dict[str, set[str]]:
     """Labels of every metric of ours, under each name that Prometheus stores it by."""
     found: dict[str, set[str]] = {}
