@@ -12,7 +12,7 @@ from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import HeldOut, find, observe
 from knnlm.evaluation.splits import Encoded, sample
-from knnlm.evaluation.tuning import Fit, fit, smallest_k
+from knnlm.evaluation.tuning import fit, smallest_k
 from knnlm.index.contract import Int64
 from knnlm.index.searcher import Searcher
 from knnlm.memory.making import Progress, begun_with, make_targets, shape_of, target_rows
@@ -64,34 +64,27 @@ def build_targets(
             raise InvalidRequest(f"{domain} {manifest.version} has no entries, so there is nothing to imitate")
         search = SearchOptions() if manifest.tuning is None else manifest.tuning.message().search
         asked = {n: v for n, v in search.asked().items() if n in searcher.index.efforts or n == "overfetch"}
-        earlier = begun_with(target)
-        fitted, k, chosen = None, max(ks), temperature
-        if earlier is not None and temperature is None and earlier.fit is not None:
-            fitted, k, chosen = earlier.fit, earlier.settings.k, earlier.settings.temperature
-        elif temperature is None:
-            held_out, ids = _sample(searcher, model, max_tokens, device, dtype, report)
-            found = _fit(searcher, held_out, ids, ks, SearchOptions.of(asked | {"rescore": True}), report)
-            k, chosen = found.tuning.k, found.tuning.temperature
+        ks = sorted({min(k, manifest.live_entries) for k in ks})
         settings = TargetSettings(
             store=StoreRecord.of(manifest),
             exclude="document" if exclude == "document" else "entry",
-            k=min(k, manifest.live_entries),
-            temperature=chosen or 1.0,
+            k=ks[-1],
+            temperature=temperature or 1.0,
             top=top,
             index=searcher.recipe,
             search=asked,
             part_entries=part_entries,
         )
-        if fitted is None and temperature is None:
-            without = settings.model_copy(update={"exclude": "document"})
-            shape = shape_of(target_rows(searcher, datastore, ids, without).sums)
-            t = found.tuning
-            fitted = FitRecord(
-                tokens=t.tokens, documents=t.documents, lmbda=t.lmbda, lm_perplexity=t.lm_perplexity,
-                knn_perplexity=t.knn_perplexity, shape=shape,
-            )  # fmt: skip
-        order = _order(searcher)
-        return make_targets(searcher, datastore, order, Begun(settings=settings, fit=fitted), target, report)
+        earlier = begun_with(target)
+        if temperature is not None:
+            begun = Begun(settings=settings)
+        elif earlier is not None and earlier.fit is not None and earlier.settings.k in ks:
+            fitted = {"k": earlier.settings.k, "temperature": earlier.settings.temperature}
+            begun = Begun(settings=settings.model_copy(update=fitted), fit=earlier.fit)
+        else:
+            held_out, ids = _sample(searcher, model, max_tokens, device, dtype, report)
+            begun = _fitted(searcher, settings, held_out, ids, ks, report)
+        return make_targets(searcher, datastore, _order(searcher), begun, target, report)
 
 
 def _sample(
@@ -120,12 +113,12 @@ def _sample(
     return held_out, np.concatenate(ids)
 
 
-def _fit(
-    searcher: Searcher, held_out: HeldOut, ids: Int64, ks: Sequence[int], options: SearchOptions, report: Progress
-) -> Fit:
-    """The smallest k that is as good as any, and its temperature, for neighbors in other documents."""
-    entries = searcher.manifest.live_entries
-    options = SearchOptions.of({**options.asked(), "k": min(max(ks), entries), "exclude_own_documents": True})
+def _fitted(
+    searcher: Searcher, settings: TargetSettings, held_out: HeldOut, ids: Int64, ks: Sequence[int], report: Progress
+) -> Begun:
+    """The settings with the smallest of ks that is as good as any, and its temperature, for neighbors in other
+    documents."""
+    options = SearchOptions.of({**settings.search, "k": ks[-1], "rescore": True, "exclude_own_documents": True})
     observed = find(
         searcher,
         searcher.manifest.domain,
@@ -134,11 +127,20 @@ def _fit(
         exclude_entries=ids,
         on_progress=lambda done: report("neighbors of a sample", done, len(ids)),
     )
+    report("fitting temperature and k", len(ids), len(ids))
     near, values = observed.neighbors.distances, observed.neighbors.values
-    return smallest_k(
-        fit(held_out.with_neighbors(Neighbors(near[:, :k], values[:, :k])))
-        for k in sorted({min(k, entries) for k in ks})
+    best = smallest_k(fit(held_out.with_neighbors(Neighbors(near[:, :k], values[:, :k]))) for k in ks).tuning
+    chosen = settings.model_copy(update={"k": best.k, "temperature": best.temperature})
+    without = chosen.model_copy(update={"exclude": "document"})
+    record = FitRecord(
+        tokens=best.tokens,
+        documents=best.documents,
+        lmbda=best.lmbda,
+        lm_perplexity=best.lm_perplexity,
+        knn_perplexity=best.knn_perplexity,
+        shape=shape_of(target_rows(searcher, searcher.datastore, ids, without).sums),
     )
+    return Begun(settings=chosen, fit=record)
 
 
 def _order(searcher: Searcher) -> Int64:

@@ -17,6 +17,7 @@ from knnlm.datastore.reader import Datastore
 from knnlm.datastore.updates.documents import remove
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreMismatch, InvalidRequest, ModelError
 from knnlm.evaluation.collect import HeldOut, observe
+from knnlm.evaluation.memory_targets import build_targets
 from knnlm.evaluation.memory_training import MlpSizes, train_memory
 from knnlm.evaluation.splits import encode
 from knnlm.lm.distillation import DistilSettings, Tried
@@ -345,3 +346,33 @@ def test_a_damaged_mlp_is_refused(mlp: tuple[Path, MemoryManifest], tmp_path: Pa
         Mlp.load(broken)
     with pytest.raises(DatastoreCorrupt, match=r"mlp\.safetensors has 100 bytes"):
         MemoryManifest.open(broken)
+
+
+def test_what_was_fitted_is_not_fitted_again_when_targets_are_continued(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: list[Any] = [world.store, "law", str(world.model), tmp_path / "out"]
+    options: dict[str, Any] = {"ks": [8, 64], "max_tokens": 500, "part_entries": 500}
+    with monkeypatch.context() as patch:
+        patch.setattr("knnlm.memory.making._merge", lambda *_: (_ for _ in ()).throw(Stopped))
+        with pytest.raises(Stopped):
+            build_targets(*arguments, **options)
+    arguments[2] = "no model is asked again"
+    made = build_targets(*arguments, **options)
+    assert made.settings.k in (8, 64)
+    assert made.fit is not None
+    assert made.fit.documents > 1
+    whole = build_targets(world.store, "law", str(world.model), tmp_path / "whole", **options)
+    assert (whole.fit, whole.shape, whole.settings) == (made.fit, made.shape, made.settings)
+
+
+def test_weights_kept_by_a_run_that_was_killed_before_its_state_was_saved_do_no_harm(
+    world: World, tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped):
+        run(world, tmp_path / "out", on_step=Step(13))
+    assert (tmp_path / ".out.building/best.safetensors").exists()
+    assert not (tmp_path / ".out.building/state.safetensors").exists()
+    whole, again = run(world, tmp_path / "whole"), run(world, tmp_path / "out")
+    assert whole.tune == again.tune
+    assert whole.files == again.files
