@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # what _MODULES says, for type checkers and editors
     from knnlm.index.searcher import Searcher
     from knnlm.lm.model import LanguageModel
     from knnlm.messages import Document
-    from knnlm.options import DomainOptions, KnnOptions, SearchOptions
+    from knnlm.options import DomainOptions, KnnOptions, MemoryOptions, SearchOptions
     from knnlm.pipeline import Pipeline, build
     from knnlm.sampling import SamplingOptions
     from knnlm.tokenizer import Tokenizer
@@ -30,8 +30,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsyncClient", "Catalog", "Client", "Datastore", "Document", "DomainOptions", "GenerationOptions", "KnnOptions",
-    "KnnlmError", "LanguageModel", "Pipeline", "SamplingOptions", "SearchOptions", "Searcher", "Tokenizer", "build",
-    "build_targets", "errors", "read_documents", "train_memory", "tune",
+    "KnnlmError", "LanguageModel", "MemoryOptions", "Pipeline", "SamplingOptions", "SearchOptions", "Searcher",
+    "Tokenizer", "build", "build_targets", "errors", "read_documents", "train_memory", "tune",
 ]  # fmt: skip
 
 _MODULES = {
@@ -45,6 +45,7 @@ _MODULES = {
     "KnnlmError": "errors",
     "GenerationOptions": "generation",
     "LanguageModel": "lm.model",
+    "MemoryOptions": "options",
     "Pipeline": "pipeline",
     "SamplingOptions": "sampling",
     "SearchOptions": "options",

@@ -89,6 +89,7 @@ class CacheSource:
     kind: str = NAME
     needs_keys: bool = True
     in_order: bool = True
+    whole: bool = False
     optional: bool = True  # it asks nothing of anybody
 
     @property

@@ -42,6 +42,7 @@ class DomainSource:
     kind: str = "knn"
     needs_keys: bool = True
     in_order: bool = False
+    whole: bool = False
 
     @property
     def name(self) -> str:

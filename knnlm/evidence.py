@@ -26,7 +26,8 @@ class Stretch:
     what stands before a predicted place may be looked at. predicted: (m,) places in the text whose token is predicted,
     ascending; the place after its end is len(text). state: what a source keeps from one stretch of the text to the
     next, under its own name. before: (b, d) keys of the b places before the first predicted one, where a source of the
-    plan wants them and the state holds none (see knnlm.sources.Remembering).
+    plan wants them and the state holds none (see knnlm.sources.Remembering). bos: a token that was fed before
+    text[start:].
     """
 
     text: Ids
@@ -34,6 +35,7 @@ class Stretch:
     predicted: npt.NDArray[np.int64]
     state: dict[str, Any] = field(default_factory=dict)  # Any: each source's own
     before: npt.NDArray[np.floating] | None = None
+    bos: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Step:
 
     keys: (n, d), None when no source needs them. targets: (n,) the tokens whose probability is wanted, None for whole
     distributions. passages, passage_tokens: text to show around the nearest neighbors, as in SearchRequest. carriers:
-    how many of the entries that gave a target most are wanted, with the text around them.
+    how many of the entries that gave a target most are wanted, with the text around them. cache: as in ForwardRequest.
     """
 
     stretches: Sequence[Stretch]
@@ -51,6 +53,7 @@ class Step:
     passages: int = 0
     passage_tokens: int = PASSAGE_TOKENS
     carriers: int = 0
+    cache: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from knnlm.mixer import Mixer, Options
 from knnlm.rounds import Rounds
 from knnlm.rows import Row, StepRequest
 from knnlm.sampling import SamplingOptions, choose, uniform
-from knnlm.sources import Plan, UsedDomain
+from knnlm.sources import Plan, UsedDomain, UsedMemory
 from knnlm.stops import GrowingText
 from knnlm.tokenizer import Tokenizer
 
@@ -104,6 +104,7 @@ class Completion:
     stopped_at: str | int | None
     domains: Sequence[UsedDomain]
     degraded: str | None
+    memories: Sequence[UsedMemory] = ()
 
 
 def version_gone(err: UnknownVersion) -> Unavailable:
@@ -119,15 +120,16 @@ class Generator:
         self._tokenizer = tokenizer
         self.rounds = rounds or Rounds(mixer)
 
-    def room(self, prompt: Ids, max_tokens: int) -> int:
+    def room(self, prompt: Ids, max_tokens: int, plan: Plan | None = None) -> int:
         """Tokens that will be generated at most. Raises InvalidRequest for a prompt without tokens, and for one that
-        leaves no room in the model's context."""
-        length = self._mixer.info.context_length
+        leaves no room in the context of the model or of a plan's sources."""
+        length = self._mixer.context_length(plan)
         if not len(prompt):
             raise InvalidRequest("the prompt is empty: expected at least one token", param="prompt")
         if len(prompt) > length or (len(prompt) == length and max_tokens > 0):
+            who = "the model takes" if length == self._mixer.info.context_length else "the memory that is mixed takes"
             raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens, the model takes {length} together with what is generated "
+                f"the prompt has {len(prompt)} tokens, {who} {length} together with what is generated "
                 f"(lm-eval: max_length={length})",
                 param="prompt",
             )
@@ -151,14 +153,16 @@ class Generator:
         Unavailable when a version that answered before is no longer there.
         """
         self.check_tokens(options)
-        room = self.room(prompt, options.max_tokens)
-        if not room:
+        if not self.room(prompt, options.max_tokens):
             return
-        sequence = _Sequence(self._tokenizer, prompt, room, options)
-        if isinstance(sources, Plan):
-            row = await self.rounds.step(sequence.request(sources))
-        else:
-            row = await self._mixer.planned(sources, lambda plan: self.rounds.step(sequence.request(plan)))
+
+        async def begun(plan: Plan) -> tuple[_Sequence, Row]:
+            room = self.room(prompt, options.max_tokens, plan)
+            sequence = _Sequence(self._tokenizer, prompt, room, options)
+            return sequence, await self.rounds.step(sequence.request(plan))
+
+        planned = begun(sources) if isinstance(sources, Plan) else self._mixer.planned(sources, begun)
+        sequence, row = await planned
         try:
             while True:
                 new = await self._new(sequence, row, uniform(seed, choice, sequence.generated))
@@ -193,7 +197,7 @@ class Generator:
             if on_token is not None:
                 on_token(new)
         mixed, lm = [p for p, _ in log_probs], [p for _, p in log_probs]
-        return Completion("".join(texts), tokens, mixed, lm, finish, stopped_at, plan.domains, degraded)
+        return Completion("".join(texts), tokens, mixed, lm, finish, stopped_at, plan.domains, degraded, plan.memories)
 
     async def _new(self, sequence: "_Sequence", row: Row, draw: float) -> NewToken:
         """The next token, chosen and added to the sequence."""

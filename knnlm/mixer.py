@@ -22,7 +22,19 @@ from knnlm.options import KnnOptions
 from knnlm.protocols import DatastoreClient, LanguageModelClient
 from knnlm.rules import FIXED
 from knnlm.scoring import NOTHING_ELSE, Score, Scoring
-from knnlm.sources import SOURCES, Plan, Services, Source, Timings, UsedDomain, computed, source_kind, timed, together
+from knnlm.sources import (
+    SOURCES,
+    Plan,
+    Services,
+    Source,
+    Timings,
+    UsedDomain,
+    UsedMemory,
+    computed,
+    source_kind,
+    timed,
+    together,
+)
 
 SEARCHED_BYTES = 16  # bytes of one neighbor with its entry number
 PASSAGE_BYTES = 256  # bytes of the text around an entry, beside its tokens
@@ -42,6 +54,7 @@ class NextTokens:
 
     mixed: Mixed
     domains: Sequence[UsedDomain] = ()
+    memories: Sequence[UsedMemory] = ()
     found: Sequence[SearchResult] = ()
     degraded: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
@@ -51,8 +64,8 @@ class Mixer:
     """`info` is the model behind `lm`: domains made by another model, tokenizer or key function are refused.
 
     batch_tokens: of windows that are sent to the model at once. max_window: tokens of the longest window; None: what
-    the model takes. down: why retrieval is known not to answer now, None when it may. Callers that can do without then
-    do so at once.
+    the model takes. memories: models that can be mixed, by name. down: why what is behind a kind of source with these
+    options is known not to answer now, None when it may. Callers that can do without then do so at once.
     """
 
     def __init__(
@@ -63,11 +76,12 @@ class Mixer:
         *,
         batch_tokens: int = 4096,
         max_window: int | None = None,
-        down: Callable[[], str | None] = lambda: None,
+        memories: Mapping[str, LanguageModelClient] | None = None,
+        down: Callable[[str, Any], str | None] = lambda _kind, _options: None,  # Any: a record of options
     ) -> None:
         self.info = info
         self._lm = lm
-        self._services = Services(info, datastore or NoDatastore())
+        self._services = Services(info, datastore or NoDatastore(), memories=memories or {})
         self._batch_tokens = batch_tokens
         self._window_model = replace(info, context_length=min(info.context_length, max_window or info.context_length))
         self._down = down
@@ -82,7 +96,8 @@ class Mixer:
         asked = {"knn": options} if isinstance(options, KnnOptions) else dict(options or {})
         kinds = {name: source_kind(name) for name in asked}
         optional = all(kind.optional(asked[name]) for name, kind in kinds.items())
-        down = self._down() if "knn" in asked and optional else None
+        problems = (self._down(name, given) for name, given in asked.items()) if optional else ()
+        down = next((problem for problem in problems if problem is not None), None)
         if down is not None:
             return Plan(degraded=down)
         plan = Plan()
@@ -110,7 +125,7 @@ class Mixer:
         passages: also find the text around this many nearest neighbors of each context. Raises InvalidRequest for an
         empty context, TooLarge for one that the model does not take, and what the services raise.
         """
-        self.check_contexts(contexts)
+        self.check_contexts(contexts, plan)
         request = ForwardRequest(
             tokens=contexts,
             positions=[np.array([len(c) - 1], np.int32) for c in contexts],
@@ -131,7 +146,7 @@ class Mixer:
         mixing = computed(log_probs.size, mix_evidence, log_probs, plan.sources, answers, forward.statistics)
         mixed = await timed(mixing, "mix", timings)
         found = [result for answer in answers for result in answer.found]
-        return NextTokens(mixed, plan.domains, found, plan.degraded, timings)
+        return NextTokens(mixed, plan.domains, plan.memories, found, plan.degraded, timings)
 
     async def score(
         self, plan: Plan, tokens: Ids, *, context_length: int | None = None, min_context: int | None = None
@@ -181,7 +196,10 @@ class Mixer:
             raise InvalidRequest(
                 f"nothing to score: expected at least {first + 1} tokens, got {len(tokens)}", param="text"
             )
-        window = choose_windows(self._window_model, plan.infos, context_length, min_context)
+        model = self._window_model
+        if plan.context_length is not None:
+            model = replace(model, context_length=min(model.context_length, plan.context_length))
+        window = choose_windows(model, plan.infos, context_length, min_context)
         bos = plan.infos[0].window_bos_token_id if plan.infos else None  # as the keys were made
         windows = plan_fed_windows(len(tokens), *window, bos)
         if not plan.in_order:  # such a source needs all that stands before
@@ -189,7 +207,7 @@ class Mixer:
         scoring = Scoring(tokens, plan, forward=self.forward, answers=self.answers, asked=asked)
         mixed = (await scoring.run(windows, batch_tokens)).last(len(tokens) - first)
         ended = scoring.plan
-        return Score(tokens, mixed, *window, first, ended.domains, ended.degraded, scoring.timings)
+        return Score(tokens, mixed, *window, first, ended.domains, ended.memories, ended.degraded, scoring.timings)
 
     async def next_token(
         self,
@@ -282,15 +300,20 @@ class Mixer:
             await together([ask(places, rows) for (_, places), rows in distinct.items()])
         return found
 
-    def check_contexts(self, contexts: Sequence[Ids]) -> None:
-        """Raises InvalidRequest for an empty one, TooLarge for one that the model does not take."""
+    def context_length(self, plan: Plan | None = None) -> int:
+        """Tokens that the model takes, and with it the sources of a plan."""
+        most = self.info.context_length
+        return most if plan is None or plan.context_length is None else min(most, plan.context_length)
+
+    def check_contexts(self, contexts: Sequence[Ids], plan: Plan | None = None) -> None:
+        """Raises InvalidRequest for an empty one, TooLarge for one that the model or the plan's sources do not take."""
+        most = self.context_length(plan)
         for context in contexts:
             if not len(context):
                 raise InvalidRequest("the context is empty: expected at least one token", param="tokens")
-            if len(context) > self.info.context_length:
-                raise TooLarge(
-                    f"the context has {len(context)} tokens, the model takes {self.info.context_length}", param="text"
-                )
+            if len(context) > most:
+                who = "the model takes" if most == self.info.context_length else "the memory that is mixed takes"
+                raise TooLarge(f"the context has {len(context)} tokens, {who} {most}", param="text")
 
 
 def _check_weights(sources: Sequence[Source]) -> None:

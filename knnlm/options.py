@@ -121,8 +121,7 @@ class DomainOptions:
     temperature: float | None = None
 
     def __post_init__(self) -> None:
-        if self.lmbda is not None and not 0 <= self.lmbda <= 1:
-            raise InvalidRequest(f"lambda must lie in [0, 1], got {self.lmbda}", param="lambda")
+        _check_lambda(self.lmbda)
         if self.temperature is not None and not MIN_TEMPERATURE <= self.temperature < math.inf:
             raise InvalidRequest(
                 f"temperature must be > 0, got {self.temperature}; the least is {MIN_TEMPERATURE:g}",
@@ -156,6 +155,35 @@ class KnnOptions:
                 f"on_datastore_error must be fail or lm_only, got {self.on_datastore_error!r}",
                 param="on_datastore_error",
             )
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """Which memory is mixed, and how. lmbda: None for the weight that was fitted when it was made.
+
+    on_memory_error: "fail", or "lm_only" to answer from the LM and say so. Raises InvalidRequest, with the field as
+    `param`, for a value that cannot be.
+    """
+
+    name: str | None = option(str, "The memory, a name that the service was started with.")
+    lmbda: float | None = option(float, "Weight of the memory, 0 to 1; by default as fitted when it was made.")
+    on_memory_error: str | None = option(
+        str, "When the memory is down: fail with 503, or lm_only: answer from the LM and say so in `degraded`."
+    )
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise InvalidRequest("memory needs a name", param="name")
+        _check_lambda(self.lmbda)
+        if self.on_memory_error not in (None, "fail", "lm_only"):
+            raise InvalidRequest(
+                f"on_memory_error must be fail or lm_only, got {self.on_memory_error!r}", param="on_memory_error"
+            )
+
+
+def _check_lambda(lmbda: float | None) -> None:
+    if lmbda is not None and not 0 <= lmbda <= 1:
+        raise InvalidRequest(f"lambda must lie in [0, 1], got {lmbda}", param="lambda")
 
 
 def _check_excluded(documents: Sequence[str]) -> None:

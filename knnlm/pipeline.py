@@ -31,7 +31,7 @@ from knnlm.messages import (
     SearchResult,
 )
 from knnlm.mixer import Mixer, NextTokens, Options
-from knnlm.options import DomainOptions, KnnOptions
+from knnlm.options import DomainOptions, KnnOptions, MemoryOptions
 from knnlm.protocols import LanguageModel, Searching
 from knnlm.scoring import Score
 from knnlm.tokenizer import Tokenizer
@@ -81,15 +81,23 @@ def build(
 
 
 class Pipeline:
-    """A model and the datastores it may look into, by domain. Close it, or use it in a `with` block.
+    """A model and the datastores it may look into, by domain, and its memories, by name. Close it, or use it in a
+    `with` block.
 
     Works in a plain program and where an event loop runs already (Jupyter): then on a thread of its own.
     """
 
-    def __init__(self, lm: LanguageModel, searchers: Mapping[str, Searching] | None = None) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        searchers: Mapping[str, Searching] | None = None,
+        memories: Mapping[str, LanguageModel] | None = None,
+    ) -> None:
         self.lm = lm
         self.searchers = dict(searchers or {})
-        self._mixer = Mixer(LocalLanguageModel(lm), LocalDatastore(self.searchers), lm.info)
+        self.memories = dict(memories or {})
+        local = {name: LocalLanguageModel(memory) for name, memory in self.memories.items()}
+        self._mixer = Mixer(LocalLanguageModel(lm), LocalDatastore(self.searchers), lm.info, memories=local)
 
     @classmethod
     def load(
@@ -102,9 +110,10 @@ class Pipeline:
         dtype: str = "auto",
         key_function: str | None = None,
         index: str | None = None,
+        memories: Mapping[str, str | Path] | None = None,
     ) -> Self:
         """A Hugging Face folder or hub id, and the current versions of `domains` in `store`: by default, of all domains
-        that have one.
+        that have one. memories: the folders of Memory Decoders by the names they are asked for.
 
         key_function: by default the one that the first domain was made with. index: the recipe of the index to search
         with, by default that of each version. Raises UnknownDomain, UnknownVersion for a named domain without a current
@@ -118,7 +127,11 @@ class Pipeline:
         paths = current_versions(store, domains)  # first: a model takes longer to load than a name to be refused
         functions = [key_function] if key_function else [Manifest.load(p).key_function for p in paths.values()]
         lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=(functions or ["ffn_input"])[0])
-        return cls(lm, {domain: Searcher.open(path, index=index, expect=lm.info) for domain, path in paths.items()})
+        learnt = {
+            name: LanguageModel.load(str(path), device=device, dtype=dtype) for name, path in (memories or {}).items()
+        }
+        searchers = {domain: Searcher.open(path, index=index, expect=lm.info) for domain, path in paths.items()}
+        return cls(lm, searchers, learnt)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -129,6 +142,7 @@ class Pipeline:
         contexts: Context | Sequence[Context],
         knn: Options | str = None,
         *,
+        memory: MemoryOptions | str | None = None,
         passages: int = 0,
         passage_tokens: int = PASSAGE_TOKENS,
     ) -> NextTokens:
@@ -136,10 +150,11 @@ class Pipeline:
 
         A context is a text or token ids (with their BOS). knn: None for the LM alone, the name of a domain for that
         domain as it was tuned, or options: of retrieval, or of several sources by their names (knnlm.sources.SOURCES).
+        memory: the name of a memory, or its options.
         The rest, and what is raised, as in `Mixer.next_token`.
         """
         encoded = [self._tokens(c) for c in _listed(contexts)]
-        call = self._mixer.next_token(encoded, _options(knn), passages=passages, passage_tokens=passage_tokens)
+        call = self._mixer.next_token(encoded, _options(knn, memory), passages=passages, passage_tokens=passage_tokens)
         return _run(call)
 
     def score(
@@ -147,11 +162,13 @@ class Pipeline:
         text: Context,
         knn: Options | str = None,
         *,
+        memory: MemoryOptions | str | None = None,
         context_length: int | None = None,
         min_context: int | None = None,
     ) -> Score:
-        """Log-probability of every token of a text but its first; `knn` as in `next_token`, see `Mixer.score`."""
-        tokens, options = self._tokens(text), _options(knn)
+        """Log-probability of every token of a text but its first; `knn` and `memory` as in `next_token`, see
+        `Mixer.score`."""
+        tokens, options = self._tokens(text), _options(knn, memory)
         return _run(self._mixer.score_text(tokens, options, context_length=context_length, min_context=min_context))
 
     def explain(
@@ -159,6 +176,7 @@ class Pipeline:
         text: Context,
         knn: Options | str = None,
         *,
+        memory: MemoryOptions | str | None = None,
         prompt: Context | None = None,
         passages: int = 3,
         passage_tokens: int = PASSAGE_TOKENS,
@@ -180,7 +198,7 @@ class Pipeline:
             tokens, first = np.concatenate([before, tokens]), max(1, len(before))
         call = self._mixer.explain_text(
             tokens,
-            _options(knn),
+            _options(knn, memory),
             first=first,
             passages=passages,
             passage_tokens=passage_tokens,
@@ -195,15 +213,16 @@ class Pipeline:
         knn: Options | str = None,
         options: GenerationOptions | None = None,
         *,
+        memory: MemoryOptions | str | None = None,
         seed: int | None = None,
         on_token: Callable[[NewToken], None] | None = None,
     ) -> Completion:
-        """What follows a prompt, a text or token ids (with their BOS); `knn` as in `next_token`.
+        """What follows a prompt, a text or token ids (with their BOS); `knn` and `memory` as in `next_token`.
 
         options: how tokens are chosen and when to stop; by default 16 drawn ones. seed: of the draws; None for another
         each time. on_token: told of each as soon as it is known. Raises what Generator.generate does.
         """
-        tokens, chosen = self._tokens(prompt), _options(knn)
+        tokens, chosen = self._tokens(prompt), _options(knn, memory)
         drawn = secrets.randbits(63) if seed is None else seed
         generator = Generator(self._mixer, self.tokenizer)  # belongs to the event loop of this call
         return _run(generator.complete(tokens, options or GenerationOptions(), chosen, seed=drawn, on_token=on_token))
@@ -322,8 +341,12 @@ def _listed(contexts: Context | Sequence[Context]) -> Sequence[Context]:
     return contexts  # type: ignore[return-value]  # what is neither is refused by _tokens
 
 
-def _options(knn: Options | str) -> Options:
-    return KnnOptions((DomainOptions(knn),)) if isinstance(knn, str) else knn
+def _options(knn: Options | str, memory: MemoryOptions | str | None) -> Options:
+    asked = KnnOptions((DomainOptions(knn),)) if isinstance(knn, str) else knn
+    if memory is None:
+        return asked
+    others = {"knn": asked} if isinstance(asked, KnnOptions) else dict(asked or {})
+    return {**others, "memory": MemoryOptions(memory) if isinstance(memory, str) else memory}
 
 
 def _run(call: Coroutine[Any, Any, T]) -> T:  # Any: what a coroutine is sent and yields is its loop's affair

@@ -18,7 +18,6 @@ from knnlm.decoding import Share, mix_evidence, weighed
 from knnlm.evidence import Evidence, Step, Stretch
 from knnlm.messages import ForwardRequest, ForwardResult, LmStatistics, required
 from knnlm.mixer import Mixer
-from knnlm.neighbors import TokenMasses
 from knnlm.rows import mixed_at, stored_tokens
 from knnlm.sources import Plan, Timings
 
@@ -56,6 +55,8 @@ async def score_prompt(mixer: Mixer, plan: Plan, tokens: Ids, top: int, timings:
     if len(tokens) < 2:
         return PromptScore([], plan)
     top = min(top, mixer.info.vocab_size)
+    if plan.whole:
+        return await _from_whole_rows(mixer, plan, tokens, top, timings)
     positions = [np.arange(len(tokens) - 1, dtype=np.int32)]
     request = ForwardRequest(
         [tokens], positions, targets=tokens[1:], top_n=top, keys=plan.needs_keys, statistics=plan.statistics
@@ -69,8 +70,6 @@ async def score_prompt(mixer: Mixer, plan: Plan, tokens: Ids, top: int, timings:
         if plan.degraded is not None:  # one answer never mixes two ways of making it
             shares = [()] * (len(tokens) - 1)
             break
-        if not all(isinstance(evidence.log_probs, TokenMasses) for evidence in answers):
-            return await _from_whole_rows(mixer, plan, tokens, top, timings)
         statistics = forward.statistics
         if statistics is not None:
             statistics = LmStatistics(statistics.entropy[start:end], statistics.largest_log_prob[start:end])

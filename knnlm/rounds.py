@@ -25,7 +25,6 @@ from knnlm.errors import DeadlineExceeded, InvalidRequest
 from knnlm.evidence import Evidence, Step, Stretch
 from knnlm.messages import PASSAGE_TOKENS, ForwardRequest, ForwardResult, required
 from knnlm.mixer import Mixer, NextTokens, Options
-from knnlm.neighbors import TokenMasses
 from knnlm.rows import Ids, Row, StepRequest, mixed_at, partial, stored_tokens
 from knnlm.sampling import Known
 from knnlm.sources import Plan, Timings, computed
@@ -75,7 +74,7 @@ class Rounds:
         Raises InvalidRequest and TooLarge for a context that the model does not take, DeadlineExceeded when the time of
         the caller's request is over (knnlm.transport.context), and what the services raise.
         """
-        self._mixer.check_contexts([request.context])
+        self._mixer.check_contexts([request.context], request.plan)
         deadline = outgoing_deadline()
         asked = _WaitingStep(
             request, asyncio.get_running_loop().create_future(), deadline, (outgoing_id(), outgoing_metadata())
@@ -104,7 +103,7 @@ class Rounds:
 
         row = await self._mixer.planned(options, step)
         mixed, found = row.alone()
-        return NextTokens(mixed, row.plan.domains, found, row.plan.degraded, row.timings)
+        return NextTokens(mixed, row.plan.domains, row.plan.memories, found, row.plan.degraded, row.timings)
 
     async def completed(self, row: Row, request: StepRequest) -> Row:
         """The row of a request, complete. Raises what the lm service raises."""
@@ -152,7 +151,8 @@ class Rounds:
         return batches
 
     def _whole(self, request: StepRequest) -> bool:
-        return request.whole or not self._partly
+        # of a source that gives all tokens a probability no part is enough
+        return request.whole or request.plan.whole or not self._partly
 
     async def _batch(self, asked: Sequence[_WaitingStep]) -> None:
         """One forward pass, then the sources of each way at the same time. Every answer is settled."""
@@ -207,16 +207,10 @@ class Rounds:
                 passages=first.passages,
                 passage_tokens=first.passage_tokens,
                 carriers=int(first.carriers),
+                cache=first.cache,
             )
             plan, answers = await self._mixer.answers(first.plan, step, timings)
-            whole = self._whole(first)
-            if not whole and not all(isinstance(evidence.log_probs, TokenMasses) for evidence in answers):
-                # a source that gives all tokens a probability leaves no part that is enough
-                whole = True
-                forward = await self._mixer.forward(
-                    _forward_request(requests, full=True, keys=False, statistics=plan.statistics), timings
-                )
-            if whole:
+            if self._whole(first):
                 rows = await self._whole_rows(plan, forward, answers, timings)
             else:
                 rows = await self._partial_rows(requests, plan, forward, answers, timings)

@@ -12,7 +12,7 @@ from knnlm.attribution import DocumentShare, document_shares
 from knnlm.decoding import Mixed, Share, Window, mix_evidence
 from knnlm.evidence import Evidence, Step, Stretch
 from knnlm.messages import ForwardRequest, ForwardResult, required
-from knnlm.sources import Plan, Timings, UsedDomain, timed
+from knnlm.sources import Plan, Timings, UsedDomain, UsedMemory, timed
 
 BATCHES_UNDER_WAY = 4  # batches of one scored text that are held at a time
 NOTHING_ELSE = Step(())
@@ -29,6 +29,7 @@ class Score:
     min_context: int
     first: int = 1
     domains: Sequence[UsedDomain] = ()
+    memories: Sequence[UsedMemory] = ()
     degraded: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
 
@@ -135,7 +136,9 @@ class Scoring:
                 )
                 forward = await self._forward(request, timings)
             async with self._at_sources:
-                stretches = [Stretch(tokens, w.start, np.arange(w.first, w.end), self._state) for w in windows]
+                stretches = [
+                    Stretch(tokens, w.start, np.arange(w.first, w.end), self._state, bos=w.bos) for w in windows
+                ]
                 step = replace(self._asked, stretches=stretches, keys=forward.keys, targets=targets)
                 after, answers = await self._answers(self.plan, step, timings)
                 if after.degraded is not None:

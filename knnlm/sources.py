@@ -8,7 +8,7 @@ resolves them into sources once per plan, before any work is done.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
@@ -20,7 +20,7 @@ from knnlm.errors import InvalidRequest
 from knnlm.evidence import Evidence, Step
 from knnlm.messages import DomainInfo, ModelInfo, SearchResult
 from knnlm.options import DEFAULT_K, SearchOptions
-from knnlm.protocols import DatastoreClient
+from knnlm.protocols import DatastoreClient, LanguageModelClient
 from knnlm.rules import Weighing
 
 T = TypeVar("T")
@@ -30,6 +30,7 @@ INLINE_NUMBERS = 1 << 15  # some tens of nanoseconds each: the event loop does n
 SOURCES: dict[str, str] = {
     "knn": "knnlm.domains:KNN",
     "cache": "knnlm.cache_source:CACHE",
+    "memory": "knnlm.memories:MEMORY",
 }  # a kind's name in requests, and where it is
 
 
@@ -37,8 +38,8 @@ class Source(Protocol):
     """One component of a mixture, resolved for one plan: what it answers does not change while the plan is used.
 
     name: unique in a plan; shown. kind: its row in the table of sources. weighing: what it weighs. needs_keys: whether
-    it looks at context vectors. in_order: whether the stretches of one text must come one after another. optional:
-    whether the LM alone may answer when what is behind it cannot.
+    it looks at context vectors. in_order: whether the stretches of one text must come one after another. whole: whether
+    it gives every token a probability. optional: whether the LM alone may answer when what is behind it cannot.
     """
 
     @property
@@ -51,6 +52,8 @@ class Source(Protocol):
     def needs_keys(self) -> bool: ...
     @property
     def in_order(self) -> bool: ...
+    @property
+    def whole(self) -> bool: ...
     @property
     def optional(self) -> bool: ...
 
@@ -112,12 +115,14 @@ async def timed(call: Awaitable[T], stage: str, timings: Timings) -> T:
 @dataclass(frozen=True)
 class Services:
     """What sources may be made of. info: the language model, whose keys and vocabulary they must fit. asked: the kinds
-    of sources in this call. infos: the domains among those that were resolved before."""
+    of sources in this call. infos: the domains among those that were resolved before. memories: by the names that
+    requests give them."""
 
     info: ModelInfo
     datastore: DatastoreClient
     asked: frozenset[str] = frozenset()
     infos: tuple[DomainInfo, ...] = ()
+    memories: Mapping[str, LanguageModelClient] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -151,12 +156,28 @@ class UsedDomain:
 
 
 @dataclass(frozen=True)
+class UsedMemory:
+    """A memory and its weight. model_id, fingerprint: of the model that answers, as in ModelInfo; None for one that was
+    not asked, because its weight is 0."""
+
+    name: str
+    lmbda: float
+    model_id: str | None = None
+    fingerprint: str | None = None
+
+    def as_json(self) -> dict[str, object]:
+        """What answers say of it."""
+        return {"name": self.name, "lambda": self.lmbda, "model_id": self.model_id, "fingerprint": self.fingerprint}
+
+
+@dataclass(frozen=True)
 class Plan:
     """What one call or one completion is made with: resolved, pinned, checked and possibly degraded, once.
 
     sources: what is mixed with the LM, in the order of the answer. domains: those among them, as answers show them.
     infos: how each of these was made. pinned: whether the caller chose every version, so that none can have been
-    switched under the call. degraded: why the LM alone answers, None when it is as asked.
+    switched under the call. degraded: why the LM alone answers, None when it is as asked. memories: those among the
+    sources, and those of weight 0, as answers show them. context_length: tokens that every source takes; None for any.
     """
 
     sources: tuple[Source, ...] = ()
@@ -164,6 +185,12 @@ class Plan:
     infos: tuple[DomainInfo, ...] = ()
     pinned: bool = True
     degraded: str | None = None
+    memories: tuple[UsedMemory, ...] = ()
+    context_length: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        return any(source.whole for source in self.sources)
 
     @property
     def needs_keys(self) -> bool:
@@ -194,6 +221,8 @@ class Plan:
             self.domains + other.domains,
             self.infos + other.infos,
             self.pinned and other.pinned,
+            memories=self.memories + other.memories,
+            context_length=min((n for n in (self.context_length, other.context_length) if n is not None), default=None),
         )
 
 

@@ -44,12 +44,13 @@ def byte_tokenizer() -> Tokenizer:
 class ToyLanguageModel:
     """A recurrence with random weights: recent tokens count most, so equal endings give near keys.
 
-    Every step is elementwise: an answer is bit-equal alone and in a batch.
+    Every step is elementwise: an answer is bit-equal alone and in a batch. padding: tokens that the model has beside
+    those of its tokenizer.
     """
 
-    def __init__(self, key_dim: int = 16, context_length: int = 32, seed: int = 0) -> None:
+    def __init__(self, key_dim: int = 16, context_length: int = 32, seed: int = 0, padding: int = 0) -> None:
         self.tokenizer = byte_tokenizer()
-        vocab_size = len(self.tokenizer)
+        vocab_size = len(self.tokenizer) + padding
         rng = np.random.default_rng(seed)
         self._embedding = rng.standard_normal((vocab_size, key_dim))
         self._place = 0.05 * rng.standard_normal((context_length, key_dim))

@@ -1,7 +1,5 @@
 """Versions that are switched, and let go, while a call is under way: an answer is of one of them, or begins again."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
@@ -108,9 +106,7 @@ def test_a_version_that_is_gone_again_is_an_error(call: str) -> None:
 def test_what_is_known_to_be_down_is_asked_by_nobody_who_can_do_without(call: str) -> None:
     store, problem = BruteForce(), "nobody is there"
     reasons: list[str | None] = [problem]
-    down: Callable[[], str | None] = lambda: reasons[0]  # noqa: E731
-    mixer = Mixer(Lm(), store, TOY.info, down=down)
-
+    mixer = Mixer(Lm(), store, TOY.info, down=lambda _kind, _options: reasons[0])
     lm_only = knn(on_datastore_error="lm_only")
     assert run(ask(mixer, call, lm_only)).degraded == problem
     assert store.asked == []

@@ -60,6 +60,7 @@ class CountSource:
     kind: str = COUNTS
     needs_keys: bool = False
     in_order: bool = True
+    whole: bool = True
     optional: bool = False
     seen: list[tuple[int, int]] = field(default_factory=list)
 

@@ -25,6 +25,16 @@ class UsedDomain:
 
 
 @dataclass(frozen=True)
+class UsedMemory:
+    """A memory that was mixed. model_id, fingerprint: of the model that answered; None where its weight is 0."""
+
+    name: str
+    lmbda: float
+    model_id: str | None
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
 class TokenProbability:
     """p_knn: None without retrieval, and where nothing was found."""
 
@@ -89,6 +99,7 @@ class NextTokens:
     domains: Sequence[UsedDomain]
     degraded: str | None
     results: Sequence[NextToken]
+    memories: Sequence[UsedMemory] = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,7 @@ class Scored:
     context_length: int
     min_context: int
     components: Sequence[ScoredComponent]
+    memories: Sequence[UsedMemory] = ()
 
 
 @dataclass(frozen=True)

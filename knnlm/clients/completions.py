@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from knnlm.clients.answers import UsedDomain
+from knnlm.clients.answers import UsedDomain, UsedMemory
 from knnlm.clients.explained import ExplainedToken
 
 
@@ -50,6 +50,7 @@ class Completion:
     usage: Usage | None = None
     domains: Sequence[UsedDomain] = ()
     degraded: str | None = None
+    memories: Sequence[UsedMemory] = ()
 
 
 @dataclass(frozen=True)
@@ -109,3 +110,4 @@ class ChatCompletion:
     usage: Usage | None = None
     domains: Sequence[UsedDomain] = ()
     degraded: str | None = None
+    memories: Sequence[UsedMemory] = ()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from knnlm.attribution import Carrier, DocumentShare
-from knnlm.clients.answers import UsedDomain
+from knnlm.clients.answers import UsedDomain, UsedMemory
 from knnlm.decoding import Share
 from knnlm.generation import NewToken
 from knnlm.scoring import Score
@@ -77,6 +77,7 @@ class Explained:
     perplexity_lm: float
     context_length: int
     min_context: int
+    memories: Sequence[UsedMemory] = ()
 
 
 def explained(score: Score, model: str, tokenizer: Tokenizer) -> Explained:
@@ -107,6 +108,7 @@ def explained(score: Score, model: str, tokenizer: Tokenizer) -> Explained:
         perplexity_lm=score.lm_perplexity,
         context_length=score.context_length,
         min_context=score.min_context,
+        memories=[UsedMemory(used.name, used.lmbda, used.model_id, used.fingerprint) for used in score.memories],
     )
 
 

@@ -16,7 +16,7 @@ from knnlm.clients.explained import Explained
 from knnlm.clients.http import quoted
 from knnlm.errors import InvalidRequest, KnnlmError
 from knnlm.messages import Document, DomainChange, DomainInfo
-from knnlm.options import KnnOptions
+from knnlm.options import KnnOptions, MemoryOptions
 from knnlm.wire.jsonable import from_json, to_json
 
 Answer = TypeVar("Answer")
@@ -24,6 +24,7 @@ Record = TypeVar("Record")
 Given = ParamSpec("Given")
 Json: TypeAlias = Mapping[str, Any]  # Any: what json.loads gives
 Knn: TypeAlias = KnnOptions | Mapping[str, object]
+Memory: TypeAlias = MemoryOptions | Mapping[str, object] | str  # a name alone: with its fitted weight
 Texts: TypeAlias = str | Sequence[str]
 TokenIds: TypeAlias = Sequence[int] | Sequence[Sequence[int]]
 
@@ -63,6 +64,7 @@ def next_token(
     tokens: TokenIds | None = None,
     model: str | None = None,
     knn: Knn | None = None,
+    memory: Memory | None = None,
     top_n: int | None = None,
     full: bool = False,
     neighbors: int | None = None,
@@ -70,7 +72,7 @@ def next_token(
 ) -> Call[answers.NextTokens]:
     """The mixture's likeliest tokens after each context; full: also the whole distribution, as arrays."""
     shown = {"full": True, "encoding": "base64"} if full else {}
-    body = _body(knn, text=text, tokens=tokens, model=model, top_n=top_n, neighbors=neighbors, **shown, **more)
+    body = _body(knn, memory, text=text, tokens=tokens, model=model, top_n=top_n, neighbors=neighbors, **shown, **more)
     return Call("POST", "/v1/next_token", _of(answers.NextTokens), body)
 
 
@@ -80,10 +82,11 @@ def score(
     tokens: Sequence[int] | None = None,
     model: str | None = None,
     knn: Knn | None = None,
+    memory: Memory | None = None,
     **more: object,
 ) -> Call[answers.Scored]:
     """The log-probability of every token of a text of any length."""
-    body = _body(knn, text=text, tokens=tokens, model=model, **more)
+    body = _body(knn, memory, text=text, tokens=tokens, model=model, **more)
     return Call("POST", "/v1/score", _of(answers.Scored), body)
 
 
@@ -95,13 +98,16 @@ def explain(
     completion: str | Sequence[int] | None = None,
     model: str | None = None,
     knn: Knn | None = None,
+    memory: Memory | None = None,
     passages: int | None = None,
     passage_tokens: int | None = None,
     **more: object,
 ) -> Call[Explained]:
     """Where the probability of each token of a text, or of a completion after its prompt, comes from."""
     shown = {"passages": passages, "passage_tokens": passage_tokens}
-    body = _body(knn, text=text, tokens=tokens, prompt=prompt, completion=completion, model=model, **shown, **more)
+    body = _body(
+        knn, memory, text=text, tokens=tokens, prompt=prompt, completion=completion, model=model, **shown, **more
+    )
     return Call("POST", "/v1/explain", _of(Explained), body)
 
 
@@ -110,6 +116,7 @@ def complete(
     *,
     model: str | None = None,
     knn: Knn | None = None,
+    memory: Memory | None = None,
     max_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -123,7 +130,7 @@ def complete(
     """How each prompt goes on: n choices of each, in the prompts' order."""
     sampled = {"temperature": temperature, "top_p": top_p, "stop": stop, "seed": seed, "n": n}
     body = _body(
-        knn, prompt=prompt, model=model, max_tokens=max_tokens, echo=echo, logprobs=logprobs, **sampled, **more
+        knn, memory, prompt=prompt, model=model, max_tokens=max_tokens, echo=echo, logprobs=logprobs, **sampled, **more
     )
     return Call("POST", "/v1/completions", _of(Completion), body)
 
@@ -133,6 +140,7 @@ def chat(
     *,
     model: str | None = None,
     knn: Knn | None = None,
+    memory: Memory | None = None,
     max_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -147,7 +155,7 @@ def chat(
     the model has no chat template."""
     sampled = {"temperature": temperature, "top_p": top_p, "stop": stop, "seed": seed, "n": n}
     shown = {"logprobs": logprobs, "top_logprobs": top_logprobs}
-    body = _body(knn, messages=messages, model=model, max_tokens=max_tokens, **sampled, **shown, **more)
+    body = _body(knn, memory, messages=messages, model=model, max_tokens=max_tokens, **sampled, **shown, **more)
     return Call("POST", "/v1/chat/completions", _of(ChatCompletion), body)
 
 
@@ -211,12 +219,12 @@ def tokenize(
 ) -> Call[answers.Tokenized]:
     """Text to token ids."""
     shown = {"add_special_tokens": add_special_tokens, "return_token_strs": return_token_strs}
-    return Call("POST", "/v1/tokenize", _of(answers.Tokenized), _body(None, prompt=prompt, **shown, **more))
+    return Call("POST", "/v1/tokenize", _of(answers.Tokenized), _body(None, None, prompt=prompt, **shown, **more))
 
 
 def detokenize(tokens: Sequence[int]) -> Call[str]:
     """Token ids to text."""
-    body = _body(None, tokens=tokens)
+    body = _body(None, None, tokens=tokens)
     return Call("POST", "/v1/detokenize", lambda given: _of(answers.Detokenized)(given).prompt, body)
 
 
@@ -235,8 +243,12 @@ def _of(record: type[Record]) -> Callable[[Json], Record]:
     return read
 
 
-def _body(knn: Knn | None, **fields: object) -> Json:
+def _body(knn: Knn | None, memory: Memory | None, **fields: object) -> Json:
     given = {name: value for name, value in fields.items() if value is not None}
+    if memory is not None:
+        asked = MemoryOptions(memory) if isinstance(memory, str) else memory
+        options = to_json(asked) if isinstance(asked, MemoryOptions) else asked
+        given["memory"] = {name: value for name, value in options.items() if value is not None}
     if isinstance(knn, KnnOptions):
         given |= {"knn": _knn_json(knn), "on_datastore_error": knn.on_datastore_error}
     elif knn is not None:

@@ -114,13 +114,13 @@ class _Client(Generic[Stub]):
 
 
 class GrpcLanguageModel(_Client["_LmStub"]):
-    """An lm service of any number of replicas. connection: or its target alone.
+    """An lm service of any number of replicas. connection: or its target alone. label: what an observer knows it by.
 
     A request with `cache` goes, sequence by sequence, to the replicas that have kept their beginnings: see affinity.py.
     """
 
-    def __init__(self, connection: Connection | str) -> None:
-        super().__init__(connection, LM, _check_health)
+    def __init__(self, connection: Connection | str, *, label: str = LM.label) -> None:
+        super().__init__(connection, replace(LM, label=label), _check_health)
         self._beginnings = affinity.Beginnings()
 
     async def forward(self, request: ForwardRequest) -> ForwardResult:

@@ -6,19 +6,22 @@ differ from the model's own.
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from knnlm.clients.explained import explained
 from knnlm.clients.rpc import DomainReplica
-from knnlm.errors import KnnlmError, Unavailable
+from knnlm.errors import KnnlmError, Unavailable, UnknownModel
 from knnlm.joined import JoinedSearches
+from knnlm.memories import check_alike
 from knnlm.messages import Document, DomainInfo, ModelInfo, differs
 from knnlm.mixer import Mixer, NextTokens
+from knnlm.options import MemoryOptions
 from knnlm.protocols import DatastoreClient, DocumentsClient, LanguageModelClient
 from knnlm.rounds import Rounds
 from knnlm.sources import computed
@@ -34,8 +37,9 @@ from services.aggregator.responses import (
     next_tokens,
     score_response,
     used_domains,
+    used_memories,
 )
-from services.aggregator.retrieval_options import chosen, domain_of, short_name
+from services.aggregator.retrieval_options import chosen, named_in, short_name
 from services.aggregator.schemas import mixing
 from services.aggregator.schemas.domains import Domain, DomainStatus
 from services.aggregator.schemas.explaining import ExplainRequest
@@ -47,8 +51,10 @@ from services.aggregator.schemas.tokenizer import (
 )
 from services.aggregator.settings import AggregatorSettings
 from services.runtime.context import RequestContext
-from services.runtime.observability import Metrics
+from services.runtime.observability import Metrics, event
 from services.runtime.schemas import AddDocumentsBody, ChangeAnswer, RemoveDocumentsBody
+
+LOG = logging.getLogger(__name__)
 
 
 class Datastore(DatastoreClient, DocumentsClient, Protocol):
@@ -60,9 +66,16 @@ class Datastore(DatastoreClient, DocumentsClient, Protocol):
     async def replicas(self, domain: str) -> Sequence[DomainReplica]: ...
 
 
+class Replicated(LanguageModelClient, Protocol):
+    """An lm service of several replicas. problem: why none of them answers, as far as is known."""
+
+    @property
+    def problem(self) -> str | None: ...
+
+
 class Aggregator:
-    """One model and a set of domains, mixed. Make it with `connect`, close its `completions`. degraded: told of each
-    answer by the LM alone that was to have been mixed."""
+    """One model, a set of domains and memories by their names, mixed. Make it with `connect`, close its `completions`.
+    degraded: told of each answer by the LM alone that was to have been mixed."""
 
     def __init__(
         self,
@@ -73,10 +86,12 @@ class Aggregator:
         settings: AggregatorSettings,
         degraded: Callable[[], None] = lambda: None,
         completion_metrics: CompletionMetrics | None = None,
+        memories: Mapping[str, Replicated] | None = None,
     ) -> None:
         self.info = info
         self.tokenizer = tokenizer
         self._datastore = datastore
+        self._memories = dict(memories or {})
         self._settings = settings
         self._degraded = degraded
         self._inputs = Inputs(info, tokenizer, settings)
@@ -88,7 +103,8 @@ class Aggregator:
             info,
             batch_tokens=settings.score_batch_tokens,
             max_window=settings.max_context_length,
-            down=lambda: datastore.problem,
+            memories=self._memories,
+            down=self._down,
         )
         metrics = completion_metrics or CompletionMetrics(Metrics("aggregator"))
         self._rounds = Rounds(self._mixer, observe=metrics.round)
@@ -101,6 +117,7 @@ class Aggregator:
         datastore: Datastore,
         settings: AggregatorSettings,
         *,
+        memories: Mapping[str, Replicated] | None = None,
         degraded: Callable[[], None] = lambda: None,
         completion_metrics: CompletionMetrics | None = None,
     ) -> "Aggregator":
@@ -112,9 +129,43 @@ class Aggregator:
             raise Unavailable(
                 f"the lm service gave a tokenizer with sha256 {tokenizer.sha256}, announced {info.tokenizer_sha256}"
             )
-        aggregator = cls(lm, datastore, info, tokenizer, settings, degraded, completion_metrics)
+        aggregator = cls(lm, datastore, info, tokenizer, settings, degraded, completion_metrics, memories)
         await aggregator.completions.start()
         return aggregator
+
+    def _down(self, kind: str, options: Any) -> str | None:  # Any: a record of options of that kind
+        """See Mixer."""
+        if kind == "knn":
+            return self._datastore.problem
+        memory = self._memories.get(options.name or "") if isinstance(options, MemoryOptions) else None
+        if memory is None or memory.problem is None or options.lmbda == 0:
+            return None
+        return f"memory {options.name}: {memory.problem}"
+
+    async def greet(self) -> None:
+        """Ask every memory what it is, and log it: one that is down keeps nobody waiting, and is asked again when a
+        request names it."""
+        for name, found in (await self._usable_memories()).items():
+            if isinstance(found, KnnlmError):
+                event(LOG, "memory_unusable", logging.WARNING, memory=name, reason=found.message)
+            else:
+                event(LOG, "memory_ready", memory=name, model=found.model_id, fingerprint=found.fingerprint)
+
+    async def _usable_memories(self) -> Mapping[str, ModelInfo | KnnlmError]:
+        """What each memory is, or why it cannot be mixed now."""
+
+        async def ask(name: str, memory: Replicated) -> ModelInfo | KnnlmError:
+            try:
+                if memory.problem is not None:
+                    raise Unavailable(memory.problem)
+                info = await memory.get_model()
+                check_alike(name, info, self.info)
+            except KnnlmError as err:
+                return err
+            return info
+
+        found = await asyncio.gather(*(ask(name, memory) for name, memory in self._memories.items()))
+        return dict(zip(self._memories, found, strict=True))
 
     async def next_token(self, request: mixing.NextTokenRequest, call: RequestContext) -> bytes:
         """The answer as JSON, a NextTokenResponse; seconds per stage go into the call.
@@ -150,7 +201,11 @@ class Aggregator:
     ) -> bytes:
         results = next_tokens(request, contexts, answer, self.tokenizer)
         shape = mixing.NextTokenResponse(
-            model=model, domains=used_domains(answer), degraded=answer.degraded, results=results
+            model=model,
+            domains=used_domains(answer),
+            memories=used_memories(answer),
+            degraded=answer.degraded,
+            results=results,
         )
         return shape.model_dump_json(by_alias=True).encode()
 
@@ -227,13 +282,16 @@ class Aggregator:
             self._degraded()
 
     async def model_ids(self) -> list[str]:
-        """The LM's own id, and one id per domain that this LM can be mixed with. Without retrieval, the LM's alone."""
+        """The LM's own id, and one id for each domain, memory and pair of them that this LM can be mixed with. Without
+        retrieval, the LM's alone."""
         try:
             infos = await self._datastore.list_domains()
         except KnnlmError:  # a list of models must not fail because retrieval is down: what cannot be used is left out
             infos = []
         usable = [d.domain for d in infos if differs(vars(d), self.info) is None]
-        return [self.model_name, *(f"{self.model_name}+{d}" for d in usable)]
+        memories = [name for name, info in (await self._usable_memories()).items() if isinstance(info, ModelInfo)]
+        mixed = [self.model_name, *(f"{self.model_name}+{d}" for d in usable)]
+        return [*mixed, *(f"{model}~{m}" for m in memories for model in mixed)]
 
     async def domain(self, name: str) -> Domain:
         """One domain. Raises UnknownDomain."""
@@ -281,5 +339,9 @@ class Aggregator:
         return short_name(self.info.model_id)
 
     def check_model(self, model: str | None) -> str | None:
-        """The domain that a model id names, None for the LM alone. Raises UnknownModel for any other id."""
-        return domain_of(model, self.info.model_id)
+        """The domain that a model id names, None where it names none. Raises UnknownModel for any other id."""
+        domain, memory = named_in(model, self.info.model_id)
+        if memory is not None and memory not in self._memories:
+            known = ", ".join(sorted(self._memories)) or "none"
+            raise UnknownModel(f"model {model!r:.200} names an unknown memory; known: {known}", param="model")
+        return domain

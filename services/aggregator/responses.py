@@ -77,6 +77,7 @@ def score_response(score: Score, model: str, tokenizer: Tokenizer) -> mixing.Sco
     return mixing.ScoreResponse(
         model=model,
         domains=used_domains(score),
+        memories=used_memories(score),
         degraded=score.degraded,
         first_token_id=int(score.tokens[0]),
         tokens=_scored_tokens(score, tokenizer),
@@ -137,6 +138,10 @@ def _json_list(values: Sequence[int] | Sequence[str]) -> str:
 
 def used_domains(answer: NextTokens | Score | Plan) -> list[mixing.UsedDomain]:
     return [mixing.UsedDomain.model_validate(used, from_attributes=True) for used in answer.domains]
+
+
+def used_memories(answer: NextTokens | Score | Plan) -> list[mixing.UsedMemory]:
+    return [mixing.UsedMemory.model_validate(used, from_attributes=True) for used in answer.memories]
 
 
 def domain_shape(info: DomainInfo) -> Domain:

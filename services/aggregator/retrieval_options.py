@@ -1,5 +1,6 @@
 """What a request asks to be mixed, as options of the mixer: its model id, `knn`, and the other sources by name."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -7,11 +8,12 @@ from typing import Any
 
 from knnlm.cache_source import DEFAULT_SIZE, CacheOptions
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, UnknownModel
-from knnlm.options import DomainOptions, KnnOptions, SearchOptions, record_of
+from knnlm.options import DomainOptions, KnnOptions, SearchOptions, options_of, record_of
 from knnlm.sources import SOURCES, source_kind
 from services.aggregator.schemas.mixing import DomainChoice, Knn, Sourced
 from services.aggregator.settings import AggregatorSettings
 
+MIXED = re.compile(r"(?=.)(?:\+(?P<domain>[^+~]+))?(?:~(?P<memory>[^+~]+))?", re.DOTALL)  # what follows the LM's name
 RENAMED = {"passages": "neighbors", "passage_tokens": "neighbor_tokens", "entries": "passages"}
 OF_KNN = frozenset(field.alias or name for name, field in Knn.model_fields.items())
 
@@ -36,6 +38,8 @@ def _asked(param: str, request: Sourced) -> str:
         return "knn.domains"
     if param == "domain" and (knn is None or knn.domain is None) and "+" in (request.model or ""):
         return "model"
+    if param == "memory.name" and "~" in (request.model or "") and request_memory(request) is None:
+        return "model"
     if param == "prompt" and param not in type(request).model_fields:
         return request.given
     if param in ("text", "tokens") and getattr(request, "text", None) is None:
@@ -45,42 +49,70 @@ def _asked(param: str, request: Sourced) -> str:
     return param if param in type(request).model_fields else RENAMED.get(param, param)
 
 
+def request_memory(request: Sourced) -> str | None:
+    """The name of a memory in the request's own field."""
+    name: str | None = getattr(getattr(request, "memory", None), "name", None)  # the field is made of a table
+    return name
+
+
 def short_name(model_id: str) -> str:
     """The last part of a path or hub id."""
     return model_id.rstrip("/").rsplit("/", 1)[-1]
 
 
-def domain_of(model: str | None, model_id: str) -> str | None:
-    """The domain in a name like pocket+law, None for the LM alone. Raises UnknownModel for any other name."""
+def named_in(model: str | None, model_id: str) -> tuple[str | None, str | None]:
+    """The domain and the memory in a name like pocket+law~med, each None where it has none. Raises UnknownModel for
+    any other name."""
     name = short_name(model_id)
     if model is None or model in (name, model_id):
-        return None
-    given, _, domain = model.partition("+")
-    if given != name or not domain or "+" in domain:
+        return None, None
+    found = MIXED.fullmatch(model.removeprefix(name)) if model.startswith(name) else None
+    if found is None:
         raise UnknownModel(
-            f"unknown model {model!r}; known: {name}, and {name}+DOMAIN for every domain of /v1/domains", param="model"
+            f"unknown model {model!r:.200}; known: {name}, and {name}+DOMAIN for every domain of /v1/domains, "
+            f"{name}~MEMORY for every memory, {name}+DOMAIN~MEMORY for both",
+            param="model",
         )
-    return domain
+    return found["domain"], found["memory"]
 
 
 def chosen(request: Sourced, model_id: str, settings: AggregatorSettings) -> tuple[str, dict[str, Any]]:
     """The model id to answer under, and the options of each source that is mixed; none for the LM alone.
 
-    Raises UnknownModel, TooLarge, and InvalidRequest when model and knn contradict each other or no domain is named.
+    Raises UnknownModel, TooLarge, and InvalidRequest when model and knn or memory contradict each other, or no domain
+    or memory is named.
     """
     sources: dict[str, Any] = {}  # Any: a record of options for each row of knnlm.sources.SOURCES
-    named = domain_of(request.model, model_id)
-    if request.knn is not None or named is not None:
-        sources["knn"] = _knn(request, named, settings)
+    domain, memory = named_in(request.model, model_id)
+    if request.knn is not None or domain is not None:
+        sources["knn"] = _knn(request, domain, settings)
     for name in SOURCES:
         given = getattr(request, name, None)
-        if name not in sources and given is not None:
+        if name not in sources and (given is not None or (name == "memory" and memory is not None)):
+            values = {} if given is None else dict(vars(given))
+            if name == "memory":
+                values |= {"name": _memory(request, memory)}
+            record = source_kind(name).options
+            for setting in options_of(record):  # what a request leaves out and the settings have
+                if values.get(setting) is None:
+                    values[setting] = getattr(settings, setting, None)
             with _named_under(name):
-                sources[name] = record_of(source_kind(name).options, vars(given))
+                sources[name] = record_of(record, values)
     if "cache" in sources:
         sources["cache"] = _bounded(sources["cache"], settings.max_cache_size)
     domains = [d.domain for d in sources["knn"].domains] if "knn" in sources else []
-    return "+".join([short_name(model_id), *domains]), sources
+    memories = [f"~{sources['memory'].name}"] if "memory" in sources else []
+    return "+".join([short_name(model_id), *domains]) + "".join(memories), sources
+
+
+def _memory(request: Sourced, named: str | None) -> str | None:
+    """The name of the memory: that of the model, or the one given beside it."""
+    asked = request_memory(request)
+    if named is not None and asked not in (None, named):
+        raise InvalidRequest(
+            f"model {request.model} names memory {named}, memory.name another: give one of the two", param="memory.name"
+        )
+    return asked or named
 
 
 def _knn(request: Sourced, named: str | None, settings: AggregatorSettings) -> KnnOptions:

@@ -1,12 +1,16 @@
 """The aggregator's settings."""
 
+import re
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from services.runtime.settings import HttpSettings, OptionalPath, named
+from services.runtime.settings import HttpSettings, Names, OptionalPath, named
 from services.runtime.upstream import check_upstream
+
+MEMORY_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")  # as domains are named
 
 
 class AggregatorSettings(HttpSettings):
@@ -55,6 +59,15 @@ class AggregatorSettings(HttpSettings):
     on_datastore_error: Literal["fail", "lm_only"] = Field(
         "fail", description="when retrieval is down: fail with 503, or answer from the LM alone and say so"
     )
+    memory: Names = Field(
+        (),
+        description="Memory Decoders as NAME=ADDRESS of the lm service that runs each, reached with the key and TLS of "
+        "lm_target; one name may stand several times, for replicas",
+    )
+    memory_wait_s: float = Field(5.0, ge=0, description="seconds to try again while no replica of a memory answers")
+    on_memory_error: Literal["fail", "lm_only"] = Field(
+        "fail", description="when a memory is down: fail with 503, or answer from the LM alone and say so"
+    )
     context_length: int | None = Field(
         None,
         ge=2,
@@ -100,6 +113,22 @@ class AggregatorSettings(HttpSettings):
     score_batch_tokens: int = Field(4096, ge=1, description="tokens of windows sent to the lm service at once")
 
     web: bool = Field(True, description="serve the web page at /: files that need no key")
+
+    @property
+    def memory_targets(self) -> Mapping[str, str]:
+        """The addresses of every memory, by its name. Raises ValueError for what is no name with an address."""
+        targets: dict[str, str] = {}
+        for given in self.memory:
+            name, _, address = given.partition("=")
+            if not MEMORY_NAME.fullmatch(name) or not address:
+                raise ValueError(f"{named(self, 'memory')} must be NAME=HOST:PORT, got {given!r:.80}")
+            targets[name] = f"{targets[name]},{address}" if name in targets else address
+        return targets
+
+    @model_validator(mode="after")
+    def _memories_are_named(self) -> Self:
+        _ = self.memory_targets
+        return self
 
     @model_validator(mode="after")
     def _upstreams_are_consistent(self) -> Self:

@@ -32,7 +32,9 @@ class UpstreamMetrics(Observer):
             "knnlm_upstream_replicas", "Replicas known, by state: up, down.", ["service", "state"], registry=registry
         )
         self._degraded = Counter(
-            "knnlm_knn_degraded_total", "Answers by the LM alone because retrieval was down.", registry=registry
+            "knnlm_knn_degraded_total",
+            "Answers by the LM alone because what was to be mixed was down.",
+            registry=registry,
         )
 
     def called(self, service: str, code: str, seconds: float) -> None:
@@ -56,8 +58,8 @@ class UpstreamMetrics(Observer):
 
 
 class Upstream:
-    """The clients; without a target for it, the datastore is a NoDatastore. Raises InvalidRequest for invalid targets
-    and unusable files."""
+    """The clients; without a target for it, the datastore is a NoDatastore. memories: by their names. Raises
+    InvalidRequest for invalid targets and unusable files."""
 
     def __init__(self, settings: AggregatorSettings, metrics: UpstreamMetrics) -> None:
         self.lm = GrpcLanguageModel(connection(settings, "lm", wait=settings.lm_wait_s, observer=metrics))
@@ -65,9 +67,14 @@ class Upstream:
         if settings.datastore_target:
             wait = settings.datastore_wait_s
             self.datastore = GrpcDatastore(connection(settings, "datastore", wait=wait, observer=metrics))
+        self.memories = {}
+        for name, target in settings.memory_targets.items():
+            reached = connection(settings, "lm", wait=settings.memory_wait_s, observer=metrics, target=target)
+            self.memories[name] = GrpcLanguageModel(reached, label=f"memory {name}")
 
     async def aclose(self) -> None:
-        async with AsyncExitStack() as both:
-            both.push_async_callback(self.lm.aclose)
+        async with AsyncExitStack() as all_clients:
+            for lm in (self.lm, *self.memories.values()):
+                all_clients.push_async_callback(lm.aclose)
             if isinstance(self.datastore, GrpcDatastore):
-                both.push_async_callback(self.datastore.aclose)
+                all_clients.push_async_callback(self.datastore.aclose)

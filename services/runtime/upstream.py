@@ -7,9 +7,11 @@ from knnlm.transport.security import ApiKey, SecretFile, Tls
 from services.runtime.settings import HttpSettings, named
 
 
-def connection(settings: HttpSettings, service: str, *, wait: float, observer: Observer | None = None) -> Connection:
+def connection(
+    settings: HttpSettings, service: str, *, wait: float, observer: Observer | None = None, target: str | None = None
+) -> Connection:
     """The connection of the settings `<service>_target`, `_api_key`, `_api_key_file`, `_tls_ca_file`, `_tls_cert_file`
-    and `_tls_key_file`.
+    and `_tls_key_file`. target: another one than that of the settings.
 
     Raises InvalidRequest for a file that cannot be used.
     """
@@ -18,7 +20,7 @@ def connection(settings: HttpSettings, service: str, *, wait: float, observer: O
     key: ApiKey = None if secret is None else secret.get_secret_value()
     tls = Tls.of(*(getattr(settings, f"{service}_tls_{name}_file") for name in ("ca", "cert", "key")))
     return Connection(
-        getattr(settings, f"{service}_target"),
+        target or getattr(settings, f"{service}_target"),
         api_key=key if file is None else SecretFile(file),
         tls=tls,
         wait=wait,

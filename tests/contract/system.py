@@ -1,9 +1,10 @@
 """The three services in one process, over a store of toys, and a client of the aggregator."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,15 @@ def store(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def system(
-    store: Path, *, replicas: int = 1, lm: ToyLanguageModel | None = None, **settings: Any
+    store: Path,
+    *,
+    replicas: int = 1,
+    lm: ToyLanguageModel | None = None,
+    memories: Mapping[str, ToyLanguageModel] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[System]:
-    """replicas: of the datastore service, over the one store; hosts "datastore", "datastore 2", ..."""
+    """replicas: of the datastore service, over the one store; hosts "datastore", "datastore 2", ... memories: each with
+    an lm service of its own, host "memory NAME"."""
     async with AsyncExitStack() as stack:
         model = lm or ToyLanguageModel()
         service = lm_service(LmSettings(model="toy", port=0, grpc_port=0), lambda _: model)
@@ -68,20 +75,30 @@ async def system(
             )
             name = f"datastore {i + 1}" if i else "datastore"
             hosts[name] = await stack.enter_async_context(running(service))
+        targets = []
+        for name, memory in (memories or {}).items():
+            service = lm_service(LmSettings(model=name, port=0, grpc_port=0), partial(_given, memory))
+            host = hosts[f"memory {name}"] = await stack.enter_async_context(running(service))
+            targets.append(f"{name}=127.0.0.1:{host.grpc_port}")
         service = aggregator_service(
             AggregatorSettings(
                 port=0,
                 lm_target=f"127.0.0.1:{hosts['lm'].grpc_port}",
                 datastore_target=",".join(
-                    f"127.0.0.1:{host.grpc_port}" for name, host in hosts.items() if name != "lm"
+                    f"127.0.0.1:{host.grpc_port}" for name, host in hosts.items() if name.startswith("datastore")
                 ),
-                **settings,
+                **{"memory": tuple(targets), **settings},
             )
         )
         hosts["aggregator"] = await stack.enter_async_context(running(service))
         transport = httpx.ASGITransport(hosts["aggregator"].app)
         client = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://test"))
         yield System(client, store, hosts)
+
+
+def _given(model: ToyLanguageModel, settings: LmSettings) -> ToyLanguageModel:
+    del settings
+    return model
 
 
 def with_system(store: Path, check: Callable[[System], Awaitable[None]], *, replicas: int = 1, **settings: Any) -> None:

@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 from knnlm.generation import MAX_STOPS
 from knnlm.sampling import MAX_LOGIT_BIAS, MAX_PENALTY
 from services.aggregator.schemas.explaining import ExplainedToken
-from services.aggregator.schemas.mixing import IDS_SCHEMA, Knn, Sourced, UsedDomain, are_token_ids, by_type
+from services.aggregator.schemas.mixing import IDS_SCHEMA, Knn, Sourced, UsedDomain, UsedMemory, are_token_ids, by_type
 from services.runtime.schemas import FirstProblem, Text, encodable
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -347,6 +347,7 @@ class Made(BaseModel):
     model: str
     usage: Usage | None
     domains: list[UsedDomain]
+    memories: list[UsedMemory]
     degraded: str | None = Field(description="Why the answer is the LM's alone; null when it is as asked.")
 
 

@@ -13,7 +13,7 @@ from knnlm.tokenizer import Tokenizer
 from knnlm.wire.jsonable import to_json
 from services.aggregator.completions.choices import Listed, Piece
 from services.aggregator.completions.reading import CheckedRequest
-from services.aggregator.responses import used_domains
+from services.aggregator.responses import used_domains, used_memories
 
 LEAST = -9999.0  # what stands for minus infinity, which JSON cannot say: as in vLLM
 
@@ -76,7 +76,7 @@ class Shape(ABC):
         for part in self._parts(piece):
             extras = _extras(plan, piece.degraded)
             if self._begun:
-                extras.pop("domains")
+                extras = {"degraded": extras["degraded"]}
                 if piece.degraded is None:
                     extras.pop("degraded")
             self._begun = True
@@ -231,4 +231,5 @@ def _best(made: Sequence[Gathered], n: int) -> Sequence[Gathered]:
 
 def _extras(plan: Plan, degraded: str | None) -> Json:
     domains = [used.model_dump(by_alias=True) for used in used_domains(plan)]
-    return {"domains": domains, "degraded": degraded}
+    memories = [used.model_dump(by_alias=True) for used in used_memories(plan)]
+    return {"domains": domains, "memories": memories, "degraded": degraded}

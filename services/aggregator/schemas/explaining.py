@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, StrictInt, Tag
 from knnlm.attribution import DocumentShare
 from knnlm.clients import explained
 from knnlm.messages import PASSAGE_TOKENS
-from services.aggregator.schemas.mixing import ScoreRequest, TokenIds, UsedDomain, by_type
+from services.aggregator.schemas.mixing import ScoreRequest, TokenIds, UsedDomain, UsedMemory, by_type
 from services.runtime.schemas import Text, answer
 
 TextOrIds = Annotated[
@@ -45,6 +45,7 @@ class ExplainedDocument(answer(DocumentShare)):  # type: ignore[misc]  # made of
 class ExplainResponse(BaseModel):
     model: str
     domains: list[UsedDomain]
+    memories: list[UsedMemory]
     degraded: str | None
     context: str = Field(description="What stands before the first token that is explained.")
     tokens: list[ExplainedToken]

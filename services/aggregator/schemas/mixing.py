@@ -105,7 +105,7 @@ class Knn(option_fields("SearchFields", SearchOptions, public=True)):  # type: i
 class Sourced(BaseModel):
     """What a request says of the sources that are mixed. given: the field that holds the text."""
 
-    model: Text | None = Field(None, description="An id of /v1/models: the LM, or LM+domain.")
+    model: Text | None = Field(None, description="An id of /v1/models: LM, LM+domain, LM~memory or LM+domain~memory.")
     knn: Knn | None = None
     on_datastore_error: Literal["fail", "lm_only"] | None = Field(
         None, description="When retrieval is down: fail with 503, or answer from the LM and say so in `degraded`."
@@ -204,9 +204,19 @@ class UsedDomain(BaseModel):
     rule: str
 
 
+class UsedMemory(BaseModel):
+    """A memory that was mixed. Of one of weight 0, which was not asked, nothing but its name is known."""
+
+    name: str
+    lmbda: float = Field(serialization_alias="lambda")
+    model_id: str | None
+    fingerprint: str | None = Field(description="Of the model that answered.")
+
+
 class NextTokenResponse(BaseModel):
     model: str
     domains: list[UsedDomain]
+    memories: list[UsedMemory]
     degraded: str | None = Field(description="Why the answer is the LM's alone; null when it is as asked.")
     results: list[NextToken]
 
@@ -234,6 +244,7 @@ class ScoredComponent(BaseModel):
 class ScoreResponse(BaseModel):
     model: str
     domains: list[UsedDomain]
+    memories: list[UsedMemory]
     degraded: str | None
     first_token_id: int = Field(description="The token that nothing precedes: context, not scored.")
     tokens: list[ScoredToken]

@@ -1,0 +1,172 @@
+"""Memory Decoders as sources of a mixture: language models that have learnt what retrieval would answer (Cao et al.
+2025, arXiv 2508.09874). A memory reads the tokens that the LM reads, and their next-token distributions are mixed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, UnknownModel, UnknownVersion
+from knnlm.evidence import Evidence, Step, Stretch
+from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo, required
+from knnlm.options import MemoryOptions
+from knnlm.protocols import LanguageModelClient
+from knnlm.rules import FIXED, Weighing
+from knnlm.sources import Plan, Services, UsedMemory, computed
+
+ALIKE = ("tokenizer_sha256", "bos_token_id")  # what a memory must share with the LM, by the names of ModelInfo's fields
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """A memory that runs as a language model of its own. info: what it said it is when the plan was made.
+
+    vocab_size: of the LM. Models of one tokenizer may have outputs of different widths, padded for their hardware: a
+    memory's tokens beyond the LM's have no part in its distribution, and those that it lacks have probability zero.
+    """
+
+    name: str
+    client: LanguageModelClient
+    info: ModelInfo
+    vocab_size: int
+    weighing: Weighing
+    optional: bool
+    kind: str = "memory"
+    needs_keys: bool = False
+    in_order: bool = False
+    whole: bool = True
+
+    async def evidence(self, step: Step) -> Evidence:
+        """See knnlm.sources.Source."""
+        fed = [_fed(stretch) for stretch in step.stretches]
+        self._check(fed)
+        positions = [_positions(stretch) for stretch in step.stretches]
+        n, beyond = sum(map(len, positions)), np.arange(self.vocab_size, self.info.vocab_size, dtype=np.int32)
+        present = np.ones(n, np.bool_)
+        if step.targets is None:
+            result = await self._forward(ForwardRequest(fed, positions, full=True, cache=step.cache))
+            log_probs = required(result.log_probs)
+            return Evidence(present, await computed(log_probs.size, aligned, log_probs, self.vocab_size))
+        request = ForwardRequest(fed, positions, targets=step.targets, candidates=[beyond] * n if len(beyond) else None)
+        result = await self._forward(request)
+        targets = required(result.target_log_probs).astype(np.float64)
+        if len(beyond):
+            outside = required(result.candidate_log_probs).astype(np.float64).reshape(n, len(beyond))
+            targets = targets - _log_rest(np.logaddexp.reduce(outside, axis=1))
+        return Evidence(present, targets)
+
+    def _check(self, fed: Sequence[npt.NDArray[np.int32]]) -> None:
+        longest = max(map(len, fed), default=0)
+        if longest > self.info.context_length:
+            raise TooLarge(
+                f"memory {self.name} takes {self.info.context_length} tokens, the model was given {longest}",
+                param="text",
+            )
+        largest = max((int(tokens.max(initial=0)) for tokens in fed), default=0)
+        if largest >= self.info.vocab_size:
+            raise InvalidRequest(
+                f"token {largest} is outside the vocabulary of memory {self.name}, {self.info.vocab_size}",
+                param="tokens",
+            )
+
+    async def _forward(self, request: ForwardRequest) -> ForwardResult:
+        with _named(self.name):
+            result = await self.client.forward(request)
+        if result.fingerprint != self.info.fingerprint:
+            raise UnknownVersion(
+                f"memory {self.name} answers as another model (fingerprint {result.fingerprint}) than it was when this "
+                f"call began ({self.info.fingerprint})",
+                param="memory.name",
+            )
+        return result
+
+
+def aligned(log_probs: npt.NDArray[np.floating], vocab_size: int) -> npt.NDArray[np.float64]:
+    """(n, vocab_size) float64: distributions (n, V) over the first tokens alone, or with zeros for what they lack."""
+    result = log_probs[:, :vocab_size].astype(np.float64)
+    lacking = vocab_size - result.shape[1]
+    if lacking:
+        return np.pad(result, ((0, 0), (0, lacking)), constant_values=-np.inf)
+    if log_probs.shape[1] > vocab_size:
+        result -= np.logaddexp.reduce(result, axis=1, keepdims=True)
+    return result
+
+
+def _log_rest(log_mass: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """log(1 - exp(log_mass)), as far as float32 tells a mass from one."""
+    rest: npt.NDArray[np.float64] = np.log1p(-np.minimum(np.exp(log_mass), 1 - np.finfo(np.float32).eps))
+    return rest
+
+
+def _fed(stretch: Stretch) -> npt.NDArray[np.int32]:
+    """What the LM was fed of a stretch."""
+    fed = stretch.text[stretch.start : int(stretch.predicted[-1]) + 1]
+    return fed if stretch.bos is None else np.concatenate([np.array([stretch.bos], np.int32), fed])
+
+
+def _positions(stretch: Stretch) -> npt.NDArray[np.int32]:
+    """(m,) positions in what was fed whose next token is predicted."""
+    positions: npt.NDArray[np.int32] = (stretch.predicted - 1 - stretch.start + (stretch.bos is not None)).astype(
+        np.int32
+    )
+    return positions
+
+
+def check_alike(name: str, info: ModelInfo, model: ModelInfo) -> None:
+    """Raises InvalidRequest, with both values, for a memory that reads other tokens than the LM."""
+    for field in ALIKE:
+        theirs, ours = getattr(info, field), getattr(model, field)
+        if theirs != ours:
+            raise InvalidRequest(
+                f"memory {name} has {field} {theirs} (model {info.model_id}), the language model has {ours} "
+                f"(model {model.model_id}): both must read the same tokens",
+                param="memory.name",
+            )
+
+
+class MemoryKind:
+    """A memory, as a kind of source."""
+
+    options = MemoryOptions
+
+    def optional(self, options: MemoryOptions) -> bool:
+        return options.on_memory_error == "lm_only"
+
+    async def resolve(self, options: MemoryOptions, services: Services) -> Plan:
+        """The memory with its weight, as it is now; see knnlm.sources.SourceKind. One of weight 0 is not asked."""
+        name = options.name or ""
+        client = _known(name, services.memories)
+        if options.lmbda == 0:
+            return Plan(memories=(UsedMemory(name, 0.0),))
+        with _named(name):
+            info = await client.get_model()
+        check_alike(name, info, services.info)
+        if options.lmbda is None:
+            raise InvalidRequest(f"memory {name} has no fitted weight: give lambda", param="memory.lambda")
+        weighing = Weighing(FIXED, {"lambda": options.lmbda}, asked=True)
+        source = MemorySource(name, client, info, services.info.vocab_size, weighing, self.optional(options))
+        used = UsedMemory(name, options.lmbda, info.model_id, info.fingerprint)
+        return Plan((source,), pinned=False, memories=(used,), context_length=info.context_length)
+
+
+MEMORY = MemoryKind()
+
+
+def _known(name: str, memories: Mapping[str, LanguageModelClient]) -> LanguageModelClient:
+    if name not in memories:
+        known = ", ".join(sorted(memories)) or "none"
+        raise UnknownModel(f"unknown memory {name!r:.200}; known: {known}", param="memory.name")
+    return memories[name]
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors of a memory's service say whose they are."""
+    try:
+        yield
+    except KnnlmError as err:
+        err.message = f"memory {name}: {err.message}"
+        err.args = (err.message,)
+        raise
