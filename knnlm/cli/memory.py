@@ -213,7 +213,7 @@ def show(
     stale = made.store.stale(Catalog(store))
     _print_memory(folder, made, stale, as_json=as_json)
     if stale is not None:
-        remark(f"warning: stale: {stale}; what was removed from a domain since is not unlearnt: train it again")
+        remark(f"warning: {stale}")
 
 
 @memory.command("verify")

@@ -57,19 +57,21 @@ class StoreRecord(Record):
         return cls(domain=manifest.domain, version=manifest.version, content=content, **live)
 
     def stale(self, catalog: Catalog) -> str | None:
-        """Why what was made from this version is not what its domain says now; None when it is."""
+        """Why what was made from this version is not what its domain says now, or why that is not known; None when it
+        is."""
         try:
             current = catalog.current(self.domain)
             if current is None:
-                return f"domain {self.domain} has no current version"
+                return f"stale: domain {self.domain} has no current version"
             now = StoreRecord.of(Manifest.load(catalog.path(self.domain, current)))
         except KnnlmError as err:
-            return f"its datastore cannot be read: {err.message}"
+            return f"whether it is stale cannot be told: {err.message}"
         if now.content == self.content:
             return None
+        counts = f"{self.entries:,} entries of {self.documents:,} documents"
         return (
-            f"made from {self.domain} {self.version} ({self.entries:,} entries of {self.documents:,} documents), which "
-            f"answers from {now.version} now ({now.entries:,} of {now.documents:,})"
+            f"stale: made from {self.domain} {self.version} ({counts}), which answers from {now.version} now "
+            f"({now.entries:,} of {now.documents:,}); what was removed since is not unlearnt"
         )
 
 
