@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from knnlm.datastore.catalog import Catalog
@@ -186,6 +187,20 @@ def test_logits_made_in_chunks_give_the_same_loss(
     monkeypatch.setattr("knnlm.lm.distillation.CHUNK_BYTES", 300 * 4 * 50)
     run(world, tmp_path / "b", settings, on_step=chunked)
     np.testing.assert_allclose(whole.losses, chunked.losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "mlp"])
+def test_passes_in_bfloat16_learn_the_same(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As on a GPU: weights, sums and what is compared stay float32."""
+    single, half = Step(), Step()
+    run(world, tmp_path / "single", kind=kind, on_step=single)
+    monkeypatch.setattr("knnlm.lm.distillation._autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
+    run(world, tmp_path / "half", kind=kind, on_step=half)
+    assert single.losses != half.losses
+    np.testing.assert_allclose(single.losses, half.losses, rtol=0.05)
+    assert half.tried[-1].mixture_loss == pytest.approx(single.tried[-1].mixture_loss, rel=0.05)
 
 
 def test_every_epoch_has_every_entry_once_in_the_window_of_its_key(world: World) -> None:
