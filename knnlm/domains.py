@@ -167,7 +167,8 @@ class Knn:
             DomainSource(services.datastore, part, services.info.vocab_size, self.optional(options))
             for part in ([used] if union else [(u,) for u in used])
         )
-        return Plan(sources, used, tuple(infos), pinned=all(d.version is not None for d in options.domains))
+        pinned = all(d.version is not None for d in options.domains)
+        return Plan(sources, used, tuple(infos), pinned, ahead=options.reuse.ahead)
 
 
 KNN = Knn()

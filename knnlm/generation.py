@@ -3,19 +3,20 @@ library's Pipeline.generate run it."""
 
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from knnlm.ahead import Draft, StepsAhead
 from knnlm.attribution import Carrier
 from knnlm.errors import InvalidRequest, Unavailable, UnknownVersion
 from knnlm.messages import PASSAGE_TOKENS
 from knnlm.mixer import Mixer, Options
 from knnlm.rounds import Rounds
 from knnlm.rows import Row, StepRequest
-from knnlm.sampling import SamplingOptions, choose, uniform
+from knnlm.sampling import Known, SamplingOptions, choose, uniform
 from knnlm.sources import Plan, UsedDomain, UsedMemory
 from knnlm.stops import GrowingText
 from knnlm.tokenizer import Tokenizer
@@ -163,15 +164,19 @@ class Generator:
 
         planned = begun(sources) if isinstance(sources, Plan) else self._mixer.planned(sources, begun)
         sequence, row = await planned
+        ahead = StepsAhead(self.rounds, sequence.drafting(row.plan, seed, choice), row.plan.ahead)
         try:
             while True:
                 new = await self._new(sequence, row, uniform(seed, choice, sequence.generated))
                 yield new
                 if new.finish is not None:
                     return
-                row = await self.rounds.step(sequence.request(row.plan))
+                request = sequence.request(row.plan)
+                row = await (ahead.row(request) if row.plan.ahead else self.rounds.step(request))
         except UnknownVersion as err:
             raise version_gone(err) from err
+        finally:
+            await ahead.close()
 
     async def complete(
         self,
@@ -243,6 +248,24 @@ class _Sequence:
         context = self._tokens[: self._length]
         carriers = self.options.carriers > 0
         return StepRequest(plan, context, sampling.temperature, known, cache=True, carriers=carriers, state=self._state)
+
+    def drafting(self, plan: Plan, seed: int, choice: int) -> Draft:
+        """What StepsAhead asks for drafts. A token that would end the sequence is not drafted."""
+
+        def draft(drafted: Sequence[int], known: Known) -> StepRequest | None:
+            length = self._length + len(drafted)
+            if length + 1 >= len(self._tokens):
+                return None
+            counts = self.counts + Counter(drafted)
+            if self.options.sampling.penalises or self.options.sampling.logit_bias:
+                return None  # the tokens they are about may not be known
+            token = choose(known, self.options.sampling, counts, uniform(seed, choice, self.generated + len(drafted)))
+            if token is None or token in self._ends:
+                return None
+            context = np.append(self._tokens[: self._length], np.array([*drafted, token], np.int32))
+            return replace(self.request(plan), context=context)
+
+        return draft
 
     def add(self, token: int) -> tuple[str, str | None, str | int | None]:
         """The text that is certain now, why the completion ends, and the stop string or token at which it does."""

@@ -110,7 +110,7 @@ class Mixer:
                 raise
             return Plan(degraded=err.message)
         _check_weights(plan.sources)
-        return plan
+        return replace(plan, ahead=0) if plan.in_order else plan  # such a source must see certain tokens alone
 
     async def step(
         self,

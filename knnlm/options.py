@@ -17,6 +17,7 @@ Record = TypeVar("Record")
 
 DEFAULT_K = 1024  # as in Khandelwal et al. 2020 (arXiv 1911.00172), unless a domain's tuning says otherwise
 MAX_EXCLUDED_DOCUMENTS = 1024  # ids in one request
+MAX_STEPS_AHEAD = 16
 MAX_ID_CHARACTERS = 4096  # characters of the id of a document
 
 
@@ -109,6 +110,23 @@ SEARCH_OPTIONS = options_of(SearchOptions)
 
 
 @dataclass(frozen=True)
+class ReuseOptions:
+    """How what was found at one place of a text is used behind it. Raises InvalidRequest, naming the field."""
+
+    ahead: int = option(
+        int,
+        "Of a completion: steps that are begun, on drafted tokens, while the neighbors of earlier places are searched. "
+        "The text stays the same.",
+        0,
+        minimum=0,
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ahead <= MAX_STEPS_AHEAD:
+            raise InvalidRequest(f"ahead must lie in [0, {MAX_STEPS_AHEAD}], got {self.ahead}", param="reuse.ahead")
+
+
+@dataclass(frozen=True)
 class DomainOptions:
     """One domain of a request. What is None is taken from the tuning that is stored with the domain.
 
@@ -135,7 +153,7 @@ class KnnOptions:
 
     combine: of several domains, "mixture" (each its own softmax and weight) or "union" (one softmax over the neighbors
     of all). rule: a name of knnlm.rules.RULES; None: the one that was tuned, or "fixed" where lambda is given.
-    on_datastore_error: "fail", or "lm_only" to answer from the LM and say so.
+    on_datastore_error: "fail", or "lm_only" to answer from the LM and say so. reuse: of what was found before.
     """
 
     domains: tuple[DomainOptions, ...]
@@ -143,6 +161,7 @@ class KnnOptions:
     combine: str = "mixture"
     rule: str | None = None
     on_datastore_error: str = "fail"
+    reuse: ReuseOptions = field(default_factory=ReuseOptions)
 
     def __post_init__(self) -> None:
         names = [d.domain for d in self.domains]

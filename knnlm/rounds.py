@@ -44,6 +44,24 @@ class _WaitingStep:
     answer: "asyncio.Future[Row]"
     deadline: float | None
     sent: tuple[str | None, Sequence[tuple[str, str]]]  # the id and the metadata of the caller's request
+    early: "asyncio.Future[Known] | None" = None  # told what the LM says, before the sources have answered
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """A step under way. early: what the LM alone says, as soon as it is known. answer: the row."""
+
+    request: StepRequest
+    early: "asyncio.Future[Known]"
+    answer: "asyncio.Future[Row]"
+    task: "asyncio.Task[None]"
+    deadline: float | None
+
+    def cancel(self) -> None:
+        """Nobody wants it any more."""
+        self.early.cancel()
+        self.answer.cancel()
+        self.task.cancel()
 
 
 class Rounds:
@@ -74,20 +92,29 @@ class Rounds:
         Raises InvalidRequest and TooLarge for a context that the model does not take, DeadlineExceeded when the time of
         the caller's request is over (knnlm.transport.context), and what the services raise.
         """
-        self._mixer.check_contexts([request.context], request.plan)
-        deadline = outgoing_deadline()
-        asked = _WaitingStep(
-            request, asyncio.get_running_loop().create_future(), deadline, (outgoing_id(), outgoing_metadata())
-        )
+        asked = self._asked(request)
         self._waiting.append(asked)
         if self._running is None:
             # has a context of its own: it serves requests that come later, too
             self._running = asyncio.get_running_loop().create_task(self._run(), context=contextvars.Context())
-        try:
-            async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
-                return await asked.answer
-        except TimeoutError as err:
-            raise DeadlineExceeded("the request's time was over before its next token was there") from err
+        return await _in_time(asked.answer, asked.deadline)
+
+    def begin(self, request: StepRequest) -> Begun:
+        """A step that begins now, in a round of its own, whatever else is under way. Await its row with `settled`.
+        Raises InvalidRequest and TooLarge as `step`."""
+        asked = self._asked(request)
+        asked.early = early = asyncio.get_running_loop().create_future()
+        task = asyncio.get_running_loop().create_task(self._batch([asked]), context=contextvars.Context())
+        return Begun(request, early, asked.answer, task, asked.deadline)
+
+    async def settled(self, begun: Begun) -> Row:
+        """The row of a step. Raises as `step`."""
+        return await _in_time(begun.answer, begun.deadline)
+
+    def _asked(self, request: StepRequest) -> _WaitingStep:
+        self._mixer.check_contexts([request.context], request.plan)
+        answer: asyncio.Future[Row] = asyncio.get_running_loop().create_future()
+        return _WaitingStep(request, answer, outgoing_deadline(), (outgoing_id(), outgoing_metadata()))
 
     async def next_token(
         self, context: Ids, options: Options = None, *, passages: int = 0, passage_tokens: int = PASSAGE_TOKENS
@@ -181,6 +208,7 @@ class Rounds:
             except Exception as err:  # noqa: BLE001  the edge of a task: it is raised again where the caller waits
                 _fail(asked, err)
                 return
+            _tell(asked, forward)
             ways: list[tuple[tuple[object, ...], list[int]]] = []
             for i, request in enumerate(requests):
                 places = next((places for way, places in ways if way == request.way), None)
@@ -301,7 +329,31 @@ def _rows(forward: ForwardResult, places: Sequence[int]) -> ForwardResult:
     return replace(forward, **{name: array[list(places)] for name, array in arrays.items()})
 
 
+def _tell(asked: Sequence[_WaitingStep], forward: ForwardResult) -> None:
+    """What the LM says, to those who wait for it."""
+    for i, one in enumerate(asked):
+        if one.early is None or one.early.done():
+            continue
+        if forward.log_probs is not None:
+            row = forward.log_probs[i]
+            one.early.set_result(Known(np.arange(len(row)), row.astype(np.float64)))
+        else:
+            tokens, likeliest = required(forward.top_tokens)[i], required(forward.top_log_probs)[i]
+            one.early.set_result(Known(tokens, likeliest.astype(np.float64), float(likeliest[-1])))
+
+
 def _fail(asked: Sequence[_WaitingStep], err: Exception) -> None:
     for one in asked:
         if not one.answer.done():
             one.answer.set_exception(copy.copy(err))  # each caller names the field in its own words
+        if one.early is not None:
+            one.early.cancel()
+
+
+async def _in_time(answer: "asyncio.Future[Row]", deadline: float | None) -> Row:
+    """Raises DeadlineExceeded when the time of the caller's request is over before."""
+    try:
+        async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+            return await answer
+    except TimeoutError as err:
+        raise DeadlineExceeded("the request's time was over before its next token was there") from err

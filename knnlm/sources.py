@@ -178,6 +178,7 @@ class Plan:
     infos: how each of these was made. pinned: whether the caller chose every version, so that none can have been
     switched under the call. degraded: why the LM alone answers, None when it is as asked. memories: those among the
     sources, and those of weight 0, as answers show them. context_length: tokens that every source takes; None for any.
+    ahead: steps of a completion that may be begun before it is certain which token they follow (knnlm/ahead.py).
     """
 
     sources: tuple[Source, ...] = ()
@@ -187,6 +188,7 @@ class Plan:
     degraded: str | None = None
     memories: tuple[UsedMemory, ...] = ()
     context_length: int | None = None
+    ahead: int = 0
 
     @property
     def whole(self) -> bool:
@@ -222,6 +224,7 @@ class Plan:
             self.infos + other.infos,
             self.pinned and other.pinned,
             memories=self.memories + other.memories,
+            ahead=max(self.ahead, other.ahead),
             context_length=min((n for n in (self.context_length, other.context_length) if n is not None), default=None),
         )
 

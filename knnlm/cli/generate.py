@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,11 +32,13 @@ from knnlm.cli.remote import (
 )
 from knnlm.cli.retrieval import domain_names, retrieving
 from knnlm.errors import InvalidRequest
-from knnlm.options import KnnOptions
+from knnlm.options import KnnOptions, ReuseOptions, options_of
 
 if TYPE_CHECKING:
     from knnlm.clients.completions import Completion
     from knnlm.generation import GenerationOptions, NewToken
+
+REUSE_OPTIONS = options_of(ReuseOptions)
 
 
 @retrieving
@@ -56,6 +58,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the EOS token.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of the draws; by default another each time.")] = None,
+    ahead: Annotated[int, typer.Option(help=REUSE_OPTIONS["ahead"].description)] = 0,
     remote: RemoteOption = None,
     api_key_file: RemoteKeyOption = None,
     tls_ca_file: TlsCaOption = None,
@@ -75,6 +78,7 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
+    knn = _begun_ahead(knn, ahead)
     text = read_text(text)
     if remote is None:
         refuse_without("--remote", context, "api_key_file", "tls_ca_file", "tls_cert_file", "tls_key_file")
@@ -91,6 +95,14 @@ def generate(
         remark(_described(used))
     if answer["degraded"] is not None:
         remark(f"the LM alone: {answer['degraded']}")
+
+
+def _begun_ahead(knn: KnnOptions | None, steps: int) -> KnnOptions | None:
+    if not steps:
+        return knn
+    if knn is None:
+        raise InvalidRequest("--ahead means nothing without --domain", param="--ahead")
+    return replace(knn, reuse=ReuseOptions(ahead=steps))
 
 
 def _here(

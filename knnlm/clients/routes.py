@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
+from knnlm.cache_source import CacheOptions
 from knnlm.clients import answers
 from knnlm.clients.completions import ChatCompletion, Completion
 from knnlm.clients.explained import Explained
 from knnlm.clients.http import quoted
 from knnlm.errors import InvalidRequest, KnnlmError
 from knnlm.messages import Document, DomainChange, DomainInfo
-from knnlm.options import KnnOptions, MemoryOptions
+from knnlm.options import KnnOptions, MemoryOptions, ReuseOptions
 from knnlm.wire.jsonable import from_json, to_json
 
 Answer = TypeVar("Answer")
@@ -245,6 +246,8 @@ def _of(record: type[Record]) -> Callable[[Json], Record]:
 
 def _body(knn: Knn | None, memory: Memory | None, **fields: object) -> Json:
     given = {name: value for name, value in fields.items() if value is not None}
+    if isinstance(cache := given.get("cache"), CacheOptions):
+        given["cache"] = {name: value for name, value in to_json(cache).items() if value is not None}
     if memory is not None:
         asked = MemoryOptions(memory) if isinstance(memory, str) else memory
         options = to_json(asked) if isinstance(asked, MemoryOptions) else asked
@@ -260,7 +263,8 @@ def _knn_json(knn: KnnOptions) -> Json:
     """The options as a request has them."""
     chosen = [{name: value for name, value in to_json(d).items() if value is not None} for d in knn.domains]
     rule = {} if knn.rule is None else {"rule": knn.rule}
-    return {"domains": chosen, "combine": knn.combine, **rule, **to_json(knn.search)}
+    reuse = {"reuse": to_json(knn.reuse)} if knn.reuse != ReuseOptions() else {}
+    return {"domains": chosen, "combine": knn.combine, **rule, **reuse, **to_json(knn.search)}
 
 
 def _domain(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from knnlm.cache_source import DEFAULT_SIZE, CacheOptions
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, UnknownModel
-from knnlm.options import DomainOptions, KnnOptions, SearchOptions, options_of, record_of
+from knnlm.options import DomainOptions, KnnOptions, ReuseOptions, SearchOptions, options_of, record_of
 from knnlm.sources import SOURCES, source_kind
 from services.aggregator.schemas.mixing import DomainChoice, Knn, Sourced
 from services.aggregator.settings import AggregatorSettings
@@ -44,7 +44,7 @@ def _asked(param: str, request: Sourced) -> str:
         return request.given
     if param in ("text", "tokens") and getattr(request, "text", None) is None:
         return request.given
-    if param in OF_KNN:
+    if param.partition(".")[0] in OF_KNN:
         return f"knn.{param}"
     return param if param in type(request).model_fields else RENAMED.get(param, param)
 
@@ -133,6 +133,7 @@ def _knn(request: Sourced, named: str | None, settings: AggregatorSettings) -> K
         combine=knn.combine,
         rule=knn.rule,
         on_datastore_error=request.on_datastore_error or settings.on_datastore_error,
+        reuse=ReuseOptions() if knn.reuse is None else record_of(ReuseOptions, vars(knn.reuse)),
     )
 
 

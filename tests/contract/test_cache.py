@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from knnlm.cache_source import CacheOptions
+from knnlm.clients import routes
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.generation import GenerationOptions
-from knnlm.options import DomainOptions, KnnOptions
+from knnlm.options import DomainOptions, KnnOptions, ReuseOptions
 from knnlm.sampling import SamplingOptions
 from tests.contract.system import TEXT, TUNING, store, system
 from tests.contract.test_aggregator import pipeline
@@ -105,3 +106,12 @@ async def test_neighbors_are_not_shown_of_a_cache(store: Path) -> None:
     async with system(store) as s:
         error = (await s.post("/v1/next_token", {"text": "abc", "neighbors": 2, "cache": CACHE}, status=400))["error"]
         assert error["param"] == "neighbors"
+
+
+def test_the_client_takes_it_as_a_record_or_as_json() -> None:
+    bodies = [routes.score("a", cache=cache).body for cache in (CacheOptions(0.25, 0.6, 9), CACHE)]
+    assert bodies[0] == bodies[1] == {"text": "a", "cache": CACHE}
+    asked = KnnOptions((DomainOptions("cat"),), reuse=ReuseOptions(ahead=2))
+    body = routes.score("a", knn=asked).body
+    assert body is not None
+    assert body["knn"]["reuse"] == {"ahead": 2}

@@ -16,7 +16,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from knnlm.messages import PASSAGE_TOKENS
-from knnlm.options import SearchOptions
+from knnlm.options import ReuseOptions, SearchOptions
 from knnlm.sources import SOURCES, source_kind
 from services.aggregator.schemas.tokenizer import ParseSpecial
 from services.runtime.schemas import FirstProblem, Strict, Text, option_fields
@@ -86,6 +86,10 @@ Texts = Annotated[
 
 
 # type: ignore: mypy does not know classes that are made of a table
+class Reuse(option_fields("ReuseFields", ReuseOptions, public=True)):  # type: ignore[misc]
+    """What was found at one place, used for those behind it."""
+
+
 class Knn(option_fields("SearchFields", SearchOptions, public=True)):  # type: ignore[misc]
     """Retrieval. Name a domain and nothing else, and its fitted temperature, lambda and k are used."""
 
@@ -100,6 +104,7 @@ class Knn(option_fields("SearchFields", SearchOptions, public=True)):  # type: i
     rule: Text | None = Field(
         None, description="How the weight of retrieval follows from what was found; by default as tuned, or `fixed`."
     )
+    reuse: Reuse | None = None
 
 
 class Sourced(BaseModel):
