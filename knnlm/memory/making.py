@@ -18,7 +18,7 @@ from knnlm.datastore.arrays import ArrayStream
 from knnlm.datastore.files import disk_errors, locked, sync_folder, write_atomic
 from knnlm.datastore.layout import FileRecord
 from knnlm.datastore.reader import Datastore
-from knnlm.errors import Conflict, DatastoreCorrupt
+from knnlm.errors import Conflict
 from knnlm.memory.manifest import (
     TARGETS,
     Begun,
@@ -110,9 +110,6 @@ def make_targets(
                 if rows is None:
                     rows = target_rows(searching, datastore, ids, settings)
                     write_atomic(part, _packed(rows))
-                    rows = _read_part(part, ids)
-                if rows is None:
-                    raise DatastoreCorrupt(f"{part} is not what was just written: {len(ids)} rows")
                 sums += rows.sums
             on_progress("putting parts together", len(order), len(order))
             masses = _merge(parts, work, datastore.manifest.model.vocab_size)

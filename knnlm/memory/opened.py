@@ -10,6 +10,7 @@ import numpy.typing as npt
 from knnlm.datastore.layout import Checksums
 from knnlm.errors import InvalidRequest
 from knnlm.lm.model import LanguageModel
+from knnlm.memories import aligned
 from knnlm.memory.manifest import MemoryManifest
 from knnlm.memory.mlp import Mlp
 from knnlm.messages import ForwardRequest, ModelInfo, required
@@ -64,7 +65,7 @@ class DecoderMemory(OpenedMemory):
         if targets is not None and self.lm.info.vocab_size <= self.vocab_size:
             return required(self.lm.forward(ForwardRequest(tokens, positions, targets=targets)).target_log_probs)
         whole = required(self.lm.forward(ForwardRequest(tokens, positions, full=True)).log_probs)
-        return chosen(aligned(whole, self.vocab_size), targets)
+        return chosen(aligned(whole, self.vocab_size).astype(np.float32), targets)
 
 
 class MlpMemory(OpenedMemory):
@@ -104,18 +105,6 @@ def open_memory(
         return MlpMemory(manifest, model.vocab_size, Mlp.load(path))
     lm = LanguageModel.load(str(path), device=device, dtype=dtype)
     return DecoderMemory(manifest, model.vocab_size, lm)
-
-
-def aligned(log_probs: Float32, vocab_size: int) -> Float32:
-    """(n, vocab_size) of (n, V): with what is beyond cut off and the rest summing to one again, or with zeros added.
-
-    Models of one tokenizer may pad their logits to different widths; what no text can say must not keep any mass.
-    """
-    width = log_probs.shape[1]
-    if width <= vocab_size:
-        return np.pad(log_probs, ((0, 0), (0, vocab_size - width)), constant_values=-np.inf)
-    kept = log_probs[:, :vocab_size].astype(np.float64)
-    return (kept - np.logaddexp.reduce(kept, axis=1, keepdims=True)).astype(np.float32)
 
 
 def chosen(log_probs: Float32, targets: Int32 | None) -> Float32:

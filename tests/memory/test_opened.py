@@ -10,7 +10,7 @@ from knnlm.errors import DatastoreMismatch, InvalidRequest
 from knnlm.evaluation.memory_training import MlpSizes, train_memory
 from knnlm.lm.distillation import DistilSettings
 from knnlm.lm.model import LanguageModel
-from knnlm.memory.opened import DecoderMemory, OpenedMemory, aligned, open_memory
+from knnlm.memory.opened import DecoderMemory, OpenedMemory, open_memory
 from knnlm.messages import ForwardRequest
 from tests.lm import tiny_models
 from tests.memory.conftest import World
@@ -66,10 +66,3 @@ def test_it_is_not_opened_beside_a_model_with_another_tokenizer(opened: OpenedMe
     other = LanguageModel.load(str(tmp_path / "other"), device="cpu").info
     with pytest.raises(DatastoreMismatch, match="tokenizer"):
         opened.manifest.refuse_other(other)
-
-
-def test_narrower_rows_get_zeros_and_wider_ones_sum_to_one_again() -> None:
-    rows = np.log(np.array([[0.5, 0.25, 0.25]], np.float32))
-    np.testing.assert_allclose(np.exp(aligned(rows, 2)), [[2 / 3, 1 / 3]], atol=1e-6)
-    np.testing.assert_array_equal(aligned(rows, 3), rows)
-    np.testing.assert_allclose(np.exp(aligned(rows, 4)), [[0.5, 0.25, 0.25, 0]], atol=1e-6)
