@@ -1,16 +1,26 @@
 """Memory Decoders as sources of a mixture: language models that have learnt what retrieval would answer (Cao et al.
 2025, arXiv 2508.09874). A memory reads the tokens that the LM reads, and their next-token distributions are mixed."""
 
+import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, UnknownModel, UnknownVersion
+from knnlm.errors import (
+    DatastoreMismatch,
+    InvalidRequest,
+    KnnlmError,
+    TooLarge,
+    Unavailable,
+    UnknownModel,
+    UnknownVersion,
+)
 from knnlm.evidence import Evidence, Step, Stretch
-from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo, required
+from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo, TrainedMemory, required
 from knnlm.options import MemoryOptions
 from knnlm.protocols import LanguageModelClient
 from knnlm.rules import FIXED, Weighing
@@ -115,15 +125,76 @@ def _positions(stretch: Stretch) -> npt.NDArray[np.int32]:
 
 
 def check_alike(name: str, info: ModelInfo, model: ModelInfo) -> None:
-    """Raises InvalidRequest, with both values, for a memory that reads other tokens than the LM."""
+    """Raises DatastoreMismatch, with both values, for a memory that reads other tokens than the LM."""
     for field in ALIKE:
         theirs, ours = getattr(info, field), getattr(model, field)
         if theirs != ours:
-            raise InvalidRequest(
+            raise DatastoreMismatch(
                 f"memory {name} has {field} {theirs} (model {info.model_id}), the language model has {ours} "
                 f"(model {model.model_id}): both must read the same tokens",
                 param="memory.name",
             )
+
+
+class KeyNet(Protocol):
+    """What computes an MLP memory, as knnlm.memory.mlp.Mlp. Called on several threads."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    def log_probs(self, keys: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        """(n, V) of keys (n, d). Raises InvalidRequest for keys of another dimension."""
+        ...
+
+    def target_log_probs(
+        self, keys: npt.NDArray[np.floating], targets: npt.NDArray[np.integer]
+    ) -> npt.NDArray[np.float32]:
+        """(n,) of one token for each of keys (n, d). Raises as log_probs."""
+        ...
+
+
+@dataclass(frozen=True)
+class KeyMemory:
+    """An MLP memory, which reads the keys that the LM has computed, in this process. model_id: its folder.
+    fingerprint: 16 hexadecimal digits of its weights. key_fingerprint: of the one model whose keys it reads."""
+
+    net: KeyNet
+    model_id: str
+    fingerprint: str
+    key_fingerprint: str
+    trained: TrainedMemory
+
+    def check(self, name: str, model: ModelInfo) -> None:
+        """Raises DatastoreMismatch, with both values, for another model."""
+        if self.key_fingerprint != model.fingerprint or self.net.vocab_size != model.vocab_size:
+            raise DatastoreMismatch(
+                f"memory {name} reads keys of model {self.key_fingerprint} with {self.net.vocab_size} tokens, the "
+                f"language model is {model.fingerprint} with {model.vocab_size} ({model.model_id})",
+                param="memory.name",
+            )
+
+
+@dataclass(frozen=True)
+class KeyMemorySource:
+    """An MLP memory, asked about the keys of each prediction."""
+
+    name: str
+    net: KeyNet
+    weighing: Weighing
+    optional: bool
+    kind: str = "memory"
+    needs_keys: bool = True
+    in_order: bool = False
+    whole: bool = True
+
+    async def evidence(self, step: Step) -> Evidence:
+        """See knnlm.sources.Source."""
+        if step.keys is None:
+            raise Unavailable("the language model service did not answer with the keys it was asked for")
+        if step.targets is None:
+            log_probs = await asyncio.to_thread(self.net.log_probs, step.keys)
+        else:
+            log_probs = await asyncio.to_thread(self.net.target_log_probs, step.keys, step.targets)
+        return Evidence(np.ones(len(step.keys), np.bool_), log_probs.astype(np.float64))
 
 
 class MemoryKind:
@@ -137,24 +208,40 @@ class MemoryKind:
     async def resolve(self, options: MemoryOptions, services: Services) -> Plan:
         """The memory with its weight, as it is now; see knnlm.sources.SourceKind. One of weight 0 is not asked."""
         name = options.name or ""
-        client = _known(name, services.memories)
+        memory = _known(name, services.memories)
         if options.lmbda == 0:
             return Plan(memories=(UsedMemory(name, 0.0),))
+        if isinstance(memory, KeyMemory):
+            memory.check(name, services.info)
+            used = UsedMemory(name, _weight(options, memory.trained), memory.model_id, memory.fingerprint)
+            key_source = KeyMemorySource(name, memory.net, _weighing(options, used), self.optional(options))
+            return Plan((key_source,), memories=(used,))
         with _named(name):
-            info = await client.get_model()
+            info = await memory.get_model()
         check_alike(name, info, services.info)
-        if options.lmbda is None:
-            raise InvalidRequest(f"memory {name} has no fitted weight: give lambda", param="memory.lambda")
-        weighing = Weighing(FIXED, {"lambda": options.lmbda}, asked=True)
-        source = MemorySource(name, client, info, services.info.vocab_size, weighing, self.optional(options))
-        used = UsedMemory(name, options.lmbda, info.model_id, info.fingerprint)
+        used = UsedMemory(name, _weight(options, info.memory), info.model_id, info.fingerprint)
+        size, weighing = services.info.vocab_size, _weighing(options, used)
+        source = MemorySource(name, memory, info, size, weighing, self.optional(options))
         return Plan((source,), pinned=False, memories=(used,), context_length=info.context_length)
+
+
+def _weight(options: MemoryOptions, trained: TrainedMemory | None) -> float:
+    """The weight that was asked for, else the fitted one."""
+    if options.lmbda is not None:
+        return options.lmbda
+    if trained is None:
+        raise InvalidRequest(f"memory {options.name} has no fitted weight: give lambda", param="memory.lambda")
+    return trained.lmbda
+
+
+def _weighing(options: MemoryOptions, used: UsedMemory) -> Weighing:
+    return Weighing(FIXED, {"lambda": used.lmbda}, asked=options.lmbda is not None)
 
 
 MEMORY = MemoryKind()
 
 
-def _known(name: str, memories: Mapping[str, LanguageModelClient]) -> LanguageModelClient:
+def _known(name: str, memories: Mapping[str, LanguageModelClient | KeyMemory]) -> LanguageModelClient | KeyMemory:
     if name not in memories:
         known = ", ".join(sorted(memories)) or "none"
         raise UnknownModel(f"unknown memory {name!r:.200}; known: {known}", param="memory.name")

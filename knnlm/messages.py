@@ -107,12 +107,25 @@ def required(value: T | None) -> T:
 
 
 @dataclass(frozen=True)
+class TrainedMemory:
+    """What a memory was trained on: a version of a domain, and the checksum of what it held. entries: of that version.
+    beta: weight of p_kNN in what it learnt. lmbda: its weight beside the LM that was best on held-out documents."""
+
+    domain: str
+    version: str
+    content: str
+    entries: int
+    beta: float
+    lmbda: float
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """A loaded model, as its users and the manifests of datastores know it.
 
     config_sha256: of the part of the model's configuration that its answers depend on (knnlm.lm.loading.config_sha256).
     vocab_size: the width of the logits. context_length: tokens of the longest sequence. bos_token_id: put before every
-    document once; None when the tokenizer has none.
+    document once; None when the tokenizer has none. memory: of a Memory Decoder that was trained here.
     """
 
     model_id: str
@@ -128,6 +141,7 @@ class ModelInfo:
     device: str
     bos_token_id: int | None
     eos_token_id: int | None
+    memory: TrainedMemory | None = None
 
     @property
     def fingerprint(self) -> str:

@@ -16,6 +16,7 @@ from knnlm.decoding import Mixed, choose_windows, mix_evidence, plan_fed_windows
 from knnlm.domains import NoDatastore
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable, UnknownVersion
 from knnlm.evidence import Evidence, Step, Stretch
+from knnlm.memories import KeyMemory
 from knnlm.messages import PASSAGE_TOKENS, ForwardRequest, ForwardResult, ModelInfo, SearchResult, required
 from knnlm.mixture import TOLERANCE
 from knnlm.options import KnnOptions
@@ -76,7 +77,7 @@ class Mixer:
         *,
         batch_tokens: int = 4096,
         max_window: int | None = None,
-        memories: Mapping[str, LanguageModelClient] | None = None,
+        memories: Mapping[str, LanguageModelClient | KeyMemory] | None = None,
         down: Callable[[str, Any], str | None] = lambda _kind, _options: None,  # Any: a record of options
     ) -> None:
         self.info = info

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from knnlm.errors import Conflict, InvalidRequest, UnknownDomain, UnknownVersion
 from knnlm.generation import Completion, GenerationOptions, Generator, NewToken
+from knnlm.memories import KeyMemory
 from knnlm.messages import (
     PASSAGE_TOKENS,
     Document,
@@ -91,12 +92,15 @@ class Pipeline:
         self,
         lm: LanguageModel,
         searchers: Mapping[str, Searching] | None = None,
-        memories: Mapping[str, LanguageModel] | None = None,
+        memories: Mapping[str, LanguageModel | KeyMemory] | None = None,
     ) -> None:
         self.lm = lm
         self.searchers = dict(searchers or {})
         self.memories = dict(memories or {})
-        local = {name: LocalLanguageModel(memory) for name, memory in self.memories.items()}
+        local = {
+            name: memory if isinstance(memory, KeyMemory) else LocalLanguageModel(memory)
+            for name, memory in self.memories.items()
+        }
         self._mixer = Mixer(LocalLanguageModel(lm), LocalDatastore(self.searchers), lm.info, memories=local)
 
     @classmethod
@@ -113,7 +117,7 @@ class Pipeline:
         memories: Mapping[str, str | Path] | None = None,
     ) -> Self:
         """A Hugging Face folder or hub id, and the current versions of `domains` in `store`: by default, of all domains
-        that have one. memories: the folders of Memory Decoders by the names they are asked for.
+        that have one. memories: the folders of Memory Decoders, of either kind, by the names they are asked for.
 
         key_function: by default the one that the first domain was made with. index: the recipe of the index to search
         with, by default that of each version. Raises UnknownDomain, UnknownVersion for a named domain without a current
@@ -127,9 +131,7 @@ class Pipeline:
         paths = current_versions(store, domains)  # first: a model takes longer to load than a name to be refused
         functions = [key_function] if key_function else [Manifest.load(p).key_function for p in paths.values()]
         lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=(functions or ["ffn_input"])[0])
-        learnt = {
-            name: LanguageModel.load(str(path), device=device, dtype=dtype) for name, path in (memories or {}).items()
-        }
+        learnt = {name: _opened(path, device, dtype) for name, path in (memories or {}).items()}
         searchers = {domain: Searcher.open(path, index=index, expect=lm.info) for domain, path in paths.items()}
         return cls(lm, searchers, learnt)
 
@@ -306,6 +308,23 @@ class LocalDatastore:
             known = ", ".join(sorted(self._searchers)) or "none"
             raise UnknownDomain(f"unknown domain {domain!r}; opened: {known}", param="domain")
         return self._searchers[domain]
+
+
+def _opened(folder: str | Path, device: str, dtype: str) -> LanguageModel | KeyMemory:
+    """The memory in a folder, of either kind; one without memory.json is a model that was trained elsewhere.
+
+    device, dtype: of a decoder. Raises as open_mlp and LanguageModel.load.
+    """
+    from knnlm.lm.model import LanguageModel
+    from knnlm.memory.manifest import MEMORY, MemoryManifest
+    from knnlm.memory.served import open_mlp, with_memory
+
+    path = Path(folder)
+    if (path / MEMORY).is_file() and MemoryManifest.open(path).kind == "mlp":
+        return open_mlp(path)
+    lm = LanguageModel.load(str(path), device=device, dtype=dtype)
+    lm.info = with_memory(lm.info, path)
+    return lm
 
 
 def current_versions(store: str | Path | None, domains: Sequence[str] | None) -> dict[str, Path]:

@@ -20,7 +20,7 @@ from knnlm.errors import InvalidRequest
 from knnlm.evidence import Evidence, Step
 from knnlm.messages import DomainInfo, ModelInfo, SearchResult
 from knnlm.options import DEFAULT_K, SearchOptions
-from knnlm.protocols import DatastoreClient, LanguageModelClient
+from knnlm.protocols import DatastoreClient
 from knnlm.rules import Weighing
 
 T = TypeVar("T")
@@ -115,14 +115,14 @@ async def timed(call: Awaitable[T], stage: str, timings: Timings) -> T:
 @dataclass(frozen=True)
 class Services:
     """What sources may be made of. info: the language model, whose keys and vocabulary they must fit. asked: the kinds
-    of sources in this call. infos: the domains among those that were resolved before. memories: by the names that
-    requests give them."""
+    of sources in this call. infos: the domains among those that were resolved before. memories: by the
+    names that requests give them, each a LanguageModelClient or knnlm.memories.KeyMemory."""
 
     info: ModelInfo
     datastore: DatastoreClient
     asked: frozenset[str] = frozenset()
     infos: tuple[DomainInfo, ...] = ()
-    memories: Mapping[str, LanguageModelClient] = field(default_factory=dict)
+    memories: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, Unavailable, UnknownModel, UnknownVersion
+from knnlm.errors import (
+    DatastoreMismatch,
+    InvalidRequest,
+    KnnlmError,
+    TooLarge,
+    Unavailable,
+    UnknownModel,
+    UnknownVersion,
+)
 from knnlm.generation import GenerationOptions, Generator
-from knnlm.memories import aligned
-from knnlm.messages import DomainInfo, ForwardRequest, ForwardResult, ModelInfo
+from knnlm.memories import KeyMemory, aligned
+from knnlm.messages import DomainInfo, ForwardRequest, ForwardResult, ModelInfo, TrainedMemory
 from knnlm.mixer import Mixer, Options
 from knnlm.options import KnnOptions, MemoryOptions
 from knnlm.prompts import score_prompt
@@ -174,9 +182,9 @@ def test_a_memory_whose_mass_is_all_outside_has_none_inside() -> None:
 FOREIGN = replace(LEARNT.info, tokenizer_sha256="0" * 64)
 REFUSED: dict[str, tuple[ModelInfo, Options, type[KnnlmError], str, str]] = {
     "unknown": (LEARNT.info, {"memory": memory(name="med")}, UnknownModel, "memory.name", "known: law"),
-    "another tokenizer": (FOREIGN, {"memory": memory()}, InvalidRequest, "memory.name", "0" * 64),
+    "another tokenizer": (FOREIGN, {"memory": memory()}, DatastoreMismatch, "memory.name", "0" * 64),
     "another bos": (
-        replace(LEARNT.info, bos_token_id=7), {"memory": memory()}, InvalidRequest, "memory.name", "bos_token_id 7",
+        replace(LEARNT.info, bos_token_id=7), {"memory": memory()}, DatastoreMismatch, "memory.name", "bos_token_id 7",
     ),
     "no weight": (LEARNT.info, {"memory": memory(None)}, InvalidRequest, "memory.lambda", "no fitted weight"),
     "too much": (
@@ -334,3 +342,61 @@ async def test_a_token_that_only_the_padded_model_has_is_refused_by_name() -> No
     mixer = Mixer(Learnt(lm), None, lm.info, memories={"law": Learnt()})
     with pytest.raises(InvalidRequest, match="token 260 is outside the vocabulary of memory law, 258"):
         await mixer.next_token([np.array([0, 260], np.int32)], {"memory": memory()})
+
+
+class Net:
+    """The output layer of another toy model over the keys of the first."""
+
+    vocab_size = TOY.info.vocab_size
+
+    def log_probs(self, keys: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        return LEARNT._log_probs(keys.astype(np.float64))
+
+    def target_log_probs(
+        self, keys: npt.NDArray[np.floating], targets: npt.NDArray[np.integer]
+    ) -> npt.NDArray[np.float32]:
+        chosen: npt.NDArray[np.float32] = self.log_probs(keys)[np.arange(len(keys)), targets]
+        return chosen
+
+
+TRAINED = TrainedMemory("law", "v1", "c" * 64, 40, 0.5, 0.35)
+MLP = KeyMemory(Net(), "memories/law-mlp", "f" * 16, TOY.info.fingerprint, TRAINED)
+
+
+async def test_an_mlp_memory_reads_the_keys_of_the_language_model() -> None:
+    mixer = Mixer(Lm(), BruteForce(), TOY.info, memories={"law": MLP})
+    asked = {"memory": memory(None), "knn": knn(lmbda=0.3)}
+    answer = await mixer.next_token(CONTEXTS, asked)
+    retrieved = (await mixer.next_token(CONTEXTS, knn(lmbda=1.0))).mixed.log_probs
+    positions = [np.array([len(c) - 1], np.int32) for c in CONTEXTS]
+    keys = TOY.forward(ForwardRequest(CONTEXTS, positions, keys=True)).keys
+    assert keys is not None
+    learnt = np.exp(Net().log_probs(keys).astype(np.float64))
+    expected = 0.35 * np.exp(after(TOY, CONTEXTS)) + 0.3 * np.exp(retrieved) + 0.35 * learnt
+    np.testing.assert_allclose(np.exp(answer.mixed.log_probs), expected, rtol=1e-6)
+    assert answer.memories == (UsedMemory("law", 0.35, "memories/law-mlp", "f" * 16),)
+    text = TOKENS[:30]
+    score = await mixer.score_text(text, asked)
+    rows = (await mixer.next_token([text[: i + 1] for i in range(29)], asked)).mixed.log_probs
+    np.testing.assert_allclose(score.log_probs, rows[np.arange(29), text[1:]], rtol=1e-6)
+    options = GenerationOptions(5, SamplingOptions(temperature=0), ignore_eos=True)
+    made_text = await Generator(mixer, TOY.tokenizer).complete(CONTEXTS[0], options, asked)
+    assert made_text.log_probs[0] == pytest.approx(float(np.log(expected[0].max())))
+
+
+async def test_a_memory_of_other_keys_or_another_vocabulary_is_refused_with_both_values() -> None:
+    for lm in (ToyLanguageModel(seed=9), ToyLanguageModel(padding=2)):
+        mixer = Mixer(Learnt(lm), None, lm.info, memories={"law": MLP})
+        with pytest.raises(DatastoreMismatch, match=lm.info.fingerprint):
+            await mixer.next_token(CONTEXTS, {"memory": memory()})
+        assert (await mixer.next_token(CONTEXTS, {"memory": memory(0.0)})).degraded is None
+
+
+async def test_a_weight_that_was_fitted_holds_and_gives_way_to_those_that_are_asked_for() -> None:
+    learnt = Learnt()
+    learnt.info = replace(learnt.info, memory=TRAINED)
+    mixer = made(learnt)
+    fitted, asked = [await mixer.next_token(CONTEXTS, {"memory": memory(w)}) for w in (None, 0.35)]
+    np.testing.assert_array_equal(fitted.mixed.log_probs, asked.mixed.log_probs)
+    beside = await mixer.next_token(CONTEXTS, {"memory": memory(None), "knn": knn(lmbda=0.8)})
+    np.testing.assert_allclose(beside.mixed.components[1].weight, 0.19)

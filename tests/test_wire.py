@@ -28,6 +28,7 @@ from knnlm.messages import (
     SearchQuality,
     SearchRequest,
     SearchResult,
+    TrainedMemory,
     Tuning,
 )
 from knnlm.neighbors import Neighbors
@@ -152,6 +153,7 @@ SEARCH_RESULTS = st.builds(SearchResult, TEXT, TEXT, NEIGHBORS, PASSAGES, TIMING
 MODELS = st.builds(
     ModelInfo,
     *[TEXT] * 5, INT, INT, TEXT, INT, TEXT, TEXT, maybe(INT), maybe(INT),
+    maybe(st.builds(TrainedMemory, TEXT, TEXT, TEXT, st.integers(0, 2**40), st.floats(0, 1), st.floats(0, 1))),
 )  # fmt: skip
 DOMAINS = st.builds(
     DomainInfo,

@@ -30,7 +30,7 @@ from knnlm.datastore.layout import (
 from knnlm.datastore.manifest import Manifest, ModelRecord, WindowsRecord
 from knnlm.datastore.tuning import AskedOptions
 from knnlm.errors import DatastoreCorrupt, DatastoreMismatch, KnnlmError
-from knnlm.messages import ModelInfo
+from knnlm.messages import ModelInfo, TrainedMemory
 
 TARGETS, MEMORY = "targets.json", "memory.json"
 MAX_BYTES: Final = 1 << 20
@@ -204,6 +204,12 @@ class MemoryManifest(Made):
     @property
     def beta(self) -> float:
         return float(self.training["beta"])
+
+    @property
+    def trained(self) -> TrainedMemory:
+        """What its users know of it."""
+        store = self.store
+        return TrainedMemory(store.domain, store.version, store.content, store.entries, self.beta, self.tune.lmbda)
 
     @classmethod
     def open(cls, folder: Path, *, check: Checksums = "none") -> Self:

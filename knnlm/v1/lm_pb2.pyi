@@ -71,8 +71,23 @@ class GetModelRequest(_message.Message):
     include_chat_template: bool
     def __init__(self, include_tokenizer: _Optional[bool] = ..., include_chat_template: _Optional[bool] = ...) -> None: ...
 
+class TrainedMemory(_message.Message):
+    __slots__ = ("domain", "version", "content", "entries", "beta")
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    BETA_FIELD_NUMBER: _ClassVar[int]
+    LAMBDA_FIELD_NUMBER: _ClassVar[int]
+    domain: str
+    version: str
+    content: str
+    entries: int
+    beta: float
+    def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ..., content: _Optional[str] = ..., entries: _Optional[int] = ..., beta: _Optional[float] = ..., **kwargs) -> None: ...
+
 class GetModelResponse(_message.Message):
-    __slots__ = ("model_id", "architecture", "weights_sha256", "tokenizer_sha256", "vocab_size", "context_length", "key_function", "key_dim", "dtype", "device", "bos_token_id", "eos_token_id", "tokenizer_json", "chat_template", "config_sha256")
+    __slots__ = ("model_id", "architecture", "weights_sha256", "tokenizer_sha256", "vocab_size", "context_length", "key_function", "key_dim", "dtype", "device", "bos_token_id", "eos_token_id", "tokenizer_json", "chat_template", "config_sha256", "memory")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +103,7 @@ class GetModelResponse(_message.Message):
     TOKENIZER_JSON_FIELD_NUMBER: _ClassVar[int]
     CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     CONFIG_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     architecture: str
     weights_sha256: str
@@ -103,4 +119,5 @@ class GetModelResponse(_message.Message):
     tokenizer_json: str
     chat_template: str
     config_sha256: str
-    def __init__(self, model_id: _Optional[str] = ..., architecture: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., key_function: _Optional[str] = ..., key_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., bos_token_id: _Optional[int] = ..., eos_token_id: _Optional[int] = ..., tokenizer_json: _Optional[str] = ..., chat_template: _Optional[str] = ..., config_sha256: _Optional[str] = ...) -> None: ...
+    memory: TrainedMemory
+    def __init__(self, model_id: _Optional[str] = ..., architecture: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., key_function: _Optional[str] = ..., key_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., bos_token_id: _Optional[int] = ..., eos_token_id: _Optional[int] = ..., tokenizer_json: _Optional[str] = ..., chat_template: _Optional[str] = ..., config_sha256: _Optional[str] = ..., memory: _Optional[_Union[TrainedMemory, _Mapping]] = ...) -> None: ...

@@ -3,13 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from knnlm.errors import DeadlineExceeded, KnnlmError, Unavailable
 from knnlm.protocols import LanguageModelClient
 from knnlm.transport.context import outgoing
 from services.aggregator.completions.metrics import CompletionMetrics
-from services.aggregator.engine import Aggregator, Datastore, Replicated
+from services.aggregator.engine import Aggregator, Datastore
 from services.aggregator.settings import AggregatorSettings
 from services.aggregator.upstream import Upstream, UpstreamMetrics
 from services.runtime.observability import event
@@ -50,52 +50,48 @@ class AggregatorCore:
     async def start(self) -> None:
         if self._upstream is None:
             raise RuntimeError("load comes first")
-        lm, datastore, memories = self._upstream.lm, self._upstream.datastore, self._upstream.memories
+        lm, datastore = self._upstream.lm, self._upstream.datastore
         waiting = False
         while self._aggregator is None:
             try:
-                self._aggregator = await self._connect(lm, datastore, memories)
+                self._aggregator = await self._connect(lm, datastore)
             except (Unavailable, DeadlineExceeded) as err:
                 if not waiting:
                     event(LOG, "waiting_for_lm", target=self._settings.lm_target, reason=err.message)
                 waiting = True
                 await asyncio.sleep(RETRY_SECONDS)
-        self._following = asyncio.create_task(self._follow(lm, datastore, memories))
+        self._following = asyncio.create_task(self._follow(lm, datastore))
 
-    async def look(
-        self, lm: LanguageModelClient, datastore: Datastore, memories: Mapping[str, Replicated] | None = None
-    ) -> None:
+    async def look(self, lm: LanguageModelClient, datastore: Datastore) -> None:
         """Take over the model of an lm service that was restarted with another one; requests fail until then."""
         try:
             with outgoing(deadline=time.monotonic() + ASK_SECONDS):
                 if (await lm.get_model()).fingerprint == self.aggregator.info.fingerprint:
                     return
-            before, self._aggregator = self.aggregator, await self._connect(lm, datastore, memories or {})
+            before, self._aggregator = self.aggregator, await self._connect(lm, datastore)
         except KnnlmError as err:
             event(LOG, "cannot_ask_lm", logging.WARNING, reason=err.message)
             return
         await before.completions.close()
         event(LOG, "model_changed", model=self.aggregator.info.model_id)
 
-    async def _connect(
-        self, lm: LanguageModelClient, datastore: Datastore, memories: Mapping[str, Replicated]
-    ) -> Aggregator:
+    async def _connect(self, lm: LanguageModelClient, datastore: Datastore) -> Aggregator:
         with outgoing(deadline=time.monotonic() + ASK_SECONDS):
             return await Aggregator.connect(
                 lm,
                 datastore,
                 self._settings,
-                memories=memories,
+                memories=None if self._upstream is None else self._upstream.memories,
                 degraded=self._metrics.degraded,
                 completion_metrics=self._completion_metrics,
             )
 
-    async def _follow(self, lm: LanguageModelClient, datastore: Datastore, memories: Mapping[str, Replicated]) -> None:
+    async def _follow(self, lm: LanguageModelClient, datastore: Datastore) -> None:
         await self.aggregator.greet()
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             try:
-                await self.look(lm, datastore, memories)
+                await self.look(lm, datastore)
             except Exception:  # noqa: BLE001  the edge of a task that must outlive what nobody foresaw
                 event(LOG, "following_failed", logging.ERROR)
 

@@ -18,7 +18,7 @@ from knnlm.clients.explained import explained
 from knnlm.clients.rpc import DomainReplica
 from knnlm.errors import KnnlmError, Unavailable, UnknownModel
 from knnlm.joined import JoinedSearches
-from knnlm.memories import check_alike
+from knnlm.memories import KeyMemory, check_alike
 from knnlm.messages import Document, DomainInfo, ModelInfo, differs
 from knnlm.mixer import Mixer, NextTokens
 from knnlm.options import MemoryOptions
@@ -86,7 +86,7 @@ class Aggregator:
         settings: AggregatorSettings,
         degraded: Callable[[], None] = lambda: None,
         completion_metrics: CompletionMetrics | None = None,
-        memories: Mapping[str, Replicated] | None = None,
+        memories: Mapping[str, Replicated | KeyMemory] | None = None,
     ) -> None:
         self.info = info
         self.tokenizer = tokenizer
@@ -117,7 +117,7 @@ class Aggregator:
         datastore: Datastore,
         settings: AggregatorSettings,
         *,
-        memories: Mapping[str, Replicated] | None = None,
+        memories: Mapping[str, Replicated | KeyMemory] | None = None,
         degraded: Callable[[], None] = lambda: None,
         completion_metrics: CompletionMetrics | None = None,
     ) -> "Aggregator":
@@ -138,7 +138,7 @@ class Aggregator:
         if kind == "knn":
             return self._datastore.problem
         memory = self._memories.get(options.name or "") if isinstance(options, MemoryOptions) else None
-        if memory is None or memory.problem is None or options.lmbda == 0:
+        if memory is None or isinstance(memory, KeyMemory) or memory.problem is None or options.lmbda == 0:
             return None
         return f"memory {options.name}: {memory.problem}"
 
@@ -149,20 +149,23 @@ class Aggregator:
             if isinstance(found, KnnlmError):
                 event(LOG, "memory_unusable", logging.WARNING, memory=name, reason=found.message)
             else:
-                event(LOG, "memory_ready", memory=name, model=found.model_id, fingerprint=found.fingerprint)
+                event(LOG, "memory_ready", memory=name, **found)
 
-    async def _usable_memories(self) -> Mapping[str, ModelInfo | KnnlmError]:
-        """What each memory is, or why it cannot be mixed now."""
+    async def _usable_memories(self) -> Mapping[str, Mapping[str, str] | KnnlmError]:
+        """The model that each memory is, or why it cannot be mixed now."""
 
-        async def ask(name: str, memory: Replicated) -> ModelInfo | KnnlmError:
+        async def ask(name: str, memory: Replicated | KeyMemory) -> Mapping[str, str] | KnnlmError:
             try:
+                if isinstance(memory, KeyMemory):
+                    memory.check(name, self.info)
+                    return {"model": memory.model_id, "fingerprint": memory.fingerprint}
                 if memory.problem is not None:
                     raise Unavailable(memory.problem)
                 info = await memory.get_model()
                 check_alike(name, info, self.info)
             except KnnlmError as err:
                 return err
-            return info
+            return {"model": info.model_id, "fingerprint": info.fingerprint}
 
         found = await asyncio.gather(*(ask(name, memory) for name, memory in self._memories.items()))
         return dict(zip(self._memories, found, strict=True))
@@ -289,7 +292,8 @@ class Aggregator:
         except KnnlmError:  # a list of models must not fail because retrieval is down: what cannot be used is left out
             infos = []
         usable = [d.domain for d in infos if differs(vars(d), self.info) is None]
-        memories = [name for name, info in (await self._usable_memories()).items() if isinstance(info, ModelInfo)]
+        found = await self._usable_memories()
+        memories = [name for name, model in found.items() if not isinstance(model, KnnlmError)]
         mixed = [self.model_name, *(f"{self.model_name}+{d}" for d in usable)]
         return [*mixed, *(f"{model}~{m}" for m in memories for model in mixed)]
 

@@ -61,8 +61,8 @@ class AggregatorSettings(HttpSettings):
     )
     memory: Names = Field(
         (),
-        description="Memory Decoders as NAME=ADDRESS of the lm service that runs each, reached with the key and TLS of "
-        "lm_target; one name may stand several times, for replicas",
+        description="Memory Decoders: NAME=ADDRESS of the lm service that runs a decoder, reached with the key and TLS "
+        "of lm_target (several times for replicas), or NAME=FOLDER of an mlp memory, which runs here",
     )
     memory_wait_s: float = Field(5.0, ge=0, description="seconds to try again while no replica of a memory answers")
     on_memory_error: Literal["fail", "lm_only"] = Field(
@@ -116,12 +116,12 @@ class AggregatorSettings(HttpSettings):
 
     @property
     def memory_targets(self) -> Mapping[str, str]:
-        """The addresses of every memory, by its name. Raises ValueError for what is no name with an address."""
+        """The addresses of every memory, or its folder, by its name. Raises ValueError for what is no name with one."""
         targets: dict[str, str] = {}
         for given in self.memory:
             name, _, address = given.partition("=")
             if not MEMORY_NAME.fullmatch(name) or not address:
-                raise ValueError(f"{named(self, 'memory')} must be NAME=HOST:PORT, got {given!r:.80}")
+                raise ValueError(f"{named(self, 'memory')} must be NAME=HOST:PORT or NAME=FOLDER, got {given!r:.80}")
             targets[name] = f"{targets[name]},{address}" if name in targets else address
         return targets
 

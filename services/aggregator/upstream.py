@@ -8,6 +8,8 @@ from prometheus_client import Counter, Gauge, Histogram
 from knnlm.clients.call import Observer
 from knnlm.clients.rpc import GrpcDatastore, GrpcLanguageModel
 from knnlm.domains import NoDatastore
+from knnlm.memories import KeyMemory
+from knnlm.memory.served import open_mlp
 from services.aggregator.settings import AggregatorSettings
 from services.runtime.observability import LATENCY_BUCKETS, Metrics, event
 from services.runtime.upstream import connection
@@ -59,7 +61,7 @@ class UpstreamMetrics(Observer):
 
 class Upstream:
     """The clients; without a target for it, the datastore is a NoDatastore. memories: by their names. Raises
-    InvalidRequest for invalid targets and unusable files."""
+    InvalidRequest for invalid targets and unusable files, DatastoreCorrupt for an unusable memory."""
 
     def __init__(self, settings: AggregatorSettings, metrics: UpstreamMetrics) -> None:
         self.lm = GrpcLanguageModel(connection(settings, "lm", wait=settings.lm_wait_s, observer=metrics))
@@ -67,14 +69,18 @@ class Upstream:
         if settings.datastore_target:
             wait = settings.datastore_wait_s
             self.datastore = GrpcDatastore(connection(settings, "datastore", wait=wait, observer=metrics))
-        self.memories = {}
+        self.memories: dict[str, GrpcLanguageModel | KeyMemory] = {}
         for name, target in settings.memory_targets.items():
+            if ":" not in target:
+                self.memories[name] = open_mlp(target)
+                continue
             reached = connection(settings, "lm", wait=settings.memory_wait_s, observer=metrics, target=target)
             self.memories[name] = GrpcLanguageModel(reached, label=f"memory {name}")
 
     async def aclose(self) -> None:
         async with AsyncExitStack() as all_clients:
-            for lm in (self.lm, *self.memories.values()):
-                all_clients.push_async_callback(lm.aclose)
+            for client in (self.lm, *self.memories.values()):
+                if isinstance(client, GrpcLanguageModel):
+                    all_clients.push_async_callback(client.aclose)
             if isinstance(self.datastore, GrpcDatastore):
                 all_clients.push_async_callback(self.datastore.aclose)

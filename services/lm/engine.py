@@ -12,6 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from knnlm.errors import TooLarge, Unavailable
 from knnlm.lm.requests import check
+from knnlm.memory.served import with_memory
 from knnlm.messages import ForwardRequest, ForwardResult
 from knnlm.protocols import LanguageModel
 from services.lm.settings import LmSettings
@@ -134,10 +135,12 @@ class Engine:
 def _load(settings: LmSettings) -> LanguageModel:
     from knnlm.lm.model import LanguageModel  # torch: seconds to import, while /livez answers already
 
-    return LanguageModel.load(
+    lm = LanguageModel.load(
         settings.model, device=settings.device, dtype=settings.dtype, key_function=settings.key_function,
         prefix_cache_bytes=settings.prefix_cache_bytes,
     )  # fmt: skip
+    lm.info = with_memory(lm.info, settings.model)
+    return lm
 
 
 def _tokens(request: ForwardRequest) -> int:

@@ -129,7 +129,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], int, str]] = {
                             "memory.on_memory_error"),
     "too much with a domain": ({"model": "toy+cat~law", "knn": {"lambda": 0.7}, "memory": {"lambda": 0.5}}, 400,
                                "knn.lambda"),
-    "another tokenizer": ({"memory": {"name": "foreign", "lambda": 0.5}}, 400, "memory.name"),
+    "another tokenizer": ({"memory": {"name": "foreign", "lambda": 0.5}}, 409, "memory.name"),
     "neighbors of a memory": ({"model": "toy~law", "memory": {"lambda": 0.5}, "neighbors": 3}, 400, "neighbors"),
 }  # fmt: skip
 
