@@ -5,6 +5,7 @@ The arrays' part is `knn_evidence`, pure and used for tuning too. The rest asks 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NoReturn
 
 import numpy as np
@@ -212,31 +213,53 @@ class NoDatastore:
         raise Unavailable(f"no datastore service is configured, so there is no domain {domain}")
 
 
-def _nearest(neighbors: Neighbors, temperature: float) -> npt.NDArray[np.float64]:
+class _Found:
+    """What features are made of."""
+
+    def __init__(self, neighbors: Neighbors, temperature: float) -> None:
+        self.neighbors = neighbors
+        self.temperature = temperature
+
+    @cached_property
+    def masses(self) -> TokenMasses:
+        return neighbor_log_probs(self.neighbors, self.temperature)
+
+
+def _nearest(found: _Found) -> npt.NDArray[np.float64]:
     """(n,) squared distance of the nearest neighbor, inf where there is none."""
-    del temperature
-    far = np.where(neighbors.values >= 0, neighbors.distances.astype(np.float64), np.inf)
+    far = np.where(found.neighbors.values >= 0, found.neighbors.distances.astype(np.float64), np.inf)
     nearest: npt.NDArray[np.float64] = far.min(axis=1, initial=np.inf)
     return nearest
 
 
-def _count(neighbors: Neighbors, temperature: float) -> npt.NDArray[np.float64]:
+def _nearness(found: _Found) -> npt.NDArray[np.float64]:
+    """(n,) the nearest distance as a share of the farthest one: 0 for an exact match, 1 where all are as far."""
+    far = np.where(found.neighbors.values >= 0, found.neighbors.distances.astype(np.float64), 0.0)
+    farthest, nearest = far.max(axis=1, initial=0.0), _nearest(found)
+    share: npt.NDArray[np.float64] = np.divide(nearest, farthest, out=np.ones_like(farthest), where=farthest > 0)
+    return share
+
+
+def _count(found: _Found) -> npt.NDArray[np.float64]:
     """(n,) neighbors found."""
-    del temperature
-    found: npt.NDArray[np.float64] = (neighbors.values >= 0).sum(axis=1, dtype=np.float64)
-    return found
+    count: npt.NDArray[np.float64] = (found.neighbors.values >= 0).sum(axis=1, dtype=np.float64)
+    return count
 
 
-def _agreement(neighbors: Neighbors, temperature: float) -> npt.NDArray[np.float64]:
+def _agreement(found: _Found) -> npt.NDArray[np.float64]:
     """(n,) the largest p_kNN of any token, 0 where there is no neighbor."""
-    masses: TokenMasses = neighbor_log_probs(neighbors, temperature)
-    largest = np.zeros(len(masses))
-    np.maximum.at(largest, masses.rows, np.exp(masses.log_masses))
+    largest = np.zeros(len(found.masses))
+    np.maximum.at(largest, found.masses.rows, np.exp(found.masses.log_masses))
     return largest
 
 
-FEATURES: Mapping[str, Callable[[Neighbors, float], npt.NDArray[np.float64]]] = {
-    "nearest": _nearest, "count": _count, "agreement": _agreement,
+def _distinct(found: _Found) -> npt.NDArray[np.float64]:
+    """(n,) different tokens among the neighbors."""
+    return np.diff(found.masses.offsets).astype(np.float64)
+
+
+FEATURES: Mapping[str, Callable[[_Found], npt.NDArray[np.float64]]] = {
+    "nearest": _nearest, "nearness": _nearness, "count": _count, "agreement": _agreement, "distinct": _distinct,
 }  # fmt: skip
 
 
@@ -244,7 +267,8 @@ def _features(neighbors: Neighbors, temperature: float, names: Sequence[str]) ->
     for name in names:
         if name not in FEATURES:
             raise InvalidRequest(f"neighbors have no {name!r}; a rule can look at {', '.join(FEATURES)}", param="rule")
-    return {name: FEATURES[name](neighbors, temperature) for name in names}
+    found = _Found(neighbors, temperature)
+    return {name: FEATURES[name](found) for name in names}
 
 
 def _united(parts: Sequence[Neighbors]) -> Neighbors:

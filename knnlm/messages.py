@@ -267,13 +267,27 @@ class SearchQuality:
 
 
 @dataclass(frozen=True)
+class RuleQuality:
+    """A lambda rule that was compared while tuning, fitted to some documents and measured on the others. perplexity: of
+    all of them. difference, low, high: of the mean negative log-likelihood from that of the rule "fixed", in nats, and
+    its 95 % interval over documents; below zero the rule is better. chosen: the one stored."""
+
+    name: str
+    perplexity: float
+    difference: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
 class Tuning:
     """Fitted on documents that are in neither the datastore nor any reported figure. Perplexities of those.
 
     rule, parameters: the lambda rule and what was fitted for it; `lmbda` is that of the rule "fixed". search: how to
     search, as far as it was fitted, with the index `index`. quality: what was measured to choose it. cache: lambda,
     theta and size of the continuous cache beside this domain, and knn_lambda, the weight of retrieval beside the cache;
-    empty where they were not fitted.
+    empty where they were not fitted. rules: what was measured to choose the rule.
     """
 
     temperature: float
@@ -289,6 +303,7 @@ class Tuning:
     index: str | None = None
     quality: Sequence[SearchQuality] = ()
     cache: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
+    rules: Sequence[RuleQuality] = ()
 
 
 @dataclass(frozen=True)

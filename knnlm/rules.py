@@ -4,8 +4,9 @@ A rule is one class and one row of RULES: it weighs, it is fitted, and it says w
 gives is stored with a domain's tuning and given to `weights` again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -13,25 +14,47 @@ import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
 from knnlm.evidence import Evidence
+from knnlm.gate import LOGIT_RANGE, fit_gate, gate_logits, sigmoid
 from knnlm.messages import LmStatistics
 
 Parameters = Mapping[str, float | Sequence[float]]
 Weights = npt.NDArray[np.float64]
 
-FIXED = "fixed"
+FIXED, AUTO = "fixed", "auto"  # auto: whatever rule is better than fixed, when a domain is tuned
 # One unseen token that no neighbor stores has probability zero at lambda 1, whatever the fitting documents said.
 LARGEST_LAMBDA = 0.99
 BISECTIONS = 50
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+BUCKET_TOKENS = 100  # in each bucket, at least
+FREE_TOKENS = 2000  # in each bucket, from which on a farther one may have a larger lambda than a nearer one
+PRIOR_TOKENS = 200  # tokens that say what all together say, added to those of each bucket
+FOLDS = 4  # parts of the documents, each of which judges what was fitted to the others
+HIDDEN = 8  # units of the network of a gate
+SKIP_BELOW = "skip_below"  # the parameter under which a weight is 0
 
 
 @dataclass(frozen=True)
 class Observed:
     """What was seen of n held-out tokens. lm_log_probs: (n,) of those tokens; evidence: of them; lm: for rules that
-    ask for statistics."""
+    ask for statistics. document_of: (n,) the number of each token's document; None where it is not known."""
 
     lm_log_probs: npt.NDArray[np.floating]
     evidence: Evidence
     lm: LmStatistics | None = None
+    document_of: npt.NDArray[np.int64] | None = None
+
+    @property
+    def ratio(self) -> Weights:
+        """(n,) p_source / p_LM - 1 of the tokens, by which the likelihood of a weight is 1 + weight * ratio."""
+        return likelihood_ratio(self.lm_log_probs, self.evidence.of_targets)
+
+    @property
+    def groups(self) -> npt.NDArray[np.int64]:
+        """(n,) documents, as far as they are known; else as many stretches as FOLDS need."""
+        if self.document_of is not None:
+            return self.document_of
+        n = len(self.lm_log_probs)
+        return np.arange(n) * (5 * FOLDS) // max(n, 1)
 
 
 class Rule(Protocol):
@@ -67,7 +90,114 @@ class Fixed:
         return {"lambda": best_lambda(observed.lm_log_probs[present], log_probs[present])}
 
 
-RULES: dict[str, Rule] = {FIXED: Fixed()}
+class Bins:
+    """A weight for each bucket of the nearest distance, of equally many tokens (Drozdov et al. 2022, arXiv 2210.15859).
+
+    How many buckets is decided by what documents that were left out say. Where a bucket holds few tokens, weights fall
+    with the distance and lean towards that of all.
+    """
+
+    statistics = False
+    features: Sequence[str] = ("nearest",)
+
+    def weights(self, evidence: Evidence, lm: LmStatistics | None, parameters: Parameters) -> Weights:
+        del lm
+        places = np.searchsorted(np.atleast_1d(parameters["edges"]), evidence.features["nearest"])
+        return np.asarray(parameters["lambdas"], np.float64)[places]
+
+    def fit(self, observed: Observed) -> Parameters:
+        """edges: (b - 1,) between the buckets, the upper one included. lambdas: (b,)."""
+        present = observed.evidence.present
+        nearest = observed.evidence.features["nearest"][present]
+        order = np.argsort(nearest, kind="stable")
+        nearest, ratio = nearest[order], observed.ratio[present][order]
+        _, group = np.unique(observed.groups[present][order], return_inverse=True)
+        counts = [b for b in BUCKETS if b == 1 or b * BUCKET_TOKENS <= len(nearest)]
+        losses = dict.fromkeys(counts, 0.0)
+        for fold in range(FOLDS if len(counts) > 1 else 0):
+            left_out = group % FOLDS == fold
+            for b in counts:
+                edges, lambdas = buckets(nearest[~left_out], ratio[~left_out], b)
+                lmbda = lambdas[np.searchsorted(edges, nearest[left_out])]
+                losses[b] -= float(np.log1p(lmbda * ratio[left_out]).sum())
+        edges, lambdas = buckets(nearest, ratio, min(counts, key=lambda b: losses[b]))
+        return {"edges": edges.tolist(), "lambdas": lambdas.tolist()}
+
+
+def buckets(nearest: Weights, ratio: Weights, count: int) -> tuple[Weights, Weights]:
+    """The inner edges of `count` buckets with equally many of the distances (n,), ascending, and lambda of each bucket.
+
+    ratio: (n,) as in Observed. On these tokens never worse than one lambda for all.
+    """
+    overall = _best_lambda(ratio)
+    if count == 1 or not len(nearest):
+        return np.empty(0), np.array([overall])
+    edges = np.unique(np.quantile(nearest, np.arange(1, count) / count))
+    ends = [0, *np.searchsorted(nearest, edges, side="right").tolist(), len(nearest)]
+    blocks: list[tuple[int, int, float, int]] = []  # where it begins and ends, lambda, buckets in it
+    for start, end in pairwise(ends):
+        blocks.append((start, end, _best_lambda(ratio[start:end]) if end > start else 0.0, 1))
+        while len(blocks) > 1 and end - start < FREE_TOKENS and blocks[-1][2] > blocks[-2][2]:  # adjacent violators
+            (first, _, _, before), (_, last, _, after) = blocks[-2:]
+            blocks[-2:] = [(first, last, _best_lambda(ratio[first:last]), before + after)]
+    lambdas = np.repeat([block[2] for block in blocks], [block[3] for block in blocks])
+    tokens = len(nearest) / (len(edges) + 1)
+    return edges, (tokens * lambdas + PRIOR_TOKENS * overall) / (tokens + PRIOR_TOKENS)
+
+
+class Gate:
+    """A small network over what is known of each prediction (He et al. 2021, arXiv 2109.04212; see knnlm/gate.py).
+
+    features: of the evidence, by name. statistics: whether it looks at the LM's entropy and largest probability.
+    Without features it decides before anything is searched. hidden: units of the network; 0: a logistic function.
+    """
+
+    def __init__(self, features: Sequence[str], *, statistics: bool = True, hidden: int = HIDDEN) -> None:
+        self.features = features
+        self.statistics = statistics
+        self._hidden = hidden
+
+    def weights(self, evidence: Evidence, lm: LmStatistics | None, parameters: Parameters) -> Weights:
+        return LARGEST_LAMBDA * sigmoid(gate_logits(self._inputs(evidence, lm), parameters))
+
+    def fit(self, observed: Observed) -> Parameters:
+        """As in knnlm.gate.gate_logits."""
+        present = observed.evidence.present
+        ratio = observed.ratio[present]
+        best = _best_lambda(ratio)
+        inputs = self._inputs(observed.evidence, observed.lm)[present]
+        if not len(ratio):
+            return {"bias": -LOGIT_RANGE, "linear": [0.0] * inputs.shape[1]}
+        groups = observed.groups[present]
+        return fit_gate(inputs, ratio, groups, start=best, largest=LARGEST_LAMBDA, hidden=self._hidden)
+
+    def _inputs(self, evidence: Evidence, lm: LmStatistics | None) -> Weights:
+        """(n, m), 0 where the source is absent, whose features may be infinite."""
+        columns = [INPUTS[name](evidence.features[name]) for name in self.features]
+        if self.statistics:
+            if lm is None:
+                raise TypeError("statistics of the LM were not asked for")
+            columns += [lm.entropy.astype(np.float64), np.exp(lm.largest_log_prob.astype(np.float64))]
+        return np.where(evidence.present[:, None], np.stack(columns, axis=1), 0.0)
+
+
+INPUTS: Mapping[str, Callable[[Weights], Weights]] = {
+    "nearest": np.sqrt,
+    "nearness": np.asarray,
+    "agreement": np.asarray,
+    "distinct": np.log1p,
+}  # how a feature goes into a network
+
+
+# relative: NEST's confidence (Li et al. 2024, arXiv 2405.19325) is such a logistic function of the nearest distance as
+# a share of the farthest one: its center is -bias / linear, its width -1 / linear
+RULES: dict[str, Rule] = {
+    FIXED: Fixed(),
+    "bins": Bins(),
+    "relative": Gate(("nearness",), statistics=False, hidden=0),
+    "gate": Gate(tuple(INPUTS)),
+    "gate_lm": Gate(()),
+}
 
 
 def rule(name: str) -> Rule:
@@ -92,9 +222,46 @@ class Weighing:
     def statistics(self) -> bool:
         return rule(self.rule).statistics
 
+    @property
+    def early(self) -> bool:
+        """Whether the LM's statistics alone decide, so that what has weight 0 need not be asked for."""
+        return decides_early(self.rule)
+
     def weights(self, evidence: Evidence, lm: LmStatistics | None) -> Weights:
         """(n,) the weight at each prediction, 0 where the source is absent."""
-        return np.where(evidence.present, rule(self.rule).weights(evidence, lm, self.parameters), 0.0)
+        weights = np.where(evidence.present, rule(self.rule).weights(evidence, lm, self.parameters), 0.0)
+        return np.where(weights < self.parameters.get(SKIP_BELOW, 0.0), 0.0, weights)
+
+    def wanted(self, lm: LmStatistics | None) -> npt.NDArray[np.bool_] | None:
+        """(n,) where an early rule has a weight at all; None for other rules, and where the LM told no statistics."""
+        if lm is None or not self.early:
+            return None
+        return self.weights(_everywhere(lm), lm) > 0
+
+
+def decides_early(name: str) -> bool:
+    """Whether that rule looks at the LM's statistics and at nothing that is retrieved."""
+    return rule(name).statistics and not rule(name).features
+
+
+def skipping(name: str, parameters: Parameters, observed: Observed, share: float) -> Parameters:
+    """The parameters with a weight below which nothing is searched for: at most `share` of the observed tokens. Raises
+    InvalidRequest for a rule that decides after the search, and unless 0 <= share < 1."""
+    if not 0 <= share < 1:
+        raise InvalidRequest(f"skip must lie in [0, 1), got {share}", param="skip")
+    if not share:
+        return parameters
+    if not decides_early(name) or observed.lm is None:
+        early = ", ".join(name for name in RULES if decides_early(name))
+        raise InvalidRequest(f"the rule {name} decides after the search; {early} can skip it", param="skip")
+    weights = Weighing(name, parameters).weights(_everywhere(observed.lm), observed.lm)
+    return {**parameters, SKIP_BELOW: float(np.quantile(weights, share))}
+
+
+def _everywhere(lm: LmStatistics) -> Evidence:
+    """What an early rule is asked with: nothing is known of the source yet."""
+    n = len(lm.entropy)
+    return Evidence(np.ones(n, np.bool_), np.zeros(n))
 
 
 def shared(weights: Sequence[Weights], asked: Sequence[bool]) -> list[Weights]:
@@ -119,10 +286,18 @@ def best_lambda(lm_log_probs: npt.NDArray[np.floating], knn_log_probs: npt.NDArr
 
     With r = p_kNN / p_LM - 1 the derivative is sum of r / (1 + lambda r), which falls: its root is bisected.
     """
+    return _best_lambda(likelihood_ratio(lm_log_probs, knn_log_probs))
+
+
+def likelihood_ratio(lm_log_probs: npt.NDArray[np.floating], knn_log_probs: npt.NDArray[np.floating]) -> Weights:
+    """(n,) p_kNN / p_LM - 1, at least -1."""
     # beyond e^300 a ratio changes nothing any more, and the sum of many must stay finite
     gap = np.minimum(knn_log_probs.astype(np.float64) - lm_log_probs, 300.0)
-    ratio = np.expm1(gap)  # (n,) >= -1
+    ratio: Weights = np.expm1(gap)
+    return ratio
 
+
+def _best_lambda(ratio: Weights) -> float:
     def slope(lmbda: float) -> float:
         return float((ratio / (1 + lmbda * ratio)).sum())
 

@@ -2,15 +2,16 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knnlm.domains import knn_evidence
+from knnlm import rules
+from knnlm.domains import FEATURES, knn_evidence
 from knnlm.errors import InvalidRequest
 from knnlm.evidence import Evidence
 from knnlm.messages import LmStatistics
 from knnlm.neighbors import Neighbors
-from knnlm.rules import LARGEST_LAMBDA, RULES, Observed, Weighing, best_lambda, shared
+from knnlm.rules import LARGEST_LAMBDA, RULES, Observed, Weighing, best_lambda, buckets, shared, skipping
 from tests.toys import LEVEL, level  # noqa: F401  a fixture
 
 NEIGHBORS = Neighbors(
@@ -18,9 +19,29 @@ NEIGHBORS = Neighbors(
 )
 TARGETS = np.array([0, 0, 5], np.int32)
 LM = LmStatistics(np.array([1.0, 2.0, 3.0]), np.log([0.5, 0.4, 0.3]))
-OBSERVED = Observed(
-    np.log([0.1, 0.2, 0.3]), knn_evidence(NEIGHBORS, 1.0, TARGETS, ("nearest", "count", "agreement")), LM
-)
+OBSERVED = Observed(np.log([0.1, 0.2, 0.3]), knn_evidence(NEIGHBORS, 1.0, TARGETS, tuple(FEATURES)), LM)
+
+
+def observed(seed: int, n: int, documents: int = 10) -> Observed:
+    """Of n tokens: near neighbors are often right, the more so where the LM is unsure; some queries found nothing."""
+    rng = np.random.default_rng(seed)
+    nearest, entropy = rng.gamma(2.0, size=n), rng.uniform(0.1, 5, n)
+    distances = np.sort(nearest[:, None] + rng.gamma(1.0, size=(n, 6)), axis=1).astype(np.float32)
+    targets = rng.integers(8, size=n).astype(np.int32)
+    right = rng.random((n, 6)) < (0.9 * np.exp(-nearest / 2) * entropy / 5)[:, None]
+    values = np.where(right, targets[:, None], rng.integers(8, size=(n, 6))).astype(np.int32)
+    values[rng.random(n) < 0.1] = -1
+    lm = LmStatistics(entropy, -entropy / 2)
+    evidence = knn_evidence(Neighbors(distances, values), 1.0, targets, tuple(FEATURES))
+    log_probs = np.log(rng.beta(1, 2, n)) - entropy / 3
+    return Observed(log_probs, evidence, lm, np.arange(n) * documents // max(n, 1))
+
+
+def loss(name: str, parameters: rules.Parameters, seen: Observed) -> float:
+    """By hand, in probabilities."""
+    weights = Weighing(name, parameters).weights(seen.evidence, seen.lm)
+    p = (1 - weights) * np.exp(seen.lm_log_probs) + weights * np.exp(seen.evidence.of_targets)
+    return -float(np.log(p).mean())
 
 
 @pytest.mark.parametrize("name", [*RULES, LEVEL])
@@ -31,6 +52,91 @@ def test_every_rule_weighs_with_what_it_fitted_and_nothing_where_nothing_was_fou
     assert weights.shape == (3,)
     assert weights[1] == 0.0
     assert ((weights >= 0) & (weights <= 1)).all()
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.sampled_from([0, 1, 7, 60, 1000]))
+def test_no_rule_is_worse_than_one_lambda_on_what_it_was_fitted_to(name: str, seed: int, n: int) -> None:
+    seen = observed(seed, n)
+    if not n:
+        RULES[name].fit(seen)  # nothing to see is no error
+        return
+    parameters = RULES[name].fit(seen)
+    fixed = RULES["fixed"].fit(seen)
+    assert loss(name, parameters, seen) <= loss("fixed", fixed, seen) + 1e-9
+    assert parameters == RULES[name].fit(seen)  # and it finds the same again
+
+
+@pytest.mark.parametrize("name", ["bins", "relative", "gate", "gate_lm"])
+def test_rules_that_look_are_better_on_new_documents_where_there_is_something_to_see(name: str) -> None:
+    old, new = observed(0, 4000), observed(1, 4000)
+    fixed = loss("fixed", RULES["fixed"].fit(old), new)
+    assert loss(name, RULES[name].fit(old), new) < fixed - 0.005
+
+
+def test_buckets_are_the_best_falling_lambdas_of_a_dense_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "PRIOR_TOKENS", 0)
+    grid = np.linspace(0, LARGEST_LAMBDA, 60)
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        nearest, ratio = np.sort(rng.gamma(2.0, size=40)), np.expm1(rng.normal(0, 2, 40))
+        edges, lambdas = buckets(nearest, ratio, 3)
+        assert (np.diff(lambdas) <= 0).all()
+        of = np.searchsorted(edges, nearest)
+        losses = np.stack([-np.log1p(grid[:, None] * ratio[of == b]).sum(axis=1) for b in range(3)])  # (3, grid)
+        falling = np.tril(np.ones((60, 60), np.bool_))  # [i, j]: grid[i] >= grid[j]
+        total = np.where(
+            falling[:, :, None] & falling[None], losses[0][:, None, None] + losses[1][:, None] + losses[2], np.inf
+        )
+        ours = -float(np.log1p(lambdas[of] * ratio).sum())
+        assert total.min() - 0.05 < ours < total.min() + 1e-9
+
+
+def test_small_buckets_lean_towards_the_lambda_of_all_and_large_ones_may_rise() -> None:
+    nearest = np.arange(8000.0)
+    ratio = np.where(nearest < 4000, -0.5, 3.0)  # retrieval helps far away only
+    _, lambdas = buckets(nearest[2000:6000], ratio[2000:6000], 4)
+    assert len(set(lambdas)) == 1
+    edges, lambdas = buckets(nearest, ratio, 2)
+    overall = best_lambda(np.zeros(8000), np.log1p(ratio))
+    np.testing.assert_allclose(lambdas, (4000 * np.array([0, LARGEST_LAMBDA]) + 200 * overall) / 4200)
+    assert edges.tolist() == [3999.5]
+
+
+def test_the_weight_of_relative_falls_with_the_distance_of_the_nearest_neighbor() -> None:
+    seen = observed(0, 4000)
+    weights = Weighing("relative", RULES["relative"].fit(seen)).weights(seen.evidence, None)
+    there = seen.evidence.present
+    order = np.argsort(seen.evidence.features["nearness"][there])
+    assert (np.diff(weights[there][order]) <= 0).all()
+    assert weights[there].max() <= LARGEST_LAMBDA
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9])
+def test_a_rule_that_decides_early_can_leave_out_a_share_of_the_searches(share: float) -> None:
+    seen = observed(0, 2000)
+    parameters = RULES["gate_lm"].fit(seen)
+    weighing = Weighing("gate_lm", skipping("gate_lm", parameters, seen, share))
+    wanted = weighing.wanted(seen.lm)
+    assert wanted is not None
+    assert 1 - wanted.mean() == pytest.approx(share, abs=1e-3)
+    assert 1 - wanted.mean() <= share + 1e-12
+    np.testing.assert_array_equal(weighing.weights(seen.evidence, seen.lm) > 0, wanted & seen.evidence.present)
+    assert weighing.wanted(None) is None
+    kept = Weighing("gate_lm", parameters).weights(seen.evidence, seen.lm)[wanted]
+    np.testing.assert_array_equal(weighing.weights(seen.evidence, seen.lm)[wanted], kept)
+
+
+def test_a_rule_that_decides_after_the_search_skips_none() -> None:
+    seen = observed(0, 50)
+    parameters = RULES["gate"].fit(seen)
+    assert Weighing("gate", parameters).wanted(seen.lm) is None
+    assert skipping("gate", parameters, seen, 0.0) == parameters
+    with pytest.raises(InvalidRequest, match="gate decides after the search; gate_lm can skip it"):
+        skipping("gate", parameters, seen, 0.5)
+    with pytest.raises(InvalidRequest, match=r"skip must lie in \[0, 1\), got 1"):
+        skipping("gate_lm", parameters, seen, 1)
 
 
 def test_the_fixed_rule_is_fitted_to_what_was_found() -> None:
@@ -51,6 +157,8 @@ def test_features_are_those_of_brute_force() -> None:
     np.testing.assert_array_equal(features["nearest"], [1, np.inf, 2])
     np.testing.assert_array_equal(features["count"], [2, 0, 2])
     np.testing.assert_allclose(features["agreement"], [1 / (1 + np.exp(-3.0)), 0, 1])
+    np.testing.assert_array_equal(features["nearness"], [1 / 4, 1, 1])
+    np.testing.assert_array_equal(features["distinct"], [2, 0, 1])
     with pytest.raises(InvalidRequest, match="neighbors have no 'colour'"):
         knn_evidence(NEIGHBORS, 1.0, TARGETS, ("colour",))
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from knnlm.sources import UsedDomain
 
 
+SHOWN_NUMBERS = 8  # of one parameter of a rule
+
+
 def retrieving(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for each choice of retrieval in place of its parameter `knn`.
 
@@ -54,7 +57,9 @@ def weight_of(rule: str, parameters: "Parameters") -> str:
 
 
 def _short(value: float | Sequence[float]) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else " ".join(f"{v:.4g}" for v in value)
+    if isinstance(value, int | float):
+        return f"{value:.4g}"
+    return " ".join(f"{v:.4g}" for v in value) if len(value) <= SHOWN_NUMBERS else f"of {len(value)} numbers"
 
 
 def described(used: "UsedDomain") -> str:

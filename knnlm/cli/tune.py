@@ -1,5 +1,6 @@
 """`knnlm tune`: fit temperature, lambda, k and how to search of a domain, and store them with it."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from knnlm.evaluation.search_settings import Tuned
-    from knnlm.messages import SearchQuality
+    from knnlm.messages import RuleQuality, SearchQuality
 
 
 def tune(
@@ -51,7 +52,17 @@ def tune(
             help="Search as near to exact search as: exact (0.05 % of perplexity), balanced (0.3 %), fast (1 %)."
         ),
     ] = "balanced",
-    rule: Annotated[str, typer.Option(help="Fit this lambda rule, which weighs what is retrieved.")] = "fixed",
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="Fit this lambda rule, which weighs what is retrieved; auto: whichever is better than fixed on "
+            "documents that it was not fitted to."
+        ),
+    ] = "fixed",
+    skip: Annotated[
+        float,
+        typer.Option(help="With --rule gate_lm: the share of the searches to leave out, those that matter least."),
+    ] = 0.0,
     max_tokens: Annotated[
         int, typer.Option(help="Fit on a sample of this many tokens, spread over all documents.")
     ] = 20_000,
@@ -91,6 +102,7 @@ def tune(
             quality=quality,
             exact_queries=exact_queries,
             rule=rule,
+            skip=skip,
             max_tokens=max_tokens,
             context_length=context_length,
             min_context=min_context,
@@ -117,6 +129,7 @@ def tune(
         print_json({**answer, "warnings": warnings, "curve": curve})
         return
     _print_quality(tuning.quality)
+    _print_rules(tuning.rules)
     weight = weight_of(tuning.rule, tuning.parameters or {"lambda": tuning.lmbda})
     print(f"{domain} {path.name}: temperature {tuning.temperature:.5g}, {weight}, k {tuning.k}")
     print(
@@ -136,6 +149,24 @@ def _print_quality(rows: "Sequence[SearchQuality]") -> None:
         lines.append(["*" if row.chosen else "", row.name, f"{row.perplexity:.4f}", share, speed])
     print_table(["", "search", "perplexity", "beside exact", "queries/s"], lines, left=(0, 1))
     print()
+
+
+def _print_rules(rows: "Sequence[RuleQuality]") -> None:
+    """How each rule compares with one lambda for everything, on documents that it was not fitted to."""
+    if not rows:
+        return
+    lines = [
+        ["*" if row.chosen else "", row.name, f"{row.perplexity:.4f}", f"{_percent(row.difference):+.2f} %",
+         f"{_percent(row.low):+.2f} % to {_percent(row.high):+.2f} %"]
+        for row in rows
+    ]  # fmt: skip
+    print_table(["", "rule", "perplexity", "beside fixed", "95 % interval"], lines, left=(0, 1))
+    print()
+
+
+def _percent(nats: float) -> float:
+    """Of perplexity, of a difference of mean log-likelihoods."""
+    return 100 * math.expm1(nats)
 
 
 def _warnings(found: "Tuned") -> list[str]:

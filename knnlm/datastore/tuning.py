@@ -6,7 +6,7 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, Valid
 
 from knnlm.datastore.layout import Count, Record, first_problem
 from knnlm.errors import InvalidRequest
-from knnlm.messages import SearchQuality, Tuning
+from knnlm.messages import RuleQuality, SearchQuality, Tuning
 from knnlm.options import SEARCH_OPTIONS, SearchOptions
 
 
@@ -38,6 +38,17 @@ class QualityRecord(Record):
         return SearchQuality(**{**self.model_dump(), "search": SearchOptions.of(self.search)})
 
 
+class RuleRecord(Record):
+    """messages.RuleQuality, as it is stored."""
+
+    name: str
+    perplexity: float
+    difference: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    chosen: bool = False
+
+
 class TuningRecord(Record):
     """messages.Tuning, as it is stored. Of the fields after `documents` only what differs from the default."""
 
@@ -54,22 +65,28 @@ class TuningRecord(Record):
     index: str | None = None
     quality: tuple[QualityRecord, ...] = ()
     cache: dict[str, float | tuple[float, ...]] = Field(default_factory=dict)
+    rules: tuple[RuleRecord, ...] = ()
 
     @classmethod
     def of(cls, tuning: Tuning) -> Self:
         """Raises InvalidRequest when a number is not finite or out of its range."""
         quality = [{**vars(row), "search": row.search.asked()} for row in tuning.quality]
         try:
-            return cls.model_validate({**vars(tuning), "search": tuning.search.asked(), "quality": quality})
+            rules = [vars(row) for row in tuning.rules]
+            return cls.model_validate(
+                {**vars(tuning), "search": tuning.search.asked(), "quality": quality, "rules": rules}
+            )
         except ValidationError as err:
             raise InvalidRequest(f"not a usable tuning: {first_problem(err)}", param="tuning") from err
 
     def message(self) -> Tuning:
         quality = tuple(row.message() for row in self.quality)
-        return Tuning(**{**self.model_dump(), "search": SearchOptions.of(self.search), "quality": quality})
+        rules = tuple(RuleQuality(**row.model_dump()) for row in self.rules)
+        search = SearchOptions.of(self.search)
+        return Tuning(**{**self.model_dump(), "search": search, "quality": quality, "rules": rules})
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:  # Any: JSON
         fields: dict[str, Any] = handler(self)
-        later = ("rule", "parameters", "search", "index", "quality", "cache")
+        later = ("rule", "parameters", "search", "index", "quality", "cache", "rules")
         return {name: v for name, v in fields.items() if name not in later or v not in (None, "fixed", {}, [], ())}

@@ -37,6 +37,7 @@ class HeldOut:
 
     queries: (n, d), in the dtype of the model's keys. lm_log_probs: (n,). targets: (n,). depths: (n,) tokens of the
     document before each; None where they are not known. statistics: of n distributions, None where not asked for.
+    document_of: (n,) the number of each token's document; None where it is not known.
     """
 
     queries: npt.NDArray[np.floating]
@@ -45,6 +46,7 @@ class HeldOut:
     documents: int
     depths: npt.NDArray[np.int64] | None = None
     statistics: LmStatistics | None = None
+    document_of: npt.NDArray[np.int64] | None = None
 
     def sample(self, n: int) -> "HeldOut":
         """An even sample of n tokens, all where there are no more."""
@@ -61,10 +63,13 @@ class HeldOut:
             self.documents,
             depths,
             None if lm is None else LmStatistics(lm.entropy[rows], lm.largest_log_prob[rows]),
+            None if self.document_of is None else self.document_of[rows],
         )
 
     def with_neighbors(self, neighbors: Neighbors) -> Observations:
-        return Observations(self.lm_log_probs, self.targets, neighbors, self.documents, self.statistics)
+        return Observations(
+            self.lm_log_probs, self.targets, neighbors, self.documents, self.statistics, self.document_of
+        )
 
 
 def observe(
@@ -86,7 +91,8 @@ def observe(
     """
     chosen = choose_windows(lm.info, domains, context_length, min_context)
     windows = (*chosen, domains[0].window_bos_token_id if domains else None)
-    keys, log_probs, targets, depths = [], [], [], []
+    keys, log_probs, targets, depths, numbers = [], [], [], [], []
+    number_of = {id(document): number for number, document in enumerate(documents)}
     entropies, largest = [], []
     done = 0
     for batch in _batches(documents, windows, batch_tokens):
@@ -99,6 +105,7 @@ def observe(
             entropies.append(required(answer.entropy))
             largest.append(required(answer.largest_log_prob))
         depths += [np.arange(w.first, w.end) for _, w in batch]
+        numbers += [np.full(w.end - w.first, number_of[id(d)]) for d, w in batch]
         done += len(expected)
         if on_progress is not None:
             on_progress(done)
@@ -106,7 +113,7 @@ def observe(
         raise InvalidRequest("no document with at least two tokens", param="sources")
     made = (np.concatenate(keys), np.concatenate(log_probs), np.concatenate(targets))
     lm_statistics = LmStatistics(np.concatenate(entropies), np.concatenate(largest)) if statistics else None
-    return HeldOut(*made, len(documents), np.concatenate(depths), lm_statistics)
+    return HeldOut(*made, len(documents), np.concatenate(depths), lm_statistics, np.concatenate(numbers))
 
 
 def find(

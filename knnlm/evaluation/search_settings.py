@@ -18,17 +18,18 @@ from knnlm.datastore.manifest import FLAT, Manifest
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import LEAK_SEARCH, HeldOut, find, leak, observe
+from knnlm.evaluation.rule_choice import compare
 from knnlm.evaluation.splits import encode, sample, unseen
 from knnlm.evaluation.timing import Rate, interleave
-from knnlm.evaluation.tuning import Fit, Point, fit, smallest_k
+from knnlm.evaluation.tuning import Fit, Observations, Point, fit, smallest_k, with_rule
 from knnlm.index.contract import Index
 from knnlm.index.exact import exact_neighbors
 from knnlm.index.searcher import Searcher
-from knnlm.messages import Document, SearchQuality, SearchRequest
+from knnlm.messages import Document, SearchQuality, SearchRequest, Tuning
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
 from knnlm.pipeline import current_versions
-from knnlm.rules import FIXED
+from knnlm.rules import AUTO, FIXED, decides_early
 from knnlm.rules import rule as known_rule
 
 KS = (64, 256, 1024)
@@ -78,6 +79,7 @@ def tune(
     quality: str = "balanced",
     exact_queries: int = EXACT_QUERIES,
     rule: str = FIXED,
+    skip: float = 0.0,
     max_tokens: int = 20_000,
     context_length: int | None = None,
     min_context: int | None = None,
@@ -99,7 +101,7 @@ def tune(
 
     path = current_versions(store, [domain])[domain] if version is None else Catalog(store).path(domain, version)
     manifest, report = Manifest.load(path), on_progress or _silent
-    ks = check(manifest, ks, quality, exact_queries, rule)
+    ks = check(manifest, ks, quality, exact_queries, rule, skip)
     documents = list(documents)
     lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=manifest.key_function)
     with closing(Searcher.open(path, index=index, expect=lm.info)) as searcher:
@@ -117,7 +119,7 @@ def tune(
             domains=[searcher.info(())],
             context_length=context_length,
             min_context=min_context,
-            statistics=known_rule(rule).statistics,
+            statistics=rule == AUTO or known_rule(rule).statistics,
             on_progress=lambda done: report("asking the model about tokens", done, tokens),
         )
         found = tune_searcher(
@@ -128,6 +130,7 @@ def tune(
             quality=quality,
             exact_queries=exact_queries,
             rule=rule,
+            skip=skip,
             on_progress=report,
         )
     with_tuning(path, found.fit.tuning)
@@ -143,6 +146,7 @@ def tune_searcher(
     quality: str = "balanced",
     exact_queries: int = EXACT_QUERIES,
     rule: str = FIXED,
+    skip: float = 0.0,
     on_progress: Progress | None = None,
     timing: Timing | None = None,
 ) -> Tuned:
@@ -150,38 +154,51 @@ def tune_searcher(
 
     First, by exact search for `exact_queries` of them: k, the smallest of `ks` that is as good as any. Then, for the
     same ones, the fastest setting whose perplexity at this k lies within QUALITIES[quality] of exact search, else the
-    nearest one. Then, for all of them, temperature and parameters, as served with both. exact_queries = 0, or an index
-    that is exact search itself: the index's own setting, with the smallest of `ks` that is as good as any.
+    nearest one. Then, for all of them, temperature and lambda, as served with both. exact_queries = 0, or an index
+    that is exact search itself: the index's own setting, with the smallest of `ks` that is as good as any. Then the
+    rule at this temperature; "auto": the one that knnlm.evaluation.rule_choice.compare chooses. skip: the share of the
+    searches that a rule may leave out (knnlm.rules.skipping).
 
     dtype: of the model that made the queries. on_progress hears (what is done now, steps done, steps). timing: measures
     programs in turn. Raises InvalidRequest for a quality that is not known, a number out of range or a version without
-    entries.
+    entries, and as `compare` and `skipping`.
     """
     manifest, report = searcher.manifest, on_progress or _silent
-    ks = check(manifest, ks, quality, exact_queries, rule)
+    ks = check(manifest, ks, quality, exact_queries, rule, skip)
     search, near = SearchOptions(), True
     rows: tuple[SearchQuality, ...] = ()
     curve: tuple[Point, ...] = ()
     if exact_queries and searcher.recipe != FLAT:
         few = held_out.sample(exact_queries)
-        exact = smallest_k(_exact_fits(searcher, few, ks, rule, report))
+        exact = smallest_k(_exact_fits(searcher, few, ks, report))
         ks, curve = [exact.tuning.k], exact.curve
         limit = exact.tuning.knn_perplexity * (1 + QUALITIES[quality])
-        measured = _measured(searcher, few, ks[0], rule, limit, report, timing or _in_turn)
+        measured = _measured(searcher, few, ks[0], limit, report, timing or _in_turn)
         chosen = choose(measured, limit)
         search, near = chosen.search, chosen.perplexity <= limit
         best = SearchQuality(EXACT, SearchOptions(), exact.tuning.knn_perplexity)
         rows = (best, *(replace(row, chosen=row == chosen) for row in measured))
-    fits = []
+    fits, observed = [], {}
     for i, k in enumerate(ks):  # once for each: fewer neighbors are found among fewer candidates
         report(f"searching, k {k}", i, len(ks))
-        fits.append(fit(find(searcher, manifest.domain, held_out, replace(search, k=k)), rule))
+        observed[k] = find(searcher, manifest.domain, held_out, replace(search, k=k))
+        fits.append(fit(observed[k]))
     nearest = find(searcher, manifest.domain, held_out, LEAK_SEARCH).neighbors
     leaked = leak(held_out, nearest, dtype, manifest.model.dtype)
     found = smallest_k(fits)
-    tuning = replace(found.tuning, search=search, index=searcher.recipe, quality=rows)
+    report(f"fitting the rule {rule}", len(ks), len(ks))
+    tuning = _with_rule(found.tuning, observed[found.tuning.k], rule, skip)
+    tuning = replace(tuning, search=search, index=searcher.recipe, quality=rows)
     others = tuple(point for point in curve if point.k != tuning.k)
     return Tuned(Fit(tuning, tuple(sorted((*others, *found.curve), key=lambda p: (p.k, p.temperature)))), leaked, near)
+
+
+def _with_rule(tuning: Tuning, observations: Observations, rule: str, skip: float) -> Tuning:
+    if rule != AUTO:
+        return with_rule(tuning, observations, rule, skip=skip)
+    rows = compare(observations, tuning.temperature)
+    chosen = next(row.name for row in rows if row.chosen)
+    return replace(with_rule(tuning, observations, chosen), rules=tuple(rows))
 
 
 def settings(index: Index) -> list[Ladder]:
@@ -211,11 +228,20 @@ def choose(rows: Sequence[SearchQuality], limit: float) -> SearchQuality:
     return min(among or rows, key=lambda row: row.perplexity)
 
 
-def check(manifest: Manifest, ks: Sequence[int], quality: str, exact_queries: int, rule: str) -> list[int]:
+def check(
+    manifest: Manifest, ks: Sequence[int], quality: str, exact_queries: int, rule: str, skip: float = 0.0
+) -> list[int]:
     """ks, ascending, each once and none beyond the entries. Raises as `tune_searcher`, before a model is asked."""
     if quality not in QUALITIES:
         raise InvalidRequest(f"quality must be one of {', '.join(QUALITIES)}, got {quality!r}", param="quality")
-    known_rule(rule)
+    if rule != AUTO:
+        known_rule(rule)
+    if not 0 <= skip < 1:
+        raise InvalidRequest(f"skip must lie in [0, 1), got {skip}", param="skip")
+    if skip and (rule == AUTO or not decides_early(rule)):
+        raise InvalidRequest(
+            f"skip goes with a rule that decides before the search (gate_lm), got {rule}", param="skip"
+        )
     if exact_queries < 0:
         raise InvalidRequest(f"exact_queries must be at least 0, got {exact_queries}", param="exact_queries")
     if min(ks, default=0) < 1:
@@ -227,7 +253,7 @@ def check(manifest: Manifest, ks: Sequence[int], quality: str, exact_queries: in
     return sorted({min(k, manifest.live_entries) for k in ks})
 
 
-def _exact_fits(searcher: Searcher, held_out: HeldOut, ks: Sequence[int], rule: str, report: Progress) -> list[Fit]:
+def _exact_fits(searcher: Searcher, held_out: HeldOut, ks: Sequence[int], report: Progress) -> list[Fit]:
     """What is fitted to exact search, for every k: its k nearest are the first of more."""
     entries = searcher.manifest.entries
 
@@ -235,11 +261,11 @@ def _exact_fits(searcher: Searcher, held_out: HeldOut, ks: Sequence[int], rule: 
         report(EXACT, done, entries)
 
     found = exact_neighbors(searcher.datastore, held_out.queries, ks[-1], on_progress=on_progress)
-    return [fit(held_out.with_neighbors(Neighbors(found.distances[:, :k], found.values[:, :k])), rule) for k in ks]
+    return [fit(held_out.with_neighbors(Neighbors(found.distances[:, :k], found.values[:, :k]))) for k in ks]
 
 
 def _measured(
-    searcher: Searcher, held_out: HeldOut, k: int, rule: str, limit: float, report: Progress, timing: Timing
+    searcher: Searcher, held_out: HeldOut, k: int, limit: float, report: Progress, timing: Timing
 ) -> list[SearchQuality]:
     """Settings with their perplexities and speeds. Of each ladder no more than the first below `limit`, which is the
     cheapest, and none after two that gain nothing."""
@@ -250,7 +276,7 @@ def _measured(
         best, misses = (measured[DEFAULT][1], 1) if ladder.costlier else (math.inf, 0)
         for name, options in ladder.steps.items():
             report(f"searching, {name}", done, len(ladders) + 1)
-            perplexity = fit(find(searcher, domain, held_out, replace(options, k=k)), rule).tuning.knn_perplexity
+            perplexity = fit(find(searcher, domain, held_out, replace(options, k=k))).tuning.knn_perplexity
             measured[name] = options, perplexity
             misses += perplexity > best * (1 - GAIN)
             if perplexity <= limit or misses > 1:

@@ -7,7 +7,7 @@ knnlm/evaluation/collect.py does, once.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from knnlm.errors import InvalidRequest
 from knnlm.messages import LmStatistics, Tuning
 from knnlm.mixture import Component, mix
 from knnlm.neighbors import Neighbors
-from knnlm.rules import FIXED, Observed, Parameters, Weighing, rule
+from knnlm.rules import FIXED, Observed, Weighing, rule, skipping
 
 GRID = 2.0 ** np.arange(-10, 11)  # temperatures to try, as multiples of the scale
 GOLDEN_STEPS = 16  # narrows two grid steps (a factor of 4) to a relative width of 6e-4
@@ -30,7 +30,8 @@ class Observations:
     """What model and datastore said about n held-out tokens.
 
     lm_log_probs: (n,) of the tokens that came. targets: (n,) int32, those tokens. neighbors: n queries. documents: how
-    many the tokens come from. statistics: of the LM's distributions, for rules that look at them.
+    many the tokens come from. statistics: of the LM's distributions, for rules that look at them. document_of: (n,) the
+    number of each token's document; None where it is not known.
     """
 
     lm_log_probs: npt.NDArray[np.floating]
@@ -38,6 +39,7 @@ class Observations:
     neighbors: Neighbors
     documents: int
     statistics: LmStatistics | None = None
+    document_of: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         shapes = {self.lm_log_probs.shape, self.targets.shape, self.neighbors.values.shape[:1]}
@@ -50,14 +52,12 @@ class Observations:
 
 @dataclass(frozen=True)
 class Point:
-    """One temperature with the best lambda for it, and the best parameters of the rule; perplexity with that rule, per
-    token of the observations."""
+    """One temperature with the best lambda for it, and the perplexity with both, per token of the observations."""
 
     k: int
     temperature: float
     lmbda: float
     perplexity: float
-    parameters: Parameters = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,13 @@ class Fit:
     curve: tuple[Point, ...]
 
 
-def fit(observations: Observations, name: str = FIXED) -> Fit:
-    """The temperature and the parameters of the rule `name` with the lowest perplexity, for neighbors as they were
-    found: k is how many.
+def fit(observations: Observations, name: str = FIXED, *, skip: float = 0.0) -> Fit:
+    """The temperature with the lowest perplexity at its best lambda, for neighbors as they were found: k is how many;
+    and, at that temperature, the parameters of the rule `name`.
 
-    With the rule "fixed" never worse than the LM alone on the observations: lambda is 0 where retrieval does not help.
-    Raises InvalidRequest for an unknown rule, and for one that needs statistics when there are none.
+    Never worse than the LM alone on the observations: lambda is 0 where retrieval does not help. Raises as `with_rule`.
     """
-    if rule(name).statistics and observations.statistics is None:
-        raise InvalidRequest(f"rule {name} looks at statistics of the LM, which were not observed", param="rule")
-    curve = _curve(observations, name)
+    curve = _curve(observations)
     best = min(curve, key=lambda point: point.perplexity)
     tuning = Tuning(
         temperature=best.temperature,
@@ -87,10 +84,32 @@ def fit(observations: Observations, name: str = FIXED) -> Fit:
         knn_perplexity=best.perplexity,
         tokens=len(observations.targets),
         documents=observations.documents,
-        rule=name,
-        parameters={} if name == FIXED else best.parameters,
     )
-    return Fit(tuning, tuple(curve))
+    return Fit(with_rule(tuning, observations, name, skip=skip), tuple(curve))
+
+
+def with_rule(tuning: Tuning, observations: Observations, name: str, *, skip: float = 0.0) -> Tuning:
+    """The tuning of the rule "fixed" with the rule `name` instead, and the perplexity with it. skip: see
+    `knnlm.rules.skipping`. Raises InvalidRequest for an unknown rule, for one that needs statistics when there are
+    none, and as `skipping`."""
+    if name == FIXED and not skip:
+        return tuning
+    observed = seen(observations, tuning.temperature, [name])
+    parameters = skipping(name, rule(name).fit(observed), observed, skip)
+    perplexity = float(np.exp(losses(observed, Weighing(name, parameters)).mean()))
+    return replace(tuning, rule=name, parameters=parameters, knn_perplexity=perplexity)
+
+
+def seen(observations: Observations, temperature: float, names: Iterable[str]) -> Observed:
+    """What rules of these names look at. Raises InvalidRequest for an unknown one, and for one that needs statistics of
+    the LM when there are none."""
+    features: dict[str, None] = {}
+    for name in names:
+        if rule(name).statistics and observations.statistics is None:
+            raise InvalidRequest(f"rule {name} looks at statistics of the LM, which were not observed", param="rule")
+        features |= dict.fromkeys(rule(name).features)
+    evidence = knn_evidence(observations.neighbors, temperature, observations.targets, tuple(features))
+    return Observed(observations.lm_log_probs, evidence, observations.statistics, observations.document_of)
 
 
 def smallest_k(fits: Iterable[Fit]) -> Fit:
@@ -105,7 +124,14 @@ def smallest_k(fits: Iterable[Fit]) -> Fit:
 def mean_loss(observations: Observations, temperature: float, lmbda: float) -> float:
     """Mean negative log-likelihood of the observed tokens under the mixture, in nats: what serving would give."""
     evidence = knn_evidence(observations.neighbors, temperature, observations.targets)
-    return _loss(Observed(observations.lm_log_probs, evidence), Weighing(FIXED, {"lambda": lmbda}))
+    return float(losses(Observed(observations.lm_log_probs, evidence), Weighing(FIXED, {"lambda": lmbda})).mean())
+
+
+def losses(observed: Observed, weighing: Weighing) -> npt.NDArray[np.float64]:
+    """(n,) negative log-probabilities of the observed tokens; evidence of targets."""
+    evidence = observed.evidence
+    component = Component("knn", evidence.of_targets, weighing.weights(evidence, observed.lm))
+    return -mix(observed.lm_log_probs, [component])
 
 
 def temperature_scale(neighbors: Neighbors) -> float:
@@ -122,14 +148,14 @@ def temperature_scale(neighbors: Neighbors) -> float:
     return 1.0
 
 
-def _curve(observations: Observations, name: str) -> list[Point]:
+def _curve(observations: Observations) -> list[Point]:
     """Every point that was tried, by temperature."""
     points: dict[float, Point] = {}
 
     def loss(log_temperature: float) -> float:
         temperature = float(np.exp(log_temperature))
         if temperature not in points:
-            points[temperature] = _best_at(observations, temperature, name)
+            points[temperature] = _best_at(observations, temperature)
         return points[temperature].perplexity
 
     grid = np.log(GRID * temperature_scale(observations.neighbors))
@@ -150,18 +176,8 @@ def _golden(loss: Callable[[float], float], low: float, high: float) -> None:
             right = low + GOLDEN * (high - low)
 
 
-def _best_at(observations: Observations, temperature: float, name: str) -> Point:
-    evidence = knn_evidence(observations.neighbors, temperature, observations.targets, rule(name).features)
-    observed = Observed(observations.lm_log_probs, evidence, observations.statistics)
-    parameters = rule(name).fit(observed)
-    loss = _loss(observed, Weighing(name, parameters))
-    lmbda = rule(FIXED).fit(observed)["lambda"]
-    k = observations.neighbors.values.shape[1]
-    return Point(k, temperature, float(np.mean(lmbda)), float(np.exp(loss)), parameters)
-
-
-def _loss(observed: Observed, weighing: Weighing) -> float:
-    """Mean negative log-probability of the observed tokens; evidence of targets."""
-    evidence = observed.evidence
-    component = Component("knn", evidence.of_targets, weighing.weights(evidence, observed.lm))
-    return -float(mix(observed.lm_log_probs, [component]).mean())
+def _best_at(observations: Observations, temperature: float) -> Point:
+    observed = seen(observations, temperature, [FIXED])
+    lmbda = float(np.mean(rule(FIXED).fit(observed)["lambda"]))
+    loss = losses(observed, Weighing(FIXED, {"lambda": lmbda})).mean()
+    return Point(observations.neighbors.values.shape[1], temperature, lmbda, float(np.exp(loss)))

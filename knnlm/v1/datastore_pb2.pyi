@@ -102,7 +102,7 @@ class GetPassagesResponse(_message.Message):
     def __init__(self, domain: _Optional[str] = ..., version: _Optional[str] = ..., passages: _Optional[_Iterable[_Union[Passage, _Mapping]]] = ..., timings: _Optional[_Iterable[_Union[_common_pb2.Timing, _Mapping]]] = ...) -> None: ...
 
 class Tuning(_message.Message):
-    __slots__ = ("temperature", "k", "lm_perplexity", "knn_perplexity", "tokens", "documents", "rule", "parameters", "cache", "search", "index", "quality")
+    __slots__ = ("temperature", "k", "lm_perplexity", "knn_perplexity", "tokens", "documents", "rule", "parameters", "cache", "search", "index", "quality", "rules")
     class ParametersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +130,7 @@ class Tuning(_message.Message):
     SEARCH_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     k: int
     lm_perplexity: float
@@ -142,7 +143,8 @@ class Tuning(_message.Message):
     search: SearchOptions
     index: str
     quality: _containers.RepeatedCompositeFieldContainer[SearchQuality]
-    def __init__(self, temperature: _Optional[float] = ..., k: _Optional[int] = ..., lm_perplexity: _Optional[float] = ..., knn_perplexity: _Optional[float] = ..., tokens: _Optional[int] = ..., documents: _Optional[int] = ..., rule: _Optional[str] = ..., parameters: _Optional[_Mapping[str, Parameter]] = ..., cache: _Optional[_Mapping[str, Parameter]] = ..., search: _Optional[_Union[SearchOptions, _Mapping]] = ..., index: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[SearchQuality, _Mapping]]] = ..., **kwargs) -> None: ...
+    rules: _containers.RepeatedCompositeFieldContainer[RuleQuality]
+    def __init__(self, temperature: _Optional[float] = ..., k: _Optional[int] = ..., lm_perplexity: _Optional[float] = ..., knn_perplexity: _Optional[float] = ..., tokens: _Optional[int] = ..., documents: _Optional[int] = ..., rule: _Optional[str] = ..., parameters: _Optional[_Mapping[str, Parameter]] = ..., cache: _Optional[_Mapping[str, Parameter]] = ..., search: _Optional[_Union[SearchOptions, _Mapping]] = ..., index: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[SearchQuality, _Mapping]]] = ..., rules: _Optional[_Iterable[_Union[RuleQuality, _Mapping]]] = ..., **kwargs) -> None: ...
 
 class Parameter(_message.Message):
     __slots__ = ("number", "numbers")
@@ -183,6 +185,22 @@ class SearchQuality(_message.Message):
     queries_per_second: float
     chosen: bool
     def __init__(self, name: _Optional[str] = ..., search: _Optional[_Union[SearchOptions, _Mapping]] = ..., perplexity: _Optional[float] = ..., queries_per_second: _Optional[float] = ..., chosen: _Optional[bool] = ...) -> None: ...
+
+class RuleQuality(_message.Message):
+    __slots__ = ("name", "perplexity", "difference", "low", "high", "chosen")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    LOW_FIELD_NUMBER: _ClassVar[int]
+    HIGH_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    perplexity: float
+    difference: float
+    low: float
+    high: float
+    chosen: bool
+    def __init__(self, name: _Optional[str] = ..., perplexity: _Optional[float] = ..., difference: _Optional[float] = ..., low: _Optional[float] = ..., high: _Optional[float] = ..., chosen: _Optional[bool] = ...) -> None: ...
 
 class Domain(_message.Message):
     __slots__ = ("domain", "version", "versions", "state", "entries", "documents", "key_dim", "key_dtype", "key_function", "index", "model_id", "weights_sha256", "tokenizer_sha256", "tuning", "indexes", "memory", "context_length", "min_context", "config_sha256", "model_dtype", "bos_token_id", "window_bos")

@@ -7,6 +7,8 @@ import pytest
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
 from knnlm.lm.model import LanguageModel
+from knnlm.rules import RULES
+from knnlm.wire.jsonable import to_json
 from tests.cli.conftest import Knnlm
 from tests.toys import LEVEL, level
 
@@ -91,7 +93,37 @@ def test_a_rule_is_fitted_stored_and_served(knnlm: Knnlm, store: Path, corpus: P
     assert "rule level (most 0.5, scale " in knnlm("next", "the cat", "--domain", "toy").out
     for command in (("tune", "toy", corpus), ("score", "the cat", "--domain", "toy")):
         unknown = knnlm(*command, "--rule", "none")
-        assert (unknown.code, "unknown rule 'none'; known: fixed, level" in unknown.err) == (2, True)
+        assert (unknown.code, "unknown rule 'none'; known: fixed, bins, relative" in unknown.err) == (2, True)
+
+
+def test_rules_are_compared_and_one_is_chosen_stored_and_served(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    command = ("tune", "toy", corpus, "--part", "tune", "--k", 8, "--rule", "auto")
+    found = knnlm(*command, "--json").json
+    assert [row["name"] for row in found["rules"]] == list(RULES)
+    assert [row["name"] for row in found["rules"] if row["chosen"]] == [found["rule"]]
+    stored = manifest(store).tuning
+    assert stored is not None
+    assert [to_json(row) for row in stored.message().rules] == found["rules"]
+    table = knnlm(*command).out
+    assert "95 % interval" in table
+    assert "gate_lm" in table
+    served = knnlm("eval", corpus, "--part", "tune", "--domain", "toy", "--json").json
+    assert served["knn"]["perplexity"] == pytest.approx(found["knn_perplexity"], rel=1e-6)
+
+
+def test_a_gate_that_decides_first_is_fitted_to_leave_out_searches(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    command = ("tune", "toy", corpus, "--part", "tune", "--k", 8, "--rule")
+    found = knnlm(*command, "gate_lm", "--skip", 0.5, "--json").json
+    assert found["parameters"]["skip_below"] > 0
+    served = knnlm("eval", corpus, "--part", "tune", "--domain", "toy", "--json").json
+    assert served["knn"]["perplexity"] == pytest.approx(found["knn_perplexity"], rel=1e-6)
+    wrong = knnlm(*command, "gate", "--skip", 0.5)
+    assert (wrong.code, "decides before the search (gate_lm), got gate" in wrong.err) == (
+        2,
+        True,
+    )
+    wrong = knnlm(*command, "gate_lm", "--skip", 1)
+    assert (wrong.code, "skip must lie in [0, 1), got 1" in wrong.err) == (2, True)
 
 
 def test_an_empty_domain_cannot_be_tuned(

@@ -1,0 +1,95 @@
+"""The network of gates: its gradient beside finite differences, its descent, and what it finds."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from knnlm.gate import LOGIT_RANGE, descent, fit_gate, gate_logits, loss_and_gradient, sigmoid
+
+LARGEST = 0.99
+Array = npt.NDArray[np.float64]
+
+
+def data(seed: int, n: int = 200, m: int = 3) -> tuple[Array, Array]:
+    """Inputs on different scales, and ratios that are large where the first input is."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(n, m))
+    ratio = np.expm1(rng.normal(size=n) + 2 * inputs[:, 0])
+    return inputs * 10.0 ** np.arange(m) + 5, ratio
+
+
+def mean_loss(weights: Array, ratio: Array) -> float:
+    return -float(np.log1p(weights * ratio).mean())
+
+
+@pytest.mark.parametrize("hidden", [0, 3])
+def test_the_gradient_is_that_of_finite_differences(hidden: int) -> None:
+    inputs, ratio = data(0, n=20)
+    inputs = (inputs - inputs.mean(axis=0)) / inputs.std(axis=0)
+    theta = np.random.default_rng(1).normal(size=4 + 5 * hidden)
+    _, gradient = loss_and_gradient(theta, inputs, ratio, hidden, LARGEST)
+    step = 1e-6
+    for i in range(len(theta)):
+        moved = [theta + side * step * (np.arange(len(theta)) == i) for side in (1, -1)]
+        above, below = (loss_and_gradient(at, inputs, ratio, hidden, LARGEST)[0] for at in moved)
+        assert gradient[i] == pytest.approx((above - below) / (2 * step), rel=1e-5, abs=1e-8)
+
+
+def test_the_descent_goes_down_to_the_bottom() -> None:
+    def banana(at: Array) -> tuple[float, Array]:
+        x, y = at
+        value = (1 - x) ** 2 + 100 * (y - x * x) ** 2
+        return value, np.array([-2 * (1 - x) - 400 * x * (y - x * x), 200 * (y - x * x)])
+
+    places = list(descent(banana, np.array([-1.2, 1.0])))
+    values = [banana(at)[0] for at in places]
+    assert values == sorted(values, reverse=True)
+    np.testing.assert_allclose(places[-1], [1, 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [0, 4])
+def test_what_is_fitted_is_better_than_one_weight_and_holds_for_inputs_as_they_are(hidden: int) -> None:
+    inputs, ratio = data(2, n=2000)
+    grid = np.linspace(0, LARGEST, 500)
+    fixed = grid[np.argmin([mean_loss(np.full(len(ratio), w), ratio) for w in grid])]
+    parameters = fit_gate(inputs, ratio, np.arange(2000) // 50, start=fixed, largest=LARGEST, hidden=hidden)
+    weights = LARGEST * sigmoid(gate_logits(inputs, parameters))
+    assert mean_loss(weights, ratio) < mean_loss(np.full(len(ratio), fixed), ratio) - 0.05
+    assert np.corrcoef(weights, inputs[:, 0])[0, 1] > 0.8
+    other, other_ratio = data(3, n=2000)
+    assert mean_loss(LARGEST * sigmoid(gate_logits(other, parameters)), other_ratio) < mean_loss(
+        np.full(len(ratio), fixed), other_ratio
+    )
+
+
+def test_two_logistic_parameters_are_those_of_a_dense_grid() -> None:
+    rng = np.random.default_rng(4)
+    inputs = rng.uniform(size=(300, 1))
+    ratio = np.expm1(rng.normal(size=300) + 3 - 6 * inputs[:, 0])
+    parameters = fit_gate(inputs, ratio, np.zeros(300, np.int64), start=0.5, largest=LARGEST)
+    found = mean_loss(LARGEST * sigmoid(gate_logits(inputs, parameters)), ratio)
+    biases, slopes = np.meshgrid(np.linspace(-10, 20, 151), np.linspace(-40, 10, 251))
+    best = min(
+        mean_loss(LARGEST * sigmoid(bias + slope * inputs[:, 0]), ratio)
+        for bias, slope in zip(biases.ravel(), slopes.ravel(), strict=True)
+    )
+    assert best - 1e-3 < found < best + 1e-3
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 60), hidden=st.sampled_from([0, 2]), start=st.floats(0, LARGEST))
+def test_it_is_never_worse_than_where_it_starts(seed: int, n: int, hidden: int, start: float) -> None:
+    inputs, ratio = data(seed, n)
+    parameters = fit_gate(inputs, ratio, np.arange(n) // 4, start=start, largest=LARGEST, hidden=hidden)
+    weights = LARGEST * sigmoid(gate_logits(inputs, parameters))
+    assert mean_loss(weights, ratio) <= mean_loss(np.full(n, start), ratio) + 1e-9
+
+
+def test_logits_are_bounded() -> None:
+    assert gate_logits(np.array([[1e9], [-1e9]]), {"bias": 0.0, "linear": [1.0]}).tolist() == [
+        LOGIT_RANGE, -LOGIT_RANGE,
+    ]  # fmt: skip
+    with pytest.raises(KeyError):
+        gate_logits(np.zeros((1, 1)), {"lambda": 0.5})
