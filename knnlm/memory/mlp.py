@@ -1,6 +1,7 @@
 """An MLP memory in use: keys in, log-probabilities out, with numpy alone; what it computes: knnlm/lm/students.py."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -13,6 +14,8 @@ Float32 = npt.NDArray[np.float32]
 
 FILE = "mlp.safetensors"
 EPSILON = np.float32(1e-6)
+DTYPES = {"F16": "<f2", "F32": "<f4"}
+MAX_HEADER_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 26  # of logits that are made at a time
 
 
@@ -26,17 +29,12 @@ class Mlp:
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Raises DatastoreCorrupt for a file that holds no such net."""
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(folder / FILE, framework="numpy") as file:
-                sizes = json.loads((file.metadata() or {})["mlp"])
-                tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
-            made = cls(tensors, int(sizes["layers"]))
-            with np.errstate(over="ignore", invalid="ignore"):
-                made.log_probs(np.zeros((1, made.key_dim), np.float32))  # shows that all is there, and fits
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as err:
-            raise DatastoreCorrupt(f"{folder / FILE} holds no MLP memory: {err}") from err
+            sizes, tensors = _read(folder / FILE)
+            made = cls(tensors, int(json.loads(sizes["mlp"])["layers"]))
+            made.log_probs(np.zeros((1, made.key_dim), np.float32))  # shows that all is there, and fits
+        except (OSError, KeyError, ValueError, TypeError, AttributeError) as err:
+            raise DatastoreCorrupt(f"{folder / FILE} holds no MLP memory: {err!r:.200}") from err
         return made
 
     @property
@@ -79,6 +77,24 @@ class Mlp:
     def _logits(self, hidden: Float32) -> Float32:
         logits: Float32 = hidden @ self._t["up.weight"].T + self._t["up.bias"]
         return logits
+
+
+def _read(file: Path) -> tuple[Mapping[str, str], dict[str, Float32]]:
+    """Metadata and tensors of a safetensors file, without the package of that name, which not every process has: the
+    length of a header in 8 bytes, the header in JSON, then the numbers. Raises ValueError, KeyError or TypeError for
+    what is none."""
+    data = file.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    if begin > min(len(data), MAX_HEADER_BYTES):
+        raise ValueError(f"its header would have {begin - 8} bytes, the file has {len(data)}")
+    header = json.loads(data[8:begin])
+    metadata = header.pop("__metadata__")
+    tensors = {}
+    for name, record in header.items():
+        low, high = record["data_offsets"]
+        numbers = np.frombuffer(data[begin + low : begin + high], DTYPES[record["dtype"]])
+        tensors[name] = numbers.reshape(record["shape"]).astype(np.float32)
+    return metadata, tensors
 
 
 def _norm(h: Float32) -> Float32:

@@ -356,6 +356,12 @@ def test_a_damaged_mlp_is_refused(mlp: tuple[Path, MemoryManifest], tmp_path: Pa
     (broken / "mlp.safetensors").write_bytes(data)
     with pytest.raises(DatastoreCorrupt, match=r"mlp\.safetensors has sha256"):
         MemoryManifest.open(broken, check="all")
+    whole = (mlp[0] / "mlp.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    for damaged in (b"", b"\xff" * 100, whole[:begin], whole[:-2], whole[:8] + b"x" * (begin - 8) + whole[begin:]):
+        (broken / "mlp.safetensors").write_bytes(damaged)
+        with pytest.raises(DatastoreCorrupt, match="holds no MLP memory"):
+            Mlp.load(broken)
     (broken / "mlp.safetensors").write_bytes(data[:100])
     with pytest.raises(DatastoreCorrupt, match="holds no MLP memory"):
         Mlp.load(broken)
