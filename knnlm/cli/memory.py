@@ -28,7 +28,7 @@ from knnlm.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from knnlm.lm.distillation import Tried
-    from knnlm.memory.manifest import MemoryManifest
+    from knnlm.memory.manifest import MemoryManifest, TargetsManifest
 
 memory = typer.Typer(
     no_args_is_help=True,
@@ -94,18 +94,7 @@ def targets(
         remark(
             f"warning: what is left out of the distributions is {1 - made.kept:.1%} of their mass: try a larger --top"
         )
-    if as_json:
-        print_json({"path": str(folder), **made.model_dump(mode="json")})
-        return
-    settings, shape = made.settings, made.shape
-    print(f"{folder}: {made.rows:,} distributions of {made.masses:,} tokens, {made.empty:,} entries without a neighbor")
-    print(
-        f"k {settings.k}, temperature {settings.temperature:.5g}, excluded: {settings.exclude}, index {settings.index}"
-    )
-    print(
-        f"means: entropy {shape.entropy:.3f} nats, likeliest token {shape.largest:.3f}, {shape.support:.1f} tokens, of "
-        f"which the {settings.top} likeliest kept hold {made.kept:.4f}; of the token that came {shape.of_value:.3f}"
-    )
+    _print_targets(folder, made, None, as_json=as_json)
 
 
 @memory.command("train")
@@ -201,17 +190,22 @@ def train(
 
 @memory.command("show")
 def show(
-    folder: Annotated[Path, typer.Argument(help="The folder of a memory.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of a memory, or of targets.")],
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a memory was made of, what it gains, and whether its domain has moved on since."""
+    """Show what a memory was made of, what it gains, and whether its domain has moved on since; or targets."""
     from knnlm.datastore.catalog import Catalog
-    from knnlm.memory.manifest import MemoryManifest
+    from knnlm.memory.manifest import TARGETS, MemoryManifest
+    from knnlm.memory.targets import Targets
 
-    made = MemoryManifest.open(folder)
+    made: MemoryManifest | TargetsManifest
+    made = Targets.open(folder).manifest if (folder / TARGETS).exists() else MemoryManifest.open(folder)
     stale = made.store.stale(Catalog(store))
-    _print_memory(folder, made, stale, as_json=as_json)
+    if isinstance(made, MemoryManifest):
+        _print_memory(folder, made, stale, as_json=as_json)
+    else:
+        _print_targets(folder, made, stale, as_json=as_json)
     if stale is not None:
         remark(f"warning: {stale}")
 
@@ -263,3 +257,18 @@ def _print_memory(folder: Path, made: "MemoryManifest", stale: str | None, *, as
         ("created", made.created.isoformat(timespec="seconds")),
     ]
     print_table(["memory", str(folder)], rows, left=(0, 1))
+
+
+def _print_targets(folder: Path, made: "TargetsManifest", stale: str | None, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"path": str(folder), "stale": stale, **made.model_dump(mode="json")})
+        return
+    settings, shape = made.settings, made.shape
+    print(f"{folder}: {made.rows:,} distributions of {made.masses:,} tokens, {made.empty:,} entries without a neighbor")
+    print(
+        f"k {settings.k}, temperature {settings.temperature:.5g}, excluded: {settings.exclude}, index {settings.index}"
+    )
+    print(
+        f"means: entropy {shape.entropy:.3f} nats, likeliest token {shape.largest:.3f}, {shape.support:.1f} tokens, of "
+        f"which the {settings.top} likeliest kept hold {made.kept:.4f}; of the token that came {shape.of_value:.3f}"
+    )

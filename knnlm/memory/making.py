@@ -65,10 +65,15 @@ class Rows:
 
 
 def target_rows(
-    searching: Searching, datastore: Datastore, ids: Int64, settings: TargetSettings, top: int | None = None
+    searching: Searching,
+    datastore: Datastore,
+    ids: Int64,
+    settings: TargetSettings,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Rows:
     """The targets of entries (n,), ascending: p_kNN for their stored keys by squared L2 to stored keys, without what
-    settings.exclude says, cut to the `top` likeliest tokens (default: settings.top) and made to sum to one."""
+    settings.exclude says, cut to the settings.top likeliest tokens and made to sum to one. on_progress: called with the
+    entries done so far."""
     manifest = datastore.manifest
     wanted = {**settings.search, "k": settings.k, "rescore": True}
     options = SearchOptions.of(wanted | {"exclude_own_documents": settings.exclude == "document"})
@@ -80,7 +85,9 @@ def target_rows(
         )
         parts.append(neighbor_log_probs(searching.search(request).neighbors, settings.temperature))
         values.append(datastore.values_of(some))
-    return _summed_up(ids, _joined(parts), np.concatenate(values), settings.top if top is None else top)
+        if on_progress is not None:
+            on_progress(start + len(some))
+    return _summed_up(ids, _joined(parts), np.concatenate(values), settings.top)
 
 
 def make_targets(
@@ -104,11 +111,16 @@ def make_targets(
             parts = [work / f"part-{i:05d}.npz" for i in range(-(-len(order) // settings.part_entries))]
             sums = np.zeros(6)
             for i, part in enumerate(parts):
-                on_progress("neighbors of every entry", i * settings.part_entries, len(order))
-                ids = np.sort(order[i * settings.part_entries : (i + 1) * settings.part_entries])
+                done = i * settings.part_entries
+
+                def told(rows: int, done: int = done) -> None:
+                    on_progress("neighbors of every entry", done + rows, len(order))
+
+                told(0)
+                ids = np.sort(order[done : done + settings.part_entries])
                 rows = _read_part(part, ids)
                 if rows is None:
-                    rows = target_rows(searching, datastore, ids, settings)
+                    rows = target_rows(searching, datastore, ids, settings, told)
                     write_atomic(part, _packed(rows))
                 sums += rows.sums
             on_progress("putting parts together", len(order), len(order))

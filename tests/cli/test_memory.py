@@ -48,6 +48,9 @@ def test_a_memory_is_trained_shown_verified_and_goes_stale(
     assert "toy v1" in shown.out
     assert "p_kNN (k 8, temperature 5, without its own entry) and the text, beta 0.5" in shown.out
     assert shown.err == ""
+    targets = knnlm("memory", "show", "memories/toy-v1.targets")
+    assert "k 8, temperature 5, excluded: entry" in targets.out
+    assert knnlm("memory", "show", "memories/toy-v1.targets", "--json").json["stale"] is None
     for name in ("toy", "toy-v1.targets"):
         assert "as they were written" in knnlm("memory", "verify", f"memories/{name}").out
     stored = next(row.id for _, row in Datastore.open(store / "toy/v1").live_rows())
