@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,9 @@ from knnlm.options import DomainOptions, KnnOptions, MemoryOptions
 from knnlm.protocols import LanguageModel, Searching
 from knnlm.scoring import Score
 from knnlm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from knnlm.clients.rpc import GrpcLanguageModel
 
 T = TypeVar("T")
 Context = str | Sequence[int] | npt.NDArray[np.integer]
@@ -81,6 +84,34 @@ def build(
     return path
 
 
+class CalledModel:
+    """An lm service as a LanguageModelClient for any event loop: connected to for each call."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+
+    async def forward(self, request: ForwardRequest) -> ForwardResult:
+        async with self._client() as client:
+            return await client.forward(request)
+
+    async def get_model(self) -> ModelInfo:
+        async with self._client() as client:
+            return await client.get_model()
+
+    async def get_tokenizer(self) -> str:
+        async with self._client() as client:
+            return await client.get_tokenizer()
+
+    async def get_chat_template(self) -> str | None:
+        async with self._client() as client:
+            return await client.get_chat_template()
+
+    def _client(self) -> "GrpcLanguageModel":
+        from knnlm.clients.rpc import GrpcLanguageModel
+
+        return GrpcLanguageModel(self._target)
+
+
 class Pipeline:
     """A model and the datastores it may look into, by domain, and its memories, by name. Close it, or use it in a
     `with` block.
@@ -92,13 +123,13 @@ class Pipeline:
         self,
         lm: LanguageModel,
         searchers: Mapping[str, Searching] | None = None,
-        memories: Mapping[str, LanguageModel | KeyMemory] | None = None,
+        memories: Mapping[str, LanguageModel | KeyMemory | CalledModel] | None = None,
     ) -> None:
         self.lm = lm
         self.searchers = dict(searchers or {})
         self.memories = dict(memories or {})
         local = {
-            name: memory if isinstance(memory, KeyMemory) else LocalLanguageModel(memory)
+            name: memory if isinstance(memory, KeyMemory | CalledModel) else LocalLanguageModel(memory)
             for name, memory in self.memories.items()
         }
         self._mixer = Mixer(LocalLanguageModel(lm), LocalDatastore(self.searchers), lm.info, memories=local)
@@ -117,7 +148,8 @@ class Pipeline:
         memories: Mapping[str, str | Path] | None = None,
     ) -> Self:
         """A Hugging Face folder or hub id, and the current versions of `domains` in `store`: by default, of all domains
-        that have one. memories: the folders of Memory Decoders, of either kind, by the names they are asked for.
+        that have one. memories: Memory Decoders by the names they are asked for: the folder of one of either
+        kind, or the host:port of a decoder's lm service.
 
         key_function: by default the one that the first domain was made with. index: the recipe of the index to search
         with, by default that of each version. Raises UnknownDomain, UnknownVersion for a named domain without a current
@@ -310,8 +342,8 @@ class LocalDatastore:
         return self._searchers[domain]
 
 
-def _opened(folder: str | Path, device: str, dtype: str) -> LanguageModel | KeyMemory:
-    """The memory in a folder, of either kind; one without memory.json is a model that was trained elsewhere.
+def _opened(where: str | Path, device: str, dtype: str) -> LanguageModel | KeyMemory | CalledModel:
+    """The memory at host:port, or in a folder, of either kind; without memory.json it is a model trained elsewhere.
 
     device, dtype: of a decoder. Raises as open_mlp and LanguageModel.load.
     """
@@ -319,7 +351,9 @@ def _opened(folder: str | Path, device: str, dtype: str) -> LanguageModel | KeyM
     from knnlm.memory.manifest import MEMORY, MemoryManifest
     from knnlm.memory.served import open_mlp, with_memory
 
-    path = Path(folder)
+    path = Path(where)
+    if ":" in str(where) and not path.exists():
+        return CalledModel(str(where))
     if (path / MEMORY).is_file() and MemoryManifest.open(path).kind == "mlp":
         return open_mlp(path)
     lm = LanguageModel.load(str(path), device=device, dtype=dtype)

@@ -22,7 +22,7 @@ from knnlm.cli.common import (
     progress,
     remark,
 )
-from knnlm.cli.retrieval import described, domain_names, retrieving
+from knnlm.cli.retrieval import MemoryChoice, described, described_memory, domain_names, memory_here, retrieving
 from knnlm.errors import InvalidRequest
 from knnlm.options import KnnOptions
 
@@ -37,6 +37,7 @@ def evaluate(
     store: StoreOption = DEFAULT_STORE,
     part: PartOption = "all",
     knn: KnnOptions | None = None,
+    memory: MemoryChoice | None = None,
     index: IndexOption = None,
     context_length: WindowOption = None,
     min_context: MinContextOption = None,
@@ -48,7 +49,7 @@ def evaluate(
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Report perplexity and bits per byte of the LM alone and, with --domain, of the mixture."""
+    """Report perplexity and bits per byte of the LM alone and, with --domain or --memory, of the mixture."""
     from knnlm.datastore.text import read_documents
     from knnlm.evaluation import perplexity
     from knnlm.evaluation.splits import encode, sample, select
@@ -58,7 +59,8 @@ def evaluate(
     if index is not None and not domains:
         raise InvalidRequest("--index means nothing without --domain", param="--index")
     chosen = list(select(read_documents(sources), parse_part(part)))
-    with Pipeline.load(model, store, domains, device=device, dtype=dtype, index=index) as pipeline:
+    asked, memories = memory_here(memory)
+    with Pipeline.load(model, store, domains, device=device, dtype=dtype, index=index, memories=memories) as pipeline:
         documents = encode(chosen, pipeline.tokenizer)
         if max_tokens is not None:
             documents = sample(documents, pipeline.tokenizer, max_tokens)
@@ -67,6 +69,7 @@ def evaluate(
                 pipeline,
                 documents,
                 knn,
+                memory=asked,
                 context_length=context_length,
                 min_context=min_context,
                 on_progress=lambda done: update(done),
@@ -85,10 +88,10 @@ def _print_report(report: "Report", *, per_document: bool) -> None:
         for d in report.documents:
             bits = [nats / d.tokens for nats in (d.lm_nats, d.knn_nats) if nats is not None]
             rows.append([d.id, f"{d.tokens:,}", *(f"{value:.4f}" for value in bits)])
-        columns = ["document", "tokens", "LM nats/token", "kNN-LM nats/token"]
+        columns = ["document", "tokens", "LM nats/token", f"{report.mixture} nats/token"]
         print_table(columns[: 4 if report.knn else 3], rows)
         print()
-    named = [("LM", report.lm)] + ([("kNN-LM", report.knn)] if report.knn else [])
+    named = [("LM", report.lm)] + ([(report.mixture, report.knn)] if report.knn else [])
     print_table(
         ["", "perplexity", "bits/byte", "word perplexity"],
         [[n, f"{f.perplexity:.4f}", f"{f.bits_per_byte:.4f}", f"{f.word_perplexity:.4f}"] for n, f in named],
@@ -99,5 +102,7 @@ def _print_report(report: "Report", *, per_document: bool) -> None:
     )
     for used in report.domains:
         print(f"{described(used)}; {report.leaks[used.domain]:.1%} of the queries coincide with a stored key")
+    for memory in report.memories:
+        print(described_memory(memory.as_json()))
     if report.knn:
         print(f"{report.improved:.1%} of the tokens became likelier")

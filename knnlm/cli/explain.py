@@ -31,7 +31,7 @@ from knnlm.cli.remote import (
     refuse_without,
     service,
 )
-from knnlm.cli.retrieval import domain_names, retrieving
+from knnlm.cli.retrieval import MemoryChoice, described_memory, domain_names, memory_here, retrieving
 from knnlm.errors import InvalidRequest
 from knnlm.messages import PASSAGE_TOKENS
 from knnlm.options import KnnOptions
@@ -55,6 +55,7 @@ def explain(
     model: ModelNameOption = None,
     store: StoreOption = DEFAULT_STORE,
     knn: KnnOptions | None = None,
+    memory: MemoryChoice | None = None,
     passages: Annotated[int, typer.Option(help="Passages of each token, those that gave it most first.")] = 3,
     passage_tokens: Annotated[int, typer.Option(help="Tokens of text on each side of a passage.")] = PASSAGE_TOKENS,
     html: Annotated[
@@ -85,6 +86,7 @@ def explain(
                 completion=None if prompt is None else text,
                 model=model if is_given(context, "model") else None,
                 knn=knn,
+                memory=None if memory is None else memory.asked(),
                 passages=passages,
                 passage_tokens=passage_tokens,
                 context_length=context_length,
@@ -97,10 +99,12 @@ def explain(
         from knnlm.clients.explained import explained
         from knnlm.pipeline import Pipeline
 
-        with Pipeline.load(model, store, domain_names(knn), device=device, dtype=dtype) as pipeline:
+        asked, memories = memory_here(memory)
+        with Pipeline.load(model, store, domain_names(knn), device=device, dtype=dtype, memories=memories) as pipeline:
             score = pipeline.explain(
                 text,
                 knn,
+                memory=asked,
                 prompt=prompt,
                 passages=passages,
                 passage_tokens=passage_tokens,
@@ -118,9 +122,9 @@ def _show(answer: "Explained", page: Path | None, *, as_json: bool) -> None:
 
         write_atomic(page, explained_page(answer).encode(errors="replace"))
         remark(f"the page is in {page}")
-    if as_json:
-        from knnlm.wire.jsonable import to_json
+    from knnlm.wire.jsonable import to_json
 
+    if as_json:
         print_json(to_json(answer))
         return
     from rich.console import Console
@@ -136,6 +140,8 @@ def _show(answer: "Explained", page: Path | None, *, as_json: bool) -> None:
         print()
     for d in answer.domains:
         print(f"{d.domain} {d.version}: temperature {d.temperature:.5g}, k {d.k}, rule {d.rule}")
+    for used in answer.memories:
+        print(described_memory(to_json(used)))
     if answer.degraded is not None:
         remark(f"nothing was retrieved: {answer.degraded}")
     given = sum(t.retrieved for t in answer.tokens) / len(answer.tokens)

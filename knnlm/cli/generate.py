@@ -30,7 +30,7 @@ from knnlm.cli.remote import (
     refuse_without,
     service,
 )
-from knnlm.cli.retrieval import domain_names, retrieving
+from knnlm.cli.retrieval import MemoryChoice, described_memory, domain_names, memory_here, retrieving
 from knnlm.errors import InvalidRequest
 from knnlm.options import KnnOptions, ReuseOptions, options_of
 
@@ -48,6 +48,7 @@ def generate(
     model: ModelNameOption = None,
     store: StoreOption = DEFAULT_STORE,
     knn: KnnOptions | None = None,
+    memory: MemoryChoice | None = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="Of the draws; 0: the likeliest token.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Draw from the fewest likeliest tokens with this share.")] = 1.0,
@@ -82,17 +83,20 @@ def generate(
     text = read_text(text)
     if remote is None:
         refuse_without("--remote", context, "api_key_file", "tls_ca_file", "tls_cert_file", "tls_key_file")
-        answer = _here(text, model, store, knn, options, seed, (device, dtype), quiet=as_json)
+        answer = _here(text, model, store, (knn, memory), options, seed, (device, dtype), quiet=as_json)
     else:
         asked = _asked(options, seed) | {"model": model if is_given(context, "model") else None}
+        named = None if memory is None else memory.asked()
         with service(remote, api_key_file, (tls_ca_file, tls_cert_file, tls_key_file)) as client:
-            answer = _there(client.stream(text, knn=knn, add_bos=True, **asked), quiet=as_json)
+            answer = _there(client.stream(text, knn=knn, memory=named, add_bos=True, **asked), quiet=as_json)
     if as_json:
         print_json(answer)
         return
     print()
     for used in answer["domains"]:
         remark(_described(used))
+    for used in answer["memories"]:
+        remark(described_memory(used))
     if answer["degraded"] is not None:
         remark(f"the LM alone: {answer['degraded']}")
 
@@ -109,7 +113,7 @@ def _here(
     text: str,
     model: str | None,
     store: Path,
-    knn: KnnOptions | None,
+    mixed: tuple[KnnOptions | None, MemoryChoice | None],
     options: "GenerationOptions",
     seed: int | None,
     how: tuple[str, str],
@@ -126,8 +130,9 @@ def _here(
         if not quiet:
             _write(new.text)
 
-    with Pipeline.load(model, store, domain_names(knn), device=how[0], dtype=how[1]) as pipeline:
-        made = pipeline.generate(text, knn, options, seed=seed, on_token=show)
+    knn, (asked, memories) = mixed[0], memory_here(mixed[1])
+    with Pipeline.load(model, store, domain_names(knn), device=how[0], dtype=how[1], memories=memories) as pipeline:
+        made = pipeline.generate(text, knn, options, memory=asked, seed=seed, on_token=show)
         name = pipeline.lm.info.model_id
     return {
         "model": name,
@@ -136,6 +141,7 @@ def _here(
         "finish_reason": made.finish,
         "stop_reason": made.stopped_at,
         "domains": [used.as_json() for used in made.domains],
+        "memories": [used.as_json() for used in made.memories],
         "degraded": made.degraded,
     }
 
@@ -144,10 +150,11 @@ def _there(parts: "Iterable[Completion]", *, quiet: bool) -> dict[str, Any]:  # 
     """Put together what the service streams."""
     from knnlm.wire.jsonable import to_json
 
-    answer: dict[str, Any] = {"model": None, "text": "", "tokens": [], "domains": [], "degraded": None}
+    answer: dict[str, Any] = {"model": None, "text": "", "tokens": [], "domains": [], "memories": [], "degraded": None}
     for part in parts:
         answer["model"] = part.model
         answer["domains"] += map(to_json, part.domains)
+        answer["memories"] += map(to_json, part.memories)
         answer["degraded"] = part.degraded or answer["degraded"]
         for choice in part.choices:
             answer["text"] += choice.text

@@ -17,7 +17,7 @@ from knnlm.cli.common import (
     print_table,
     read_text,
 )
-from knnlm.cli.retrieval import described, domain_names, retrieving
+from knnlm.cli.retrieval import MemoryChoice, described, described_memory, domain_names, memory_here, retrieving
 from knnlm.errors import InvalidRequest, TooLarge
 from knnlm.options import KnnOptions
 
@@ -38,6 +38,7 @@ def next_token(
     model: ModelOption,
     store: StoreOption = DEFAULT_STORE,
     knn: KnnOptions | None = None,
+    memory: MemoryChoice | None = None,
     top: Annotated[int, typer.Option(help="Number of likeliest tokens to show.")] = 10,
     neighbors: Annotated[int, typer.Option(help="Number of nearest neighbors of each domain to show.")] = 5,
     context_length: Annotated[
@@ -60,17 +61,24 @@ def next_token(
         raise InvalidRequest(f"--truncate must be left, got {truncate!r}", param="--truncate")
     domains = domain_names(knn)
     text = read_text(text)
-    with Pipeline.load(model, store, domains, device=device, dtype=dtype) as pipeline:
+    asked, memories = memory_here(memory)
+    with Pipeline.load(model, store, domains, device=device, dtype=dtype, memories=memories) as pipeline:
         context = _fitting(pipeline, text, context_length, truncate)
-        result = pipeline.next_token(context, knn, passages=neighbors, passage_tokens=PASSAGE_TOKENS)
+        passages = neighbors if domains else 0
+        result = pipeline.next_token(context, knn, memory=asked, passages=passages, passage_tokens=PASSAGE_TOKENS)
         likeliest = _likeliest(result, pipeline.tokenizer, top)
         nearest = _nearest(result, pipeline.tokenizer)
     if as_json:
-        used = [d.as_json() for d in result.domains]
-        print_json({"model": pipeline.lm.info.model_id, "domains": used, "tokens": likeliest, "neighbors": nearest})
+        used = {"domains": [d.as_json() for d in result.domains], "memories": [m.as_json() for m in result.memories]}
+        print_json({"model": pipeline.lm.info.model_id, **used, "tokens": likeliest, "neighbors": nearest})
         return
-    columns = ["p", "p_lm", "p_knn"][: 3 if result.domains else 2]
-    print_table(["token", *columns], [[repr(t["token"]), *(f"{t[c]:.5f}" for c in columns)] for t in likeliest])
+    columns = ["p", "p_lm", *(["p_knn"] if result.domains else []), *(["p_memory"] if result.memories else [])]
+    print_table(
+        ["token", *columns],
+        [[repr(t["token"]), *("" if t[c] is None else f"{t[c]:.5f}" for c in columns)] for t in likeliest],
+    )
+    for m in result.memories:
+        print(f"\n{described_memory(m.as_json())}")
     for d in result.domains:
         print(f"\n{described(d)}")
         rows = [
@@ -106,6 +114,7 @@ def _likeliest(result: "NextTokens", tokenizer: "Tokenizer", top: int) -> list[d
     from knnlm.decoding import top_tokens
 
     mixed = result.mixed
+    by_kind = {kind: mixed.mean_row(0, kind) for kind in ("knn", "memory")}
     tokens: list[int] = top_tokens(mixed.log_probs[0], top).tolist() if top else []
     return [
         {
@@ -113,7 +122,7 @@ def _likeliest(result: "NextTokens", tokenizer: "Tokenizer", top: int) -> list[d
             "token": tokenizer.token(token),
             "p": exp(float(mixed.log_probs[0, token])),
             "p_lm": exp(float(mixed.lm_log_probs[0, token])),
-            "p_knn": None if mixed.knn_log_probs is None else exp(float(mixed.knn_log_probs[0, token])),
+            **{f"p_{kind}": None if row is None else exp(float(row[token])) for kind, row in by_kind.items()},
         }
         for token in tokens
     ]

@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from knnlm.errors import InvalidRequest
-from knnlm.options import SEARCH_OPTIONS, DomainOptions, KnnOptions, SearchOptions
+from knnlm.options import SEARCH_OPTIONS, DomainOptions, KnnOptions, MemoryOptions, SearchOptions
 
 if TYPE_CHECKING:
     from knnlm.rules import Parameters
@@ -18,10 +20,11 @@ SHOWN_NUMBERS = 8  # of one parameter of a rule
 
 
 def retrieving(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each choice of retrieval in place of its parameter `knn`.
+    """The command with an option for each choice of retrieval and of a memory in place of its parameters `knn` and
+    `memory`.
 
-    It is called with a KnnOptions, or None without a domain; then the other options would be ignored, which is refused.
-    A command with a --temperature of its own has this one as --knn-temperature.
+    It is called with a KnnOptions, or None without a domain, and a MemoryChoice, or None; options that would be ignored
+    are refused. A command with a --temperature of its own has this one as --knn-temperature.
     """
     signature = inspect.signature(command, eval_str=True)
     before = list(signature.parameters.values())
@@ -32,15 +35,42 @@ def retrieving(command: Callable[..., None]) -> Callable[..., None]:
 
     def wrapped(**given: Any) -> None:  # Any: values of whatever options the command has
         chosen = {name: given.pop(asked) for asked, name in zip(options, OPTIONS, strict=True)}
-        command(knn=_options(chosen, own), **given)
+        memory = _memory(*(given.pop(name) for name in MEMORY_OPTIONS))
+        command(knn=_options(chosen, own), memory=memory, **given)
 
     place = [p.name for p in before].index("knn")
-    ours = [before[place].replace(name=n, annotation=kind, default=None) for n, kind in options.items()]
-    parameters = [*before[:place], *ours, *before[place + 1 :]]
+    kinds = {**options, **MEMORY_OPTIONS}
+    ours = [before[place].replace(name=n, annotation=kind, default=None) for n, kind in kinds.items()]
+    parameters = [*before[:place], *ours, *(p for p in before[place + 1 :] if p.name != "memory")]
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}  # typer reads both
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # known to inspect
     return wrapped
+
+
+@dataclass(frozen=True)
+class MemoryChoice:
+    """A memory as it was asked for: of a service its name, else FOLDER, HOST:PORT, or one of them after NAME=."""
+
+    given: str
+    lmbda: float | None
+
+    def asked(self) -> MemoryOptions:
+        """The options for a service, which knows it by its name."""
+        return MemoryOptions(self.given, self.lmbda)
+
+    def here(self) -> tuple[MemoryOptions, dict[str, str]]:
+        """The options, and where it is by the name in them."""
+        name, named, where = self.given.partition("=")
+        if not named:
+            where = self.given
+            name = self.given if ":" in self.given else Path(self.given).name
+        return MemoryOptions(name, self.lmbda), {name: where}
+
+
+def memory_here(memory: MemoryChoice | None) -> tuple[MemoryOptions | None, dict[str, str]]:
+    """What a Pipeline is asked and loaded with."""
+    return (None, {}) if memory is None else memory.here()
 
 
 def domain_names(knn: KnnOptions | None) -> list[str]:
@@ -60,6 +90,12 @@ def _short(value: float | Sequence[float]) -> str:
     if isinstance(value, int | float):
         return f"{value:.4g}"
     return " ".join(f"{v:.4g}" for v in value) if len(value) <= SHOWN_NUMBERS else f"of {len(value)} numbers"
+
+
+def described_memory(used: Mapping[str, Any]) -> str:  # Any: JSON
+    """One line of a memory, as answers show it."""
+    model = "" if used["model_id"] is None else f", {used['model_id']}"
+    return f"{used['name']}: memory, lambda {used['lambda']:.3f}{model}"
 
 
 def described(used: "UsedDomain") -> str:
@@ -83,6 +119,12 @@ def _search_option(name: str) -> Any:  # Any: a type, as typer reads it
 def _flag(name: str) -> str:
     given = SEARCH_OPTIONS[name].flag if name in SEARCH_OPTIONS else None
     return given or "--" + name.replace("lmbda", "lambda").replace("_", "-")
+
+
+def _memory(given: str | None, lmbda: float | None) -> MemoryChoice | None:
+    if given is None and lmbda is not None:
+        raise InvalidRequest("--memory-lambda means nothing without --memory", param="--memory-lambda")
+    return None if given is None else MemoryChoice(given, lmbda)
 
 
 def _options(
@@ -109,4 +151,15 @@ OPTIONS: Mapping[str, Any] = {
     "rule": _option(str, "--rule", "Weigh what is retrieved by this lambda rule; by default as tuned."),
     "combine": _option(str, "--combine", "Several domains: mixture (a weight each, default) or union (one softmax)."),
     **{name: _search_option(name) for name, option in SEARCH_OPTIONS.items() if option.public},
+}
+MEMORY_OPTIONS: Mapping[str, Any] = {
+    "memory": _option(
+        str,
+        "--memory",
+        "Mix this Memory Decoder: its folder or the HOST:PORT of its lm service, with NAME= before it for another name;"
+        " with --remote its name there.",
+    ),
+    "memory_lambda": _option(
+        float, "--memory-lambda", "Weight of the memory, 0 to 1; by default as fitted when it was trained."
+    ),
 }

@@ -16,8 +16,10 @@ from knnlm.cli.common import (
     print_table,
     read_text,
 )
-from knnlm.cli.retrieval import domain_names, retrieving
+from knnlm.cli.retrieval import MemoryChoice, domain_names, memory_here, retrieving
 from knnlm.options import KnnOptions
+
+COLUMNS = ("log_prob", "lm_log_prob", "knn_log_prob", "memory_log_prob")
 
 
 @retrieving
@@ -26,6 +28,7 @@ def score(
     model: ModelOption,
     store: StoreOption = DEFAULT_STORE,
     knn: KnnOptions | None = None,
+    memory: MemoryChoice | None = None,
     context_length: WindowOption = None,
     min_context: MinContextOption = None,
     device: DeviceOption = "auto",
@@ -37,29 +40,33 @@ def score(
 
     domains = domain_names(knn)
     text = read_text(text)
-    with Pipeline.load(model, store, domains, device=device, dtype=dtype) as pipeline:
-        result = pipeline.score(text, knn, context_length=context_length, min_context=min_context)
+    asked, memories = memory_here(memory)
+    with Pipeline.load(model, store, domains, device=device, dtype=dtype, memories=memories) as pipeline:
+        result = pipeline.score(text, knn, memory=asked, context_length=context_length, min_context=min_context)
         pieces = pipeline.tokenizer.pieces(result.tokens)
-    neighbors = [None] * len(pieces[1:]) if result.knn_log_probs is None else result.knn_log_probs.tolist()
-    log_probs = list(zip(result.log_probs.tolist(), result.lm_log_probs.tolist(), neighbors, strict=True))
+    kinds = [result.mixed.mean(kind) for kind in ("knn", "memory")]
+    others = [[None] * len(pieces[1:]) if found is None else found.tolist() for found in kinds]
+    log_probs = list(zip(result.log_probs.tolist(), result.lm_log_probs.tolist(), *others, strict=True))
     if as_json:
         print_json(
             {
                 "model": pipeline.lm.info.model_id,
                 "domains": [used.as_json() for used in result.domains],
+                "memories": [used.as_json() for used in result.memories],
                 "tokens": [
-                    {"id": int(i), "token": piece, "log_prob": p, "lm_log_prob": p_lm, "knn_log_prob": p_knn}
-                    for i, piece, (p, p_lm, p_knn) in zip(result.tokens[1:], pieces[1:], log_probs, strict=True)
+                    {"id": int(i), "token": piece, **dict(zip(COLUMNS, row, strict=True))}
+                    for i, piece, row in zip(result.tokens[1:], pieces[1:], log_probs, strict=True)
                 ],
                 "total": result.total,
                 "perplexity": result.perplexity,
             }
         )
         return
+    shown = 4 if result.memories else 3
     print_table(
-        ["token", "p", "p_LM", "p_kNN"],
+        ["token", "p", "p_LM", "p_kNN", "p_memory"][: 1 + shown],
         [
-            [repr(piece), *("" if x is None else f"{exp(x):.5f}" for x in row)]
+            [repr(piece), *("" if x is None else f"{exp(x):.5f}" for x in row[:shown])]
             for piece, row in zip(pieces[1:], log_probs, strict=True)
         ],
     )

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from knnlm.decoding import choose_windows
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import LEAK_ALARM, LEAK_SEARCH, find, leak, observe
 from knnlm.evaluation.splits import Encoded, sample
-from knnlm.options import KnnOptions
+from knnlm.options import KnnOptions, MemoryOptions
 from knnlm.pipeline import Pipeline
 from knnlm.scoring import Score
-from knnlm.sources import UsedDomain
+from knnlm.sources import UsedDomain, UsedMemory
 
 LEAK_TOKENS = 4096  # enough to see a leak of a few percent; the search is done a second time for them
 
@@ -28,7 +27,7 @@ class DocumentFigures:
     """What one document cost. Nats are sums of negative log-probabilities over `tokens` predicted tokens.
 
     text_bytes, words: of the predicted text, as UTF-8 and split at white space. improved: tokens that the mixture finds
-    likelier than the LM does. knn_nats: None without retrieval.
+    likelier than the LM does. knn_nats: of the mixture, None where there is none.
     """
 
     id: str
@@ -60,6 +59,12 @@ class Report:
     documents: tuple[DocumentFigures, ...]
     domains: tuple[UsedDomain, ...] = ()
     leaks: Mapping[str, float] = field(default_factory=dict)
+    memories: tuple[UsedMemory, ...] = ()
+
+    @property
+    def mixture(self) -> str:
+        """What the mixture is called."""
+        return "kNN-LM" if not self.memories else "LM + memory" if not self.domains else "kNN-LM + memory"
 
     @property
     def tokens(self) -> int:
@@ -102,6 +107,7 @@ class Report:
             "knn": asdict(self.knn) if self.knn else None,
             "improved": self.improved if self.knn else None,
             "domains": [d.as_json() for d in self.domains],
+            "memories": [m.as_json() for m in self.memories],
             "leaks": dict(self.leaks),
             "warnings": list(self.warnings),
             "documents": [asdict(d) for d in self.documents],
@@ -121,6 +127,7 @@ def evaluate(
     documents: Sequence[Encoded],
     knn: KnnOptions | None = None,
     *,
+    memory: MemoryOptions | None = None,
     context_length: int | None = None,
     min_context: int | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -132,27 +139,29 @@ def evaluate(
     """
     if not documents:
         raise InvalidRequest("no document with at least two tokens", param="sources")
-    asked = [] if knn is None else [pipeline.searchers.get(d.domain) for d in knn.domains]
-    opened = [searcher.info(()) for searcher in asked if searcher is not None]  # scoring refuses the others
-    context, least = choose_windows(pipeline.lm.info, opened, context_length, min_context)
     figures = []
     used: Sequence[UsedDomain] = ()
+    memories: Sequence[UsedMemory] = ()
+    windows = (0, 0)
     done = 0
     for document in documents:
-        score = pipeline.score(document.tokens, knn, context_length=context, min_context=least)
+        score = pipeline.score(
+            document.tokens, knn, memory=memory, context_length=context_length, min_context=min_context
+        )
         figures.append(_figures_of(document, score))
-        used = score.domains
+        used, memories, windows = score.domains, score.memories, (score.context_length, score.min_context)
         done += figures[-1].tokens
         if on_progress is not None:
             on_progress(done)
     return Report(
         model_id=pipeline.lm.info.model_id,
         tokenizer_sha256=pipeline.lm.info.tokenizer_sha256,
-        context_length=context,
-        min_context=least,
+        context_length=windows[0],
+        min_context=windows[1],
         documents=tuple(figures),
         domains=tuple(used),
-        leaks=leaks(pipeline, documents, [d.domain for d in used], (context, least)),
+        leaks=leaks(pipeline, documents, [d.domain for d in used], windows),
+        memories=tuple(memories),
     )
 
 
@@ -181,7 +190,7 @@ def _figures_of(document: Encoded, score: Score) -> DocumentFigures:
         text_bytes=len(document.text.encode("utf-8", "replace")),
         words=len(document.text.split()),
         lm_nats=-float(score.lm_log_probs.sum(dtype=np.float64)),
-        knn_nats=-float(score.log_probs.sum()) if score.domains else None,
+        knn_nats=-float(score.log_probs.sum()) if score.domains or score.memories else None,
         improved=int((score.log_probs > score.lm_log_probs).sum()),
     )
 
