@@ -24,6 +24,7 @@ from knnlm.messages import (
     SearchResult,
     Tuning,
     differs,
+    required,
 )
 from knnlm.neighbors import Neighbors, TokenMasses, neighbor_log_probs, target_log_probs
 from knnlm.options import DEFAULT_K, DomainOptions, KnnOptions, SearchOptions
@@ -57,14 +58,28 @@ class DomainSource:
         """See knnlm.sources.Source."""
         if step.keys is None:
             raise Unavailable("the language model service did not answer with the keys it was asked for")
-        shown = (step.carriers > 0, step.passages, step.passage_tokens)
-        requests = [SearchRequest(u.domain, step.keys, u.search, u.version, *shown) for u in self.used]
-        found = await together([self.datastore.search(request) for request in requests])
+        wanted = self.weighing.wanted(step.statistics)
+        if wanted is None:
+            wanted = np.ones(len(step.keys), np.bool_)
+        found = await together([self._search(u, step, wanted) for u in self.used])
         numbers = sum(result.neighbors.values.size for result in found)
         evidence = await computed(numbers, self._evidence, found, step)
+        evidence = replace(evidence, skipped=len(wanted) - int(wanted.sum()))
         if step.targets is None or not step.carriers:
             return evidence
         return replace(evidence, carried=await self.carried(found, step.targets, step.carriers, step.passage_tokens))
+
+    async def _search(self, used: UsedDomain, step: Step, wanted: npt.NDArray[np.bool_]) -> SearchResult:
+        """What is found for the predictions that are wanted, (n,); for the others nothing, and nothing is asked."""
+        keys = required(step.keys)
+        if not wanted.any():
+            ids = np.empty((0, 1), np.int64)
+            nothing = Neighbors(ids.astype(np.float32), ids.astype(np.int32), ids)
+            return SearchResult(used.domain, used.version, nothing).among(wanted)
+        queries = keys if wanted.all() else keys[wanted]
+        shown = (step.carriers > 0, step.passages, step.passage_tokens)
+        result = await self.datastore.search(SearchRequest(used.domain, queries, used.search, used.version, *shown))
+        return result if wanted.all() else result.among(wanted)
 
     async def carried(
         self, found: Sequence[SearchResult], targets: npt.NDArray[np.integer], count: int, passage_tokens: int

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.attribution import Carrier
-from knnlm.messages import PASSAGE_TOKENS, SearchResult
+from knnlm.messages import PASSAGE_TOKENS, LmStatistics, SearchResult
 from knnlm.neighbors import TokenMasses
 
 Ids = npt.NDArray[np.int32]
@@ -45,6 +45,7 @@ class Step:
     keys: (n, d), None when no source needs them. targets: (n,) the tokens whose probability is wanted, None for whole
     distributions. passages, passage_tokens: text to show around the nearest neighbors, as in SearchRequest. carriers:
     how many of the entries that gave a target most are wanted, with the text around them. cache: as in ForwardRequest.
+    statistics: of the LM at the n predictions, where a rule of the plan looks at them.
     """
 
     stretches: Sequence[Stretch]
@@ -54,6 +55,7 @@ class Step:
     passage_tokens: int = PASSAGE_TOKENS
     carriers: int = 0
     cache: bool = False
+    statistics: LmStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Evidence:
     float64. -inf is a probability of zero. present: (n,) where the source has a distribution at all; elsewhere its
     weight goes back to the LM. features: (n,) float64 each, the numbers that its rule asked for. found: the searches it
     was made from, for showing. carried: of each target the entries that gave it most, where the step asked for carriers
-    and the source has entries; else empty.
+    and the source has entries; else empty. skipped: how many of the predictions the source was not asked about, because
+    its rule gave it no weight there beforehand.
     """
 
     present: npt.NDArray[np.bool_]
@@ -72,6 +75,7 @@ class Evidence:
     features: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     found: Sequence[SearchResult] = ()
     carried: Sequence[Sequence[Carrier]] = ()
+    skipped: int = 0
 
     @property
     def of_targets(self) -> npt.NDArray[np.float64]:

@@ -7,7 +7,7 @@ flat: the answers to several sequences or positions stand one below the other, i
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,10 @@ class LmStatistics:
 
     entropy: npt.NDArray[np.floating]
     largest_log_prob: npt.NDArray[np.floating]
+
+    def at(self, rows: slice | npt.NDArray[Any]) -> "LmStatistics":  # Any: numbers of rows, or whether each counts
+        """Those of some of the positions."""
+        return LmStatistics(self.entropy[rows], self.largest_log_prob[rows])
 
 
 @dataclass(frozen=True)
@@ -227,6 +231,19 @@ class SearchResult:
         ids = None if found.ids is None else found.ids[start:end]
         neighbors = Neighbors(found.distances[start:end], found.values[start:end], ids)
         return replace(self, neighbors=neighbors, passages=self.passages[start:end])
+
+    def among(self, rows: npt.NDArray[np.bool_]) -> "SearchResult":
+        """The answer about queries of which only those at `rows`, (n,), were searched: the others found nothing."""
+        found, shape = self.neighbors, (len(rows), self.neighbors.values.shape[1])
+        distances, values = np.full(shape, np.inf, np.float32), np.full(shape, -1, np.int32)
+        distances[rows], values[rows] = found.distances, found.values
+        ids = None
+        if found.ids is not None:
+            ids = np.full(shape, -1, np.int64)
+            ids[rows] = found.ids
+        searched = iter(self.passages)
+        passages = [next(searched) if row else () for row in rows] if self.passages else ()
+        return replace(self, neighbors=Neighbors(distances, values, ids), passages=passages)
 
 
 @dataclass(frozen=True)

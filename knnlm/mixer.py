@@ -66,7 +66,8 @@ class Mixer:
 
     batch_tokens: of windows that are sent to the model at once. max_window: tokens of the longest window; None: what
     the model takes. memories: models that can be mixed, by name. down: why what is behind a kind of source with these
-    options is known not to answer now, None when it may. Callers that can do without then do so at once.
+    options is known not to answer now, None when it may. Callers that can do without then do so at once. skipped: told
+    of predictions for which a source was not asked, because its rule gave it no weight beforehand.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Mixer:
         max_window: int | None = None,
         memories: Mapping[str, LanguageModelClient | KeyMemory] | None = None,
         down: Callable[[str, Any], str | None] = lambda _kind, _options: None,  # Any: a record of options
+        skipped: Callable[[int], None] = lambda _searches: None,
     ) -> None:
         self.info = info
         self._lm = lm
@@ -86,6 +88,7 @@ class Mixer:
         self._batch_tokens = batch_tokens
         self._window_model = replace(info, context_length=min(info.context_length, max_window or info.context_length))
         self._down = down
+        self._skipped = skipped
 
     async def plan(self, options: Options = None) -> Plan:
         """The sources that the options mean, resolved, pinned and checked; none for the LM alone.
@@ -141,7 +144,13 @@ class Mixer:
             Stretch(context, 0, np.array([len(context)]), before=keys)
             for context, keys in zip(contexts, before, strict=True)
         ]
-        asked = Step(stretches, forward.keys, passages=passages, passage_tokens=passage_tokens)
+        asked = Step(
+            stretches,
+            forward.keys,
+            passages=passages,
+            passage_tokens=passage_tokens,
+            statistics=forward.statistics,
+        )
         plan, answers = await self.answers(plan, asked, timings)
         log_probs = required(forward.log_probs)
         mixing = computed(log_probs.size, mix_evidence, log_probs, plan.sources, answers, forward.statistics)
@@ -262,11 +271,15 @@ class Mixer:
         if not plan.sources:
             return plan, []
         try:
-            return plan, await timed(together([source.evidence(step) for source in plan.sources]), "search", timings)
+            found = await timed(together([source.evidence(step) for source in plan.sources]), "search", timings)
         except (Unavailable, DeadlineExceeded) as err:
             if not plan.optional:
                 raise
             return Plan(degraded=err.message), []
+        skipped = sum(evidence.skipped for evidence in found)
+        if skipped:
+            self._skipped(skipped)
+        return plan, found
 
     async def forward(self, request: ForwardRequest, timings: Timings) -> ForwardResult:
         """Raises Unavailable when another model than `info` answers: its keys would find nonsense without a word."""

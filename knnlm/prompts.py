@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from knnlm.decoding import Share, mix_evidence, weighed
 from knnlm.evidence import Evidence, Step, Stretch
-from knnlm.messages import ForwardRequest, ForwardResult, LmStatistics, required
+from knnlm.messages import ForwardRequest, ForwardResult, required
 from knnlm.mixer import Mixer
 from knnlm.rows import mixed_at, stored_tokens
 from knnlm.sources import Plan, Timings
@@ -66,13 +66,11 @@ async def score_prompt(mixer: Mixer, plan: Plan, tokens: Ids, top: int, timings:
     state: dict[str, Any] = {}  # Any: as in knnlm.evidence.Stretch
     for start in range(0, len(tokens) - 1, SOURCE_ROWS):
         end = min(start + SOURCE_ROWS, len(tokens) - 1)
-        plan, answers = await _answers(mixer, plan, tokens, (start, end), forward.keys, state, timings)
+        plan, answers = await _answers(mixer, plan, tokens, (start, end), forward, state, timings)
         if plan.degraded is not None:  # one answer never mixes two ways of making it
             shares = [()] * (len(tokens) - 1)
             break
-        statistics = forward.statistics
-        if statistics is not None:
-            statistics = LmStatistics(statistics.entropy[start:end], statistics.largest_log_prob[start:end])
+        statistics = None if forward.statistics is None else forward.statistics.at(slice(start, end))
         shares += [weighed(plan.sources, answers, statistics)] * (end - start)
     return PromptScore(await _from_parts(mixer, tokens, top, forward, shares, timings), plan)
 
@@ -124,7 +122,7 @@ async def _from_whole_rows(mixer: Mixer, plan: Plan, tokens: Ids, top: int, timi
         positions = [np.arange(start, end, dtype=np.int32)]
         request = ForwardRequest([tokens], positions, full=True, keys=plan.needs_keys, statistics=plan.statistics)
         forward = await mixer.forward(request, timings)
-        after, answers = await _answers(mixer, plan, tokens, (start, end), forward.keys, state, timings, first=start)
+        after, answers = await _answers(mixer, plan, tokens, (start, end), forward, state, timings, first=start)
         if after.degraded is not None:
             return await score_prompt(mixer, after, tokens, top, timings)
         lm = required(forward.log_probs)
@@ -139,17 +137,19 @@ async def _answers(
     plan: Plan,
     tokens: Ids,
     rows: tuple[int, int],
-    keys: npt.NDArray[np.floating] | None,
+    forward: ForwardResult,
     state: dict[str, Any],  # Any: as in knnlm.evidence.Stretch
     timings: Timings,
     *,
     first: int = 0,
 ) -> tuple[Plan, list[Evidence]]:
-    """What the sources say of the tokens behind the positions rows[0] to rows[1]. first: the position of keys[0]."""
+    """What the sources say of the tokens behind the positions rows[0] to rows[1]. first: the first one of `forward`."""
     start, end = rows
-    keys = None if keys is None else keys[start - first : end - first]
+    part = slice(start - first, end - first)
+    keys = None if forward.keys is None else forward.keys[part]
+    statistics = None if forward.statistics is None else forward.statistics.at(part)
     stretch = Stretch(tokens, 0, np.arange(start + 1, end + 1), state)
-    return await mixer.answers(plan, Step([stretch], keys), timings)
+    return await mixer.answers(plan, Step([stretch], keys, statistics=statistics), timings)
 
 
 def _token(

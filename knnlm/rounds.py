@@ -236,6 +236,7 @@ class Rounds:
                 passage_tokens=first.passage_tokens,
                 carriers=int(first.carriers),
                 cache=first.cache,
+                statistics=forward.statistics,
             )
             plan, answers = await self._mixer.answers(first.plan, step, timings)
             if self._whole(first):

@@ -139,7 +139,13 @@ class Scoring:
                 stretches = [
                     Stretch(tokens, w.start, np.arange(w.first, w.end), self._state, bos=w.bos) for w in windows
                 ]
-                step = replace(self._asked, stretches=stretches, keys=forward.keys, targets=targets)
+                step = replace(
+                    self._asked,
+                    stretches=stretches,
+                    keys=forward.keys,
+                    targets=targets,
+                    statistics=forward.statistics,
+                )
                 after, answers = await self._answers(self.plan, step, timings)
                 if after.degraded is not None:
                     self.plan = after

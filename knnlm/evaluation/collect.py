@@ -62,7 +62,7 @@ class HeldOut:
             self.targets[rows],
             self.documents,
             depths,
-            None if lm is None else LmStatistics(lm.entropy[rows], lm.largest_log_prob[rows]),
+            None if lm is None else lm.at(rows),
             None if self.document_of is None else self.document_of[rows],
         )
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.tuning import Observations, losses, seen
 from knnlm.evidence import Evidence
-from knnlm.messages import LmStatistics, RuleQuality
+from knnlm.messages import RuleQuality
 from knnlm.rules import FIXED, RULES, Observed, Weighing
 
 FOLDS = 5  # parts of the documents, each measured with what was fitted to the others
@@ -87,6 +87,6 @@ def _rows(observed: Observed, rows: npt.NDArray[np.bool_]) -> Observed:
     return Observed(
         observed.lm_log_probs[rows],
         Evidence(evidence.present[rows], evidence.of_targets[rows], features),
-        None if lm is None else LmStatistics(lm.entropy[rows], lm.largest_log_prob[rows]),
+        None if lm is None else lm.at(rows),
         None if observed.document_of is None else observed.document_of[rows],
     )

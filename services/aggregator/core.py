@@ -83,6 +83,7 @@ class AggregatorCore:
                 self._settings,
                 memories=None if self._upstream is None else self._upstream.memories,
                 degraded=self._metrics.degraded,
+                skipped=self._metrics.skipped,
                 completion_metrics=self._completion_metrics,
             )
 

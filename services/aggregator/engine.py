@@ -75,7 +75,7 @@ class Replicated(LanguageModelClient, Protocol):
 
 class Aggregator:
     """One model, a set of domains and memories by their names, mixed. Make it with `connect`, close its `completions`.
-    degraded: told of each answer by the LM alone that was to have been mixed."""
+    degraded: told of each answer by the LM alone that was to have been mixed. skipped: as in Mixer."""
 
     def __init__(
         self,
@@ -87,6 +87,7 @@ class Aggregator:
         degraded: Callable[[], None] = lambda: None,
         completion_metrics: CompletionMetrics | None = None,
         memories: Mapping[str, Replicated | KeyMemory] | None = None,
+        skipped: Callable[[int], None] = lambda _searches: None,
     ) -> None:
         self.info = info
         self.tokenizer = tokenizer
@@ -105,6 +106,7 @@ class Aggregator:
             max_window=settings.max_context_length,
             memories=self._memories,
             down=self._down,
+            skipped=skipped,
         )
         metrics = completion_metrics or CompletionMetrics(Metrics("aggregator"))
         self._rounds = Rounds(self._mixer, observe=metrics.round)
@@ -119,6 +121,7 @@ class Aggregator:
         *,
         memories: Mapping[str, Replicated | KeyMemory] | None = None,
         degraded: Callable[[], None] = lambda: None,
+        skipped: Callable[[int], None] = lambda _searches: None,
         completion_metrics: CompletionMetrics | None = None,
     ) -> "Aggregator":
         """Ask the lm service who it is. Raises what the client raises while that service is not ready."""
@@ -129,7 +132,7 @@ class Aggregator:
             raise Unavailable(
                 f"the lm service gave a tokenizer with sha256 {tokenizer.sha256}, announced {info.tokenizer_sha256}"
             )
-        aggregator = cls(lm, datastore, info, tokenizer, settings, degraded, completion_metrics, memories)
+        aggregator = cls(lm, datastore, info, tokenizer, settings, degraded, completion_metrics, memories, skipped)
         await aggregator.completions.start()
         return aggregator
 

@@ -38,6 +38,11 @@ class UpstreamMetrics(Observer):
             "Answers by the LM alone because what was to be mixed was down.",
             registry=registry,
         )
+        self._skipped = Counter(
+            "knnlm_aggregator_searches_skipped_total",
+            "Predictions that were not searched for, because the lambda rule gave retrieval no weight beforehand.",
+            registry=registry,
+        )
 
     def called(self, service: str, code: str, seconds: float) -> None:
         self._seconds.labels(service, code).observe(seconds)
@@ -57,6 +62,9 @@ class UpstreamMetrics(Observer):
 
     def degraded(self) -> None:
         self._degraded.inc()
+
+    def skipped(self, searches: int) -> None:
+        self._skipped.inc(searches)
 
 
 class Upstream:

@@ -59,6 +59,27 @@ async def test_what_is_wrong_with_a_source_is_named_under_it(store: Path) -> Non
     assert error["param"] == "magic"
 
 
+async def test_searches_that_a_rule_leaves_out_are_counted(store: Path) -> None:
+    path = Catalog(store).path("cat", "v1")
+    gate: dict[str, float | list[float]] = {"bias": 3.0, "linear": [-1.0, 1.5], "skip_below": 0.0}
+    with_tuning(path, replace(TUNING, rule="gate_lm", parameters=gate))
+    with pipeline(store) as p:
+        gate["skip_below"] = float(np.median(p.score(TEXT, "cat").weight))
+    with_tuning(path, replace(TUNING, rule="gate_lm", parameters=gate))
+    async with system(store) as s:
+        answer = await s.post("/v1/score", {"text": TEXT, "model": "toy+cat"})
+        shown = await s.post("/v1/next_token", {"text": TEXT[:12], "model": "toy+cat", "neighbors": 2})
+        metrics = (await s.client.get("/metrics")).text
+    left_out = [token["lambda"] == 0 for token in answer["tokens"]]
+    with pipeline(store) as p:
+        np.testing.assert_allclose(
+            p.score(TEXT, "cat").weight, [token["lambda"] for token in answer["tokens"]], rtol=1e-4
+        )
+    assert 0 < sum(left_out) < len(left_out)
+    skipped = sum(left_out) + (shown["results"][0]["lambda"] == 0)
+    assert f"knnlm_aggregator_searches_skipped_total {float(skipped)}" in metrics
+
+
 @pytest.mark.usefixtures("level")
 async def test_a_rule_is_chosen_in_a_request_or_by_the_tuning(store: Path) -> None:
     path = Catalog(store).path("cat", "v1")
