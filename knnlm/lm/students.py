@@ -137,10 +137,11 @@ class DecoderStudent(Student):
 
     def save(self, folder: Path) -> None:
         self._halve()
-        self._model.half()  # type: ignore[no-untyped-call]
+        # not model.half(): that rounds what is no weight, too, such as the frequencies of rotary positions
+        state = self._model.state_dict().items()
+        halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state}
         with loading.no_progress_bars():
-            self._model.save_pretrained(folder)
-        self._model.float()  # type: ignore[no-untyped-call]
+            self._model.save_pretrained(folder, state_dict=halves)
         (folder / "model.safetensors").chmod(0o644)  # the library writes it for the owner alone
         for name in TOKENIZER_FILES:
             if (self._tokenizer_folder / name).is_file():
