@@ -28,6 +28,7 @@ from knnlm.cli.show import show
 from knnlm.cli.train import train
 from knnlm.cli.tune import tune
 from knnlm.cli.verify import verify
+from knnlm.cli.weigh import weigh
 from knnlm.errors import InvalidRequest, KnnlmError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -53,6 +54,7 @@ app.add_typer(index, name="index")
 app.command()(show)
 app.command()(verify)
 app.command()(tune)
+app.command()(weigh)
 app.command("eval")(evaluate)
 app.add_typer(memory, name="memory")
 app.add_typer(domains, name="domains")

@@ -69,6 +69,23 @@ def test_a_memory_stands_beside_a_domain_under_a_name_of_its_own(knnlm: Knnlm, l
 
 
 @pytest.mark.usefixtures("store")
+def test_weights_are_fitted_alone_and_together(knnlm: Knnlm, law: Path, corpus: Path) -> None:
+    asked = (corpus, "--part", "tune", "--domain", "toy", "--memory", law)
+    found = knnlm("weigh", *asked, "--json").json
+    lm, domain, memory, both = found["mixtures"]
+    assert [list(m["weights"]) for m in (lm, domain, memory, both)] == [[], ["toy"], ["law"], ["toy", "law"]]
+    assert both["perplexity"] <= min(domain["perplexity"], memory["perplexity"]) * (1 + 1e-9) <= lm["perplexity"]
+    weights = [("--domain", "toy", "--lambda", both["weights"]["toy"]),
+               ("--memory", law, "--memory-lambda", both["weights"]["law"])]  # fmt: skip
+    report = knnlm("eval", corpus, "--part", "tune", *(word for pair in weights for word in pair), "--json").json
+    assert report["tokens"] == found["tokens"]
+    assert report["knn"]["perplexity"] == pytest.approx(both["perplexity"], rel=1e-4)
+    assert report["lm"]["perplexity"] == pytest.approx(lm["perplexity"], rel=1e-4)
+    assert "LM + toy + law" in knnlm("weigh", *asked).out
+    assert "nothing to weigh" in knnlm("weigh", corpus).err
+
+
+@pytest.mark.usefixtures("store")
 def test_a_memory_may_run_elsewhere(law: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def answered(*memory: object) -> Any:  # Any: JSON
         capsys.readouterr()
