@@ -45,6 +45,7 @@ Float64 = npt.NDArray[np.float64]
 SIZE, TOKENS = 20_000, 20_000  # entries of the store; held-out tokens of each part
 K = 1024
 EM_STEPS = 100
+ROUNDS = 7  # of timing
 DRAWS = 1000  # of documents, for the intervals
 MEMORIES = {"decoder": ("decoder", 0.5), "mlp": ("mlp", 0.5), "control": ("decoder", 0.0)}  # kind and beta
 ROWS = {  # what stands beside the LM
@@ -174,8 +175,8 @@ def rates(
             memory_log_probs(memories[component], few, held, info)
         return n
 
-    names = ("LM", "knn", *memories)
-    return interleave({name: lambda name=name: timed(name) for name in names}, 0.5, 3)  # type: ignore[misc]
+    names = ("LM", "knn", *(name for name in memories if name != "control"))
+    return interleave({name: lambda name=name: timed(name) for name in names}, 0.5, ROUNDS)  # type: ignore[misc]
 
 
 def joint_weights(log_probs: Float64) -> Float64:
@@ -226,12 +227,12 @@ def perplexities(
     lines, shares = [], {}
     for i, (row, (weights, _)) in enumerate(rows.items()):
         beside = ROWS[row]
-        rate = speeds[beside[0] if beside else "LM"].median if len(beside) < 2 else None
+        rate = speeds.get(beside[0] if beside else "LM") if len(beside) < 2 else None
         held_bytes = sum(sizes[b] for b in beside)
         shares[row] = float(recovered[0, i])
         lines.append([
             row, " ".join(f"{w:.2f}" for w in weights), _interval(np.exp(nats[:, i]), 2), _interval(bits[:, i], 4),
-            _interval(recovered[:, i], 2) if beside else "", f"{rate:,.0f}" if rate else "", f"{held_bytes:,}",
+            _interval(recovered[:, i], 2) if beside else "", f"{rate.median:,.0f}" if rate else "", f"{held_bytes:,}",
         ])  # fmt: skip
     print(f"\n{name}: {entries:,} entries; {tokens.sum():,} tokens of {n_docs} documents reported")
     table(["", "weights", "perplexity", "bits/byte", "R", "tokens/s", "bytes beside the LM"], lines)
@@ -242,10 +243,10 @@ def perplexities(
         f"recovered share R of the decoder memory beside that of the control, {name}", shares["LM + decoder"],
         round(control, 4), recovered={r: round(v, 4) for r, v in shares.items()}, perplexities=found, **said,
     )  # fmt: skip
-    slower = speeds["LM"].median / speeds["mlp"].median
+    slower = speeds["LM"].over(speeds["mlp"])
     figure(f"mlp memory / LM alone: time per token, {name}", slower, MLP_TIME, better="less", **said)
     figure(f"mlp memory / datastore: bytes, {name}", sizes["mlp"] / sizes["knn"], MLP_BYTES, better="less", **said)
-    faster = speeds["decoder"].median / speeds["LM"].median
+    faster = speeds["decoder"].over(speeds["LM"])
     figure(f"with a decoder memory / LM alone: tokens/s of scoring, {name}", faster, DECODER_SPEED, **said)
 
 
