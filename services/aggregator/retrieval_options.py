@@ -15,6 +15,7 @@ from services.aggregator.settings import AggregatorSettings
 
 MIXED = re.compile(r"(?=.)(?:\+(?P<domain>[^+~]+))?(?:~(?P<memory>[^+~]+))?", re.DOTALL)  # what follows the LM's name
 RENAMED = {"passages": "neighbors", "passage_tokens": "neighbor_tokens", "entries": "passages"}
+EXPLAINING = {"explain", "explain_tokens"}  # fields of `knn` in completions that are no retrieval
 OF_KNN = frozenset(field.alias or name for name, field in Knn.model_fields.items())
 
 
@@ -84,11 +85,13 @@ def chosen(request: Sourced, model_id: str, settings: AggregatorSettings) -> tup
     """
     sources: dict[str, Any] = {}  # Any: a record of options for each row of knnlm.sources.SOURCES
     domain, memory = named_in(request.model, model_id)
-    if request.knn is not None or domain is not None:
+    others = memory is not None or any(getattr(request, name, None) is not None for name in SOURCES if name != "knn")
+    retrieved = request.knn is not None and not (others and request.knn.model_fields_set <= EXPLAINING)
+    if retrieved or domain is not None:
         sources["knn"] = _knn(request, domain, settings)
     for name in SOURCES:
         given = getattr(request, name, None)
-        if name not in sources and (given is not None or (name == "memory" and memory is not None)):
+        if name != "knn" and (given is not None or (name == "memory" and memory is not None)):
             values = {} if given is None else dict(vars(given))
             if name == "memory":
                 values |= {"name": _memory(request, memory)}

@@ -93,6 +93,22 @@ async def test_completions_are_those_of_the_library_and_say_which_memory_was_mix
                 assert not any("memories" in e for e in events[1:])
 
 
+async def test_completions_are_explained_beside_a_memory_without_a_domain(store: Path) -> None:
+    body = {"prompt": "the cat", "max_tokens": 3, "temperature": 0, "knn": {"explain": 2}}
+    async with system(store, memories={"law": LAW}) as s:
+        answer = await s.post("/v1/completions", {**body, "memory": {"name": "law", "lambda": 0.4}})
+        named = await s.post("/v1/completions", {**body, "model": "toy~law", "memory": {"lambda": 0.4}})
+        assert named["choices"] == answer["choices"]
+        assert answer["domains"] == []
+        for token in answer["choices"][0]["explained"]:
+            assert [(c["kind"], c["passages"]) for c in token["components"]] == [("lm", []), ("memory", [])]
+            p = sum(c["weight"] * np.exp(c["log_p"]) for c in token["components"])
+            assert token["log_p"] == pytest.approx(np.log(p), rel=1e-5)
+        assert (await s.post("/v1/completions", body, status=400))["error"]["param"] == "knn.domain"
+        both = {**body, "knn": {"explain": 2, "k": 3}, "memory": {"name": "law", "lambda": 0.4}}
+        assert (await s.post("/v1/completions", both, status=400))["error"]["param"] == "knn.domain"
+
+
 async def test_a_memory_of_weight_zero_is_left_in_peace(store: Path) -> None:
     async with system(store, memories={"law": LAW}) as s:
         await s.hosts["memory law"].shut()

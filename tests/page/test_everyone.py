@@ -139,6 +139,6 @@ async def test_when_retrieval_is_down_the_page_says_so_and_the_lm_answers(store:
         await looked.services.hosts["datastore"].shut()
         await looked.page.reload()
         await looked.sees("[role=alert]", "datastore")
-        await looked.page.locator("#next-a select").select_option("")
+        await looked.page.locator("#next-a .domain select").first.select_option("")
         await looked.sees("#next-a [role=status]", "8 tokens")
         await looked.sees("#next-a .bars thead", "LM")

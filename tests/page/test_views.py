@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from knnlm.testing import ToyLanguageModel
 from tests.contract.system import store
 from tests.page.browser import Looked, looking
 
@@ -37,7 +38,7 @@ async def test_bars_of_the_mixture_the_lm_and_retrieval_stand_side_by_side(store
 async def test_two_domains_stand_side_by_side(store: Path) -> None:
     async with looking(store, CAT) as looked:
         await looked.sees("#next-a [role=status]", "cat v1")
-        await looked.page.locator("#next-b select").select_option("dog")
+        await looked.page.locator("#next-b .domain select").first.select_option("dog")
         await looked.sees("#next-b [role=status]", "dog v1, λ 0.2")
         assert await looked.text("#next-a .bars") != await looked.text("#next-b .bars")
 
@@ -74,7 +75,8 @@ async def test_the_service_s_own_sentence_is_shown_and_goes_when_all_is_well(sto
         await slide(looked, "k neighbors", 12)
         await looked.sees("[role=alert]", "4096")
         assert "64" in await looked.text("[role=alert]")
-        await looked.page.locator("#next-b select").select_option("dog")  # what is well beside it changes nothing
+        beside = looked.page.locator("#next-b .domain select").first
+        await beside.select_option("dog")  # what is well beside it changes nothing
         await looked.sees("#next-b [role=status]", "dog v1")
         assert await looked.page.locator("[role=alert]").is_visible()
         await slide(looked, "k neighbors", 3)
@@ -176,7 +178,7 @@ async def test_domains_show_what_they_are_and_switch(store: Path) -> None:
         await looked.sees("#domains-status", "cat answers from v2.")
         assert await cat.locator(".badge").inner_text() == "v2"
         await looked.page.get_by_role("tab", name="Next token").click()
-        await looked.page.locator("#next-a select").select_option("cat")
+        await looked.page.locator("#next-a .domain select").first.select_option("cat")
         await looked.sees("#next-a [role=status]", "cat v2")
 
 
@@ -231,3 +233,31 @@ async def test_events_are_read_however_their_bytes_arrive(store: Path) -> None:
     sent = "data: naïve 🐈\r\n\r\n: a comment\n\ndata:a\ndata: b\n\ndata: cut"
     async with looking(store, "text=the cat") as looked:
         assert await looked.page.evaluate(TORN, sent) == ["naïve 🐈", "a\nb"]
+
+
+async def test_a_memory_is_chosen_beside_a_domain_or_instead_of_it(store: Path) -> None:
+    memories = {"law": ToyLanguageModel(seed=5)}
+    async with looking(store, f"{CAT}&a.memory=law&a.memory_lambda=0.2", memories=memories) as looked:
+        await looked.sees("#next-a [role=status]", "cat v1, λ 0.3, T 2, k 6; memory law, λ 0.2")
+        heads = (await looked.text("#next-a .bars thead")).split()
+        assert heads == ["token", "mixture", "LM", "retrieval", "memory"]
+        assert await looked.page.locator(f"{BARS}:first-child .bar.p_memory").count() == 1
+        await looked.page.locator("#next-a").get_by_label("Domain", exact=True).select_option("")
+        await looked.page.locator("#next-a .bars thead").filter(has_not_text="retrieval").wait_for()
+        assert (await looked.text("#next-a .bars thead")).split() == ["token", "mixture", "LM", "memory"]
+        await looked.page.locator("#next-a").get_by_label("λ of the memory: as tuned").click()
+        await looked.sees("[role=alert]", "has no fitted weight")
+        await looked.goes("tab=generate&prompt=the cat&a.memory=law&a.memory_lambda=0.5&max_tokens=4&temperature=0")
+        await looked.page.locator("#generate-go").click()
+        await looked.sees("#generate-status", "with retrieval: 4 tokens")
+        await looked.page.locator("#generate-knn [role=option], #generate-knn button").first.click()
+        await looked.sees("#generate-detail", "law")
+        await looked.goes("tab=score&scored=the cat sat&a.memory=law&a.memory_lambda=0.5")
+        await looked.page.locator("#score-go").click()
+        await looked.sees("#score-result", "with memory law")
+
+
+async def test_without_a_memory_there_is_no_control_of_it(store: Path) -> None:
+    async with looking(store, CAT) as looked:
+        await looked.sees("#next-a [role=status]", "cat v1")
+        assert not await looked.page.get_by_label("Memory").first.is_visible()

@@ -46,10 +46,10 @@ export function generateView() {
       const plain = el("div", { class: "strip" });
       const strip = explainedStrip(detail, "Continuation with retrieval");
       places.lm.append(plain);
-      if (controls.knn) places.knn.append(strip.element);
+      if (controls.mixes) places.knn.append(strip.element);
       const [alone, mixed] = await Promise.all([
-        continued(places.lm, { ...body(), knn: undefined }, both, ({ text }) => plain.append(text)),
-        controls.knn && continued(places.knn, body(), both, ({ explained }) => explained?.forEach(strip.add), controls.show),
+        continued(places.lm, { ...body(), knn: undefined, memory: undefined }, both, ({ text }) => plain.append(text)),
+        controls.mixes && continued(places.knn, body(), both, ({ explained }) => explained?.forEach(strip.add), controls.show),
       ]);
       ended([speed("LM", alone), mixed && speed("with retrieval", mixed)].filter(Boolean).join(" · "));
     } catch (problem) {
@@ -62,7 +62,8 @@ export function generateView() {
 
   function body() {
     const options = Object.fromEntries(inputs.map((input) => [input.name, input.value]));
-    return { prompt: field.value, add_bos: true, knn: controls.knn && { ...controls.knn, explain: PASSAGES }, ...options };
+    const knn = controls.mixes ? { ...controls.knn, explain: PASSAGES } : undefined;
+    return { prompt: field.value, add_bos: true, knn, memory: controls.memory, ...options };
   }
 
   return {

@@ -12,7 +12,7 @@ const views = { next: nextTokenView(), generate: generateView(), score: scoreVie
 const tabs = Object.keys(views).map((name) => byId(`tab-${name}`));
 const nameOf = (tab) => tab.id.slice("tab-".length);
 
-/** All domains by name; every view is told of those that the model can be mixed with. Where they cannot be had, the LM
+/** All domains by name; every view is told of those that the model can be mixed with, and of memories. Where they cannot be had, the LM
  * alone is there, and views keep what they knew. */
 async function load() {
   const { data: models } = await api.get("v1/models");
@@ -21,7 +21,8 @@ async function load() {
   const named = domains.map((info) => [info.domain, info]);
   const usable = new Set(models.map((model) => model.id));
   const mixed = new Map(named.filter(([name]) => usable.has(`${models[0].id}+${name}`)));
-  for (const view of Object.values(views)) view.update(mixed);
+  const memories = [...usable].filter((id) => id.startsWith(`${models[0].id}~`)).map((id) => id.slice(models[0].id.length + 1));
+  for (const view of Object.values(views)) view.update(mixed, memories);
   return new Map(named);
 }
 
@@ -56,7 +57,7 @@ byId("key").addEventListener("click", async () => { await api.changeKey(); await
 api.askWith(askForKey);
 state.onRestored(showTab);
 
-for (const view of Object.values(views)) view.update(new Map());
+for (const view of Object.values(views)) view.update(new Map(), []);
 
 async function begin() {
   await told("page", load);

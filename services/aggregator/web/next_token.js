@@ -19,7 +19,7 @@ export function nextTokenView() {
   field.addEventListener("input", () => { state.set({ text: field.value }); later(); });
 
   return {
-    update: (domains) => columns.forEach((one) => one.update(domains)),
+    update: (...found) => columns.forEach((one) => one.update(...found)),
     show() {
       field.value = state.get("text", EXAMPLE);
       columns.forEach((one) => one.refresh());
@@ -39,7 +39,7 @@ function column(place, { prefix, legend, none }) {
 
   async function answer(signal) {
     const text = byId("next-text").value;
-    if (text === "" || (second && controls.domain === "")) {
+    if (text === "" || (second && !controls.mixes)) {
       status.textContent = text === "" ? "Type something." : "";
       result.replaceChildren();
       return;
@@ -47,12 +47,12 @@ function column(place, { prefix, legend, none }) {
     const began = performance.now();
     place.setAttribute("aria-busy", "true");
     try {
-      const body = { text, knn: controls.knn, top_n: 12, neighbors: controls.knn ? 8 : 0, truncate: "left" };
+      const body = { text, ...controls.sources, top_n: 12, neighbors: controls.knn ? 8 : 0, truncate: "left" };
       const reply = await api.post("v1/next_token", body, { signal });
       const [found] = reply.results;
       controls.show(reply.domains[0]);
       status.textContent = summary(reply, found, performance.now() - began);
-      result.replaceChildren(bars(found, reply.domains.length > 0), ...passages(found));
+      result.replaceChildren(bars(found), ...passages(found));
     } catch (problem) {
       if (!signal.aborted) { status.textContent = ""; result.replaceChildren(); }
       throw problem;
@@ -65,12 +65,19 @@ function column(place, { prefix, legend, none }) {
 }
 
 function summary(reply, found, ms) {
-  const used = reply.domains.map((d) => `${d.domain} ${d.version}, λ ${number(found.lambda)}, T ${number(d.temperature)}, k ${d.k}`);
+  const weight = (kind) => number(found.components.filter((c) => c.kind === kind).reduce((sum, c) => sum + c.weight, 0));
+  const used = reply.domains.map((d) => `${d.domain} ${d.version}, λ ${weight("knn")}, T ${number(d.temperature)}, k ${d.k}`);
+  used.push(...reply.memories.map((m) => `memory ${m.name}, λ ${weight("memory")}`));
   return [reply.degraded ?? used.join("; "), `${found.context_tokens} tokens, ${ms.toFixed(0)} ms`].filter(Boolean).join(" · ");
 }
 
-function bars({ top }, retrieved) {
-  const kinds = [["p", "mixture"], ["p_lm", "LM"], ["p_knn", "retrieval"]].slice(0, retrieved ? 3 : 1);
+function bars({ top: likeliest, components }) {
+  const memory = components.find((c) => c.kind === "memory");
+  const top = likeliest.map((row, i) => ({ ...row, p_memory: memory?.p?.[i] ?? null }));
+  const has = (kind) => components.some((c) => c.kind === kind);
+  const mixed = components.length > 1;
+  const kinds = [["p", mixed ? "mixture" : "LM"], ...(mixed ? [["p_lm", "LM"]] : []),
+    ...(has("knn") ? [["p_knn", "retrieval"]] : []), ...(memory ? [["p_memory", "memory"]] : [])];
   const most = Math.max(...top.flatMap((row) => kinds.map(([kind]) => row[kind] ?? 0)), 1e-9);
   const cell = (kind, value) =>
     el("td", {}, el("div", {}, el("span", { class: "value" }, percent(value)),
@@ -78,7 +85,7 @@ function bars({ top }, retrieved) {
   return el("table", { class: "bars" },
     el("caption", { class: "hidden" }, "Probabilities of the likeliest next tokens"),
     el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "token"),
-      kinds.map(([, name]) => el("th", { scope: "col" }, retrieved ? name : "LM")))),
+      kinds.map(([, name]) => el("th", { scope: "col" }, name)))),
     el("tbody", {}, top.map((row) =>
       el("tr", {}, el("th", { scope: "row", title: `token ${row.token_id}` }, visible(row.token)), kinds.map(([kind]) => cell(kind, row[kind]))))));
 }

@@ -1,4 +1,5 @@
-// The controls of retrieval: a domain, and lambda, T and k, which are as tuned until somebody moves them.
+// The controls of what is mixed: a domain with lambda, T and k, and a memory with its weight. All are as tuned until
+// somebody moves them.
 import { el, number } from "./dom.js";
 import * as state from "./state.js";
 
@@ -9,21 +10,27 @@ const SLIDERS = [
     toValue: (x) => Number((10 ** x).toPrecision(3)), toPlace: Math.log10 },
   { name: "k", letter: "k", word: "neighbors", low: 0, high: 12, step: 1, toValue: (x) => 2 ** x, toPlace: Math.log2 },
 ];
+const MEMORY_WEIGHT = { name: "memory_lambda", letter: "λ", word: "of the memory", low: 0, high: 1, step: 0.01,
+  toValue: (x) => x, toPlace: (v) => v, unknown: "as" };
 let uses = 0;
 
 /**
  * Controls inside `place`. prefix: of their names in links. none: what the choice of no domain is called, null where a
- * domain must be chosen. changed: called after every change. Returns { domain, knn, show, update }.
+ * domain must be chosen. changed: called after every change. Returns { knn, memory, sources, mixes, show, update }.
  */
 export function retrievalControls(place, { prefix, legend, none, changed }) {
   let domains = new Map();
   const id = `retrieval-${++uses}`;
   const select = el("select", { id: `${id}-domain`, onchange: () => choose({ domain: select.value }) });
   const sliders = SLIDERS.map((spec) => slider(spec));
+  let memories = [];
+  const memorySelect = el("select", { id: `${id}-memory`, onchange: () => choose({ memory: memorySelect.value }) });
+  const memoryControl = el("div", { class: "control domain" }, el("label", { for: memorySelect.id }, "Memory"), memorySelect);
+  const memoryWeight = slider(MEMORY_WEIGHT);
   place.append(
     el("div", { class: "controls" },
       el("div", { class: "control domain" }, el("label", { for: select.id }, legend), select),
-      sliders.map((one) => one.element)),
+      sliders.map((one) => one.element), memoryControl, memoryWeight.element),
   );
 
   const key = (name) => `${prefix}.${name}`;
@@ -40,9 +47,13 @@ export function retrievalControls(place, { prefix, legend, none, changed }) {
     return wanted === "" && none === null ? ([...domains.keys()][0] ?? "") : "";
   }
 
+  const chosenMemory = () => (memories.includes(state.get(key("memory"))) ? state.get(key("memory")) : "");
+  const isOff = ({ name }) => (name === MEMORY_WEIGHT.name ? chosenMemory() : chosenDomain()) === "";
+
   /** null: as tuned. A domain without tuning has what stands in for it. */
   function valueOf({ name, low, high, toValue }) {
     const given = state.getNumber(key(name), toValue(low), toValue(high));
+    if (name === MEMORY_WEIGHT.name) return given;
     const tuned = domains.get(chosenDomain())?.tuning;
     return given ?? (tuned ? null : (UNTUNED[name] ?? null));
   }
@@ -63,10 +74,10 @@ export function retrievalControls(place, { prefix, legend, none, changed }) {
       const value = valueOf(spec);
       const shown = value ?? used?.[spec.name] ?? domains.get(chosenDomain())?.tuning?.[spec.name] ?? null;
       if (shown !== null && document.activeElement !== input) input.value = spec.toPlace(shown);
-      const text = shown === null ? "by rule" : number(shown);
+      const text = shown === null ? spec.unknown ?? "by rule" : number(shown);
       output.textContent = value === null ? `${text} tuned` : text;
       input.setAttribute("aria-valuetext", output.textContent);
-      input.disabled = reset.disabled = chosenDomain() === "";
+      input.disabled = reset.disabled = isOff(spec);
       reset.hidden = state.get(key(spec.name)) === "";
     };
     return { spec, element, show };
@@ -75,12 +86,25 @@ export function retrievalControls(place, { prefix, legend, none, changed }) {
   /** Shows what is chosen. used: what an answer says it was made with. */
   function refresh(used) {
     select.value = chosenDomain();
-    for (const one of sliders) one.show(used);
+    for (const one of [...sliders, memoryWeight]) one.show(used);
+    memorySelect.value = chosenMemory();
+    memoryControl.hidden = memoryWeight.element.hidden = memories.length === 0;
   }
 
   return {
-    get domain() {
-      return chosenDomain();
+    /** Whether anything is mixed with the LM. */
+    get mixes() {
+      return chosenDomain() !== "" || chosenMemory() !== "";
+    },
+    /** The request's `memory`, undefined without one. */
+    get memory() {
+      if (chosenMemory() === "") return undefined;
+      const weight = valueOf(MEMORY_WEIGHT);
+      return { name: chosenMemory(), ...(weight === null ? {} : { lambda: weight }) };
+    },
+    /** `knn` and `memory` of the request. */
+    get sources() {
+      return { knn: this.knn, memory: this.memory };
     },
     /** The request's `knn`, undefined for the LM alone. */
     get knn() {
@@ -93,9 +117,11 @@ export function retrievalControls(place, { prefix, legend, none, changed }) {
       return options;
     },
     show: refresh,
-    /** Takes over the domains that there are, Domain objects by name. */
-    update(found) {
+    /** Takes over the domains that there are, Domain objects by name, and the names of memories. */
+    update(found, names) {
       domains = found;
+      memories = names;
+      memorySelect.replaceChildren(el("option", { value: "" }, "none"), ...names.map((name) => el("option", { value: name }, name)));
       select.replaceChildren(
         ...(none === null && domains.size ? [] : [el("option", { value: "" }, none ?? "none")]),
         ...[...domains.keys()].map((name) => el("option", { value: name }, name)),

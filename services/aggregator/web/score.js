@@ -23,7 +23,7 @@ export function scoreView() {
     status.textContent = "Scoring…";
     detail.hidden = true;
     try {
-      const { reply, note } = await explained({ text: field.value, knn: controls.knn }, signal);
+      const { reply, note } = await explained({ text: field.value, ...controls.sources }, signal);
       controls.show(reply.domains[0]);
       const strip = explainedStrip(detail, "The text's tokens");
       reply.tokens.forEach(strip.add);
@@ -58,8 +58,8 @@ async function explained(body, signal) {
 
 function figures(reply) {
   const rows = [["perplexity of the LM alone", number(reply.perplexity_lm)]];
-  if (reply.domains.length) {
-    const names = reply.domains.map((d) => `${d.domain} ${d.version}`).join(", ");
+  if (reply.domains.length || reply.memories.length) {
+    const names = [...reply.domains.map((d) => `${d.domain} ${d.version}`), ...reply.memories.map((m) => `memory ${m.name}`)].join(", ");
     const known = reply.perplexity !== null;
     rows.push([`with ${names}`, known ? number(reply.perplexity) : "infinite"]);
     rows.push(["ratio", known ? number(reply.perplexity / reply.perplexity_lm) : "–"]);
