@@ -92,10 +92,23 @@ def test_every_alert_is_explained() -> None:
         assert alert["annotations"]["summary"]
 
 
+def test_a_memory_is_one_more_lm_service_of_the_compose_file() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    lm, memory = services["lm"], dict(services["memory"])
+    assert memory.pop("profiles") == ["memory"]
+    for one in ("environment", "volumes"):  # another folder, and the same key
+        assert len(memory[one]) == len(lm[one])
+    assert {**memory, "environment": lm["environment"], "volumes": lm["volumes"]} == lm
+    mounted = memory["volumes"][0].rsplit(":", 2)[1]
+    assert mounted == memory["environment"]["KNNLM_LM_MODEL"]
+    assert services["aggregator"]["environment"]["KNNLM_AGGREGATOR_MEMORY"] == "${KNNLM_MEMORY:-}"
+
+
 def test_prometheus_finds_the_services_of_the_compose_file() -> None:
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
     scraped = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text(encoding="utf-8"))["scrape_configs"]
-    assert {job["dns_sd_configs"][0]["names"][0] for job in scraped} == set(compose["services"])
+    names = [name for job in scraped for name in job["dns_sd_configs"][0]["names"]]
+    assert sorted(names) == sorted(compose["services"])
     for job in scraped:
         service = job["job_name"]
         dockerfile = (ROOT / "services" / service / "Dockerfile").read_text(encoding="utf-8")
