@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
 from knnlm.neighbors import TokenMasses, token_masses
+from knnlm.options import check_theta
 
 BLOCK_BYTES = 1 << 22  # bytes of float64 scores that are made at a time
 BLOCK_ROWS = 256  # places that are asked at a time, at most
-MAX_THETA = 1e100  # no product of keys in float32, times it, overflows float64
 
 
 def cache_log_probs(
@@ -33,7 +33,7 @@ def cache_log_probs(
 
     keys: (n, d) of all places. tokens: (>= n - 1,) of the same places; the place i is asked with keys[i] and sees the
     `size` places before it, never its own token. A place that nothing precedes has -inf, or an empty row. Raises
-    InvalidRequest unless 0 <= theta <= MAX_THETA and size >= 1.
+    InvalidRequest unless 0 <= theta <= knnlm.options.MAX_THETA and size >= 1.
     """
     check_theta(theta)
     if size < 1:
@@ -59,12 +59,6 @@ def cache_log_probs(
             found[lo - first : hi - first] = _log_sum(hits) - _log_sum(scores, empty=0.0)
         lo = hi
     return found if targets is not None else stacked(parts)
-
-
-def check_theta(theta: float) -> None:
-    """Raises InvalidRequest unless 0 <= theta <= MAX_THETA."""
-    if not 0 <= theta <= MAX_THETA:
-        raise InvalidRequest(f"theta must lie in [0, {MAX_THETA:g}], got {theta}", param="theta")
 
 
 def _tops(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

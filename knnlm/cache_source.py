@@ -11,36 +11,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.cache import cache_log_probs, check_theta, stacked
+from knnlm.cache import cache_log_probs, stacked
 from knnlm.errors import InvalidRequest, Unavailable
 from knnlm.evidence import Evidence, Step, Stretch
 from knnlm.neighbors import TokenMasses
-from knnlm.options import option
+from knnlm.options import CacheOptions
 from knnlm.rules import FIXED, Weighing
 from knnlm.sources import Plan, Services, computed
 
 NAME = "cache"
 INLINE_PRODUCTS = 64  # products of two numbers made in the time that `computed` counts for one number
 DEFAULT_SIZE = 2000  # places, as in Grave et al. 2017 (arXiv 1612.04426)
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """How the text's own past is mixed. Raises InvalidRequest, naming the field, for values out of range."""
-
-    lmbda: float | None = option(float, "Weight of the text's own past, in [0, 1]; by default as tuned.", minimum=0)
-    theta: float | None = option(
-        float, "Multiplies dot products of keys: how much alike places must be; by default as tuned.", minimum=0
-    )
-    size: int | None = option(int, "Earlier places that are looked at; by default as tuned.", minimum=1)
-
-    def __post_init__(self) -> None:
-        if self.lmbda is not None and not 0 <= self.lmbda <= 1:
-            raise InvalidRequest(f"lambda must lie in [0, 1], got {self.lmbda}", param="lambda")
-        if self.theta is not None:
-            check_theta(self.theta)
-        if self.size is not None and self.size < 1:
-            raise InvalidRequest(f"size must be >= 1, got {self.size}", param="size")
 
 
 class Past:

@@ -19,6 +19,7 @@ DEFAULT_K = 1024  # as in Khandelwal et al. 2020 (arXiv 1911.00172), unless a do
 MAX_EXCLUDED_DOCUMENTS = 1024  # ids in one request
 MAX_STEPS_AHEAD = 16
 MAX_ID_CHARACTERS = 4096  # characters of the id of a document
+MAX_THETA = 1e100  # no product of keys in float32, times it, overflows float64
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,31 @@ class MemoryOptions:
 def _check_lambda(lmbda: float | None) -> None:
     if lmbda is not None and not 0 <= lmbda <= 1:
         raise InvalidRequest(f"lambda must lie in [0, 1], got {lmbda}", param="lambda")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How the text's own past is mixed. Raises InvalidRequest, naming the field, for values out of range."""
+
+    lmbda: float | None = option(float, "Weight of the text's own past, in [0, 1]; by default as tuned.", minimum=0)
+    theta: float | None = option(
+        float, "Multiplies dot products of keys: how much alike places must be; by default as tuned.", minimum=0
+    )
+    size: int | None = option(int, "Earlier places that are looked at; by default as tuned.", minimum=1)
+
+    def __post_init__(self) -> None:
+        if self.lmbda is not None and not 0 <= self.lmbda <= 1:
+            raise InvalidRequest(f"lambda must lie in [0, 1], got {self.lmbda}", param="lambda")
+        if self.theta is not None:
+            check_theta(self.theta)
+        if self.size is not None and self.size < 1:
+            raise InvalidRequest(f"size must be >= 1, got {self.size}", param="size")
+
+
+def check_theta(theta: float) -> None:
+    """Raises InvalidRequest unless 0 <= theta <= MAX_THETA."""
+    if not 0 <= theta <= MAX_THETA:
+        raise InvalidRequest(f"theta must lie in [0, {MAX_THETA:g}], got {theta}", param="theta")
 
 
 def _check_excluded(documents: Sequence[str]) -> None:

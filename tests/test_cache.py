@@ -10,12 +10,11 @@ import numpy.typing as npt
 import pytest
 
 from knnlm.cache import cache_log_probs
-from knnlm.cache_source import CacheOptions
 from knnlm.errors import InvalidRequest
 from knnlm.generation import GenerationOptions
 from knnlm.index.searcher import Searcher
 from knnlm.neighbors import TokenMasses
-from knnlm.options import DomainOptions, KnnOptions
+from knnlm.options import CacheOptions, DomainOptions, KnnOptions
 from knnlm.pipeline import Pipeline
 from knnlm.sampling import SamplingOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore

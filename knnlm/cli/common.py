@@ -27,6 +27,10 @@ DomainArgument = Annotated[str, typer.Argument(help="The domain: a-z, 0-9, '-', 
 SourcesArgument = Annotated[
     list[str], typer.Argument(help="Text: .txt, .md, .rst, .jsonl or .parquet files, folders of them, or - for stdin.")
 ]
+OptionalSources = Annotated[
+    list[str] | None,
+    typer.Argument(help="Text: .txt, .md, .rst, .jsonl or .parquet files, folders of them, or - for stdin."),
+]
 TextArgument = Annotated[str, typer.Argument(help="The text, or - for standard input.")]
 StoreOption = Annotated[Path, typer.Option("--store", envvar="KNNLM_STORE", help="The folder of all datastores.")]
 ModelOption = Annotated[

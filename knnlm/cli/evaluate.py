@@ -22,9 +22,17 @@ from knnlm.cli.common import (
     progress,
     remark,
 )
-from knnlm.cli.retrieval import MemoryChoice, described, described_memory, domain_names, memory_here, retrieving
+from knnlm.cli.retrieval import (
+    MemoryChoice,
+    described,
+    described_memory,
+    domain_names,
+    memory_here,
+    mixed_with,
+    retrieving,
+)
 from knnlm.errors import InvalidRequest
-from knnlm.options import KnnOptions
+from knnlm.options import CacheOptions, KnnOptions
 
 if TYPE_CHECKING:
     from knnlm.evaluation.perplexity import Report
@@ -38,6 +46,7 @@ def evaluate(
     part: PartOption = "all",
     knn: KnnOptions | None = None,
     memory: MemoryChoice | None = None,
+    cache: CacheOptions | None = None,
     index: IndexOption = None,
     context_length: WindowOption = None,
     min_context: MinContextOption = None,
@@ -49,7 +58,7 @@ def evaluate(
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Report perplexity and bits per byte of the LM alone and, with --domain or --memory, of the mixture."""
+    """Report perplexity and bits per byte of the LM alone and, with --domain, --memory or --cache, of the mixture."""
     from knnlm.datastore.text import read_documents
     from knnlm.evaluation import perplexity
     from knnlm.evaluation.splits import encode, sample, select
@@ -68,7 +77,7 @@ def evaluate(
             report = perplexity.evaluate(
                 pipeline,
                 documents,
-                knn,
+                mixed_with(knn, cache),
                 memory=asked,
                 context_length=context_length,
                 min_context=min_context,
@@ -105,4 +114,6 @@ def _print_report(report: "Report", *, per_document: bool) -> None:
     for memory in report.memories:
         print(described_memory(memory.as_json()))
     if report.knn:
+        weights = ", ".join(f"{name} {weight:.3f}" for name, weight in report.weights.items())
+        print(f"weights on average: {weights}")
         print(f"{report.improved:.1%} of the tokens became likelier")

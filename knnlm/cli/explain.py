@@ -31,10 +31,10 @@ from knnlm.cli.remote import (
     refuse_without,
     service,
 )
-from knnlm.cli.retrieval import MemoryChoice, described_memory, domain_names, memory_here, retrieving
+from knnlm.cli.retrieval import MemoryChoice, described_memory, domain_names, memory_here, mixed_with, retrieving
 from knnlm.errors import InvalidRequest
 from knnlm.messages import PASSAGE_TOKENS
-from knnlm.options import KnnOptions
+from knnlm.options import CacheOptions, KnnOptions
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -56,6 +56,7 @@ def explain(
     store: StoreOption = DEFAULT_STORE,
     knn: KnnOptions | None = None,
     memory: MemoryChoice | None = None,
+    cache: CacheOptions | None = None,
     passages: Annotated[int, typer.Option(help="Passages of each token, those that gave it most first.")] = 3,
     passage_tokens: Annotated[int, typer.Option(help="Tokens of text on each side of a passage.")] = PASSAGE_TOKENS,
     html: Annotated[
@@ -87,6 +88,7 @@ def explain(
                 model=model if is_given(context, "model") else None,
                 knn=knn,
                 memory=None if memory is None else memory.asked(),
+                cache=cache,
                 passages=passages,
                 passage_tokens=passage_tokens,
                 context_length=context_length,
@@ -103,7 +105,7 @@ def explain(
         with Pipeline.load(model, store, domain_names(knn), device=device, dtype=dtype, memories=memories) as pipeline:
             score = pipeline.explain(
                 text,
-                knn,
+                mixed_with(knn, cache),
                 memory=asked,
                 prompt=prompt,
                 passages=passages,

@@ -30,9 +30,9 @@ from knnlm.cli.remote import (
     refuse_without,
     service,
 )
-from knnlm.cli.retrieval import MemoryChoice, described_memory, domain_names, memory_here, retrieving
+from knnlm.cli.retrieval import MemoryChoice, described_memory, domain_names, memory_here, mixed_with, retrieving
 from knnlm.errors import InvalidRequest
-from knnlm.options import KnnOptions, ReuseOptions, options_of
+from knnlm.options import CacheOptions, KnnOptions, ReuseOptions, options_of
 
 if TYPE_CHECKING:
     from knnlm.clients.completions import Completion
@@ -49,6 +49,7 @@ def generate(
     store: StoreOption = DEFAULT_STORE,
     knn: KnnOptions | None = None,
     memory: MemoryChoice | None = None,
+    cache: CacheOptions | None = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="Of the draws; 0: the likeliest token.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Draw from the fewest likeliest tokens with this share.")] = 1.0,
@@ -83,12 +84,14 @@ def generate(
     text = read_text(text)
     if remote is None:
         refuse_without("--remote", context, "api_key_file", "tls_ca_file", "tls_cert_file", "tls_key_file")
-        answer = _here(text, model, store, (knn, memory), options, seed, (device, dtype), quiet=as_json)
+        answer = _here(text, model, store, (knn, memory, cache), options, seed, (device, dtype), quiet=as_json)
     else:
         asked = _asked(options, seed) | {"model": model if is_given(context, "model") else None}
         named = None if memory is None else memory.asked()
         with service(remote, api_key_file, (tls_ca_file, tls_cert_file, tls_key_file)) as client:
-            answer = _there(client.stream(text, knn=knn, memory=named, add_bos=True, **asked), quiet=as_json)
+            answer = _there(
+                client.stream(text, knn=knn, memory=named, cache=cache, add_bos=True, **asked), quiet=as_json
+            )
     if as_json:
         print_json(answer)
         return
@@ -113,7 +116,7 @@ def _here(
     text: str,
     model: str | None,
     store: Path,
-    mixed: tuple[KnnOptions | None, MemoryChoice | None],
+    mixed: tuple[KnnOptions | None, MemoryChoice | None, CacheOptions | None],
     options: "GenerationOptions",
     seed: int | None,
     how: tuple[str, str],
@@ -132,7 +135,7 @@ def _here(
 
     knn, (asked, memories) = mixed[0], memory_here(mixed[1])
     with Pipeline.load(model, store, domain_names(knn), device=how[0], dtype=how[1], memories=memories) as pipeline:
-        made = pipeline.generate(text, knn, options, memory=asked, seed=seed, on_token=show)
+        made = pipeline.generate(text, mixed_with(knn, mixed[2]), options, memory=asked, seed=seed, on_token=show)
         name = pipeline.lm.info.model_id
     return {
         "model": name,

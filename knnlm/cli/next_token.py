@@ -17,9 +17,17 @@ from knnlm.cli.common import (
     print_table,
     read_text,
 )
-from knnlm.cli.retrieval import MemoryChoice, described, described_memory, domain_names, memory_here, retrieving
+from knnlm.cli.retrieval import (
+    MemoryChoice,
+    described,
+    described_memory,
+    domain_names,
+    memory_here,
+    mixed_with,
+    retrieving,
+)
 from knnlm.errors import InvalidRequest, TooLarge
-from knnlm.options import KnnOptions
+from knnlm.options import CacheOptions, KnnOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +47,7 @@ def next_token(
     store: StoreOption = DEFAULT_STORE,
     knn: KnnOptions | None = None,
     memory: MemoryChoice | None = None,
+    cache: CacheOptions | None = None,
     top: Annotated[int, typer.Option(help="Number of likeliest tokens to show.")] = 10,
     neighbors: Annotated[int, typer.Option(help="Number of nearest neighbors of each domain to show.")] = 5,
     context_length: Annotated[
@@ -65,7 +74,9 @@ def next_token(
     with Pipeline.load(model, store, domains, device=device, dtype=dtype, memories=memories) as pipeline:
         context = _fitting(pipeline, text, context_length, truncate)
         passages = neighbors if domains else 0
-        result = pipeline.next_token(context, knn, memory=asked, passages=passages, passage_tokens=PASSAGE_TOKENS)
+        result = pipeline.next_token(
+            context, mixed_with(knn, cache), memory=asked, passages=passages, passage_tokens=PASSAGE_TOKENS
+        )
         likeliest = _likeliest(result, pipeline.tokenizer, top)
         nearest = _nearest(result, pipeline.tokenizer)
     if as_json:
@@ -73,6 +84,7 @@ def next_token(
         print_json({"model": pipeline.lm.info.model_id, **used, "tokens": likeliest, "neighbors": nearest})
         return
     columns = ["p", "p_lm", *(["p_knn"] if result.domains else []), *(["p_memory"] if result.memories else [])]
+    columns += ["p_cache"] if cache is not None else []
     print_table(
         ["token", *columns],
         [[repr(t["token"]), *("" if t[c] is None else f"{t[c]:.5f}" for c in columns)] for t in likeliest],
@@ -114,7 +126,7 @@ def _likeliest(result: "NextTokens", tokenizer: "Tokenizer", top: int) -> list[d
     from knnlm.decoding import top_tokens
 
     mixed = result.mixed
-    by_kind = {kind: mixed.mean_row(0, kind) for kind in ("knn", "memory")}
+    by_kind = {kind: mixed.mean_row(0, kind) for kind in ("knn", "memory", "cache")}
     tokens: list[int] = top_tokens(mixed.log_probs[0], top).tolist() if top else []
     return [
         {

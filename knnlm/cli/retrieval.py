@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from knnlm.errors import InvalidRequest
-from knnlm.options import SEARCH_OPTIONS, DomainOptions, KnnOptions, MemoryOptions, SearchOptions
+from knnlm.options import (
+    SEARCH_OPTIONS,
+    CacheOptions,
+    DomainOptions,
+    KnnOptions,
+    MemoryOptions,
+    SearchOptions,
+    options_of,
+)
 
 if TYPE_CHECKING:
+    from knnlm.mixer import Options
     from knnlm.rules import Parameters
     from knnlm.sources import UsedDomain
 
@@ -20,11 +29,11 @@ SHOWN_NUMBERS = 8  # of one parameter of a rule
 
 
 def retrieving(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each choice of retrieval and of a memory in place of its parameters `knn` and
-    `memory`.
+    """The command with an option for each choice of retrieval, of a memory and of the cache in place of its parameters
+    `knn`, `memory` and `cache`.
 
-    It is called with a KnnOptions, or None without a domain, and a MemoryChoice, or None; options that would be ignored
-    are refused. A command with a --temperature of its own has this one as --knn-temperature.
+    It is called with a KnnOptions, or None without a domain, a MemoryChoice or None, and CacheOptions or None; options
+    that would be ignored are refused. A command with a --temperature of its own has this one as --knn-temperature.
     """
     signature = inspect.signature(command, eval_str=True)
     before = list(signature.parameters.values())
@@ -36,12 +45,14 @@ def retrieving(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(**given: Any) -> None:  # Any: values of whatever options the command has
         chosen = {name: given.pop(asked) for asked, name in zip(options, OPTIONS, strict=True)}
         memory = _memory(*(given.pop(name) for name in MEMORY_OPTIONS))
-        command(knn=_options(chosen, own), memory=memory, **given)
+        cache = _cache(given.pop("cache"), {name: given.pop(f"cache_{name}") for name in CACHE_OPTIONS})
+        command(knn=_options(chosen, own), memory=memory, cache=cache, **given)
 
     place = [p.name for p in before].index("knn")
-    kinds = {**options, **MEMORY_OPTIONS}
+    cached = {f"cache_{name}": kind for name, kind in CACHE_OPTIONS.items()}
+    kinds = {**options, **MEMORY_OPTIONS, "cache": CACHE, **cached}
     ours = [before[place].replace(name=n, annotation=kind, default=None) for n, kind in kinds.items()]
-    parameters = [*before[:place], *ours, *(p for p in before[place + 1 :] if p.name != "memory")]
+    parameters = [*before[:place], *ours, *(p for p in before[place + 1 :] if p.name not in ("memory", "cache"))]
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}  # typer reads both
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # known to inspect
@@ -71,6 +82,11 @@ class MemoryChoice:
 def memory_here(memory: MemoryChoice | None) -> tuple[MemoryOptions | None, dict[str, str]]:
     """What a Pipeline is asked and loaded with."""
     return (None, {}) if memory is None else memory.here()
+
+
+def mixed_with(knn: KnnOptions | None, cache: CacheOptions | None) -> "Options":
+    """What a Pipeline is asked for."""
+    return knn if cache is None else {**({} if knn is None else {"knn": knn}), "cache": cache}
 
 
 def domain_names(knn: KnnOptions | None) -> list[str]:
@@ -127,6 +143,11 @@ def _memory(given: str | None, lmbda: float | None) -> MemoryChoice | None:
     return None if given is None else MemoryChoice(given, lmbda)
 
 
+def _cache(asked: bool | None, values: Mapping[str, Any]) -> CacheOptions | None:  # Any: as typer read them
+    given = {name: value for name, value in values.items() if value is not None}
+    return CacheOptions(**given) if asked or given else None
+
+
 def _options(
     chosen: Mapping[str, Any],  # Any: as typer read them; None or empty = not given
     renamed: bool,
@@ -162,4 +183,11 @@ MEMORY_OPTIONS: Mapping[str, Any] = {
     "memory_lambda": _option(
         float, "--memory-lambda", "Weight of the memory, 0 to 1; by default as fitted when it was trained."
     ),
+}
+CACHE = Annotated[
+    bool | None, typer.Option("--cache", help="Mix what the text itself said earlier (the continuous cache), as tuned.")
+]
+CACHE_OPTIONS: Mapping[str, Any] = {
+    name: _option(option.kind, f"--cache-{name.replace('lmbda', 'lambda')}", option.description)
+    for name, option in options_of(CacheOptions).items()
 }

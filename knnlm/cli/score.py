@@ -16,10 +16,10 @@ from knnlm.cli.common import (
     print_table,
     read_text,
 )
-from knnlm.cli.retrieval import MemoryChoice, domain_names, memory_here, retrieving
-from knnlm.options import KnnOptions
+from knnlm.cli.retrieval import MemoryChoice, domain_names, memory_here, mixed_with, retrieving
+from knnlm.options import CacheOptions, KnnOptions
 
-COLUMNS = ("log_prob", "lm_log_prob", "knn_log_prob", "memory_log_prob")
+COLUMNS = ("log_prob", "lm_log_prob", "knn_log_prob", "memory_log_prob", "cache_log_prob")
 
 
 @retrieving
@@ -29,6 +29,7 @@ def score(
     store: StoreOption = DEFAULT_STORE,
     knn: KnnOptions | None = None,
     memory: MemoryChoice | None = None,
+    cache: CacheOptions | None = None,
     context_length: WindowOption = None,
     min_context: MinContextOption = None,
     device: DeviceOption = "auto",
@@ -42,9 +43,11 @@ def score(
     text = read_text(text)
     asked, memories = memory_here(memory)
     with Pipeline.load(model, store, domains, device=device, dtype=dtype, memories=memories) as pipeline:
-        result = pipeline.score(text, knn, memory=asked, context_length=context_length, min_context=min_context)
+        result = pipeline.score(
+            text, mixed_with(knn, cache), memory=asked, context_length=context_length, min_context=min_context
+        )
         pieces = pipeline.tokenizer.pieces(result.tokens)
-    kinds = [result.mixed.mean(kind) for kind in ("knn", "memory")]
+    kinds = [result.mixed.mean(kind) for kind in ("knn", "memory", "cache")]
     others = [[None] * len(pieces[1:]) if found is None else found.tolist() for found in kinds]
     log_probs = list(zip(result.log_probs.tolist(), result.lm_log_probs.tolist(), *others, strict=True))
     if as_json:
@@ -62,11 +65,12 @@ def score(
             }
         )
         return
-    shown = 4 if result.memories else 3
+    shown = [0, 1, 2, *([3] if result.memories else []), *([4] if cache is not None else [])]
+    names = ["p", "p_LM", "p_kNN", "p_memory", "p_cache"]
     print_table(
-        ["token", "p", "p_LM", "p_kNN", "p_memory"][: 1 + shown],
+        ["token", *(names[i] for i in shown)],
         [
-            [repr(piece), *("" if x is None else f"{exp(x):.5f}" for x in row[:shown])]
+            [repr(piece), *("" if row[i] is None else f"{exp(row[i]):.5f}" for i in shown)]
             for piece, row in zip(pieces[1:], log_probs, strict=True)
         ],
     )

@@ -15,8 +15,8 @@ from knnlm.cli.common import (
     JsonOption,
     MinContextOption,
     ModelOption,
+    OptionalSources,
     PartOption,
-    SourcesArgument,
     StoreOption,
     VersionOption,
     WindowOption,
@@ -27,18 +27,23 @@ from knnlm.cli.common import (
     remark,
     version_folder,
 )
+from knnlm.cli.remote import is_given
 from knnlm.cli.retrieval import weight_of
+from knnlm.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from knnlm.evaluation.cache_fit import CacheFit
     from knnlm.evaluation.search_settings import Tuned
     from knnlm.messages import RuleQuality, SearchQuality
 
 
 def tune(
+    context: typer.Context,
     domain: DomainArgument,
-    sources: SourcesArgument,
+    sources: OptionalSources = None,
+    *,
     model: ModelOption,
     store: StoreOption = DEFAULT_STORE,
     version: VersionOption = None,
@@ -63,6 +68,12 @@ def tune(
         float,
         typer.Option(help="With --rule gate_lm: the share of the searches to leave out, those that matter least."),
     ] = 0.0,
+    cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache", help="Fit the continuous cache, too. With documents in place of DOMAIN: beside the LM alone."
+        ),
+    ] = False,
     max_tokens: Annotated[
         int, typer.Option(help="Fit on a sample of this many tokens, spread over all documents.")
     ] = 20_000,
@@ -89,6 +100,15 @@ def tune(
     from knnlm.evaluation.splits import select
     from knnlm.wire.jsonable import to_json
 
+    if cache and domain not in Catalog(store).domains() and (domain == "-" or Path(domain).exists()):
+        _refuse_with_a_domain_alone(context)
+        _cache_alone(
+            [domain, *(sources or [])], model, part, max_tokens, context_length, min_context, device, dtype,
+            as_json=as_json,
+        )  # fmt: skip
+        return
+    if not sources:
+        raise InvalidRequest("expected documents after the domain", param="sources")
     path = version_folder(Catalog(store), domain, version)
     chosen = list(select(read_documents(sources), parse_part(part)))
     with progress("steps", None, description="asking the model") as update:
@@ -103,6 +123,7 @@ def tune(
             exact_queries=exact_queries,
             rule=rule,
             skip=skip,
+            cache=cache,
             max_tokens=max_tokens,
             context_length=context_length,
             min_context=min_context,
@@ -126,10 +147,13 @@ def tune(
     if as_json:
         curve = [to_json(point) for point in found.fit.curve]
         answer = {"domain": domain, "version": path.name, **to_json(tuning), "leak": found.leak}
-        print_json({**answer, "warnings": warnings, "curve": curve})
+        measured = {} if found.cache is None else {"cache_fit": to_json(found.cache)}
+        print_json({**answer, **measured, "warnings": warnings, "curve": curve})
         return
     _print_quality(tuning.quality)
     _print_rules(tuning.rules)
+    if found.cache is not None:
+        _print_cache(found.cache)
     weight = weight_of(tuning.rule, tuning.parameters or {"lambda": tuning.lmbda})
     print(f"{domain} {path.name}: temperature {tuning.temperature:.5g}, {weight}, k {tuning.k}")
     print(
@@ -162,6 +186,61 @@ def _print_rules(rows: "Sequence[RuleQuality]") -> None:
     ]  # fmt: skip
     print_table(["", "rule", "perplexity", "beside fixed", "95 % interval"], lines, left=(0, 1))
     print()
+
+
+def _cache_alone(
+    sources: "Sequence[str]",
+    model: str,
+    part: str,
+    max_tokens: int,
+    context_length: int | None,
+    min_context: int | None,
+    device: str,
+    dtype: str,
+    *,
+    as_json: bool,
+) -> None:
+    """Fit the cache beside the LM alone and print it; nothing is stored."""
+    from knnlm.datastore.text import read_documents
+    from knnlm.evaluation.cache_fit import tune_cache
+    from knnlm.evaluation.splits import select
+    from knnlm.wire.jsonable import to_json
+
+    chosen = select(read_documents(list(sources)), parse_part(part))
+    with progress("tokens", None, description="asking the model") as update:
+        fitted, tokens, documents = tune_cache(
+            chosen,
+            model,
+            max_tokens=max_tokens,
+            context_length=context_length,
+            min_context=min_context,
+            device=device,
+            dtype=dtype,
+            on_progress=lambda done, of: update(done, None, of),
+        )
+    if as_json:
+        print_json({**to_json(fitted), "tokens": tokens, "documents": documents})
+        return
+    _print_cache(fitted)
+    print(f"on {tokens:,} tokens of {documents:,} documents")
+
+
+def _print_cache(fitted: "CacheFit") -> None:
+    rows = [
+        ("LM", fitted.lm_perplexity),
+        ("+ cache", fitted.cache_perplexity),
+        ("+ kNN", fitted.knn_perplexity),
+        ("+ kNN + cache", fitted.both_perplexity),
+    ]
+    print_table(["", "perplexity"], [[name, f"{value:.4f}"] for name, value in rows if value is not None])
+    beside = "" if fitted.knn_lambda is None else f", lambda of retrieval beside it {fitted.knn_lambda:.3f}"
+    print(f"cache: lambda {fitted.lmbda:.3f}, theta {fitted.theta:.5g}, size {fitted.size}{beside}\n")
+
+
+def _refuse_with_a_domain_alone(context: typer.Context) -> None:
+    for name in ("version", "k", "quality", "rule", "skip", "exact_queries", "index", "page"):
+        if is_given(context, name):
+            raise InvalidRequest(f"--{name.replace('_', '-')} means nothing without a domain", param=name)
 
 
 def _percent(nats: float) -> float:

@@ -24,7 +24,7 @@ from knnlm.cli.common import (
 )
 from knnlm.cli.retrieval import MemoryChoice, domain_names, memory_here, retrieving
 from knnlm.errors import InvalidRequest
-from knnlm.options import KnnOptions
+from knnlm.options import CacheOptions, KnnOptions
 
 SOMETHING = 0.1  # what each component weighs while it is observed: it is asked, and its weight is fitted afterwards
 
@@ -37,6 +37,7 @@ def weigh(
     part: PartOption = "all",
     knn: KnnOptions | None = None,
     memory: MemoryChoice | None = None,
+    cache: CacheOptions | None = None,
     context_length: WindowOption = None,
     min_context: MinContextOption = None,
     max_tokens: Annotated[
@@ -46,7 +47,7 @@ def weigh(
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Fit the weights of domains and a memory on held-out documents, each alone beside the LM and all together.
+    """Fit the weights of domains, a memory and the cache on held-out documents, alone with the LM and all together.
 
     Nothing is stored: the weights are for --lambda and --memory-lambda, or for requests.
     """
@@ -64,8 +65,10 @@ def weigh(
         mixed["knn"] = replace(knn, domains=domains)
     if asked is not None:
         mixed["memory"] = replace(asked, lmbda=SOMETHING)
+    if cache is not None:
+        mixed["cache"] = replace(cache, lmbda=SOMETHING)
     if not mixed:
-        raise InvalidRequest("there is nothing to weigh: give --domain, --memory or both", param="--memory")
+        raise InvalidRequest("there is nothing to weigh: give --domain, --memory or --cache", param="--memory")
     chosen = list(select(read_documents(sources), parse_part(part)))
     names = domain_names(knn)
     with Pipeline.load(model, store, names, device=device, dtype=dtype, memories=memories) as pipeline:

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
-from knnlm.cache_source import CacheOptions
 from knnlm.clients import answers
 from knnlm.clients.completions import ChatCompletion, Completion
 from knnlm.clients.explained import Explained
 from knnlm.clients.http import quoted
 from knnlm.errors import InvalidRequest, KnnlmError
 from knnlm.messages import Document, DomainChange, DomainInfo
-from knnlm.options import KnnOptions, MemoryOptions, ReuseOptions
+from knnlm.options import CacheOptions, KnnOptions, MemoryOptions, ReuseOptions
 from knnlm.wire.jsonable import from_json, to_json
 
 Answer = TypeVar("Answer")

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from knnlm.cache_source import NAME as CACHE
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import LEAK_ALARM, LEAK_SEARCH, find, leak, observe
 from knnlm.evaluation.splits import Encoded, sample
-from knnlm.options import KnnOptions, MemoryOptions
+from knnlm.mixer import Options
+from knnlm.options import MemoryOptions
 from knnlm.pipeline import Pipeline
 from knnlm.scoring import Score
 from knnlm.sources import UsedDomain, UsedMemory
@@ -50,7 +52,8 @@ class Figures:
 
 @dataclass(frozen=True)
 class Report:
-    """context_length, min_context: the window policy, in tokens. leaks: share of coinciding queries, by domain."""
+    """context_length, min_context: the window policy, in tokens. leaks: share of coinciding queries, by domain.
+    weights: of the components beside the LM by name, on average over the tokens."""
 
     model_id: str
     tokenizer_sha256: str
@@ -60,11 +63,13 @@ class Report:
     domains: tuple[UsedDomain, ...] = ()
     leaks: Mapping[str, float] = field(default_factory=dict)
     memories: tuple[UsedMemory, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def mixture(self) -> str:
         """What the mixture is called."""
-        return "kNN-LM" if not self.memories else "LM + memory" if not self.domains else "kNN-LM + memory"
+        parts = ["kNN-LM" if self.domains else "LM", *(["memory"] if self.memories else [])]
+        return " + ".join([*parts, *(["cache"] if CACHE in self.weights else [])])
 
     @property
     def tokens(self) -> int:
@@ -108,6 +113,7 @@ class Report:
             "improved": self.improved if self.knn else None,
             "domains": [d.as_json() for d in self.domains],
             "memories": [m.as_json() for m in self.memories],
+            "weights": dict(self.weights),
             "leaks": dict(self.leaks),
             "warnings": list(self.warnings),
             "documents": [asdict(d) for d in self.documents],
@@ -125,15 +131,15 @@ class Report:
 def evaluate(
     pipeline: Pipeline,
     documents: Sequence[Encoded],
-    knn: KnnOptions | None = None,
+    knn: Options = None,
     *,
     memory: MemoryOptions | None = None,
     context_length: int | None = None,
     min_context: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Report:
-    """Score every document by itself. context_length, min_context: windows, see `choose_windows`; by default those of
-    the first domain. on_progress: called with the tokens done.
+    """Score every document by itself. knn, memory: as in `Pipeline.score`. context_length, min_context: windows, see
+    `choose_windows`; by default those of the first domain. on_progress: called with the tokens done.
 
     Raises InvalidRequest when there is no document, and what `Pipeline.score` raises.
     """
@@ -143,6 +149,7 @@ def evaluate(
     used: Sequence[UsedDomain] = ()
     memories: Sequence[UsedMemory] = ()
     windows = (0, 0)
+    weights: dict[str, float] = {}
     done = 0
     for document in documents:
         score = pipeline.score(
@@ -150,6 +157,8 @@ def evaluate(
         )
         figures.append(_figures_of(document, score))
         used, memories, windows = score.domains, score.memories, (score.context_length, score.min_context)
+        for share in score.mixed.components:
+            weights[share.name] = weights.get(share.name, 0.0) + float(share.weight.sum())
         done += figures[-1].tokens
         if on_progress is not None:
             on_progress(done)
@@ -162,6 +171,7 @@ def evaluate(
         domains=tuple(used),
         leaks=leaks(pipeline, documents, [d.domain for d in used], windows),
         memories=tuple(memories),
+        weights={name: weight / done for name, weight in weights.items()},
     )
 
 
@@ -190,7 +200,7 @@ def _figures_of(document: Encoded, score: Score) -> DocumentFigures:
         text_bytes=len(document.text.encode("utf-8", "replace")),
         words=len(document.text.split()),
         lm_nats=-float(score.lm_log_probs.sum(dtype=np.float64)),
-        knn_nats=-float(score.log_probs.sum()) if score.domains or score.memories else None,
+        knn_nats=-float(score.log_probs.sum()) if score.mixed.components or score.memories else None,
         improved=int((score.log_probs > score.lm_log_probs).sum()),
     )
 

@@ -17,6 +17,7 @@ from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.manifest import FLAT, Manifest
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.errors import InvalidRequest
+from knnlm.evaluation.cache_fit import CacheFit, fit_cache
 from knnlm.evaluation.collect import LEAK_SEARCH, HeldOut, find, leak, observe
 from knnlm.evaluation.rule_choice import compare
 from knnlm.evaluation.splits import encode, sample, unseen
@@ -60,12 +61,13 @@ class Ladder:
 class Tuned:
     """fit: its tuning holds how to search and the table of what was measured. leak: share of the queries that coincide
     with a stored key. near: whether the chosen setting is as near to exact search as was asked for. left_out:
-    documents that the datastore holds."""
+    documents that the datastore holds. cache: None where it was not asked for."""
 
     fit: Fit
     leak: float
     near: bool = True
     left_out: int = 0
+    cache: CacheFit | None = None
 
 
 def tune(
@@ -80,6 +82,7 @@ def tune(
     exact_queries: int = EXACT_QUERIES,
     rule: str = FIXED,
     skip: float = 0.0,
+    cache: bool = False,
     max_tokens: int = 20_000,
     context_length: int | None = None,
     min_context: int | None = None,
@@ -93,7 +96,8 @@ def tune(
 
     Documents that it holds are left out. model: what made the keys, a Hugging Face folder or hub id. version: None for
     the current one. max_tokens: of a sample, spread over all documents. context_length, min_context: see
-    knnlm.decoding.choose_windows. index: the recipe to search, None for the default. The rest, and what on_progress
+    knnlm.decoding.choose_windows. cache: fit the continuous cache as well, beside retrieval with one lambda.
+    index: the recipe to search, None for the default. The rest, and what on_progress
     hears, as in `tune_searcher`. Raises as it does; UnknownDomain, UnknownVersion; DatastoreMismatch for a model that
     did not make the domain; InvalidRequest when no document is left; and as LanguageModel.load does.
     """
@@ -133,6 +137,13 @@ def tune(
             skip=skip,
             on_progress=report,
         )
+        if cache:
+            report("fitting the cache", 0, 1)
+            tuning = found.fit.tuning
+            neighbors = find(searcher, domain, observed, replace(tuning.search, k=tuning.k)).neighbors
+            fitted = fit_cache(observed, neighbors, tuning.temperature)
+            found = replace(found, cache=fitted)
+            found = replace(found, fit=replace(found.fit, tuning=replace(tuning, cache=fitted.parameters)))
     with_tuning(path, found.fit.tuning)
     return replace(found, left_out=len(encoded) - len(held_out))
 

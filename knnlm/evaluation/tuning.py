@@ -160,12 +160,12 @@ def _curve(observations: Observations) -> list[Point]:
 
     grid = np.log(GRID * temperature_scale(observations.neighbors))
     best = int(np.argmin([loss(t) for t in grid]))
-    _golden(loss, float(grid[max(best - 1, 0)]), float(grid[min(best + 1, len(grid) - 1)]))
+    golden_section(loss, float(grid[max(best - 1, 0)]), float(grid[min(best + 1, len(grid) - 1)]))
     return [points[t] for t in sorted(points)]
 
 
-def _golden(loss: Callable[[float], float], low: float, high: float) -> None:
-    """Golden-section search: `loss` keeps what it is asked, so nothing is returned."""
+def golden_section(loss: Callable[[float], float], low: float, high: float) -> None:
+    """Golden-section search of a minimum: `loss` keeps what it is asked, so nothing is returned."""
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
     for _ in range(GOLDEN_STEPS):
         if loss(left) <= loss(right):

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from knnlm.cache_source import DEFAULT_SIZE, CacheOptions
+from knnlm.cache_source import DEFAULT_SIZE
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, UnknownModel
-from knnlm.options import DomainOptions, KnnOptions, ReuseOptions, SearchOptions, options_of, record_of
+from knnlm.options import CacheOptions, DomainOptions, KnnOptions, ReuseOptions, SearchOptions, options_of, record_of
 from knnlm.sources import SOURCES, source_kind
 from services.aggregator.schemas.mixing import DomainChoice, Knn, Sourced
 from services.aggregator.settings import AggregatorSettings

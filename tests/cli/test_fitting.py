@@ -126,6 +126,49 @@ def test_a_gate_that_decides_first_is_fitted_to_leave_out_searches(knnlm: Knnlm,
     assert (wrong.code, "skip must lie in [0, 1), got 1" in wrong.err) == (2, True)
 
 
+def test_the_cache_is_fitted_beside_retrieval_stored_and_served(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    command = ("tune", "toy", corpus, "--part", "tune", "--k", 8, "--cache")
+    found = knnlm(*command, "--json").json
+    fitted = found["cache_fit"]
+    assert found["cache"] == {name: fitted[name] for name in ("lambda", "theta", "size", "knn_lambda")}
+    served = ("eval", corpus, "--part", "tune")
+    for options, expected in (
+        (("--domain", "toy"), fitted["knn_perplexity"]),
+        (("--domain", "toy", "--cache"), fitted["both_perplexity"]),
+        (("--domain", "toy", "--cache", "--cache-lambda", 0, "--lambda", 0), fitted["lm_perplexity"]),
+    ):
+        report = knnlm(*served, *options, "--json").json
+        assert report["knn"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    table = knnlm(*command).out
+    assert "+ kNN + cache" in table
+    text = knnlm(*served, "--domain", "toy", "--cache").out
+    assert "kNN-LM + cache" in text
+    assert "weights on average: toy 0." in text
+
+
+def test_the_cache_is_fitted_beside_the_model_alone(knnlm: Knnlm, store: Path, corpus: Path) -> None:
+    found = knnlm("tune", corpus, "--part", "tune", "--cache", "--json").json
+    assert found["cache_perplexity"] <= found["lm_perplexity"]
+    options = [part for name in ("lambda", "theta", "size") for part in (f"--cache-{name}", found[name])]
+    report = knnlm("eval", corpus, "--part", "tune", *options, "--json").json
+    assert report["knn"]["perplexity"] == pytest.approx(found["cache_perplexity"], rel=1e-5)
+    assert report["domains"] == []
+    assert "cache: lambda" in knnlm("tune", corpus, "--part", "tune", "--cache").out
+    assert "LM + cache" in knnlm("eval", corpus, "--part", "tune", *options).out
+    for asked, problem in (
+        (("tune", corpus, "--cache", "--k", 8), "--k means nothing without a domain"),
+        (("tune", "toy"), "expected documents after the domain"),
+        (("score", "the cat", "--cache"), "lambda of the cache has not been tuned"),
+        (("score", "the cat", "--cache-theta", -1), "theta must lie in"),
+    ):
+        wrong = knnlm(*asked)
+        assert (wrong.code, problem in wrong.err) == (2, True), wrong.err
+    assert "p_cache" in knnlm("score", "the cat sat on the cat", *options).out
+    assert "p_cache" in knnlm("next", "the cat sat on the", *options).out
+    assert knnlm("generate", "the cat sat on the", *options, "--max-tokens", 3).code == 0
+    assert knnlm("explain", "the cat sat on the cat", *options).code == 0
+
+
 def test_an_empty_domain_cannot_be_tuned(
     knnlm: Knnlm, store: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from knnlm.cache_source import CacheOptions
 from knnlm.clients import routes
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.generation import GenerationOptions
-from knnlm.options import DomainOptions, KnnOptions, ReuseOptions
+from knnlm.options import CacheOptions, DomainOptions, KnnOptions, ReuseOptions
 from knnlm.sampling import SamplingOptions
 from tests.contract.system import TEXT, TUNING, store, system
 from tests.contract.test_aggregator import pipeline
