@@ -308,6 +308,18 @@ def test_the_nearest_lists_are_visited_and_no_other(tmp_path: Path, recipe: str,
         assert set(found.ids[row][found.ids[row] >= 0]) == set(expected)
 
 
+def test_entries_that_are_grouped_are_all_there_and_near_each_other(made: Made) -> None:
+    searcher = made.open()
+    grouped, keys = searcher.index.grouped(), np.array(searcher.datastore.keys, np.float64)
+    if "ivf" in made.recipe:
+        assert grouped is not None
+    if grouped is None:
+        return
+    np.testing.assert_array_equal(np.sort(grouped), np.arange(len(keys)))
+    steps = [np.square(np.diff(keys[order], axis=0)).sum(axis=1).mean() for order in (grouped, np.arange(len(keys)))]
+    assert steps[0] < 0.8 * steps[1]
+
+
 def test_parameters_of_a_search_do_something(made: Made) -> None:
     searcher = made.open()
     queries = np.random.default_rng(0).normal(0, 3, (40, DIM)).astype(np.float32)  # away from all clusters

@@ -9,16 +9,18 @@ import pytest
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.layout import FileRecord
 from knnlm.datastore.reader import Datastore
-from knnlm.datastore.updates.documents import remove
+from knnlm.datastore.updates.documents import add, remove
 from knnlm.errors import Conflict, DatastoreCorrupt, InvalidRequest
 from knnlm.evaluation.memory_targets import build_targets
 from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
+from knnlm.memory.examples import Examples
 from knnlm.memory.making import LEAST_MASS
 from knnlm.memory.manifest import FitRecord, StoreRecord, TargetsManifest
 from knnlm.memory.targets import Targets
+from knnlm.messages import Document
 from knnlm.neighbors import TokenMasses
-from knnlm.testing import TEXTS, toy_datastore
+from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 
 TWINS = (*TEXTS, TEXTS[0])  # the first document comes twice, so that every entry of it has an exact twin
 T, K = 2.0, 24
@@ -329,3 +331,34 @@ def test_what_was_made_from_a_version_is_stale_once_the_domain_says_something_el
     assert "made from toy v1" in str(made.stale(catalog))
     assert isinstance(made, StoreRecord)
     assert "whether it is stale cannot be told" in str(made.stale(Catalog(tmp_path / "elsewhere")))
+
+
+def test_a_version_that_has_grown_is_learnt_whole(tmp_path: Path) -> None:
+    """Entries of segments have keys, windows and targets as those of the base; removed ones have none."""
+    lm, catalog = ToyLanguageModel(), Catalog(tmp_path / "store")
+    build_index(toy_datastore(tmp_path / "store"), "ivf4,flat")
+    for i in range(2):
+        add([Document(f"more{i}", f"the cat sat on the log, {i}")], lm, catalog, "toy", activate=catalog.activate)
+    remove(["1"], catalog, "toy", activate=catalog.activate)
+    make(tmp_path / "store", tmp_path / "targets", top=300)
+    datastore = Datastore.open(catalog.path("toy", str(catalog.current("toy"))))
+    targets = Targets.open(tmp_path / "targets")
+    live = datastore.live_entries()
+    assert datastore.entries > len(live) == len(targets)
+    np.testing.assert_array_equal(targets.entries, live)
+    keys = datastore.keys_of(live).astype(np.float64)
+    for place in (0, len(live) - 30, len(live) - 1):  # of the base, and of both segments
+        distances = ((keys - keys[place]) ** 2).sum(axis=1)
+        distances[place] = np.inf
+        nearest = np.argsort(distances, kind="stable")[:K]
+        p = np.zeros(datastore.manifest.model.vocab_size)
+        np.add.at(p, datastore.values_of(live[nearest]), np.exp(-distances[nearest] / T))
+        p[p < LEAST_MASS * p.sum()] = 0
+        found = dense(targets.rows(live[place : place + 1])[0], len(p))[0]
+        np.testing.assert_allclose(found, p / p.sum(), atol=1e-3)
+    examples = Examples(datastore, targets, beta=0.5, seed=0, batch_entries=len(live), keys=True)
+    batch = next(examples.batches())  # every value is compared with the window that predicts it
+    assert examples.entries == len(live)
+    assert batch.keys is not None
+    order, expected = (np.lexsort(k.T) for k in (batch.keys, keys))
+    np.testing.assert_array_equal(batch.keys[order], keys[expected].astype(np.float32))
