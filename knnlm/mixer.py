@@ -5,9 +5,10 @@ cannot drift apart. A plan asks once which version of each domain answers, and e
 one answer never mixes two. Replicas may let go of it meanwhile; then the call is made again with a new plan, once.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +60,37 @@ class NextTokens:
     found: Sequence[SearchResult] = ()
     degraded: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
+
+
+class Early:
+    """Sources that need nothing of the LM, asked about a step while it works; they are let go when that fails.
+
+    begun: what they will say, by their places in the plan.
+    """
+
+    def __init__(self, plan: Plan, step: Step) -> None:
+        self.begun: dict[int, asyncio.Future[Evidence]] = {}
+        for i, source in enumerate(plan.sources):
+            if not source.needs_keys:
+                self.begun[i] = asyncio.ensure_future(source.evidence(step))
+                self.begun[i].add_done_callback(_heard)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.drop()
+
+    def drop(self) -> None:
+        for answer in self.begun.values():
+            answer.cancel()
+
+
+def _heard(answer: asyncio.Future[Evidence]) -> None:
+    """Whoever waits for the answer is told of its error; nobody waits for one that was let go."""
+    if not answer.cancelled():
+        answer.exception()
 
 
 class Mixer:
@@ -138,7 +170,8 @@ class Mixer:
             statistics=plan.statistics,
         )
         timings: Timings = {}
-        forward = await self.forward(request, timings)
+        with Early(plan, Step([Stretch(context, 0, np.array([len(context)])) for context in contexts])) as early:
+            forward = await self.forward(request, timings)
         before = await self.before(contexts, [plan.earlier({})] * len(contexts), timings)
         stretches = [
             Stretch(context, 0, np.array([len(context)]), before=keys)
@@ -151,7 +184,7 @@ class Mixer:
             passage_tokens=passage_tokens,
             statistics=forward.statistics,
         )
-        plan, answers = await self.answers(plan, asked, timings)
+        plan, answers = await self.answers(plan, asked, timings, early)
         log_probs = required(forward.log_probs)
         mixing = computed(log_probs.size, mix_evidence, log_probs, plan.sources, answers, forward.statistics)
         mixed = await timed(mixing, "mix", timings)
@@ -266,12 +299,17 @@ class Mixer:
                 raise
         return await work(await self.plan(options))
 
-    async def answers(self, plan: Plan, step: Step, timings: Timings) -> tuple[Plan, list[Evidence]]:
-        """What each source says, and the plan that goes on: without sources once they failed and are optional."""
+    async def answers(
+        self, plan: Plan, step: Step, timings: Timings, early: Early | None = None
+    ) -> tuple[Plan, list[Evidence]]:
+        """What each source says, and the plan that goes on: without sources once they failed and are optional. early:
+        what some of them were asked before."""
         if not plan.sources:
             return plan, []
+        begun = {} if early is None else early.begun
+        calls = [begun[i] if i in begun else source.evidence(step) for i, source in enumerate(plan.sources)]
         try:
-            found = await timed(together([source.evidence(step) for source in plan.sources]), "search", timings)
+            found = await timed(together(calls), "search", timings)
         except (Unavailable, DeadlineExceeded) as err:
             if not plan.optional:
                 raise

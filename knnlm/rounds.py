@@ -24,7 +24,7 @@ from knnlm.decoding import mix_evidence, weighed
 from knnlm.errors import DeadlineExceeded, InvalidRequest
 from knnlm.evidence import Evidence, Step, Stretch
 from knnlm.messages import PASSAGE_TOKENS, ForwardRequest, ForwardResult, required
-from knnlm.mixer import Mixer, NextTokens, Options
+from knnlm.mixer import Early, Mixer, NextTokens, Options
 from knnlm.rows import Ids, Row, StepRequest, mixed_at, partial, stored_tokens
 from knnlm.sampling import Known
 from knnlm.sources import Plan, Timings, computed
@@ -189,7 +189,9 @@ class Rounds:
         timings: Timings = {}
         latest = None if None in deadlines else max(d for d in deadlines if d is not None)
         request_id, metadata = asked[0].sent  # one of them must do: calls to the services have one id and one trace
+        ways = _ways(requests)
         with outgoing(request_id=request_id, deadline=latest, metadata=metadata):
+            early = [Early(requests[places[0]].plan, _early_step([requests[i] for i in places])) for places in ways]
             try:
                 forward = await self._mixer.forward(
                     _forward_request(
@@ -200,24 +202,23 @@ class Rounds:
                     timings,
                 )  # fmt: skip
             except InvalidRequest as err:
+                _drop(early)
                 if len(asked) == 1:
                     _fail(asked, err)
                 else:  # nobody fails by what a stranger asked
                     await asyncio.gather(*(self._batch([one]) for one in asked))
                 return
             except Exception as err:  # noqa: BLE001  the edge of a task: it is raised again where the caller waits
+                _drop(early)
                 _fail(asked, err)
                 return
             _tell(asked, forward)
-            ways: list[tuple[tuple[object, ...], list[int]]] = []
-            for i, request in enumerate(requests):
-                places = next((places for way, places in ways if way == request.way), None)
-                if places is None:
-                    ways.append((request.way, places := []))
-                places.append(i)
-            await asyncio.gather(*(self._way([asked[i] for i in p], _rows(forward, p), timings) for _, p in ways))
+            told = zip(ways, early, strict=True)
+            await asyncio.gather(*(self._way([asked[i] for i in p], _rows(forward, p), timings, e) for p, e in told))
 
-    async def _way(self, asked: Sequence[_WaitingStep], forward: ForwardResult, before: Mapping[str, float]) -> None:
+    async def _way(
+        self, asked: Sequence[_WaitingStep], forward: ForwardResult, before: Mapping[str, float], early: Early
+    ) -> None:
         """The rows of requests that are asked of the same sources."""
         requests, timings = [a.request for a in asked], dict(before)
         first = requests[0]
@@ -238,7 +239,7 @@ class Rounds:
                 cache=first.cache,
                 statistics=forward.statistics,
             )
-            plan, answers = await self._mixer.answers(first.plan, step, timings)
+            plan, answers = await self._mixer.answers(first.plan, step, timings, early)
             if self._whole(first):
                 rows = await self._whole_rows(plan, forward, answers, timings)
             else:
@@ -320,6 +321,27 @@ def _forward_request(
         top_n=top_n,
         cache=requests[0].cache,
     )
+
+
+def _ways(requests: Sequence[StepRequest]) -> list[list[int]]:
+    """The places of requests that are asked of the same sources, together."""
+    ways: list[tuple[tuple[object, ...], list[int]]] = []
+    for i, request in enumerate(requests):
+        places = next((places for way, places in ways if way == request.way), None)
+        if places is None:
+            ways.append((request.way, places := []))
+        places.append(i)
+    return [places for _, places in ways]
+
+
+def _early_step(requests: Sequence[StepRequest]) -> Step:
+    stretches = [Stretch(r.context, 0, np.array([len(r.context)]), r.state) for r in requests]
+    return Step(stretches, cache=requests[0].cache)
+
+
+def _drop(early: Sequence[Early]) -> None:
+    for one in early:
+        one.drop()
 
 
 def _rows(forward: ForwardResult, places: Sequence[int]) -> ForwardResult:

@@ -7,7 +7,7 @@ resolves them into sources once per plan, before any work is done.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
@@ -98,7 +98,7 @@ async def computed(numbers: int, program: Callable[..., T], *given: Any) -> T:  
     return await asyncio.to_thread(program, *given) if numbers > INLINE_NUMBERS else program(*given)
 
 
-async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:  # Any: what a loop sends and is yielded
+async def together(calls: Sequence[Awaitable[T]]) -> list[T]:
     """The results of all calls, made at the same time; one alone without a task of its own. Raises what one raises."""
     return [await calls[0]] if len(calls) == 1 else await asyncio.gather(*calls)
 

@@ -1,5 +1,6 @@
 """Memories as sources: a second model that reads what the LM reads, against mixtures made by hand."""
 
+import asyncio
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
@@ -400,3 +401,59 @@ async def test_a_weight_that_was_fitted_holds_and_gives_way_to_those_that_are_as
     np.testing.assert_array_equal(fitted.mixed.log_probs, asked.mixed.log_probs)
     beside = await mixer.next_token(CONTEXTS, {"memory": memory(None), "knn": knn(lmbda=0.8)})
     np.testing.assert_allclose(beside.mixed.components[1].weight, 0.19)
+
+
+class Slow(Learnt):
+    """Answers once it is let, and writes down that it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.let = asyncio.Event(), asyncio.Event()
+        self.cancelled = False
+
+    async def forward(self, request: ForwardRequest) -> ForwardResult:
+        self.begun.set()
+        try:
+            await self.let.wait()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        return await super().forward(request)
+
+
+class Waiting(Lm):
+    """The LM, which answers once the memory was asked, or fails then."""
+
+    def __init__(self, learnt: Slow, error: KnnlmError | None = None) -> None:
+        super().__init__()
+        self.learnt, self.error = learnt, error
+
+    async def forward(self, request: ForwardRequest) -> ForwardResult:
+        await asyncio.wait_for(self.learnt.begun.wait(), 10)
+        if self.error is not None:
+            raise self.error
+        self.learnt.let.set()
+        return await super().forward(request)
+
+
+async def test_the_memory_works_while_the_language_model_does() -> None:
+    for rounds in (False, True):
+        learnt = Slow()
+        mixer = made(learnt, lm=Waiting(learnt))
+        asked = {"memory": memory(1.0)}
+        ask = Rounds(mixer).next_token(CONTEXTS[0], asked) if rounds else mixer.next_token(CONTEXTS[:1], asked)
+        answer = await asyncio.wait_for(ask, 10)
+        np.testing.assert_array_equal(answer.mixed.log_probs, after(LEARNT, CONTEXTS[:1]))
+
+
+async def test_a_memory_is_let_go_when_the_language_model_fails() -> None:
+    for rounds in (False, True):
+        learnt = Slow()
+        mixer = made(learnt, lm=Waiting(learnt, Unavailable("the lm is gone")))
+        asked = {"memory": memory()}
+        ask = Rounds(mixer).next_token(CONTEXTS[0], asked) if rounds else mixer.next_token(CONTEXTS[:1], asked)
+        with pytest.raises(Unavailable, match="the lm is gone"):
+            await asyncio.wait_for(ask, 10)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert learnt.cancelled
