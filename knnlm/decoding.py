@@ -146,7 +146,9 @@ class Mixed:
         components = []
         for c in self.components if start else ():
             found = c.evidence
-            evidence = Evidence(found.present[start:], found.of_targets[start:], carried=found.carried[start:])
+            evidence = Evidence(
+                found.present[start:], found.of_targets[start:], carried=found.carried[start:], skipped=found.skipped
+            )
             components.append(Share(c.name, c.kind, c.weight[start:], evidence))
         return Mixed(self.log_probs[start:], self.lm_log_probs[start:], components) if start else self
 

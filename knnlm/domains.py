@@ -28,6 +28,7 @@ from knnlm.messages import (
 )
 from knnlm.neighbors import Neighbors, TokenMasses, neighbor_log_probs, target_log_probs
 from knnlm.options import DEFAULT_K, DomainOptions, KnnOptions, SearchOptions
+from knnlm.pointers import searched_by_pointers
 from knnlm.protocols import DatastoreClient
 from knnlm.rules import FIXED, Weighing, rule
 from knnlm.sources import Plan, Services, UsedDomain, computed, together
@@ -35,12 +36,16 @@ from knnlm.sources import Plan, Services, UsedDomain, computed, together
 
 @dataclass(frozen=True)
 class DomainSource:
-    """One domain, or several in one softmax over all their neighbors, which then share temperature and weighing."""
+    """One domain, or several in one softmax over all their neighbors, which then share temperature and weighing.
+
+    tau: as in knnlm.options.ReuseOptions, of one domain.
+    """
 
     datastore: DatastoreClient
     used: tuple[UsedDomain, ...]
     vocab_size: int
     optional: bool
+    tau: int | None = None
     kind: str = "knn"
     needs_keys: bool = True
     in_order: bool = False
@@ -61,10 +66,16 @@ class DomainSource:
         wanted = self.weighing.wanted(step.statistics)
         if wanted is None:
             wanted = np.ones(len(step.keys), np.bool_)
-        found = await together([self._search(u, step, wanted) for u in self.used])
+        skipped = len(wanted) - int(wanted.sum())
+        if self.tau is None or step.passages:
+            found = await together([self._search(u, step, wanted) for u in self.used])
+        else:
+            request = self._request(self.used[0], step, step.keys)
+            result, skipped = await searched_by_pointers(self.datastore, request, step, self.name, self.tau)
+            found = [result]
         numbers = sum(result.neighbors.values.size for result in found)
         evidence = await computed(numbers, self._evidence, found, step)
-        evidence = replace(evidence, skipped=len(wanted) - int(wanted.sum()))
+        evidence = replace(evidence, skipped=skipped)
         if step.targets is None or not step.carriers:
             return evidence
         return replace(evidence, carried=await self.carried(found, step.targets, step.carriers, step.passage_tokens))
@@ -77,9 +88,13 @@ class DomainSource:
             nothing = Neighbors(ids.astype(np.float32), ids.astype(np.int32), ids)
             return SearchResult(used.domain, used.version, nothing).among(wanted)
         queries = keys if wanted.all() else keys[wanted]
-        shown = (step.carriers > 0, step.passages, step.passage_tokens)
-        result = await self.datastore.search(SearchRequest(used.domain, queries, used.search, used.version, *shown))
+        result = await self.datastore.search(self._request(used, step, queries))
         return result if wanted.all() else result.among(wanted)
+
+    @staticmethod
+    def _request(used: UsedDomain, step: Step, queries: npt.NDArray[np.floating]) -> SearchRequest:
+        shown = (step.carriers > 0, step.passages, step.passage_tokens)
+        return SearchRequest(used.domain, queries, used.search, used.version, *shown)
 
     async def carried(
         self, found: Sequence[SearchResult], targets: npt.NDArray[np.integer], count: int, passage_tokens: int
@@ -176,11 +191,13 @@ class Knn:
             used_domain(domain, options, info, services.info, beside_cache="cache" in services.asked)
             for domain, info in zip(options.domains, infos, strict=True)
         )
-        union = options.combine == "union"
+        union = options.combine == "union" and len(used) > 1
+        if options.reuse.tau is not None:
+            _check_followed(used, union=union)
         if union:
             _check_union(used)
         sources = tuple(
-            DomainSource(services.datastore, part, services.info.vocab_size, self.optional(options))
+            DomainSource(services.datastore, part, services.info.vocab_size, self.optional(options), options.reuse.tau)
             for part in ([used] if union else [(u,) for u in used])
         )
         pinned = all(d.version is not None for d in options.domains)
@@ -294,6 +311,17 @@ def _united(parts: Sequence[Neighbors]) -> Neighbors:
         np.concatenate([part.distances for part in parts], axis=1),
         np.concatenate([part.values for part in parts], axis=1),
     )
+
+
+def _check_followed(used: Sequence[UsedDomain], *, union: bool) -> None:
+    if union:
+        raise InvalidRequest("tau follows the neighbors of one domain, not of a union", param="reuse.tau")
+    early = next((u for u in used if u.weighing.early), None)
+    if early is not None:
+        raise InvalidRequest(
+            f"tau follows from place to place, but the rule {early.rule} of {early.domain} leaves places out",
+            param="reuse.tau",
+        )
 
 
 def _check_union(used: Sequence[UsedDomain]) -> None:

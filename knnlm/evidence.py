@@ -66,8 +66,8 @@ class Evidence:
     float64. -inf is a probability of zero. present: (n,) where the source has a distribution at all; elsewhere its
     weight goes back to the LM. features: (n,) float64 each, the numbers that its rule asked for. found: the searches it
     was made from, for showing. carried: of each target the entries that gave it most, where the step asked for carriers
-    and the source has entries; else empty. skipped: how many of the predictions the source was not asked about, because
-    its rule gave it no weight there beforehand.
+    and the source has entries; else empty. skipped: predictions for which it was not searched, because its
+    rule gave it no weight there beforehand, or what was found before leads there.
     """
 
     present: npt.NDArray[np.bool_]

@@ -27,7 +27,7 @@ class JoinedSearches:
 
     async def search(self, request: SearchRequest) -> SearchResult:
         """Raises as the other's `search`."""
-        if len(request.queries) >= MAX_ROWS or request.exclude_entries is not None:
+        if len(request.queries) >= MAX_ROWS or request.exclude_entries is not None or request.follow is not None:
             return await self._datastore.search(request)
         key = (request.batch_key, outgoing_deadline())
         answer: asyncio.Future[SearchResult] = asyncio.get_running_loop().create_future()

@@ -171,7 +171,9 @@ class SearchRequest:
     queries: (n, d) float32 or float16, finite. options: how to search, with a k. version: answer from this version or
     not at all; None = the current one. ids: also return entry numbers. passages: of this many nearest neighbors per
     query also return the text around them, `passage_tokens` on each side. exclude_entries: (n,) int64, for each query
-    an entry that does not count, for text that is in the datastore itself; -1 = none.
+    an entry that does not count, for text that is in the datastore itself; -1 = none. follow: (n, c) int64, for each
+    query distinct entries; only those that come next in their documents are looked at, by distances to stored keys, and
+    no index is searched; -1 = none.
     """
 
     domain: str
@@ -182,6 +184,7 @@ class SearchRequest:
     passages: int = 0
     passage_tokens: int = PASSAGE_TOKENS
     exclude_entries: npt.NDArray[np.int64] | None = None
+    follow: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if self.options.k is None:
@@ -192,16 +195,19 @@ class SearchRequest:
         return self.options.k or 0
 
     def rows(self, start: int, end: int) -> "SearchRequest":
-        """The same of some of the queries. What is left over of exclude_entries stays with the last: it is refused."""
+        """The same of some of the queries. What is left over of the arrays stays with the last: it is refused."""
         last = None if end >= len(self.queries) else end
         exclude = None if self.exclude_entries is None else self.exclude_entries[start:last]
-        return replace(self, queries=self.queries[start:end], exclude_entries=exclude)
+        follow = None if self.follow is None else self.follow[start:last]
+        return replace(self, queries=self.queries[start:end], exclude_entries=exclude, follow=follow)
 
     @property
     def batch_key(self) -> tuple[object, ...]:
         """Equal for requests that one search can answer: everything but the rows, and what a row must look like."""
-        same = (getattr(self, f.name) for f in fields(self) if f.name not in ("queries", "exclude_entries"))
-        return (*same, self.queries.shape[1:], self.queries.dtype)
+        rows = ("queries", "exclude_entries", "follow")
+        same = (getattr(self, f.name) for f in fields(self) if f.name not in rows)
+        followed = None if self.follow is None else self.follow.shape[1:]
+        return (*same, self.queries.shape[1:], self.queries.dtype, followed)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class Mixer:
     batch_tokens: of windows that are sent to the model at once. max_window: tokens of the longest window; None: what
     the model takes. memories: models that can be mixed, by name. down: why what is behind a kind of source with these
     options is known not to answer now, None when it may. Callers that can do without then do so at once. skipped: told
-    of predictions for which a source was not asked, because its rule gave it no weight beforehand.
+    of predictions for which a source was not searched (knnlm.evidence.Evidence).
     """
 
     def __init__(

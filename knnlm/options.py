@@ -114,6 +114,12 @@ SEARCH_OPTIONS = options_of(SearchOptions)
 class ReuseOptions:
     """How what was found at one place of a text is used behind it. Raises InvalidRequest, naming the field."""
 
+    tau: int | None = option(
+        int,
+        "Where at least this many of the last place's neighbors hold the token that came, those behind them are the "
+        "candidates of the next place, and no index is searched. The answer differs: fewer searches, other neighbors.",
+        minimum=1,
+    )
     ahead: int = option(
         int,
         "Of a completion: steps that are begun, on drafted tokens, while the neighbors of earlier places are searched. "
@@ -125,6 +131,10 @@ class ReuseOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.ahead <= MAX_STEPS_AHEAD:
             raise InvalidRequest(f"ahead must lie in [0, {MAX_STEPS_AHEAD}], got {self.ahead}", param="reuse.ahead")
+        if self.tau is not None and self.tau < 1:
+            raise InvalidRequest(f"tau must be >= 1, got {self.tau}", param="reuse.tau")
+        if self.tau is not None and self.ahead:
+            raise InvalidRequest("tau needs certain tokens, ahead drafts them: give one of the two", param="reuse")
 
 
 @dataclass(frozen=True)

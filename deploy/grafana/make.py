@@ -87,6 +87,11 @@ ROWS: list[tuple[str, list[Panel]]] = [
             ("Replicas", "short", value("knnlm_upstream_replicas", "service, state")),
             ("Retries", "ops", rate("knnlm_upstream_retries_total", "service")),
             ("Answers without retrieval", "ops", [(f"sum(rate(knnlm_knn_degraded_total{RATE}))", "degraded")]),
+            (
+                "Searches skipped",
+                "ops",
+                [(f"sum(rate(knnlm_aggregator_searches_skipped_total{RATE}))", "skipped")],
+            ),
         ],
     ),
     (

@@ -122,6 +122,7 @@ class ScoredComponent:
     kind: str
     weight: Sequence[float]
     log_p: Sequence[float | None]
+    searches_skipped: int = 0
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,8 @@ def _knn_json(knn: KnnOptions) -> Json:
     """The options as a request has them."""
     chosen = [{name: value for name, value in to_json(d).items() if value is not None} for d in knn.domains]
     rule = {} if knn.rule is None else {"rule": knn.rule}
-    reuse = {"reuse": to_json(knn.reuse)} if knn.reuse != ReuseOptions() else {}
+    used = {name: value for name, value in to_json(knn.reuse).items() if value is not None}
+    reuse = {"reuse": used} if knn.reuse != ReuseOptions() else {}
     return {"domains": chosen, "combine": knn.combine, **rule, **reuse, **to_json(knn.search)}
 
 

@@ -138,11 +138,15 @@ class Datastore:
             found[here] = values[ids[here] - first]
         return found
 
+    def parts_of_keys(self) -> Iterator[tuple[int, Keys]]:
+        """The base and every segment: the number of its first entry, and its keys (m, d)."""
+        yield from zip(self._first_entries, (self.keys, *(s.keys for s in self.segments)), strict=False)
+
     def keys_of(self, ids: Int64) -> npt.NDArray[np.float32]:
         """(n, d) keys of entries (n,) of any segment. Raises InvalidRequest for an entry that does not exist."""
         self._refuse_unknown(ids)
         found = np.empty((len(ids), self.manifest.key_dim), np.float32)
-        for keys, first in zip((self.keys, *(s.keys for s in self.segments)), self._first_entries, strict=False):
+        for first, keys in self.parts_of_keys():
             here = (ids >= first) & (ids < first + len(keys))
             found[here] = keys[ids[here] - first]
         return found

@@ -21,6 +21,7 @@ from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest, TooLa
 from knnlm.index.added import Added, added_bytes
 from knnlm.index.contract import MISSING_DISTANCE, Float32, Index, Int64
 from knnlm.index.exclusion import Exclusion, without
+from knnlm.index.followed import check_follow, followed
 from knnlm.index.freeing import drop_maps, drop_pages
 from knnlm.index.kernels import gather
 from knnlm.index.memory import require
@@ -171,6 +172,7 @@ class Searcher:
         """
         self._refuse_closed()
         check_request(request, self.manifest, self._index, self._recipe)
+        check_follow(request)
         queries = np.ascontiguousarray(request.queries, np.float32)  # (n, d)
         k = min(request.k, self.manifest.live_entries)
         exclusion = Exclusion.of(request, self._datastore, self._removed)
@@ -181,6 +183,8 @@ class Searcher:
 
         if not k or not len(queries):
             distances, ids = _nothing(len(queries), k)
+        elif request.follow is not None:
+            distances, ids = followed(self._datastore, queries, request.follow, k, exclusion)
         elif exclusion is None:
             distances, ids = nearest(queries, k)
         else:

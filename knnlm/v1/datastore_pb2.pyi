@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SearchRequest(_message.Message):
-    __slots__ = ("domain", "queries", "k", "version", "nprobe", "rescore", "overfetch", "ids", "passages", "passage_tokens", "ef_search", "exclude_entries", "exclude_own_documents", "exclude_documents")
+    __slots__ = ("domain", "queries", "k", "version", "nprobe", "rescore", "overfetch", "ids", "passages", "passage_tokens", "ef_search", "exclude_entries", "exclude_own_documents", "exclude_documents", "follow")
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
     QUERIES_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,7 @@ class SearchRequest(_message.Message):
     EXCLUDE_ENTRIES_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_OWN_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    FOLLOW_FIELD_NUMBER: _ClassVar[int]
     domain: str
     queries: _common_pb2.Tensor
     k: int
@@ -37,7 +38,8 @@ class SearchRequest(_message.Message):
     exclude_entries: _common_pb2.Tensor
     exclude_own_documents: bool
     exclude_documents: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, domain: _Optional[str] = ..., queries: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., k: _Optional[int] = ..., version: _Optional[str] = ..., nprobe: _Optional[int] = ..., rescore: _Optional[bool] = ..., overfetch: _Optional[float] = ..., ids: _Optional[bool] = ..., passages: _Optional[int] = ..., passage_tokens: _Optional[int] = ..., ef_search: _Optional[int] = ..., exclude_entries: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., exclude_own_documents: _Optional[bool] = ..., exclude_documents: _Optional[_Iterable[str]] = ...) -> None: ...
+    follow: _common_pb2.Tensor
+    def __init__(self, domain: _Optional[str] = ..., queries: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., k: _Optional[int] = ..., version: _Optional[str] = ..., nprobe: _Optional[int] = ..., rescore: _Optional[bool] = ..., overfetch: _Optional[float] = ..., ids: _Optional[bool] = ..., passages: _Optional[int] = ..., passage_tokens: _Optional[int] = ..., ef_search: _Optional[int] = ..., exclude_entries: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., exclude_own_documents: _Optional[bool] = ..., exclude_documents: _Optional[_Iterable[str]] = ..., follow: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class SearchResponse(_message.Message):
     __slots__ = ("domain", "version", "distances", "values", "ids", "passages", "timings")

@@ -20,7 +20,9 @@ from knnlm.wire.arrays import FLOATS, INT32, INT64
 
 WIRE_NAMES = {"lmbda": "lambda"}
 INLINED = {"options", "neighbors"}  # records whose fields stand among those of the record that holds them
-MATRICES = {"log_probs", "top_tokens", "top_log_probs", "keys", "queries", "distances", "values", "ids"}  # else vectors
+MATRICES = {  # else vectors
+    "log_probs", "top_tokens", "top_log_probs", "keys", "queries", "distances", "values", "ids", "follow",
+}  # fmt: skip
 SCALARS = (bool, int, float, str)
 DTYPES = {np.int32: INT32, np.int64: INT64, np.float32: FLOATS[:1], np.floating: FLOATS}
 

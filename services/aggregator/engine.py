@@ -98,6 +98,7 @@ class Aggregator:
         self._inputs = Inputs(info, tokenizer, settings)
         self._budget = MemoryBudget(settings.max_distribution_numbers)
         self._caches = CacheMemory(info.key_dim, settings)
+        metrics = completion_metrics or CompletionMetrics(Metrics("aggregator"))
         self._mixer = Mixer(
             lm,
             JoinedSearches(datastore),
@@ -108,7 +109,6 @@ class Aggregator:
             down=self._down,
             skipped=skipped,
         )
-        metrics = completion_metrics or CompletionMetrics(Metrics("aggregator"))
         self._rounds = Rounds(self._mixer, observe=metrics.round)
         self.completions = Completions(self._mixer, self._rounds, tokenizer, settings, self._caches, metrics, degraded)
 

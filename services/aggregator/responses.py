@@ -113,13 +113,17 @@ def _scored_tokens(score: Score, tokenizer: Tokenizer) -> list[mixing.ScoredToke
 def _scored_components(score: Score) -> list[mixing.ScoredComponent]:
     """The components that were mixed, the LM first."""
     mixed = score.mixed
-    columns = [("lm", "lm", 1 - mixed.weight, mixed.lm_log_probs)]
-    columns += [(c.name, c.kind, c.weight, c.evidence.of_targets) for c in mixed.components]
+    columns = [("lm", "lm", 1 - mixed.weight, mixed.lm_log_probs, 0)]
+    columns += [(c.name, c.kind, c.weight, c.evidence.of_targets, c.evidence.skipped) for c in mixed.components]
     return [
         mixing.ScoredComponent(
-            name=name, kind=kind, weight=weight.tolist(), log_p=[finite(value) for value in log_probs.tolist()]
+            name=name,
+            kind=kind,
+            weight=weight.tolist(),
+            log_p=[finite(value) for value in log_probs.tolist()],
+            searches_skipped=skipped,
         )
-        for name, kind, weight, log_probs in columns
+        for name, kind, weight, log_probs, skipped in columns
     ]
 
 

@@ -40,7 +40,8 @@ class UpstreamMetrics(Observer):
         )
         self._skipped = Counter(
             "knnlm_aggregator_searches_skipped_total",
-            "Predictions that were not searched for, because the lambda rule gave retrieval no weight beforehand.",
+            "Predictions that were not searched for, because the lambda rule gave retrieval no weight beforehand, or "
+            "earlier neighbors led there.",
             registry=registry,
         )
 

@@ -17,6 +17,7 @@ from prometheus_client import Counter, Histogram
 
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
 from knnlm.index.exclusion import check_exclusion
+from knnlm.index.followed import check_follow
 from knnlm.messages import DomainInfo, Passage, PassagesRequest, PassagesResult, SearchRequest, SearchResult
 from knnlm.options import SEARCH_OPTIONS
 from services.datastore.encoding import encoder
@@ -173,9 +174,11 @@ class Engine:
         if request.queries.ndim != 2:
             raise InvalidRequest(f"queries must have 2 dimensions, got {request.queries.ndim}", param="queries")
         check_exclusion(request)
+        check_follow(request)
         for name, given, most in (
             ("queries", len(request.queries), limits.max_queries),
             *((name, getattr(request.options, name) or 0, getattr(limits, f"max_{name}")) for name in LIMITED_OPTIONS),
+            ("follow", 0 if request.follow is None else request.follow.shape[1], limits.max_k),
             ("passages", request.passages, limits.max_passages),
             ("passage_tokens", request.passage_tokens, limits.max_passage_tokens),
         ):
@@ -214,7 +217,9 @@ class Engine:
         request, sizes = requests[0], [len(request.queries) for request in requests]
         if len(requests) > 1:
             queries = np.concatenate([request.queries for request in requests])
-            request = replace(request, queries=queries, exclude_entries=_excluded(requests))
+            follows = [request.follow for request in requests if request.follow is not None]  # of all, or of none
+            follow = np.concatenate(follows) if follows else None
+            request = replace(request, queries=queries, exclude_entries=_excluded(requests), follow=follow)
         self._queries.labels(request.domain).inc(sum(sizes))
         with self._seconds.labels(request.domain).time():
             result = loaded.search(request)

@@ -29,6 +29,7 @@ DIM = 16
 QUERIES = np.random.default_rng(0).standard_normal((5, DIM)).astype(np.float32)
 REQUEST = SearchRequest("toy", QUERIES, SearchOptions(k=4))
 LOOKUP = PassagesRequest("toy", "v1", np.array([7, 0, 289, 7, 100]), passage_tokens=3)
+FOLLOW = np.array([[0, 5, 9], [7, -1, 3], [-1, -1, -1], [250, 249, 20], [288, 289, 1]])
 
 
 @pytest.fixture
@@ -119,6 +120,8 @@ async def test_every_face_answers_as_the_searcher_does(store: Path) -> None:
         replace(REQUEST, ids=True, exclude_entries=np.array([0, 7, -1, 250, 289])),
         asking(REQUEST, ids=True, exclude_entries=np.array([0, 7, -1, 250, 289]), exclude_own_documents=True),
         asking(REQUEST, ids=True, exclude_documents=("0", "3")),
+        replace(REQUEST, ids=True, follow=FOLLOW),
+        asking(REQUEST, k=2, follow=FOLLOW, exclude_documents=("0",)),
         asking(REQUEST, ids=True, exclude_documents=("0", "1", "2", "3")),
     ]
 
@@ -224,7 +227,12 @@ def with_nan() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     return queries
 
 
+FOLLOW_TWICE = np.tile(np.int64(4), (5, 2))
 BAD = {
+    "follow of other queries": (replace(REQUEST, follow=FOLLOW[1:]), InvalidRequest, "follow"),
+    "follow of no such entry": (replace(REQUEST, follow=FOLLOW + 10**6), InvalidRequest, "follow"),
+    "follow twice": (replace(REQUEST, follow=FOLLOW_TWICE), InvalidRequest, "follow"),
+    "follow of too many": (replace(REQUEST, follow=np.zeros((5, 5000), np.int64)), TooLarge, "follow"),
     "wrong dimension": (replace(REQUEST, queries=QUERIES[:, :7]), InvalidRequest, "queries"),
     "not a number": (replace(REQUEST, queries=with_nan()), InvalidRequest, "queries"),
     "infinite": (replace(REQUEST, queries=QUERIES * np.float32(np.inf)), InvalidRequest, "queries"),
@@ -343,3 +351,15 @@ async def test_activation_switches_every_face(store: Path) -> None:
         with pytest.raises(UnknownDomain):
             await clients["http list"].activate("nowhere", "v1")
     assert Catalog(store).current("toy") == "v1"
+
+
+async def test_entries_that_are_followed_together_are_answered_as_alone(store: Path) -> None:
+    searcher = Searcher.open(Catalog(store).path("toy", "v1"))
+    requests = [replace(REQUEST, queries=QUERIES[i:], ids=True, follow=FOLLOW[i:]) for i in range(4)]
+    slow = Slow()
+    async with datastore_faces(datastore_service(store, slow)) as (host, clients):
+        searches = [asyncio.create_task(clients["grpc"].search(request)) for request in requests]
+        await until(lambda: held(host) == sum(len(r.queries) for r in requests))
+        slow.gate.set()
+        results = await asyncio.gather(*searches)
+    assert all(same(result, searcher.search(request)) for result, request in zip(results, requests, strict=True))

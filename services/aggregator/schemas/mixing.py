@@ -244,6 +244,7 @@ class ScoredComponent(BaseModel):
     kind: str
     weight: list[float]
     log_p: list[float | None]
+    searches_skipped: int = Field(0, description="Tokens for which nothing was searched.")
 
 
 class ScoreResponse(BaseModel):

@@ -1,0 +1,38 @@
+"""Entries that are followed, in requests to a running system: as in process."""
+
+from pathlib import Path
+
+import numpy as np
+
+from knnlm.generation import GenerationOptions
+from knnlm.options import DomainOptions, KnnOptions, ReuseOptions
+from knnlm.sampling import SamplingOptions
+from tests.contract.system import TEXT, store, system
+from tests.contract.test_aggregator import pipeline
+
+__all__ = ["store"]
+
+
+async def test_all_routes_answer_as_in_process_and_say_what_was_saved(store: Path) -> None:
+    knn = {"domain": "cat", "lambda": 0.4, "reuse": {"tau": 2}}
+    options = KnnOptions((DomainOptions("cat", lmbda=0.4),), reuse=ReuseOptions(tau=2))
+    prompt = [256, *TEXT[:12].encode()]
+    async with system(store) as s:
+        scored = await s.post("/v1/score", {"text": TEXT, "knn": knn})
+        asked = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True, "knn": knn, "logprobs": 0}
+        made = (await s.post("/v1/completions", asked))["choices"][0]
+        metrics = (await s.client.get("/metrics")).text
+        union = {"domains": ["cat", "dog"], "combine": "union", "lambda": 0.1, "temperature": 1.0, "reuse": {"tau": 2}}
+        error = (await s.post("/v1/score", {"text": "abc", "knn": union}, status=400))["error"]
+        low = (await s.post("/v1/score", {"text": "abc", "knn": {**knn, "reuse": {"tau": 0}}}, status=400))["error"]
+    greedy = GenerationOptions(max_tokens=8, sampling=SamplingOptions(temperature=0.0), ignore_eos=True)
+    with pipeline(store) as p:
+        score = p.score(TEXT, options)
+        expected = p.generate(prompt, options, greedy, seed=0)
+    np.testing.assert_allclose([t["log_p"] for t in scored["tokens"]], score.log_probs, rtol=1e-5)
+    saved = score.mixed.components[0].evidence.skipped
+    assert scored["components"][1]["searches_skipped"] == saved > 0
+    np.testing.assert_allclose(made["logprobs"]["token_logprobs"], expected.log_probs, rtol=1e-5)
+    counted = next(line for line in metrics.splitlines() if line.startswith("knnlm_aggregator_searches_skipped_total"))
+    assert float(counted.split()[1]) >= saved
+    assert (error["param"], low["param"]) == ("knn.reuse.tau", "knn.reuse.tau")
