@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
@@ -55,6 +55,12 @@ def serve(
     lm_grpc_port: LmGrpcPort = None,
     datastore_port: DatastorePort = None,
     datastore_grpc_port: DatastoreGrpcPort = None,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Mix this Memory Decoder, too: its folder, with NAME= before it for another name; may be repeated."
+        ),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> int:
     """Serve a model and a store: lm, datastore and aggregator together, until Ctrl-C."""
@@ -66,19 +72,44 @@ def serve(
         "AGGREGATOR_HOST": host, "AGGREGATOR_PORT": port, "LM_PORT": lm_port, "LM_GRPC_PORT": lm_grpc_port,
         "DATASTORE_PORT": datastore_port, "DATASTORE_GRPC_PORT": datastore_grpc_port,
     }  # fmt: skip
+    targets, decoders = _memories(memory or [])
+    if targets:
+        given["AGGREGATOR_MEMORY"] = ",".join(targets)
     settings = environment({f"KNNLM_{name}": str(value) for name, value in given.items() if value is not None})
     folder = home()
     _check_ports(settings)
     with _Group(folder, settings) as group:
-        for names in (("lm", "datastore"), ("aggregator",)):
+        for names in (("lm", "datastore", *decoders), ("aggregator",)):
             for name in names:
-                group.start(name)
+                group.start(name, decoders.get(name))
             for name in names:
                 if not group.wait_until_ready(name):
                     return group.exit_code
         _greet(settings, store)
         group.wait()
         return group.exit_code
+
+
+def _memories(given: Sequence[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """What the aggregator is told of each memory; and by the names of their processes the variables of those that run
+    as lm services of their own. Raises KnnlmError for a folder that is none, and as MemoryManifest.open."""
+    from knnlm.cli.retrieval import MemoryChoice
+    from knnlm.memory.manifest import MEMORY, MemoryManifest
+
+    targets, decoders = [], {}
+    for one in given:
+        ((name, where),) = MemoryChoice(one, None).here()[1].items()
+        folder = Path(where).absolute()
+        if not folder.is_dir():
+            raise KnnlmError(f"--memory {one}: there is no folder {folder}")
+        if (folder / MEMORY).is_file() and MemoryManifest.open(folder).kind == "mlp":
+            targets.append(f"{name}={folder}")
+            continue
+        http, grpc = str(_free_port()), str(_free_port())
+        variables = {"MODEL": str(folder), "PORT": http, "GRPC_PORT": grpc, "HOST": "127.0.0.1"}
+        decoders[f"memory {name}"] = {f"KNNLM_LM_{variable}": value for variable, value in variables.items()}
+        targets.append(f"{name}=127.0.0.1:{grpc}")
+    return targets, decoders
 
 
 def home() -> Path:
@@ -121,6 +152,7 @@ class _Group:
         self._environment = {
             **settings, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "KNNLM_END_WITH_STDIN": "1",
         }  # fmt: skip
+        self._others: dict[str, Mapping[str, str]] = {}  # variables of a child's own
         self._children: dict[str, subprocess.Popen[str]] = {}
         self._readers: dict[str, threading.Thread] = {}
         self._tails: dict[str, deque[str]] = {}
@@ -148,10 +180,13 @@ class _Group:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, own: Mapping[str, str] | None = None) -> None:
+        """own: variables of an lm service that runs under another name."""
+        if own is not None:
+            self._others[name] = own
         child = subprocess.Popen(
-            [sys.executable, "-m", f"services.{name}"],
-            env=self._environment, text=True, errors="replace",
+            [sys.executable, "-m", f"services.{self._service(name)}"],
+            env=self._variables(name), text=True, errors="replace",
             stdin=subprocess.PIPE,  # whose end tells it that this process has ended, however that was
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches this process alone, which stops them in order
@@ -169,10 +204,16 @@ class _Group:
 
     def wait_until_ready(self, name: str) -> bool:
         """False when a service ended or the person at the terminal wants it to."""
-        probe = [sys.executable, "-m", "services.runtime.probe", name]
+        probe, variables = [sys.executable, "-m", "services.runtime.probe", self._service(name)], self._variables(name)
         return self._until(
-            lambda: subprocess.run(probe, env=self._environment, capture_output=True, check=False).returncode == 0
+            lambda: subprocess.run(probe, env=variables, capture_output=True, check=False).returncode == 0
         )
+
+    def _service(self, name: str) -> str:
+        return "lm" if name in self._others else name
+
+    def _variables(self, name: str) -> dict[str, str]:
+        return {**self._environment, **self._others.get(name, {})}
 
     def wait(self) -> None:
         self._until(lambda: False)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from knnlm import Client, MemoryOptions
 from knnlm.cli import serve
 from knnlm.cli.serve import environment, home
 from knnlm.errors import KnnlmError
@@ -118,7 +119,7 @@ def serving_stand_ins(folder: Path) -> AbstractContextManager[Serving]:
 def test_one_command_serves_a_model_and_a_store_until_it_is_told_to_end(
     model: Path, built: Path, tmp_path: Path
 ) -> None:
-    flags = ["--device", "cpu"]
+    flags = ["--device", "cpu", "--memory", f"mine={model}"]  # a model may be its own memory
     with serving(model, built, tmp_path, *flags, KNNLM_AGGREGATOR_API_KEYS="secret") as running:
         running.line(lambda line: line.startswith("ready: http://127.0.0.1:"))
         command = running.line(lambda line: line.startswith("  curl "))
@@ -127,10 +128,24 @@ def test_one_command_serves_a_model_and_a_store_until_it_is_told_to_end(
         assert asked.stdout.endswith("200"), asked.stdout
         assert '"domain":"toy"' in asked.stdout
         assert set(running.children()) == {"lm", "datastore", "aggregator"}
+        url = running.line(lambda line: line.startswith("ready: ")).split()[1]
+        with Client(url, api_key="secret") as client:
+            mixed = client.next_token("the cat", memory=MemoryOptions("mine", 0.5))
+            alone = client.next_token("the cat")
+        assert [(m.name, m.lmbda) for m in mixed.memories] == [("mine", 0.5)]
+        assert [t.p for t in mixed.results[0].top] == pytest.approx([t.p for t in alone.results[0].top])
         running.process.send_signal(signal.SIGTERM)
         assert running.end() == 0
         stopped = [line.split("|")[0].strip() for line in running.lines if "event=stopped" in line]
-        assert stopped == ["aggregator", "datastore", "lm"]
+        assert stopped == ["aggregator", "memory mine", "datastore", "lm"]
+
+
+def test_a_memory_that_is_no_folder_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    with pytest.raises(KnnlmError, match=f"--memory law=nowhere: there is no folder {Path.cwd() / 'nowhere'}"):
+        serve._memories(["law=nowhere"])
+    targets, decoders = serve._memories([str(tmp_path)])
+    port = decoders[f"memory {tmp_path.name}"]["KNNLM_LM_GRPC_PORT"]
+    assert targets == [f"{tmp_path.name}=127.0.0.1:{port}"]
 
 
 def test_a_service_that_dies_ends_the_others_and_its_last_words_are_shown(tmp_path: Path) -> None:

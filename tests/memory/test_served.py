@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from knnlm import GenerationOptions, LanguageModel, MemoryOptions, Pipeline, SamplingOptions
+from knnlm.cli import serve
 from knnlm.clients.rpc import GrpcLanguageModel
 from knnlm.errors import DatastoreCorrupt, DatastoreMismatch, InvalidRequest
 from knnlm.evaluation.memory_training import MlpSizes, train_memory
@@ -108,6 +109,13 @@ async def test_a_running_system_answers_as_the_library(world: World, trained: Tr
             answer = (await client.post("/v1/completions", json={**body, "ignore_eos": True, "add_bos": True})).json()
             assert answer["choices"][0]["text"] == made.text
             assert answer["memories"] == [shown]
+
+
+def test_serving_gives_a_process_to_decoders_alone(trained: Trained) -> None:
+    targets, processes = serve._memories([f"a={trained.mlp}", f"b={trained.decoder}"])
+    assert targets[0] == f"a={trained.mlp}"
+    assert list(processes) == ["memory b"]
+    assert processes["memory b"]["KNNLM_LM_MODEL"] == str(trained.decoder)
 
 
 def test_what_is_no_mlp_memory_is_refused(trained: Trained, tmp_path: Path) -> None:
