@@ -1,10 +1,14 @@
 """What a person does on the page, and sees."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.manifest import Manifest
+from knnlm.datastore.updates.revise import with_tuning
 from knnlm.testing import ToyLanguageModel
 from tests.contract.system import store
 from tests.page.browser import Looked, looking
@@ -261,3 +265,31 @@ async def test_without_a_memory_there_is_no_control_of_it(store: Path) -> None:
     async with looking(store, CAT) as looked:
         await looked.sees("#next-a [role=status]", "cat v1")
         assert not await looked.page.get_by_label("Memory").first.is_visible()
+
+
+async def test_the_cache_is_mixed_beside_a_domain_and_kept_in_the_link(store: Path) -> None:
+    async with looking(store, f"{CAT}&a.cache=on&a.cache_lambda=0.2&a.cache_theta=0.1") as looked:
+        await looked.sees("#next-a [role=status]", "cat v1, λ 0.3, T 2, k 6; cache, λ 0.2")
+        heads = (await looked.text("#next-a .bars thead")).split()
+        assert heads == ["token", "mixture", "LM", "retrieval", "cache"]
+        assert await looked.page.locator(f"{BARS}:first-child .bar.p_cache").count() == 1
+        await looked.page.locator("#next-a").get_by_label("λ of the cache: as tuned").click()
+        await looked.sees("#next-a [role=status]", "cache, λ 0.1")  # the domain was not tuned with a cache
+        await looked.page.locator("#next-a").get_by_label("Cache", exact=True).select_option("none")
+        await looked.sees("#next-a [role=status]", "cat v1, λ 0.3, T 2, k 6 ·")
+        await looked.goes("tab=score&scored=the cat sat on the cat&a.cache=on&a.cache_lambda=0.5")
+        await looked.page.locator("#score-go").click()
+        await looked.sees("#score-result", "with cache")
+
+
+async def test_a_domain_that_was_tuned_for_a_rule_offers_it_and_fixed(store: Path) -> None:
+    path = Catalog(store).path("cat", "v1")
+    tuning = Manifest.load(path).tuning
+    assert tuning is not None
+    with_tuning(path, replace(tuning.message(), rule="bins", parameters={"edges": [], "lambdas": [0.45]}))
+    async with looking(store, CAT) as looked:
+        await looked.sees("#next-a [role=status]", "cat v1, λ 0.45")
+        await looked.page.locator("#next-a").get_by_label("Rule", exact=True).select_option("fixed")
+        await looked.sees("#next-a [role=status]", "cat v1, λ 0.3")
+        await looked.goes(f"{CAT}&a.rule=fixed")
+        await looked.sees("#next-a [role=status]", "cat v1, λ 0.3")

@@ -48,7 +48,7 @@ export function generateView() {
       places.lm.append(plain);
       if (controls.mixes) places.knn.append(strip.element);
       const [alone, mixed] = await Promise.all([
-        continued(places.lm, { ...body(), knn: undefined, memory: undefined }, both, ({ text }) => plain.append(text)),
+        continued(places.lm, { ...body(), knn: undefined, memory: undefined, cache: undefined }, both, ({ text }) => plain.append(text)),
         controls.mixes && continued(places.knn, body(), both, ({ explained }) => explained?.forEach(strip.add), controls.show),
       ]);
       ended([speed("LM", alone), mixed && speed("with retrieval", mixed)].filter(Boolean).join(" · "));
@@ -63,7 +63,7 @@ export function generateView() {
   function body() {
     const options = Object.fromEntries(inputs.map((input) => [input.name, input.value]));
     const knn = controls.mixes ? { ...controls.knn, explain: PASSAGES } : undefined;
-    return { prompt: field.value, add_bos: true, knn, memory: controls.memory, ...options };
+    return { prompt: field.value, add_bos: true, knn, memory: controls.memory, cache: controls.cache, ...options };
   }
 
   return {

@@ -68,16 +68,18 @@ function summary(reply, found, ms) {
   const weight = (kind) => number(found.components.filter((c) => c.kind === kind).reduce((sum, c) => sum + c.weight, 0));
   const used = reply.domains.map((d) => `${d.domain} ${d.version}, λ ${weight("knn")}, T ${number(d.temperature)}, k ${d.k}`);
   used.push(...reply.memories.map((m) => `memory ${m.name}, λ ${weight("memory")}`));
+  if (found.components.some((c) => c.kind === "cache")) used.push(`cache, λ ${weight("cache")}`);
   return [reply.degraded ?? used.join("; "), `${found.context_tokens} tokens, ${ms.toFixed(0)} ms`].filter(Boolean).join(" · ");
 }
 
 function bars({ top: likeliest, components }) {
-  const memory = components.find((c) => c.kind === "memory");
-  const top = likeliest.map((row, i) => ({ ...row, p_memory: memory?.p?.[i] ?? null }));
+  const [memory, cache] = ["memory", "cache"].map((kind) => components.find((c) => c.kind === kind));
+  const top = likeliest.map((row, i) => ({ ...row, p_memory: memory?.p?.[i] ?? null, p_cache: cache?.p?.[i] ?? null }));
   const has = (kind) => components.some((c) => c.kind === kind);
   const mixed = components.length > 1;
   const kinds = [["p", mixed ? "mixture" : "LM"], ...(mixed ? [["p_lm", "LM"]] : []),
-    ...(has("knn") ? [["p_knn", "retrieval"]] : []), ...(memory ? [["p_memory", "memory"]] : [])];
+    ...(has("knn") ? [["p_knn", "retrieval"]] : []), ...(memory ? [["p_memory", "memory"]] : []),
+    ...(cache ? [["p_cache", "cache"]] : [])];
   const most = Math.max(...top.flatMap((row) => kinds.map(([kind]) => row[kind] ?? 0)), 1e-9);
   const cell = (kind, value) =>
     el("td", {}, el("div", {}, el("span", { class: "value" }, percent(value)),

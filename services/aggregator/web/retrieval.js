@@ -1,5 +1,5 @@
-// The controls of what is mixed: a domain with lambda, T and k, and a memory with its weight. All are as tuned until
-// somebody moves them.
+// The controls of what is mixed: a domain with lambda, T, k and its rule, a memory with its weight, and the text's own
+// past (the cache). All are as tuned until somebody moves them.
 import { el, number } from "./dom.js";
 import * as state from "./state.js";
 
@@ -12,11 +12,17 @@ const SLIDERS = [
 ];
 const MEMORY_WEIGHT = { name: "memory_lambda", letter: "λ", word: "of the memory", low: 0, high: 1, step: 0.01,
   toValue: (x) => x, toPlace: (v) => v, unknown: "as" };
+const CACHE_SLIDERS = [
+  { name: "cache_lambda", letter: "λ", word: "of the cache", low: 0, high: 1, step: 0.01, toValue: (x) => x, toPlace: (v) => v },
+  { name: "cache_theta", letter: "θ", word: "of the cache", low: -5, high: 3, step: 0.02,
+    toValue: (x) => Number((10 ** x).toPrecision(3)), toPlace: Math.log10 },
+];
+const UNTUNED_CACHE = { cache_lambda: 0.1, cache_theta: 0.05 };
 let uses = 0;
 
 /**
  * Controls inside `place`. prefix: of their names in links. none: what the choice of no domain is called, null where a
- * domain must be chosen. changed: called after every change. Returns { knn, memory, sources, mixes, show, update }.
+ * domain must be chosen. changed: called after every change. Returns { knn, memory, cache, sources, mixes, show, update }.
  */
 export function retrievalControls(place, { prefix, legend, none, changed }) {
   let domains = new Map();
@@ -27,10 +33,17 @@ export function retrievalControls(place, { prefix, legend, none, changed }) {
   const memorySelect = el("select", { id: `${id}-memory`, onchange: () => choose({ memory: memorySelect.value }) });
   const memoryControl = el("div", { class: "control domain" }, el("label", { for: memorySelect.id }, "Memory"), memorySelect);
   const memoryWeight = slider(MEMORY_WEIGHT);
+  const ruleSelect = el("select", { id: `${id}-rule`, onchange: () => choose({ rule: ruleSelect.value }) });
+  const ruleControl = el("div", { class: "control domain" }, el("label", { for: ruleSelect.id }, "Rule"), ruleSelect);
+  const cacheSelect = el("select", { id: `${id}-cache`, onchange: () => choose({ cache: cacheSelect.value }) },
+    el("option", { value: "" }, "none"), el("option", { value: "on" }, "this text's own past"));
+  const cacheControl = el("div", { class: "control domain" }, el("label", { for: cacheSelect.id }, "Cache"), cacheSelect);
+  const cacheSliders = CACHE_SLIDERS.map((spec) => slider(spec));
   place.append(
     el("div", { class: "controls" },
       el("div", { class: "control domain" }, el("label", { for: select.id }, legend), select),
-      sliders.map((one) => one.element), memoryControl, memoryWeight.element),
+      sliders.map((one) => one.element), ruleControl, memoryControl, memoryWeight.element,
+      cacheControl, cacheSliders.map((one) => one.element)),
   );
 
   const key = (name) => `${prefix}.${name}`;
@@ -48,12 +61,24 @@ export function retrievalControls(place, { prefix, legend, none, changed }) {
   }
 
   const chosenMemory = () => (memories.includes(state.get(key("memory"))) ? state.get(key("memory")) : "");
-  const isOff = ({ name }) => (name === MEMORY_WEIGHT.name ? chosenMemory() : chosenDomain()) === "";
+  const cached = () => state.get(key("cache")) === "on";
+  const isOfCache = ({ name }) => name in UNTUNED_CACHE;
+  const isOff = (spec) => (isOfCache(spec) ? !cached() : (spec.name === MEMORY_WEIGHT.name ? chosenMemory() : chosenDomain()) === "");
+  /** The rule that the domain was tuned for, where it is another than "fixed". */
+  const tunedRule = () => {
+    const rule = domains.get(chosenDomain())?.tuning?.rule ?? "fixed";
+    return rule === "fixed" ? null : rule;
+  };
+  const tunedValue = (name) => {
+    const tuning = domains.get(chosenDomain())?.tuning;
+    return name in UNTUNED_CACHE ? tuning?.cache?.[name.slice("cache_".length)] : tuning?.[name];
+  };
 
   /** null: as tuned. A domain without tuning has what stands in for it. */
   function valueOf({ name, low, high, toValue }) {
     const given = state.getNumber(key(name), toValue(low), toValue(high));
     if (name === MEMORY_WEIGHT.name) return given;
+    if (name in UNTUNED_CACHE) return given ?? (tunedValue(name) === undefined ? UNTUNED_CACHE[name] : null);
     const tuned = domains.get(chosenDomain())?.tuning;
     return given ?? (tuned ? null : (UNTUNED[name] ?? null));
   }
@@ -72,7 +97,7 @@ export function retrievalControls(place, { prefix, legend, none, changed }) {
       el("label", { for: input.id }, spec.letter, el("span", { class: "word" }, ` ${spec.word}`)), output, el("div", { class: "slider" }, input, reset));
     const show = (used) => {
       const value = valueOf(spec);
-      const shown = value ?? used?.[spec.name] ?? domains.get(chosenDomain())?.tuning?.[spec.name] ?? null;
+      const shown = value ?? used?.[spec.name] ?? tunedValue(spec.name) ?? null;
       if (shown !== null && document.activeElement !== input) input.value = spec.toPlace(shown);
       const text = shown === null ? spec.unknown ?? "by rule" : number(shown);
       output.textContent = value === null ? `${text} tuned` : text;
@@ -86,7 +111,13 @@ export function retrievalControls(place, { prefix, legend, none, changed }) {
   /** Shows what is chosen. used: what an answer says it was made with. */
   function refresh(used) {
     select.value = chosenDomain();
-    for (const one of [...sliders, memoryWeight]) one.show(used);
+    for (const one of [...sliders, memoryWeight, ...cacheSliders]) one.show(used);
+    const rule = tunedRule();
+    ruleSelect.replaceChildren(el("option", { value: "" }, `${rule} (tuned)`), el("option", { value: "fixed" }, "fixed"));
+    ruleSelect.value = state.get(key("rule")) === "fixed" ? "fixed" : "";
+    ruleControl.hidden = rule === null;
+    cacheSelect.value = cached() ? "on" : "";
+    for (const one of cacheSliders) one.element.hidden = !cached();
     memorySelect.value = chosenMemory();
     memoryControl.hidden = memoryWeight.element.hidden = memories.length === 0;
   }
@@ -94,7 +125,7 @@ export function retrievalControls(place, { prefix, legend, none, changed }) {
   return {
     /** Whether anything is mixed with the LM. */
     get mixes() {
-      return chosenDomain() !== "" || chosenMemory() !== "";
+      return chosenDomain() !== "" || chosenMemory() !== "" || cached();
     },
     /** The request's `memory`, undefined without one. */
     get memory() {
@@ -102,9 +133,15 @@ export function retrievalControls(place, { prefix, legend, none, changed }) {
       const weight = valueOf(MEMORY_WEIGHT);
       return { name: chosenMemory(), ...(weight === null ? {} : { lambda: weight }) };
     },
-    /** `knn` and `memory` of the request. */
+    /** The request's `cache`, undefined without it. */
+    get cache() {
+      if (!cached()) return undefined;
+      const values = CACHE_SLIDERS.map((spec) => [spec.name.slice("cache_".length), valueOf(spec)]);
+      return Object.fromEntries(values.filter(([, value]) => value !== null));
+    },
+    /** `knn`, `memory` and `cache` of the request. */
     get sources() {
-      return { knn: this.knn, memory: this.memory };
+      return { knn: this.knn, memory: this.memory, cache: this.cache };
     },
     /** The request's `knn`, undefined for the LM alone. */
     get knn() {
@@ -114,6 +151,7 @@ export function retrievalControls(place, { prefix, legend, none, changed }) {
         const value = valueOf(spec);
         if (value !== null) options[spec.name] = value;
       }
+      if (tunedRule() !== null && state.get(key("rule")) === "fixed") options.rule = "fixed";
       return options;
     },
     show: refresh,

@@ -27,7 +27,7 @@ export function scoreView() {
       controls.show(reply.domains[0]);
       const strip = explainedStrip(detail, "The text's tokens");
       reply.tokens.forEach(strip.add);
-      result.replaceChildren(...[figures(reply), strip.element, documentList(reply.documents)].filter(Boolean));
+      result.replaceChildren(...[figures(reply, controls.cache !== undefined), strip.element, documentList(reply.documents)].filter(Boolean));
       result.hidden = false;
       status.textContent = note;
     } catch (problem) {
@@ -56,10 +56,11 @@ async function explained(body, signal) {
   }
 }
 
-function figures(reply) {
+function figures(reply, cached) {
   const rows = [["perplexity of the LM alone", number(reply.perplexity_lm)]];
-  if (reply.domains.length || reply.memories.length) {
-    const names = [...reply.domains.map((d) => `${d.domain} ${d.version}`), ...reply.memories.map((m) => `memory ${m.name}`)].join(", ");
+  if (reply.domains.length || reply.memories.length || cached) {
+    const names = [...reply.domains.map((d) => `${d.domain} ${d.version}`), ...reply.memories.map((m) => `memory ${m.name}`),
+      ...(cached ? ["cache"] : [])].join(", ");
     const known = reply.perplexity !== null;
     rows.push([`with ${names}`, known ? number(reply.perplexity) : "infinite"]);
     rows.push(["ratio", known ? number(reply.perplexity / reply.perplexity_lm) : "–"]);
