@@ -43,6 +43,17 @@ class Observed:
     lm: LmStatistics | None = None
     document_of: npt.NDArray[np.int64] | None = None
 
+    def at(self, rows: npt.NDArray[np.bool_]) -> "Observed":
+        """What was seen of the tokens at `rows`, (n,); evidence of targets."""
+        evidence, lm = self.evidence, self.lm
+        features = {name: values[rows] for name, values in evidence.features.items()}
+        return Observed(
+            self.lm_log_probs[rows],
+            Evidence(evidence.present[rows], evidence.of_targets[rows], features),
+            None if lm is None else lm.at(rows),
+            None if self.document_of is None else self.document_of[rows],
+        )
+
     @property
     def ratio(self) -> Weights:
         """(n,) p_source / p_LM - 1 of the tokens, by which the likelihood of a weight is 1 + weight * ratio."""

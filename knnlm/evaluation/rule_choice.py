@@ -8,9 +8,8 @@ import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.tuning import Observations, losses, seen
-from knnlm.evidence import Evidence
 from knnlm.messages import RuleQuality
-from knnlm.rules import FIXED, RULES, Observed, Weighing
+from knnlm.rules import FIXED, RULES, Weighing
 
 FOLDS = 5  # parts of the documents, each measured with what was fitted to the others
 DRAWS = 2000  # resamples of the documents
@@ -52,7 +51,7 @@ def held_out_losses(
     found = {name: np.empty(len(number)) for name in names}
     for fold in range(FOLDS):
         left_out = number % FOLDS == fold
-        fitted_to, measured = _rows(observed, ~left_out), _rows(observed, left_out)
+        fitted_to, measured = observed.at(~left_out), observed.at(left_out)
         for name in names:
             parameters = RULES[name].fit(fitted_to)
             found[name][left_out] = losses(measured, Weighing(name, parameters))
@@ -78,15 +77,3 @@ def _documents(observations: Observations) -> npt.NDArray[np.int64]:
     if observations.document_of is None:
         raise InvalidRequest("rules are compared over documents, which are not known of these tokens", param="rule")
     return observations.document_of
-
-
-def _rows(observed: Observed, rows: npt.NDArray[np.bool_]) -> Observed:
-    """What was seen of some of the tokens."""
-    evidence, lm = observed.evidence, observed.lm
-    features = {name: values[rows] for name, values in evidence.features.items()}
-    return Observed(
-        observed.lm_log_probs[rows],
-        Evidence(evidence.present[rows], evidence.of_targets[rows], features),
-        None if lm is None else lm.at(rows),
-        None if observed.document_of is None else observed.document_of[rows],
-    )
