@@ -138,8 +138,11 @@ class DecoderStudent(Student):
     def save(self, folder: Path) -> None:
         self._halve()
         # not model.half(): that rounds what is no weight, too, such as the frequencies of rotary positions
-        state = self._model.state_dict().items()
-        halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state}
+        halves: dict[str, Tensor] = {}
+        made: dict[tuple[int, torch.Size], Tensor] = {}  # by place in memory: what is tied stays one tensor
+        for name, tensor in self._model.state_dict().items():
+            half = tensor.half() if tensor.is_floating_point() else tensor
+            halves[name] = made.setdefault((tensor.data_ptr(), tensor.shape), half)
         with loading.no_progress_bars():
             self._model.save_pretrained(folder, state_dict=halves)
         (folder / "model.safetensors").chmod(0o644)  # the library writes it for the owner alone

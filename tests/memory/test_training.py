@@ -112,6 +112,7 @@ def test_the_manifest_says_what_it_was_made_of(world: World, decoder: tuple[Path
     assert made.start.model_id == "model"
     assert made.tune.step in (6, 12, 18, 24)
     assert made.excess > 0
+    assert made.files["model.safetensors"].bytes < 2 * made.parameters + 4096  # tied weights are there once
     assert not list(out.parent.glob(".*"))  # nothing of the work is left
     assert LanguageModel.load(str(out), device="cpu").info.tokenizer_sha256 == made.model.tokenizer_sha256
 
