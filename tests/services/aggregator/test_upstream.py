@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from knnlm.clients.rpc import GrpcLanguageModel
 from knnlm.domains import NoDatastore
-from knnlm.errors import InvalidRequest
+from knnlm.errors import InvalidRequest, Unauthenticated
 from knnlm.testing import ToyLanguageModel
 from services.aggregator.settings import AggregatorSettings
 from services.aggregator.upstream import Upstream, UpstreamMetrics
@@ -47,6 +48,24 @@ async def test_a_key_in_a_file_is_sent_over_tls_by_a_certificate_of_ones_own(tmp
             assert (await clients.lm.get_model()).model_id == "toy"
         finally:
             await clients.aclose()
+
+
+async def test_memories_are_asked_with_the_key_of_the_lm_service() -> None:
+    settings = LmSettings(model="toy", port=0, grpc_port=0, api_keys=(SecretStr("secret"),))
+    async with running(lm_service(settings, lambda _: ToyLanguageModel(seed=5))) as host:
+        memory = (f"law=127.0.0.1:{host.grpc_port}",)
+        for key, refused in ((SecretStr("secret"), False), (SecretStr("other"), True)):
+            clients = upstream(memory=memory, lm_api_key=key)
+            law = clients.memories["law"]
+            assert isinstance(law, GrpcLanguageModel)
+            try:
+                if refused:
+                    with pytest.raises(Unauthenticated):
+                        await law.get_model()
+                else:
+                    assert (await law.get_model()).fingerprint == ToyLanguageModel(seed=5).info.fingerprint
+            finally:
+                await clients.aclose()
 
 
 @pytest.mark.parametrize(
