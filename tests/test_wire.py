@@ -25,6 +25,7 @@ from knnlm.messages import (
     Passage,
     PassagesRequest,
     PassagesResult,
+    RuleQuality,
     SearchQuality,
     SearchRequest,
     SearchResult,
@@ -138,6 +139,8 @@ TUNING = st.builds(
     search=SEARCH_OPTIONS,
     index=maybe(TEXT),
     quality=st.lists(st.builds(SearchQuality, TEXT, SEARCH_OPTIONS, FINITE, maybe(FINITE), st.booleans()), max_size=2),
+    cache=st.dictionaries(TEXT, FINITE, max_size=2),
+    rules=st.lists(st.builds(RuleQuality, TEXT, FINITE, FINITE, FINITE, FINITE, st.booleans()), max_size=2),
 )  # fmt: skip
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4))
 NEIGHBORS = SHAPES.flatmap(

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from knnlm.datastore.manifest import IndexRecord, Manifest
 from knnlm.datastore.tuning import TuningRecord
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreIncomplete
-from knnlm.messages import Document, SearchQuality, Tuning
+from knnlm.messages import Document, RuleQuality, SearchQuality, Tuning
 from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore
 from tests.grown import grow
@@ -243,6 +243,8 @@ def test_a_tuning_with_a_rule_and_fitted_search_options_comes_back(path: Path, t
         10.0, 0.25, 64, 20.0, 15.0, 1000, 10, rule="other", parameters={"slope": 0.5, "edges": (1.0, 2.0)},
         search=fitted, index="ivf4", quality=(SearchQuality("default", SearchOptions(), 15.5, 900.0),
                                               SearchQuality("chosen", fitted, 15.0, None, chosen=True)),
+        cache={"lambda": 0.1, "theta": 0.5, "size": 500.0},
+        rules=(RuleQuality("fixed", 15.0), RuleQuality("other", 14.0, -0.1, -0.2, -0.05, chosen=True)),
     )  # fmt: skip
     manifest = Manifest.load(path).model_copy(update={"tuning": TuningRecord.of(tuning)})
     manifest.save(tmp_path)
