@@ -30,7 +30,8 @@ FREE_TOKENS = 2000  # in each bucket, from which on a farther one may have a lar
 PRIOR_TOKENS = 200  # tokens that say what all together say, added to those of each bucket
 FOLDS = 4  # parts of the documents, each of which judges what was fitted to the others
 HIDDEN = 8  # units of the network of a gate
-SKIP_BELOW = "skip_below"  # the parameter under which a weight is 0
+# the expected gain of retrieval, in nats, by what is known before a search (_known); and below which there is none
+GAIN, SKIP_BELOW = "gain", "skip_below"
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,10 @@ class Weighing:
     def weights(self, evidence: Evidence, lm: LmStatistics | None) -> Weights:
         """(n,) the weight at each prediction, 0 where the source is absent."""
         weights = np.where(evidence.present, rule(self.rule).weights(evidence, lm, self.parameters), 0.0)
-        return np.where(weights < self.parameters.get(SKIP_BELOW, 0.0), 0.0, weights)
+        if lm is None or SKIP_BELOW not in self.parameters:
+            return weights
+        gain = _known(lm) @ np.asarray(self.parameters[GAIN], np.float64)
+        return np.where(gain < self.parameters[SKIP_BELOW], 0.0, weights)
 
     def wanted(self, lm: LmStatistics | None) -> npt.NDArray[np.bool_] | None:
         """(n,) where an early rule has a weight at all; None for other rules, and where the LM told no statistics."""
@@ -256,8 +260,9 @@ def decides_early(name: str) -> bool:
 
 
 def skipping(name: str, parameters: Parameters, observed: Observed, share: float) -> Parameters:
-    """The parameters with a weight below which nothing is searched for: at most `share` of the observed tokens. Raises
-    InvalidRequest for a rule that decides after the search, and unless 0 <= share < 1."""
+    """The parameters by which nothing is searched for where retrieval is expected to gain least: at most `share` of the
+    observed tokens. The gain of log-likelihood is expected as least squares fit it to what is known before a search.
+    Raises InvalidRequest for a rule that decides after the search, and unless 0 <= share < 1."""
     if not 0 <= share < 1:
         raise InvalidRequest(f"skip must lie in [0, 1), got {share}", param="skip")
     if not share:
@@ -265,8 +270,17 @@ def skipping(name: str, parameters: Parameters, observed: Observed, share: float
     if not decides_early(name) or observed.lm is None:
         early = ", ".join(name for name in RULES if decides_early(name))
         raise InvalidRequest(f"the rule {name} decides after the search; {early} can skip it", param="skip")
-    weights = Weighing(name, parameters).weights(_everywhere(observed.lm), observed.lm)
-    return {**parameters, SKIP_BELOW: float(np.quantile(weights, share))}
+    weights = Weighing(name, parameters).weights(observed.evidence, observed.lm)
+    there, known = observed.evidence.present, _known(observed.lm)
+    gained = np.log1p(weights[there] * observed.ratio[there])
+    gain = np.linalg.lstsq(known[there], gained)[0]
+    return {**parameters, GAIN: gain.tolist(), SKIP_BELOW: float(np.quantile(known @ gain, share))}
+
+
+def _known(lm: LmStatistics) -> Weights:
+    """(n, 6) what is known before a search: 1, the LM's entropy and largest probability, and their products."""
+    entropy, largest = lm.entropy.astype(np.float64), np.exp(lm.largest_log_prob.astype(np.float64))
+    return np.stack([np.ones_like(entropy), entropy, largest, entropy**2, largest**2, entropy * largest], axis=1)
 
 
 def _everywhere(lm: LmStatistics) -> Evidence:

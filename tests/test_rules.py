@@ -124,6 +124,9 @@ def test_a_rule_that_decides_early_can_leave_out_a_share_of_the_searches(share: 
     assert 1 - wanted.mean() <= share + 1e-12
     np.testing.assert_array_equal(weighing.weights(seen.evidence, seen.lm) > 0, wanted & seen.evidence.present)
     assert weighing.wanted(None) is None
+    if share:  # what is left out is what would gain least
+        gained = np.log1p(Weighing("gate_lm", parameters).weights(seen.evidence, seen.lm) * seen.ratio)
+        assert gained[~wanted].mean() < gained[wanted].mean()
     kept = Weighing("gate_lm", parameters).weights(seen.evidence, seen.lm)[wanted]
     np.testing.assert_array_equal(weighing.weights(seen.evidence, seen.lm)[wanted], kept)
 

@@ -13,7 +13,7 @@ from knnlm.messages import SearchRequest, SearchResult, Tuning
 from knnlm.mixer import Mixer
 from knnlm.options import DomainOptions, KnnOptions
 from knnlm.prompts import score_prompt
-from knnlm.rules import SKIP_BELOW
+from knnlm.rules import GAIN, LARGEST_LAMBDA, SKIP_BELOW
 from knnlm.sampling import SamplingOptions
 from tests.test_mixer import TEXT, TOY, TUNING, BruteForce, Lm, knn
 
@@ -25,7 +25,11 @@ GATE: dict[str, float | Sequence[float]] = {
 
 
 def tuned(skip_below: float) -> Tuning:
-    return replace(TUNING, rule="gate_lm", parameters={**GATE, SKIP_BELOW: skip_below})
+    """skip_below: of the weight, from which the expected gain rises and falls here."""
+    with np.errstate(divide="ignore"):
+        logit = np.nan_to_num(np.log(skip_below) - np.log(LARGEST_LAMBDA - min(skip_below, LARGEST_LAMBDA)))
+    parameters = {**GATE, GAIN: (3.0, -1.0, 1.5, 0.0, 0.0, 0.0), SKIP_BELOW: float(logit) - 1e-9}
+    return replace(TUNING, rule="gate_lm", parameters=parameters)
 
 
 async def weights() -> np.ndarray:

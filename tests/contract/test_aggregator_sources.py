@@ -10,6 +10,7 @@ import pytest
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.options import DomainOptions, KnnOptions
+from knnlm.rules import LARGEST_LAMBDA
 from tests.contract.system import TEXT, TUNING, store, system
 from tests.contract.test_aggregator import pipeline
 from tests.toys import COUNTS, LEVEL, CountOptions, counts, level
@@ -61,10 +62,16 @@ async def test_what_is_wrong_with_a_source_is_named_under_it(store: Path) -> Non
 
 async def test_searches_that_a_rule_leaves_out_are_counted(store: Path) -> None:
     path = Catalog(store).path("cat", "v1")
-    gate: dict[str, float | list[float]] = {"bias": 3.0, "linear": [-1.0, 1.5], "skip_below": 0.0}
+    gate: dict[str, float | list[float]] = {
+        "bias": 3.0,
+        "linear": [-1.0, 1.5],
+        "gain": [3.0, -1.0, 1.5, 0.0, 0.0, 0.0],
+        "skip_below": -1e9,
+    }
     with_tuning(path, replace(TUNING, rule="gate_lm", parameters=gate))
     with pipeline(store) as p:
-        gate["skip_below"] = float(np.median(p.score(TEXT, "cat").weight))
+        weight = float(np.median(p.score(TEXT, "cat").weight))
+    gate["skip_below"] = float(np.log(weight / (LARGEST_LAMBDA - weight)))
     with_tuning(path, replace(TUNING, rule="gate_lm", parameters=gate))
     async with system(store) as s:
         answer = await s.post("/v1/score", {"text": TEXT, "model": "toy+cat"})
