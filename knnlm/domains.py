@@ -71,7 +71,8 @@ class DomainSource:
             found = await together([self._search(u, step, wanted) for u in self.used])
         else:
             request = self._request(self.used[0], step, step.keys)
-            result, skipped = await searched_by_pointers(self.datastore, request, step, self.name, self.tau)
+            kept_under = f"{self.kind} {self.name}"  # no name of a source of another kind
+            result, skipped = await searched_by_pointers(self.datastore, request, step, kept_under, self.tau)
             found = [result]
         numbers = sum(result.neighbors.values.size for result in found)
         evidence = await computed(numbers, self._evidence, found, step)

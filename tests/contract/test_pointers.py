@@ -7,6 +7,7 @@ import numpy as np
 from knnlm.generation import GenerationOptions
 from knnlm.options import DomainOptions, KnnOptions, ReuseOptions
 from knnlm.sampling import SamplingOptions
+from knnlm.testing import toy_datastore
 from tests.contract.system import TEXT, store, system
 from tests.contract.test_aggregator import pipeline
 
@@ -36,3 +37,14 @@ async def test_all_routes_answer_as_in_process_and_say_what_was_saved(store: Pat
     counted = next(line for line in metrics.splitlines() if line.startswith("knnlm_aggregator_searches_skipped_total"))
     assert float(counted.split()[1]) >= saved
     assert (error["param"], low["param"]) == ("knn.reuse.tau", "knn.reuse.tau")
+
+
+async def test_a_domain_may_be_called_as_another_kind_of_source(store: Path) -> None:
+    toy_datastore(store, domain="cache")
+    body = {
+        "knn": {"domain": "cache", "lambda": 0.4, "temperature": 1.0, "reuse": {"tau": 1}},
+        "cache": {"lambda": 0.2, "theta": 0.5, "size": 9},
+    }
+    async with system(store) as s:
+        made = await s.post("/v1/completions", {"prompt": "the cat", "max_tokens": 5, "ignore_eos": True, **body})
+    assert made["usage"]["completion_tokens"] == 5
