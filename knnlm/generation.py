@@ -120,6 +120,7 @@ class Generator:
         self._mixer = mixer
         self._tokenizer = tokenizer
         self.rounds = rounds or Rounds(mixer)
+        self._under_way = 0  # completions
 
     def room(self, prompt: Ids, max_tokens: int, plan: Plan | None = None) -> int:
         """Tokens that will be generated at most. Raises InvalidRequest for a prompt without tokens, and for one that
@@ -165,6 +166,7 @@ class Generator:
         planned = begun(sources) if isinstance(sources, Plan) else self._mixer.planned(sources, begun)
         sequence, row = await planned
         ahead = StepsAhead(self.rounds, sequence.drafting(row.plan, seed, choice), row.plan.ahead)
+        self._under_way += 1
         try:
             while True:
                 new = await self._new(sequence, row, uniform(seed, choice, sequence.generated))
@@ -172,10 +174,15 @@ class Generator:
                 if new.finish is not None:
                     return
                 request = sequence.request(row.plan)
-                row = await (ahead.row(request) if row.plan.ahead else self.rounds.step(request))
+                if row.plan.ahead and self._under_way == 1:
+                    row = await ahead.row(request)
+                else:  # a shared round is cheaper than one for each of several
+                    await ahead.close()
+                    row = await self.rounds.step(request)
         except UnknownVersion as err:
             raise version_gone(err) from err
         finally:
+            self._under_way -= 1
             await ahead.close()
 
     async def complete(

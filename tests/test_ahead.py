@@ -10,6 +10,7 @@ from knnlm.ahead import StepsAhead
 from knnlm.errors import InvalidRequest, Unavailable
 from knnlm.generation import Completion, GenerationOptions, Generator
 from knnlm.index.searcher import Searcher
+from knnlm.messages import ForwardRequest, ForwardResult
 from knnlm.mixer import Mixer
 from knnlm.options import DomainOptions, KnnOptions, ReuseOptions
 from knnlm.pipeline import LocalDatastore, LocalLanguageModel, Pipeline
@@ -102,6 +103,25 @@ async def test_a_search_that_fails_ends_the_completion_and_every_draft(pipeline:
         await generator.complete(pipeline.tokenizer.encode("a"), options, knn(3), seed=1)
     await asyncio.sleep(0.05)
     assert len(asyncio.all_tasks()) == 1
+
+
+async def test_completions_that_run_at_the_same_time_share_rounds_and_draft_nothing(pipeline: Pipeline) -> None:
+    passes: list[int] = []
+
+    class Counting(LocalLanguageModel):
+        async def forward(self, request: ForwardRequest) -> ForwardResult:
+            passes.append(len(request.tokens))
+            return await super().forward(request)
+
+    mixer = Mixer(Counting(pipeline.lm), LocalDatastore(pipeline.searchers), pipeline.lm.info)
+    generator = Generator(mixer, pipeline.tokenizer)
+    options = GenerationOptions(max_tokens=10, sampling=SamplingOptions(temperature=0.5), ignore_eos=True)
+    prompt = pipeline.tokenizer.encode(TEXT[:12])
+    await asyncio.gather(*(generator.complete(prompt, options, knn(16), seed=i) for i in range(8)))
+    assert len(passes) <= 2 * options.max_tokens
+    passes.clear()
+    await generator.complete(prompt, options, knn(2), seed=1)
+    assert len(passes) > options.max_tokens  # alone again, with drafts
 
 
 @pytest.mark.parametrize("ahead", [-1, 17])
