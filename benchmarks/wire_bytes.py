@@ -21,10 +21,10 @@ from knnlm.generation import GenerationOptions, Generator
 from knnlm.index.searcher import Searcher
 from knnlm.joined import JoinedSearches
 from knnlm.lm.model import LanguageModel
+from knnlm.local import LocalDatastore, LocalLanguageModel
 from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo, SearchRequest, SearchResult
 from knnlm.mixer import Mixer
 from knnlm.options import DomainOptions, KnnOptions, SearchOptions
-from knnlm.pipeline import LocalDatastore, LocalLanguageModel
 from knnlm.v1 import datastore_pb2, lm_pb2
 from knnlm.wire.protos import forward_request_to_proto, to_proto
 

@@ -1,44 +1,30 @@
 """Model and datastores in one process: the entrance of the library, and what the services must equal.
 
-It runs the Mixer of the services over objects instead of connections. The adapters here only make synchronous objects
-answer as the clients do; nothing is computed in this file. This is the one module where torch and faiss may meet.
+It runs the Mixer of the services over objects instead of connections (knnlm/local.py) and computes nothing. This is the
+one module where torch and faiss may meet.
 """
 
 import asyncio
 import secrets
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.errors import Conflict, InvalidRequest, UnknownDomain, UnknownVersion
+from knnlm.errors import InvalidRequest
 from knnlm.generation import Completion, GenerationOptions, Generator, NewToken
+from knnlm.local import CalledModel, LocalDatastore, LocalLanguageModel
 from knnlm.memories import KeyMemory
-from knnlm.messages import (
-    PASSAGE_TOKENS,
-    Document,
-    DomainInfo,
-    ForwardRequest,
-    ForwardResult,
-    ModelInfo,
-    Passage,
-    PassagesRequest,
-    SearchRequest,
-    SearchResult,
-)
+from knnlm.messages import PASSAGE_TOKENS, Document
 from knnlm.mixer import Mixer, NextTokens, Options
 from knnlm.options import DomainOptions, KnnOptions, MemoryOptions
 from knnlm.protocols import LanguageModel, Searching
 from knnlm.scoring import Score
 from knnlm.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from knnlm.clients.rpc import GrpcLanguageModel
 
 T = TypeVar("T")
 Context = str | Sequence[int] | npt.NDArray[np.integer]
@@ -82,34 +68,6 @@ def build(
     if activate:
         catalog.activate(domain, path.name)
     return path
-
-
-class CalledModel:
-    """An lm service as a LanguageModelClient for any event loop: connected to for each call."""
-
-    def __init__(self, target: str) -> None:
-        self._target = target
-
-    async def forward(self, request: ForwardRequest) -> ForwardResult:
-        async with self._client() as client:
-            return await client.forward(request)
-
-    async def get_model(self) -> ModelInfo:
-        async with self._client() as client:
-            return await client.get_model()
-
-    async def get_tokenizer(self) -> str:
-        async with self._client() as client:
-            return await client.get_tokenizer()
-
-    async def get_chat_template(self) -> str | None:
-        async with self._client() as client:
-            return await client.get_chat_template()
-
-    def _client(self) -> "GrpcLanguageModel":
-        from knnlm.clients.rpc import GrpcLanguageModel
-
-        return GrpcLanguageModel(self._target)
 
 
 class Pipeline:
@@ -156,6 +114,7 @@ class Pipeline:
         version, InvalidRequest for one without such an index, DatastoreMismatch for one of another model, and as
         LanguageModel.load does.
         """
+        from knnlm.datastore.catalog import current_versions
         from knnlm.datastore.manifest import Manifest
         from knnlm.index.searcher import Searcher
         from knnlm.lm.model import LanguageModel
@@ -289,59 +248,6 @@ class Pipeline:
         return tokens.astype(np.int32)
 
 
-class LocalLanguageModel:
-    """A model of this process as a LanguageModelClient. Calls run on a thread, so that a search can run meanwhile."""
-
-    def __init__(self, lm: LanguageModel) -> None:
-        self._lm = lm
-
-    async def forward(self, request: ForwardRequest) -> ForwardResult:
-        return await asyncio.to_thread(self._lm.forward, request)
-
-    async def get_model(self) -> ModelInfo:
-        return self._lm.info
-
-    async def get_tokenizer(self) -> str:
-        return self._lm.tokenizer.json
-
-    async def get_chat_template(self) -> str | None:
-        return self._lm.tokenizer.chat_template
-
-
-class LocalDatastore:
-    """Opened searchers as a DatastoreClient. Each domain stays on the version it was opened with."""
-
-    def __init__(self, searchers: Mapping[str, Searching]) -> None:
-        self._searchers = searchers
-
-    async def search(self, request: SearchRequest) -> SearchResult:
-        return await asyncio.to_thread(self._searcher(request.domain).search, request)
-
-    async def passages(self, request: PassagesRequest) -> Sequence[Passage]:
-        return await asyncio.to_thread(self._searcher(request.domain).passages, request)
-
-    async def list_domains(self) -> Sequence[DomainInfo]:
-        return [await self.get_domain(domain) for domain in sorted(self._searchers)]
-
-    async def get_domain(self, domain: str, version: str | None = None) -> DomainInfo:
-        info = self._searcher(domain).info(())
-        if version not in (None, info.version):
-            raise UnknownVersion(
-                f"domain {domain} was opened with version {info.version}, not {version}", param="version"
-            )
-        return replace(info, versions=(info.version,))
-
-    async def activate(self, domain: str, version: str) -> DomainInfo:
-        info = await self.get_domain(domain)
-        raise Conflict(f"domain {domain} was opened with version {info.version}: open {version} instead")
-
-    def _searcher(self, domain: str) -> Searching:
-        if domain not in self._searchers:
-            known = ", ".join(sorted(self._searchers)) or "none"
-            raise UnknownDomain(f"unknown domain {domain!r}; opened: {known}", param="domain")
-        return self._searchers[domain]
-
-
 def _opened(where: str | Path, device: str, dtype: str) -> LanguageModel | KeyMemory | CalledModel:
     """The memory at host:port, or in a folder, of either kind; without memory.json it is a model trained elsewhere.
 
@@ -359,30 +265,6 @@ def _opened(where: str | Path, device: str, dtype: str) -> LanguageModel | KeyMe
     lm = LanguageModel.load(str(path), device=device, dtype=dtype)
     lm.info = with_memory(lm.info, path)
     return lm
-
-
-def current_versions(store: str | Path | None, domains: Sequence[str] | None) -> dict[str, Path]:
-    """The folder of the version that answers, for each of the domains; None: for all that have one. Raises
-    UnknownDomain and UnknownVersion."""
-    from knnlm.datastore.catalog import Catalog
-
-    if store is None:
-        if domains:
-            raise InvalidRequest(f"domains {', '.join(domains)} were asked for, but no store", param="store")
-        return {}
-    catalog = Catalog(Path(store))
-    paths = {}
-    for domain in catalog.domains() if domains is None else domains:
-        version = catalog.current(domain)
-        if version is None and domains is None:  # none was activated yet; as the datastore service does
-            continue
-        if version is None:
-            raise UnknownVersion(
-                f"domain {domain} has no current version: activate one of {', '.join(catalog.versions(domain))}",
-                param="domain",
-            )
-        paths[domain] = catalog.path(domain, version)
-    return paths
 
 
 def _listed(contexts: Context | Sequence[Context]) -> Sequence[Context]:

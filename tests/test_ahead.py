@@ -10,10 +10,11 @@ from knnlm.ahead import StepsAhead
 from knnlm.errors import InvalidRequest, Unavailable
 from knnlm.generation import Completion, GenerationOptions, Generator
 from knnlm.index.searcher import Searcher
+from knnlm.local import LocalDatastore, LocalLanguageModel
 from knnlm.messages import ForwardRequest, ForwardResult
 from knnlm.mixer import Mixer
 from knnlm.options import DomainOptions, KnnOptions, ReuseOptions
-from knnlm.pipeline import LocalDatastore, LocalLanguageModel, Pipeline
+from knnlm.pipeline import Pipeline
 from knnlm.rounds import Rounds
 from knnlm.sampling import SamplingOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore

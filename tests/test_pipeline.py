@@ -15,9 +15,10 @@ from knnlm.evaluation.perplexity import leaks
 from knnlm.evaluation.splits import encode
 from knnlm.generation import GenerationOptions
 from knnlm.index.searcher import Searcher
+from knnlm.local import LocalDatastore, LocalLanguageModel
 from knnlm.messages import Document, ForwardRequest, SearchRequest, Tuning
 from knnlm.options import DomainOptions, KnnOptions, SearchOptions
-from knnlm.pipeline import Context, LocalDatastore, LocalLanguageModel, Pipeline
+from knnlm.pipeline import Context, Pipeline
 from knnlm.sampling import SamplingOptions
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 

@@ -7,6 +7,7 @@ begins with a dot is work in progress and is never listed. Knows nothing of what
 import re
 import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from knnlm.datastore.files import disk_errors, locked, sync_folder, write_atomic
@@ -171,3 +172,25 @@ def _checked(name: str, param: str) -> str:
 def _natural(name: str) -> list[str | int]:
     """Digits compare as numbers: ["v", 2, ""] before ["v", 10, ""]; text and numbers alternate, so they never meet."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def current_versions(store: str | Path | None, domains: Sequence[str] | None) -> dict[str, Path]:
+    """The folder of the version that answers, for each of the domains; None: for all that have one. Raises
+    UnknownDomain and UnknownVersion."""
+    if store is None:
+        if domains:
+            raise InvalidRequest(f"domains {', '.join(domains)} were asked for, but no store", param="store")
+        return {}
+    catalog = Catalog(Path(store))
+    paths = {}
+    for domain in catalog.domains() if domains is None else domains:
+        version = catalog.current(domain)
+        if version is None and domains is None:  # none was activated yet; as the datastore service does
+            continue
+        if version is None:
+            raise UnknownVersion(
+                f"domain {domain} has no current version: activate one of {', '.join(catalog.versions(domain))}",
+                param="domain",
+            )
+        paths[domain] = catalog.path(domain, version)
+    return paths

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.catalog import Catalog, current_versions
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import HeldOut, find, observe
@@ -19,7 +19,6 @@ from knnlm.memory.making import Progress, begun_with, make_targets, shape_of, ta
 from knnlm.memory.manifest import Begun, Exclude, FitRecord, StoreRecord, TargetSettings, TargetsManifest
 from knnlm.neighbors import Neighbors
 from knnlm.options import DEFAULT_K, DomainOptions, SearchOptions
-from knnlm.pipeline import current_versions
 
 EXCLUDE: tuple[Exclude, ...] = ("entry", "document")
 TOP = 128  # tokens kept of each distribution

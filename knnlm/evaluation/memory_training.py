@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.catalog import Catalog, current_versions
 from knnlm.datastore.files import discard, disk_errors, locked, sha256_of, sync_folder
 from knnlm.datastore.layout import FileRecord
 from knnlm.datastore.reader import Datastore
@@ -37,7 +37,6 @@ from knnlm.memory.manifest import (
 )
 from knnlm.memory.targets import Targets
 from knnlm.messages import Document
-from knnlm.pipeline import current_versions
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.catalog import Catalog, current_versions
 from knnlm.datastore.manifest import FLAT, Manifest
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.errors import InvalidRequest
@@ -29,7 +29,6 @@ from knnlm.index.searcher import Searcher
 from knnlm.messages import Document, SearchQuality, SearchRequest, Tuning
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
-from knnlm.pipeline import current_versions
 from knnlm.rules import AUTO, FIXED, decides_early
 from knnlm.rules import rule as known_rule
 

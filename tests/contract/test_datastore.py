@@ -11,9 +11,9 @@ import pytest
 from knnlm.datastore.catalog import Catalog
 from knnlm.errors import InvalidRequest, KnnlmError, TooLarge, UnknownDomain, UnknownVersion
 from knnlm.index.searcher import Searcher
+from knnlm.local import LocalDatastore
 from knnlm.messages import PassagesRequest, SearchRequest, SearchResult
 from knnlm.options import SearchOptions
-from knnlm.pipeline import LocalDatastore
 from knnlm.protocols import DatastoreClient
 from knnlm.testing import TEXTS, toy_datastore
 from services.datastore.app import service
