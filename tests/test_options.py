@@ -37,7 +37,7 @@ MEMORY_TARGETS = "knnlm/evaluation/memory_targets.py"
         ("ef_search", {"knnlm/index/hnsw.py", "services/datastore/settings.py"}),
         (
             "exclude_own_documents",
-            {"knnlm/index/exclusion.py", "knnlm/memory/targets.py", MEMORY_TARGETS},
+            {"knnlm/index/exclusion.py", "knnlm/memory/making.py", MEMORY_TARGETS},
         ),
     ],
 )
