@@ -50,7 +50,7 @@ async def searched_by_pointers(
     ids = np.full((n, k), -1, np.int64)
     first_rows = np.cumsum([0, *(len(s.predicted) for s in step.stretches)])[:-1].tolist()
     before = [_kept(stretch, name, step) for stretch in step.stretches]
-    answered: list[SearchResult] = []
+    answering = request.domain, request.version or ""
     saved = widest = 0
     for at in range(max((len(s.predicted) for s in step.stretches), default=0)):
         going = [i for i, s in enumerate(step.stretches) if at < len(s.predicted)]
@@ -67,7 +67,7 @@ async def searched_by_pointers(
         results = await together([datastore.search(asked) for _, asked in parts])
         saved += len(follow)
         for (stretches, _), result in zip(parts, results, strict=True):
-            answered.append(result)
+            answering = result.domain, result.version
             near = result.neighbors
             if near.ids is None:
                 raise TypeError("ids were asked for")
@@ -79,10 +79,9 @@ async def searched_by_pointers(
                 before[i] = _Found(int(step.stretches[i].predicted[at]), ids[row], values[row])
     for stretch, last in zip(step.stretches, before, strict=True):
         if last is not None:
-            stretch.state[name] = last
-    domain, version = (answered[0].domain, answered[0].version) if answered else (request.domain, request.version or "")
+            stretch.state[name] = _Found(last.place, last.ids.copy(), last.values.copy())  # and not all rows with it
     found = Neighbors(distances[:, :widest], values[:, :widest], ids[:, :widest])
-    return SearchResult(domain, version, found), saved
+    return SearchResult(*answering, found), saved
 
 
 def _kept(stretch: Stretch, name: str, step: Step) -> _Found | None:

@@ -1,5 +1,6 @@
 """Neighbors found by following entries, against their definition, and what is mixed of them."""
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -12,10 +13,13 @@ from knnlm.errors import InvalidRequest
 from knnlm.generation import GenerationOptions
 from knnlm.index.searcher import Searcher
 from knnlm.messages import Passage, PassagesRequest, SearchRequest, SearchResult
+from knnlm.mixer import Mixer
 from knnlm.neighbors import Neighbors
 from knnlm.options import DomainOptions, KnnOptions, ReuseOptions
-from knnlm.pipeline import Pipeline
+from knnlm.pipeline import LocalDatastore, LocalLanguageModel, Pipeline
 from knnlm.protocols import Searching
+from knnlm.rounds import Rounds
+from knnlm.rows import StepRequest
 from knnlm.sampling import SamplingOptions
 from knnlm.testing import ToyLanguageModel
 from tests.grown import base, grow, some_documents
@@ -184,3 +188,14 @@ def test_options_that_contradict_each_other_are_refused() -> None:
         with pytest.raises(InvalidRequest) as caught:
             ReuseOptions(**given)
         assert caught.value.param == param
+
+
+async def test_what_a_text_keeps_holds_no_other_rows(searcher: Searcher) -> None:
+    lm = ToyLanguageModel()
+    mixer = Mixer(LocalLanguageModel(lm), LocalDatastore({"toy": searcher}), lm.info)
+    rounds, plan = Rounds(mixer), await mixer.plan(knn(TAU))
+    asked = [StepRequest(plan, lm.tokenizer.encode(text)) for text in ("abc", "abd", "fed")]
+    await asyncio.gather(*(rounds.step(request) for request in asked))
+    for request in asked:
+        (kept,) = request.state.values()
+        assert kept.ids.base is kept.values.base is None
