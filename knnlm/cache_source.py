@@ -139,6 +139,8 @@ class _Cache:
         lmbda = _value("lambda", options.lmbda, tuned)
         theta = _value("theta", options.theta, tuned)
         size = _value("size", options.size, {"size": DEFAULT_SIZE, **tuned})
+        if options.size is None and options.max_size is not None:
+            size = min(size, options.max_size)
         weighing = Weighing(FIXED, {"lambda": lmbda}, asked=options.lmbda is not None)
         return Plan((CacheSource(theta, int(size), weighing),))
 

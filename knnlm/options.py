@@ -225,6 +225,7 @@ class CacheOptions:
         float, "Multiplies dot products of keys: how much alike places must be; by default as tuned.", minimum=0
     )
     size: int | None = option(int, "Earlier places that are looked at; by default as tuned.", minimum=1)
+    max_size: int | None = option(int, "Of them at most, where size is as tuned.", minimum=1, public=False)
 
     def __post_init__(self) -> None:
         if self.lmbda is not None and not 0 <= self.lmbda <= 1:

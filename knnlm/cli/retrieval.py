@@ -190,4 +190,5 @@ CACHE = Annotated[
 CACHE_OPTIONS: Mapping[str, Any] = {
     name: _option(option.kind, f"--cache-{name.replace('lmbda', 'lambda')}", option.description)
     for name, option in options_of(CacheOptions).items()
+    if option.public
 }

@@ -237,7 +237,7 @@ class CacheMemory:
         options = sources.get("cache")
         if options is None:
             return nullcontext()
-        size = texts * self._place_bytes * (options.size or DEFAULT_SIZE)
+        size = texts * self._place_bytes * (options.size or options.max_size or DEFAULT_SIZE)
         if size > self._most:
             raise TooLarge(
                 f"the caches of {texts} texts need {size} bytes, at most {self._most} are held (--max-cache-bytes): "

@@ -141,10 +141,10 @@ def _knn(request: Sourced, named: str | None, settings: AggregatorSettings) -> K
 
 
 def _bounded(cache: CacheOptions, most: int) -> CacheOptions:
-    """The options with a size that is allowed. Raises TooLarge."""
+    """The options with a size that is allowed, also where it is as tuned. Raises TooLarge."""
     if cache.size is not None and cache.size > most:
         raise TooLarge(f"size must be at most {most} (--max-cache-size), got {cache.size}", param="cache.size")
-    return replace(cache, size=min(DEFAULT_SIZE, most)) if cache.size is None and most < DEFAULT_SIZE else cache
+    return replace(cache, max_size=min(DEFAULT_SIZE, most))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The continuous cache in requests to a running system: as in process, within its bounds, in every route."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,17 @@ async def test_what_was_tuned_with_the_domain_holds_where_nothing_is_asked(store
     weights = {c["name"]: c["weight"] for c in answer["results"][0]["components"]}
     assert weights == pytest.approx({"lm": 0.65, "cat": 0.15, "cache": 0.2})
     assert (error["param"], lone["param"]) == ("cache.lambda", "cache.theta")
+
+
+@pytest.mark.parametrize(("tuned", "allowed", "used"), [(7.0, 64, 7), (50_000.0, 64, 64), (50_000.0, 4096, 2000)])
+async def test_a_tuned_size_keeps_within_the_settings(store: Path, tuned: float, allowed: int, used: int) -> None:
+    cache = {"lambda": 0.2, "theta": 0.4, "size": tuned}
+    with_tuning(Catalog(store).path("cat", "v1"), replace(TUNING, cache=cache))
+    body = {"tokens": [256, *(TEXT * 30).encode()], "model": "toy+cat"}
+    async with system(store, max_cache_size=allowed) as s:
+        as_tuned = await s.post("/v1/score", {**body, "cache": {}})
+        as_asked = await s.post("/v1/score", {**body, "cache": {"size": used}})
+    assert as_tuned["tokens"] == as_asked["tokens"]
 
 
 @pytest.mark.parametrize(
