@@ -12,11 +12,12 @@ import pytest
 from knnlm.errors import InvalidRequest
 from knnlm.generation import GenerationOptions
 from knnlm.index.searcher import Searcher
+from knnlm.local import LocalDatastore, LocalLanguageModel
 from knnlm.messages import Passage, PassagesRequest, SearchRequest, SearchResult
 from knnlm.mixer import Mixer
 from knnlm.neighbors import Neighbors
 from knnlm.options import DomainOptions, KnnOptions, ReuseOptions
-from knnlm.pipeline import LocalDatastore, LocalLanguageModel, Pipeline
+from knnlm.pipeline import Pipeline
 from knnlm.protocols import Searching
 from knnlm.rounds import Rounds
 from knnlm.rows import StepRequest
