@@ -95,6 +95,8 @@ class TemplateProcess:
 
     def _started(self) -> "subprocess.Popen[bytes]":
         """The process, a new one where the last has ended, with the template compiled."""
+        if self._process is not None and self._process.poll() is not None:  # somebody ended it between two renderings
+            self._end()
         if self._process is None:
             kept = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
             try:

@@ -169,6 +169,15 @@ def ended(pid: int) -> bool:
         return True
 
 
+async def test_a_process_that_was_ended_between_renderings_fails_nobody() -> None:
+    async with started(ECHO) as template:
+        process = template._process
+        assert process is not None
+        process.kill()
+        await asyncio.to_thread(os.waitid, os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert await template.render(MESSAGES, 5) == "<s>Is it a bird?"
+
+
 async def test_it_knows_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KNNLM_SECRET", "x")
     async with started(ECHO) as template:
