@@ -124,7 +124,7 @@ def mixtures(held_out: HeldOut, observations: Observations, temperature: float) 
 
 
 def skipping_losses(observations: Observations, temperature: float) -> dict[float, Losses]:
-    """By the share of the searches that was left out, negative log-probabilities (n,) with EARLY, whose parameters and
+    """Negative log-probabilities (n,) with EARLY, by the share of the searches that was left out, whose parameters and
     threshold were fitted to the other documents."""
     observed = seen(observations, temperature, [EARLY])
     if observed.document_of is None or observed.lm is None:

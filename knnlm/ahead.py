@@ -17,9 +17,9 @@ from knnlm.rounds import Begun, Rounds
 from knnlm.rows import Row, StepRequest
 from knnlm.sampling import Known
 
-DRAFTING = 0.5  # share of right drafts from which on drafting gains time
-REMEMBERED = 6  # drafts, about, that the share is of
-HOPE = 0.02  # that grows with every step without drafts: after some of them another is tried
+MIN_RIGHT_SHARE = 0.5  # share of right drafts from which on drafting gains time
+AVERAGED_DRAFTS = 6  # drafts, about, that the share is of
+RECOVERED_SHARE = 0.02  # what a step without drafts adds to the share: after some of them another draft is made
 
 Draft = Callable[[Sequence[int], Known], StepRequest | None]
 
@@ -39,15 +39,15 @@ class StepsAhead:
         self._most = most
         self._waiting: deque[Begun] = deque()
         self._certain = 0  # tokens of the context that is not drafted
-        self._right = 1.0  # share of the last drafts that were right, and hope that grows while none are made
+        self._right = 1.0  # share of the last drafts that were right, which rises while none are made
 
     async def row(self, request: StepRequest) -> Row:
         """The row after the context, as Rounds.step answers it; the drafts behind it are on their way meanwhile."""
         step = self._taken(request)
         self._certain = len(request.context)
-        if self._right < DRAFTING:
-            self._right += HOPE
-        while not step.answer.done() and len(self._waiting) < self._most and self._right >= DRAFTING:
+        if self._right < MIN_RIGHT_SHARE:
+            self._right += RECOVERED_SHARE
+        while not step.answer.done() and len(self._waiting) < self._most and self._right >= MIN_RIGHT_SHARE:
             last = self._waiting[-1] if self._waiting else step
             waited: list[asyncio.Future[Any]] = [step.answer, last.early]  # Any: of two kinds
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -67,7 +67,7 @@ class StepsAhead:
         """The step that was begun for this context; else a new one, and what was begun on other tokens is dropped."""
         if self._waiting:
             right = np.array_equal(self._waiting[0].request.context, request.context)
-            self._right += (right - self._right) / REMEMBERED
+            self._right += (right - self._right) / AVERAGED_DRAFTS
             if right:
                 self.kept += 1
                 return self._waiting.popleft()

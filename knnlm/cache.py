@@ -7,13 +7,12 @@ A place of a text has the key from which its token was predicted and, once it ha
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
-from knnlm.neighbors import TokenMasses, token_masses
+from knnlm.neighbors import TokenMasses, stacked, token_masses
 from knnlm.options import check_theta
 
 BLOCK_BYTES = 1 << 22  # bytes of float64 scores that are made at a time
@@ -74,14 +73,3 @@ def _log_sum(scores: npt.NDArray[np.float64], empty: float = -math.inf) -> npt.N
     with np.errstate(divide="ignore"):
         sums: npt.NDArray[np.float64] = np.log(np.exp(scores - tops).sum(axis=1)) + tops[:, 0]
     return np.where(np.isneginf(sums), empty, sums)
-
-
-def stacked(parts: Sequence[TokenMasses]) -> TokenMasses:
-    """The rows of all parts, one below the other."""
-    ends = np.cumsum([0, *(len(part.tokens) for part in parts)])
-    offsets = [np.zeros(1, np.int64), *(part.offsets[1:] + end for part, end in zip(parts, ends, strict=False))]
-    return TokenMasses(
-        np.concatenate(offsets),
-        np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)]),
-        np.concatenate([np.empty(0), *(part.log_masses for part in parts)]),
-    )

@@ -1,4 +1,5 @@
-"""The continuous cache as a source of a mixture: what the text itself said where its keys were like the present one.
+"""The continuous cache as a source of a mixture: the tokens that came earlier in the text itself
+where keys were like the present one.
 
 The arithmetic is in knnlm/cache.py. From one stretch of a text to the next the keys of its last places are kept; their
 tokens stand in the text.
@@ -6,15 +7,14 @@ tokens stand in the text.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.cache import cache_log_probs, stacked
+from knnlm.cache import cache_log_probs
 from knnlm.errors import InvalidRequest, Unavailable
 from knnlm.evidence import Evidence, Step, Stretch
-from knnlm.neighbors import TokenMasses
+from knnlm.neighbors import TokenMasses, stacked
 from knnlm.options import CacheOptions
 from knnlm.rules import FIXED, Weighing
 from knnlm.sources import Plan, Services, computed
@@ -124,8 +124,8 @@ class CacheSource:
         return Evidence(np.concatenate(present), np.concatenate([p for p in found if isinstance(p, np.ndarray)]))
 
 
-class _Cache:
-    """The row of the table of sources."""
+class CacheKind:
+    """The continuous cache, as a kind of source."""
 
     options = CacheOptions
 
@@ -155,4 +155,4 @@ def _value(name: str, asked: float | None, tuned: Mapping[str, float | Sequence[
     )
 
 
-CACHE: Any = _Cache()
+CACHE = CacheKind()

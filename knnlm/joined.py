@@ -80,7 +80,7 @@ class JoinedSearches:
 
 
 def _parted(waiting: Sequence[tuple[SearchRequest, Any]]) -> list[list[tuple[SearchRequest, Any]]]:  # Any: futures
-    """In parts of at most MAX_ROWS queries."""
+    """The requests in parts of at most MAX_ROWS queries."""
     parts: list[list[tuple[SearchRequest, Any]]] = []
     rows = MAX_ROWS
     for one in waiting:

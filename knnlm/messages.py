@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest, Unavailable
-from knnlm.neighbors import Neighbors
+from knnlm.neighbors import MISSING_DISTANCE, Neighbors
 from knnlm.options import SearchOptions
 
 T = TypeVar("T")
@@ -241,7 +241,7 @@ class SearchResult:
     def among(self, rows: npt.NDArray[np.bool_]) -> "SearchResult":
         """The answer about queries of which only those at `rows`, (n,), were searched: the others found nothing."""
         found, shape = self.neighbors, (len(rows), self.neighbors.values.shape[1])
-        distances, values = np.full(shape, np.inf, np.float32), np.full(shape, -1, np.int32)
+        distances, values = np.full(shape, MISSING_DISTANCE, np.float32), np.full(shape, -1, np.int32)
         distances[rows], values[rows] = found.distances, found.values
         ids = None
         if found.ids is not None:

@@ -320,7 +320,7 @@ class Mixer:
         return plan, found
 
     async def forward(self, request: ForwardRequest, timings: Timings) -> ForwardResult:
-        """Raises Unavailable when another model than `info` answers: its keys would find nonsense without a word."""
+        """Raises Unavailable when another model than `info` answers: neighbors of its keys would mean nothing."""
         result = await timed(self._lm.forward(request), "lm", timings)
         if result.fingerprint != self.info.fingerprint:
             raise Unavailable(

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
 
+MISSING_DISTANCE = np.finfo(np.float32).max  # the distance of padding
 BLOCK_BYTES = 1 << 19  # float64 weights made at a time in scoring: they stay in a core's cache
 MIN_TEMPERATURE = 1e-100  # no distance in float32, divided by it, overflows float64
 COUNTED_PLACES = 1 << 18  # rows times tokens of a table that stays in a core's cache
@@ -104,6 +105,17 @@ class TokenMasses:
         return result
 
 
+def stacked(parts: Sequence[TokenMasses]) -> TokenMasses:
+    """The rows of all parts, one below the other."""
+    ends = np.cumsum([0, *(len(part.tokens) for part in parts)])
+    offsets = [np.zeros(1, np.int64), *(part.offsets[1:] + end for part, end in zip(parts, ends, strict=False))]
+    return TokenMasses(
+        np.concatenate(offsets),
+        np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)]),
+        np.concatenate([np.empty(0), *(part.log_masses for part in parts)]),
+    )
+
+
 def neighbor_log_probs(neighbors: Neighbors, temperature: float) -> TokenMasses:
     """p_kNN in log space (Khandelwal et al. 2020, arXiv 1911.00172, eq. 2, with a temperature): every row that is not
     empty sums to one."""
@@ -164,7 +176,7 @@ def merge(parts: Sequence[Neighbors], k: int) -> Neighbors:
 
     kept = take(values).astype(np.int32)
     return Neighbors(
-        np.where(kept >= 0, take(distances), np.finfo(np.float32).max).astype(np.float32),
+        np.where(kept >= 0, take(distances), MISSING_DISTANCE).astype(np.float32),
         kept,
         None if ids is None else np.where(kept >= 0, take(ids), -1).astype(np.int64),
     )

@@ -228,8 +228,7 @@ class CacheOptions:
     max_size: int | None = option(int, "Of them at most, where size is as tuned.", minimum=1, public=False)
 
     def __post_init__(self) -> None:
-        if self.lmbda is not None and not 0 <= self.lmbda <= 1:
-            raise InvalidRequest(f"lambda must lie in [0, 1], got {self.lmbda}", param="lambda")
+        _check_lambda(self.lmbda)
         if self.theta is not None:
             check_theta(self.theta)
         if self.size is not None and self.size < 1:

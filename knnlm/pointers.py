@@ -14,11 +14,10 @@ import numpy.typing as npt
 
 from knnlm.evidence import Step, Stretch
 from knnlm.messages import SearchRequest, SearchResult
-from knnlm.neighbors import Neighbors
+from knnlm.neighbors import MISSING_DISTANCE, Neighbors
 from knnlm.protocols import DatastoreClient
 from knnlm.sources import together
 
-FAR = np.finfo(np.float32).max  # squared distance of padding
 Ids = npt.NDArray[np.int64]
 
 
@@ -46,7 +45,7 @@ async def searched_by_pointers(
     what the datastore raises.
     """
     n, k = len(request.queries), request.k
-    distances, values = np.full((n, k), FAR, np.float32), np.full((n, k), -1, np.int32)
+    distances, values = np.full((n, k), MISSING_DISTANCE, np.float32), np.full((n, k), -1, np.int32)
     ids = np.full((n, k), -1, np.int64)
     first_rows = np.cumsum([0, *(len(s.predicted) for s in step.stretches)])[:-1].tolist()
     before = [_kept(stretch, name, step) for stretch in step.stretches]
@@ -91,7 +90,7 @@ def _kept(stretch: Stretch, name: str, step: Step) -> _Found | None:
 
 
 def _pointed(stretch: Stretch, at: int, before: _Found | None, tau: int) -> Ids | None:
-    """The entries to follow to the prediction `at` of a stretch; None where it must be searched."""
+    """Entries to follow to the prediction `at` of a stretch; None where an index must be searched."""
     place = int(stretch.predicted[at])
     if before is None or before.place != place - 1:
         return None
@@ -107,7 +106,7 @@ def _rows(
 
 
 def _padded(entries: Sequence[Ids]) -> Ids:
-    """(n, c) with as many columns as the longest has."""
+    """(n, c) with as many columns as the longest row has."""
     padded = np.full((len(entries), max(map(len, entries))), -1, np.int64)
     for row, some in zip(padded, entries, strict=True):
         row[: len(some)] = some

@@ -353,7 +353,7 @@ def _rows(forward: ForwardResult, places: Sequence[int]) -> ForwardResult:
 
 
 def _tell(asked: Sequence[_WaitingStep], forward: ForwardResult) -> None:
-    """What the LM says, to those who wait for it."""
+    """Tells what the LM says to those that wait for it."""
     for i, one in enumerate(asked):
         if one.early is None or one.early.done():
             continue

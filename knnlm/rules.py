@@ -1,6 +1,6 @@
 """Lambda rules: from what a source and the LM say of each prediction to the weight of the source. Pure.
 
-A rule is one class and one row of RULES: it weighs, it is fitted, and it says which numbers it looks at. What `fit`
+A rule is one row of RULES: it weighs, it is fitted, and it says which numbers it looks at. What `fit`
 gives is stored with a domain's tuning and given to `weights` again.
 """
 
@@ -173,7 +173,7 @@ class Gate:
         return LARGEST_LAMBDA * sigmoid(gate_logits(self._inputs(evidence, lm), parameters))
 
     def fit(self, observed: Observed) -> Parameters:
-        """As in knnlm.gate.gate_logits."""
+        """The parameters that knnlm.gate.gate_logits takes."""
         present = observed.evidence.present
         ratio = observed.ratio[present]
         best = _best_lambda(ratio)
@@ -201,8 +201,8 @@ INPUTS: Mapping[str, Callable[[Weights], Weights]] = {
 }  # how a feature goes into a network
 
 
-# relative: NEST's confidence (Li et al. 2024, arXiv 2405.19325) is such a logistic function of the nearest distance as
-# a share of the farthest one: its center is -bias / linear, its width -1 / linear
+# relative: NEST's confidence (Li et al. 2024, arXiv 2405.19325) is a logistic function of the nearest distance as a
+# share of the farthest one, as here: its center is -bias / linear, its width -1 / linear
 RULES: dict[str, Rule] = {
     FIXED: Fixed(),
     "bins": Bins(),

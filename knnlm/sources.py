@@ -87,7 +87,7 @@ class Carrying(Protocol):
     async def carried(
         self, found: Sequence[SearchResult], targets: npt.NDArray[np.integer], count: int, passage_tokens: int
     ) -> Sequence[Sequence[Carrier]]:
-        """Of each target (n,) at most `count` of the entries that gave it most, with `passage_tokens` tokens of text on
+        """At most `count` of the entries that gave each target (n,) most, with `passage_tokens` tokens of text on
         each side. found: the searches of this source's evidence of n predictions, with ids. Raises as
         Source.evidence."""
         ...
@@ -115,8 +115,8 @@ async def timed(call: Awaitable[T], stage: str, timings: Timings) -> T:
 @dataclass(frozen=True)
 class Services:
     """What sources may be made of. info: the language model, whose keys and vocabulary they must fit. asked: the kinds
-    of sources in this call. infos: the domains among those that were resolved before. memories: by the
-    names that requests give them, each a LanguageModelClient or knnlm.memories.KeyMemory."""
+    of sources in this call. infos: of the domains that were resolved before. memories: by the names that requests give
+    them, each a LanguageModelClient or knnlm.memories.KeyMemory."""
 
     info: ModelInfo
     datastore: DatastoreClient

@@ -361,7 +361,7 @@ class Net:
 
 
 TRAINED = TrainedMemory("law", "v1", "c" * 64, 40, 0.5, 0.35)
-MLP = KeyMemory(Net(), "memories/law-mlp", "f" * 16, TOY.info.fingerprint, TRAINED)
+MLP = KeyMemory(Net(), "law-mlp", "f" * 16, TOY.info.fingerprint, TRAINED)
 
 
 async def test_an_mlp_memory_reads_the_keys_of_the_language_model() -> None:
@@ -375,7 +375,7 @@ async def test_an_mlp_memory_reads_the_keys_of_the_language_model() -> None:
     learnt = np.exp(Net().log_probs(keys).astype(np.float64))
     expected = 0.35 * np.exp(after(TOY, CONTEXTS)) + 0.3 * np.exp(retrieved) + 0.35 * learnt
     np.testing.assert_allclose(np.exp(answer.mixed.log_probs), expected, rtol=1e-6)
-    assert answer.memories == (UsedMemory("law", 0.35, "memories/law-mlp", "f" * 16),)
+    assert answer.memories == (UsedMemory("law", 0.35, "law-mlp", "f" * 16),)
     text = TOKENS[:30]
     score = await mixer.score_text(text, asked)
     rows = (await mixer.next_token([text[: i + 1] for i in range(29)], asked)).mixed.log_probs

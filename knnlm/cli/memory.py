@@ -150,12 +150,11 @@ def train(
     from knnlm.lm.distillation import DistilSettings
 
     path = version_folder(Catalog(store), domain, version)
-    if not 0 < epochs < float("inf") or evaluations < 1 or batch_entries < 1:
-        raise InvalidRequest(
-            f"epochs must be > 0, evaluations and batch_entries at least 1, got {epochs}, {evaluations} and "
-            f"{batch_entries}",
-            param="epochs",
-        )
+    if not 0 < epochs < math.inf:
+        raise InvalidRequest(f"epochs must be > 0, got {epochs}", param="epochs")
+    for name, value in (("evaluations", evaluations), ("batch_entries", batch_entries)):
+        if value < 1:
+            raise InvalidRequest(f"{name} must be at least 1, got {value}", param=name)
     steps = math.ceil(epochs * Manifest.load(path).live_entries / batch_entries)
     settings = DistilSettings(
         steps=steps, beta=beta, batch_entries=batch_entries, pass_tokens=pass_tokens, learning_rate=learning_rate,

@@ -1,4 +1,4 @@
-"""The options of retrieval that several commands have: declared once, given to a command as one KnnOptions."""
+"""The options of what is mixed that several commands have, declared once: retrieval, a memory and the cache."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence

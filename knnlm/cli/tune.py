@@ -244,7 +244,7 @@ def _refuse_with_a_domain_alone(context: typer.Context) -> None:
 
 
 def _percent(nats: float) -> float:
-    """Of perplexity, of a difference of mean log-likelihoods."""
+    """Percent of perplexity that a difference of mean log-likelihoods makes."""
     return 100 * math.expm1(nats)
 
 

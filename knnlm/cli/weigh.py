@@ -1,4 +1,4 @@
-"""`knnlm weigh`: what each component of a mixture weighs best on held-out documents, alone and together."""
+"""`knnlm weigh`: the best weight of each component of a mixture on held-out documents, alone and together."""
 
 from dataclasses import replace
 from typing import Annotated, Any
@@ -49,7 +49,7 @@ def weigh(
 ) -> None:
     """Fit the weights of domains, a memory and the cache on held-out documents, alone with the LM and all together.
 
-    Nothing is stored: the weights are for --lambda and --memory-lambda, or for requests.
+    Nothing is stored: the weights are for --lambda, --memory-lambda and --cache-lambda, or for requests.
     """
     from knnlm.datastore.text import read_documents
     from knnlm.evaluation.collect import LEAK_ALARM

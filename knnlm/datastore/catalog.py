@@ -174,6 +174,11 @@ def _natural(name: str) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
+def version_path(store: str | Path, domain: str, version: str | None) -> Path:
+    """The folder of a version, of the current one for None. Raises UnknownDomain and UnknownVersion."""
+    return current_versions(store, [domain])[domain] if version is None else Catalog(Path(store)).path(domain, version)
+
+
 def current_versions(store: str | Path | None, domains: Sequence[str] | None) -> dict[str, Path]:
     """The folder of the version that answers, for each of the domains; None: for all that have one. Raises
     UnknownDomain and UnknownVersion."""

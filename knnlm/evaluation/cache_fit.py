@@ -47,7 +47,7 @@ class CacheFit:
 
     @property
     def parameters(self) -> Parameters:
-        """As knnlm.messages.Tuning stores them."""
+        """The parameters as knnlm.messages.Tuning stores them."""
         beside = {} if self.knn_lambda is None else {"knn_lambda": self.knn_lambda}
         return {"lambda": self.lmbda, "theta": self.theta, "size": float(self.size), **beside}
 

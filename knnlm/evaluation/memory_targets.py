@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from knnlm.datastore.catalog import Catalog, current_versions
+from knnlm.datastore.catalog import version_path
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import HeldOut, find, observe
@@ -49,14 +49,15 @@ def build_targets(
     the current one. exclude: what does not count among the neighbors of an entry, itself alone ("entry") or its
     whole document ("document"). temperature: None to fit it, and k out of `ks`, to a sample of max_tokens tokens of the
     store's documents, whose own documents do not count, mixed with the LM at the best lambda; else `ks` is one number.
-    top: tokens kept of each distribution. part_entries: what a kill costs. on_progress hears (what is done now, done,
-    total). Raises InvalidRequest for a value out of range, Conflict when `out` exists or was begun with other settings,
-    UnknownDomain, UnknownVersion, DatastoreMismatch, DatastoreError, and as LanguageModel.load does.
+    top: tokens kept of each distribution. part_entries: entries that a killed run loses at most. on_progress hears
+    (what is done now, done, total). Raises InvalidRequest for a value out of range, Conflict when `out` exists or was
+    begun with other settings, UnknownDomain, UnknownVersion, DatastoreMismatch, DatastoreError, and as
+    LanguageModel.load does.
     """
     report: Progress = on_progress or _silent
     target = Path(out)
     _check(exclude, ks, temperature, top=top, max_tokens=max_tokens, part_entries=part_entries)
-    path = current_versions(store, [domain])[domain] if version is None else Catalog(Path(store)).path(domain, version)
+    path = version_path(store, domain, version)
     with closing(Searcher.open(path)) as searcher:
         manifest, datastore = searcher.manifest, searcher.datastore
         if not manifest.live_entries:
@@ -147,10 +148,10 @@ def _order(searcher: Searcher) -> Int64:
     grouped, live = searcher.index.grouped(), searcher.datastore.live_entries()
     if grouped is None:
         return live
-    counts = np.zeros(searcher.datastore.entries, np.bool_)
-    counts[live] = True
+    is_live = np.zeros(searcher.datastore.entries, np.bool_)
+    is_live[live] = True
     base = len(searcher.datastore.keys)
-    return np.concatenate([grouped[counts[grouped]], live[live >= base]])
+    return np.concatenate([grouped[is_live[grouped]], live[live >= base]])
 
 
 def _check(exclude: str, ks: Sequence[int], temperature: float | None, **sizes: int) -> None:

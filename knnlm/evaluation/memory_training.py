@@ -1,4 +1,4 @@
-"""From a version, its targets and held-out documents to a memory in a folder of its own."""
+"""Trains a memory on a version, its targets and held-out documents, and writes it to a folder of its own."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from knnlm.datastore.catalog import Catalog, current_versions
+from knnlm.datastore.catalog import version_path
 from knnlm.datastore.files import discard, disk_errors, locked, sha256_of, sync_folder
 from knnlm.datastore.layout import FileRecord
 from knnlm.datastore.reader import Datastore
@@ -88,7 +88,7 @@ def train_memory(
     """
     target = Path(out)
     taught = _check(kind, settings, targets, start, sizes, target)
-    path = current_versions(store, [domain])[domain] if version is None else Catalog(Path(store)).path(domain, version)
+    path = version_path(store, domain, version)
     datastore = Datastore.open(path)
     manifest = datastore.manifest
     lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=manifest.key_function, prefix_cache_bytes=0)

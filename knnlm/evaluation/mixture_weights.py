@@ -1,4 +1,4 @@
-"""What each component of a mixture weighs best on held-out documents: alone beside the LM, and all of them together."""
+"""The best weight of each component of a mixture on held-out documents: alone beside the LM, and all together."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ def weigh(
         raise InvalidRequest("no document with at least two tokens", param="sources")
     names = [share.name for share in scores[0].mixed.components]
     if not names:
-        raise InvalidRequest("there is nothing to weigh: name a domain or a memory")
+        raise InvalidRequest("there is nothing to weigh: name a domain or a memory, or mix the cache")
     lm = np.concatenate([score.lm_log_probs for score in scores])
     shares = [[score.mixed.components[i].evidence for score in scores] for i in range(len(names))]
     found = [np.concatenate([evidence.of_targets for evidence in parts]) for parts in shares]

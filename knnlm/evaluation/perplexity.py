@@ -178,7 +178,7 @@ def evaluate(
 def leaks(
     pipeline: Pipeline, documents: Sequence[Encoded], domains: Sequence[str], windows: tuple[int, int]
 ) -> dict[str, float]:
-    """By domain, the share of queries that coincide with a stored key, over an even sample of LEAK_TOKENS tokens."""
+    """The share of queries that coincide with a stored key, by domain, over an even sample of LEAK_TOKENS tokens."""
     if not domains:
         return {}
     lm = pipeline.lm

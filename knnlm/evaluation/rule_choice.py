@@ -1,5 +1,5 @@
 """Which lambda rule a domain gets: all are fitted to some of the documents and measured on the others, and the best is
-taken where it is better than one lambda for everything, beyond what chance does to so many documents. Pure."""
+taken where it is better than one lambda for everything, beyond what chance does to that many documents. Pure."""
 
 from collections.abc import Mapping, Sequence
 
@@ -38,7 +38,7 @@ def compare(observations: Observations, temperature: float, names: Sequence[str]
 def held_out_losses(
     observations: Observations, temperature: float, names: Sequence[str]
 ) -> Mapping[str, npt.NDArray[np.float64]]:
-    """By rule, (n,) the negative log-probability of each token with parameters fitted to documents without its own; the
+    """(n,) by rule, the negative log-probability of each token with parameters fitted to documents without its own; the
     rule "fixed" is among them. Raises as `compare`."""
     documents = _documents(observations)
     _, number = np.unique(documents, return_inverse=True)

@@ -13,7 +13,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from knnlm.datastore.catalog import Catalog, current_versions
+from knnlm.datastore.catalog import version_path
 from knnlm.datastore.manifest import FLAT, Manifest
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.errors import InvalidRequest
@@ -102,7 +102,7 @@ def tune(
     """
     from knnlm.lm.model import LanguageModel
 
-    path = current_versions(store, [domain])[domain] if version is None else Catalog(store).path(domain, version)
+    path = version_path(store, domain, version)
     manifest, report = Manifest.load(path), on_progress or _silent
     ks = check(manifest, ks, quality, exact_queries, rule, skip)
     documents = list(documents)

@@ -12,6 +12,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from knnlm.neighbors import MISSING_DISTANCE
 from knnlm.options import SearchOptions
 
 __all__ = [
@@ -35,7 +36,6 @@ Parameters = Mapping[str, int | float]
 Progress = Callable[[int, int], None]  # hears what is done, and how much there is
 
 DEFAULTS = SearchOptions()
-MISSING_DISTANCE = np.finfo(np.float32).max  # the distance beside an id of -1
 CHUNK_BYTES = 1 << 26  # of float32: what building and opening hold at once, beside the index itself
 
 

@@ -65,7 +65,7 @@ class DistilSettings:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step learns. feeds: windows; their positions are n rows. keys: (n, d), None for who reads tokens."""
+    """What one step learns. feeds: windows; their positions are n rows. keys: (n, d), None where tokens are read."""
 
     feeds: Sequence[Feed]
     labels: SoftLabels

@@ -17,8 +17,11 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SoftLabels:
-    """Of n rows. tokens: (n, s) int64, distinct in a row but for padding; weights: (n, s) float64, t of these tokens, 0
-    at padding. entropy: (n,) H(t). constant: (n,) beta H(p), what the loss is less than CE(t, q)."""
+    """The soft labels of n entries.
+
+    tokens: (n, s) int64, distinct in a row but for padding. weights: (n, s) float64, t of these tokens, 0 at padding.
+    entropy: (n,) H(t). constant: (n,) beta H(p), what the loss is less than CE(t, q).
+    """
 
     tokens: npt.NDArray[np.int64]
     weights: Float64
@@ -35,8 +38,9 @@ class SoftLabels:
 
 
 def soft_labels(masses: TokenMasses | None, values: npt.NDArray[np.integer], beta: float) -> SoftLabels:
-    """masses: n rows that sum to one, or are empty; None for none at all. values: (n,) the tokens that came.
+    """The soft labels of n entries.
 
+    masses: n rows that sum to one, or are empty; None for none at all. values: (n,) the tokens that came.
     A row without targets is trained on its token alone, as if beta were 0.
     """
     n = len(values)

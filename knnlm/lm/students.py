@@ -34,7 +34,7 @@ EPSILON = 1e-6  # added to mean squares before their root
 
 
 class Student(ABC):
-    """module: what is trained. vocab_size: width of its logits. reads_keys: of keys, not of tokens."""
+    """module: what is trained. vocab_size: width of its logits. reads_keys: whether it reads keys, not tokens."""
 
     module: nn.Module
     vocab_size: int
@@ -108,16 +108,16 @@ class DecoderStudent(Student):
                 raise ModelError(
                     f"{start} has a tokenizer with sha256 {theirs}, the memory's must be that of {base}, {ours}: "
                     "tokens would mean other texts",
-                    param="init",
+                    param="start",
                 )
         width, length = loading.output_head(model).out_features, loading.context_length(config)
         if width < vocab_size:
-            raise ModelError(f"{start} has {width} logits, the tokenizer {vocab_size} tokens", param="init")
+            raise ModelError(f"{start} has {width} logits, the tokenizer {vocab_size} tokens", param="start")
         if length < context_length:
             raise ModelError(
                 f"{start} takes {length} tokens, the keys were made with windows of {context_length}: the memory has "
                 "to see what the keys saw",
-                param="init",
+                param="start",
             )
         return cls(model, tokenizer_folder)
 
@@ -137,7 +137,7 @@ class DecoderStudent(Student):
 
     def save(self, folder: Path) -> None:
         self._halve()
-        # not model.half(): that rounds what is no weight, too, such as the frequencies of rotary positions
+        # not model.half(): that rounds what is no weight, too: the frequencies of rotary positions
         halves: dict[str, Tensor] = {}
         made: dict[tuple[int, torch.Size], Tensor] = {}  # by place in memory: what is tied stays one tensor
         for name, tensor in self._model.state_dict().items():

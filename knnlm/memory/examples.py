@@ -52,7 +52,7 @@ class Examples:
 
     @property
     def entries(self) -> int:
-        """Of one epoch."""
+        """Entries of one epoch."""
         return int(self._entries.sum())
 
     def batches(self) -> Iterator[Batch]:

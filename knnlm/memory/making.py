@@ -31,7 +31,7 @@ from knnlm.memory.manifest import (
 )
 from knnlm.memory.targets import ENTRIES, KEPT, MASSES, OFFSETS, TOKENS, Int64, token_dtype
 from knnlm.messages import SearchRequest
-from knnlm.neighbors import TokenMasses, neighbor_log_probs
+from knnlm.neighbors import TokenMasses, neighbor_log_probs, stacked
 from knnlm.options import SearchOptions
 from knnlm.protocols import Searching
 
@@ -87,7 +87,7 @@ def target_rows(
         values.append(datastore.values_of(some))
         if on_progress is not None:
             on_progress(start + len(some))
-    return _summed_up(ids, _joined(parts), np.concatenate(values), settings.top)
+    return _summed_up(ids, stacked(parts), np.concatenate(values), settings.top)
 
 
 def make_targets(
@@ -137,7 +137,7 @@ def make_targets(
 
 
 def begun_with(out: Path) -> Begun | None:
-    """With what an unfinished run for `out` was begun; None when there is none. Raises Conflict when `out` exists."""
+    """What an unfinished run for `out` was begun with; None when there is none. Raises Conflict when `out` exists."""
     if out.exists():
         raise Conflict(f"{out} exists already: remove it, or name another folder", param="out")
     work = _work(out)
@@ -150,8 +150,9 @@ def begun_with(out: Path) -> Begun | None:
 def _begin(out: Path, wanted: Begun) -> Path:
     """The folder that the targets are made in, made or continued. Raises Conflict as `make_targets`."""
     begun, work = begun_with(out), _work(out)
-    for name in TargetSettings.model_fields if begun else ():
-        old, new = getattr(begun and begun.settings, name), getattr(wanted.settings, name)
+    earlier = wanted if begun is None else begun
+    for name in TargetSettings.model_fields:
+        old, new = getattr(earlier.settings, name), getattr(wanted.settings, name)
         if old != new:
             raise Conflict(
                 f"{work} was begun with {name} {old!r}, asked for is {new!r}: continue it as it was begun, or remove "
@@ -195,14 +196,6 @@ def _row_sums(rows: Int64, numbers: npt.NDArray[np.float64], n: int) -> npt.NDAr
     return np.bincount(rows, numbers, n).astype(np.float64)  # of no numbers it makes integers
 
 
-def _joined(parts: list[TokenMasses]) -> TokenMasses:
-    """The rows of all parts, one below the other."""
-    counts = np.concatenate([np.empty(0, np.int64), *(np.diff(part.offsets) for part in parts)])
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    tokens = np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)])
-    return TokenMasses(offsets, tokens, np.concatenate([np.empty(0), *(part.log_masses for part in parts)]))
-
-
 def _packed(rows: Rows) -> bytes:
     buffer = io.BytesIO()
     stored: dict[str, npt.NDArray[Any]] = {"offsets": rows.masses.offsets, "tokens": rows.masses.tokens}
@@ -241,7 +234,7 @@ def _merge(parts: list[Path], folder: Path, vocab_size: int) -> int:
             rows = list(_between(parts, ids, low, low + MERGED_ENTRIES))
             block = np.concatenate([part_ids for part_ids, _, _ in rows])
             order = np.argsort(block)
-            whole = _joined([part for _, part, _ in rows])
+            whole = stacked([part for _, part, _ in rows])
             counts = np.diff(whole.offsets)[order]
             ends = np.cumsum(counts)
             flat = np.repeat(whole.offsets[:-1][order] - (ends - counts), counts) + np.arange(counts.sum())
@@ -258,7 +251,7 @@ def _merge(parts: list[Path], folder: Path, vocab_size: int) -> int:
 def _between(
     parts: list[Path], ids: list[Int64], low: int, high: int
 ) -> Iterator[tuple[Int64, TokenMasses, npt.NDArray[np.float64]]]:
-    """Of each part the rows of entries [low, high): ids, masses as they are stored, and what was kept."""
+    """Rows of entries [low, high) in each part: ids, masses as they are stored, and what was kept."""
     for part, known in zip(parts, ids, strict=True):
         first, last = np.searchsorted(known, (low, high))
         rows = TokenMasses(_column(part, "offsets"), _column(part, "tokens"), _column(part, "masses"))

@@ -171,7 +171,7 @@ class StartRecord(Record):
 
 
 class TuneRecord(Record):
-    """By what the weights were chosen, those after `step` steps: losses in nats per token of documents that are not in
+    """Losses by which the weights were chosen, those after `step` steps: in nats per token of documents that are not in
     the store, of the LM alone, the memory alone (as it is stored), and the mixture where the memory weighs `lmbda`."""
 
     documents: Count

@@ -28,7 +28,7 @@ class Mlp:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Raises DatastoreCorrupt for a file that holds no such net."""
+        """Read the net in a folder. Raises DatastoreCorrupt for a file that holds something else."""
         try:
             sizes, tensors = _read(folder / FILE)
             made = cls(tensors, int(json.loads(sizes["mlp"])["layers"]))

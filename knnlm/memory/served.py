@@ -31,5 +31,9 @@ def open_mlp(folder: str | Path) -> KeyMemory:
             param="memory",
         )
     return KeyMemory(
-        Mlp.load(path), str(path), manifest.files[FILE].sha256[:16], manifest.key_fingerprint, manifest.trained
+        Mlp.load(path),
+        path.resolve().name,
+        manifest.files[FILE].sha256[:16],
+        manifest.key_fingerprint,
+        manifest.trained,
     )

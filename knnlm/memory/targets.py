@@ -48,7 +48,7 @@ class Targets:
         return self._entries
 
     def rows(self, ids: Int64) -> tuple[TokenMasses, npt.NDArray[np.float32]]:
-        """Of entries (m,): their distributions, each summing to one or empty, and the mass (m,) that was kept of them.
+        """Distributions of entries (m,), each summing to one or empty, and the mass (m,) that was kept of them.
 
         Raises InvalidRequest for an entry without a row, DatastoreCorrupt for rows that are no distributions.
         """
@@ -67,5 +67,5 @@ class Targets:
 
 
 def token_dtype(vocab_size: int) -> str:
-    """Of the tokens on disk."""
+    """Type of the tokens on disk."""
     return "<u2" if vocab_size <= SHORT_TOKENS else "<i4"

@@ -88,7 +88,7 @@ class AggregatorCore:
             )
 
     async def _follow(self, lm: LanguageModelClient, datastore: Datastore) -> None:
-        await self.aggregator.greet()
+        await self.aggregator.log_memories()
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             try:

@@ -145,7 +145,7 @@ class Aggregator:
             return None
         return f"memory {options.name}: {memory.problem}"
 
-    async def greet(self) -> None:
+    async def log_memories(self) -> None:
         """Ask every memory what it is, and log it: one that is down keeps nobody waiting, and is asked again when a
         request names it."""
         for name, found in (await self._usable_memories()).items():

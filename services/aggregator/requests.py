@@ -232,7 +232,7 @@ class CacheMemory:
         texts: int,
         seconds: float,
     ) -> AbstractAsyncContextManager[None]:
-        """Room for the caches of so many texts; nothing where these sources have none. Raises TooLarge for more than
+        """Room for the caches of `texts` texts; nothing where these sources have none. Raises TooLarge for more than
         there ever is, and DeadlineExceeded when it is not free within `seconds`."""
         options = sources.get("cache")
         if options is None:

@@ -53,14 +53,14 @@ class HttpServer(uvicorn.Server):
         self._ending.set()
 
     async def main_loop(self) -> None:
-        """Until `end`, which it hears at once; as uvicorn's it renews the Date header every second."""
+        """Run until `end`, which it hears at once; as uvicorn's loop it renews the Date header every second."""
         while not await self.on_tick(0):
             with suppress(TimeoutError):
                 async with asyncio.timeout(TICK_SECONDS):
                     await self._ending.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, which takes a tenth of a second even where nobody is connected."""
+        """Shut down as uvicorn does, but at once where nobody is connected: it would wait a tenth of a second."""
         for server in self.servers:
             server.close()
         await asyncio.sleep(SETTLE_SECONDS)

@@ -118,6 +118,10 @@ def test_serving_gives_a_process_to_decoders_alone(trained: Trained) -> None:
     assert processes["memory b"]["KNNLM_LM_MODEL"] == str(trained.decoder)
 
 
+def test_an_mlp_memory_is_called_by_its_folder_and_no_answer_shows_where_that_is(trained: Trained) -> None:
+    assert open_mlp(trained.mlp).model_id == trained.mlp.name
+
+
 def test_what_is_no_mlp_memory_is_refused(trained: Trained, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"services\.lm --model"):
         open_mlp(trained.decoder)

@@ -47,7 +47,7 @@ class TemplateProcess:
         )
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
-        self._thread = ThreadPoolExecutor(1, "chat-template")  # so that nobody waits for it but who renders
+        self._thread = ThreadPoolExecutor(1, "chat-template")  # of its own, so that nothing but renderings waits for it
         self.problem: InvalidRequest | None = None
 
     async def start(self) -> None:
