@@ -10,7 +10,7 @@ from knnlm.testing import ToyLanguageModel
 from tests.contract.system import store, system  # noqa: F401  a fixture
 
 HUGE = (10**4000, -(10**4000), 2**63, -(2**63) - 1)
-NO_MAXIMUM = ("top_k", "truncate_prompt_tokens")  # more than there are is all
+NO_MAXIMUM = ("top_k", "truncate_prompt_tokens", "tau")  # more than there are is all, or is never reached
 MAX_MESSAGE_CHARACTERS = 300
 BODIES: dict[str, dict[str, Any]] = {  # that are answered, but for one number
     "/v1/next_token": {"text": "the", "knn": {"domain": "cat"}},
