@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
-from knnlm.neighbors import TokenMasses, stacked, token_masses
+from knnlm.neighbors import TokenMasses, stacked, token_masses, tops
 from knnlm.options import check_theta
 
 BLOCK_BYTES = 1 << 22  # bytes of float64 scores that are made at a time
@@ -49,7 +49,7 @@ def cache_log_probs(
         asked = np.arange(lo, hi)[:, None]
         seen = (places < asked) & (places >= asked - size)
         scores = np.where(seen, theta * (widened[lo:hi] @ widened[start : hi - 1].T), -np.inf)
-        scores -= _tops(scores)
+        scores -= tops(scores)
         values = np.asarray(tokens[start : hi - 1], np.int32)
         if targets is None:
             parts.append(token_masses(np.where(seen, values, np.int32(-1)), scores).normalized())
@@ -60,16 +60,9 @@ def cache_log_probs(
     return found if targets is not None else stacked(parts)
 
 
-def _tops(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """(m, 1) the largest of each row, 0 where there is none."""
-    tops: npt.NDArray[np.float64] = scores.max(axis=1, initial=-math.inf, keepdims=True)
-    tops[~np.isfinite(tops)] = 0.0
-    return tops
-
-
 def _log_sum(scores: npt.NDArray[np.float64], empty: float = -math.inf) -> npt.NDArray[np.float64]:
     """(m,) log of the sum of exp of each row; `empty` where all of it is -inf."""
-    tops = _tops(scores)
+    top = tops(scores)
     with np.errstate(divide="ignore"):
-        sums: npt.NDArray[np.float64] = np.log(np.exp(scores - tops).sum(axis=1)) + tops[:, 0]
+        sums: npt.NDArray[np.float64] = np.log(np.exp(scores - top).sum(axis=1)) + top[:, 0]
     return np.where(np.isneginf(sums), empty, sums)

@@ -122,7 +122,7 @@ def neighbor_log_probs(neighbors: Neighbors, temperature: float) -> TokenMasses:
     _check_temperature(temperature)
     near = np.where(neighbors.values >= 0, -neighbors.distances.astype(np.float64), -np.inf)
     # from the nearest neighbor on, and only then divided: -16000 and its logarithm of a sum would cancel to 1e-12
-    return token_masses(neighbors.values, (near - _tops(near)) / temperature).normalized()
+    return token_masses(neighbors.values, (near - tops(near)) / temperature).normalized()
 
 
 def token_masses(values: npt.NDArray[np.int32], log_weights: npt.NDArray[np.float64]) -> TokenMasses:
@@ -219,11 +219,11 @@ def _target_shares(
     return result
 
 
-def _tops(log_weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def tops(log_weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """(n, 1) the largest of each row, 0 where none is finite."""
-    tops: npt.NDArray[np.float64] = log_weights.max(axis=1, initial=-np.inf, keepdims=True)
-    tops[~np.isfinite(tops)] = 0.0
-    return tops
+    largest: npt.NDArray[np.float64] = log_weights.max(axis=1, initial=-np.inf, keepdims=True)
+    largest[~np.isfinite(largest)] = 0.0
+    return largest
 
 
 def _counted(values: npt.NDArray[np.int32], log_weights: npt.NDArray[np.float64], size: int) -> TokenMasses:

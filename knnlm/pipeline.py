@@ -106,8 +106,8 @@ class Pipeline:
         memories: Mapping[str, str | Path] | None = None,
     ) -> Self:
         """A Hugging Face folder or hub id, and the current versions of `domains` in `store`: by default, of all domains
-        that have one. memories: Memory Decoders by the names they are asked for: the folder of one of either
-        kind, or the host:port of a decoder's lm service.
+        that have one. memories: Memory Decoders by the names they are asked for: the folder of one of either kind, or
+        the host:port of a decoder's lm service.
 
         key_function: by default the one that the first domain was made with. index: the recipe of the index to search
         with, by default that of each version. Raises UnknownDomain, UnknownVersion for a named domain without a current
@@ -143,8 +143,7 @@ class Pipeline:
 
         A context is a text or token ids (with their BOS). knn: None for the LM alone, the name of a domain for that
         domain as it was tuned, or options: of retrieval, or of several sources by their names (knnlm.sources.SOURCES).
-        memory: the name of a memory, or its options.
-        The rest, and what is raised, as in `Mixer.next_token`.
+        memory: the name of a memory, or its options. The rest, and what is raised, as in `Mixer.next_token`.
         """
         encoded = [self._tokens(c) for c in _listed(contexts)]
         call = self._mixer.next_token(encoded, _options(knn, memory), passages=passages, passage_tokens=passage_tokens)

@@ -259,17 +259,26 @@ def decides_early(name: str) -> bool:
     return rule(name).statistics and not rule(name).features
 
 
+def check_skip(name: str, share: float) -> None:
+    """Raises InvalidRequest unless 0 <= share < 1, and for a share of searches that the rule cannot leave out."""
+    if not 0 <= share < 1:
+        raise InvalidRequest(f"skip must lie in [0, 1), got {share}", param="skip")
+    if share and (name == AUTO or not decides_early(name)):
+        early = ", ".join(known for known in RULES if decides_early(known))
+        raise InvalidRequest(
+            f"skip goes with a rule that decides before the search ({early}), got {name}", param="skip"
+        )
+
+
 def skipping(name: str, parameters: Parameters, observed: Observed, share: float) -> Parameters:
     """The parameters by which nothing is searched for where retrieval is expected to gain least: at most `share` of the
     observed tokens. The gain of log-likelihood is expected as least squares fit it to what is known before a search.
     Raises InvalidRequest for a rule that decides after the search, and unless 0 <= share < 1."""
-    if not 0 <= share < 1:
-        raise InvalidRequest(f"skip must lie in [0, 1), got {share}", param="skip")
+    check_skip(name, share)
     if not share:
         return parameters
-    if not decides_early(name) or observed.lm is None:
-        early = ", ".join(name for name in RULES if decides_early(name))
-        raise InvalidRequest(f"the rule {name} decides after the search; {early} can skip it", param="skip")
+    if observed.lm is None:
+        raise InvalidRequest(f"rule {name} looks at statistics of the LM, which were not observed", param="skip")
     weights = Weighing(name, parameters).weights(observed.evidence, observed.lm)
     there, known = observed.evidence.present, _known(observed.lm)
     gained = np.log1p(weights[there] * observed.ratio[there])

@@ -21,13 +21,14 @@ Floats = npt.NDArray[np.float64]
 def fit_weights(
     lm_log_probs: npt.NDArray[np.floating], log_probs: Sequence[Floats], present: Sequence[npt.NDArray[np.bool_]]
 ) -> tuple[Floats, float]:
-    """(c,) weights of c components beside the LM, at most LARGEST_LAMBDA together, that make n tokens likeliest; and
+    """(c,) weights of c components beside the LM that make n tokens likeliest, at most LARGEST_LAMBDA together; and
     the mean negative log-likelihood with them, in nats.
 
     lm_log_probs: (n,) of the tokens that came. log_probs: of each component, (n,); -inf is a probability of zero.
     present: of each, (n,) where it has a distribution at all: elsewhere its weight is the LM's, as `mix` does it. The
     likelihood is concave in the weights. One weight after another is solved, the others keeping their proportions to
-    each other and to the LM's, until a round gains nothing. Raises InvalidRequest when there is no token.
+    each other and to the LM's, until a round gains nothing; those that exceed LARGEST_LAMBDA together are then scaled
+    down to it. Raises InvalidRequest when there is no token.
     """
     if not len(lm_log_probs):
         raise InvalidRequest("expected one or more observed tokens, got none")

@@ -29,7 +29,7 @@ from knnlm.index.searcher import Searcher
 from knnlm.messages import Document, SearchQuality, SearchRequest, Tuning
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
-from knnlm.rules import AUTO, FIXED, decides_early
+from knnlm.rules import AUTO, FIXED, check_skip
 from knnlm.rules import rule as known_rule
 
 KS = (64, 256, 1024)
@@ -96,8 +96,8 @@ def tune(
     Documents that it holds are left out. model: what made the keys, a Hugging Face folder or hub id. version: None for
     the current one. max_tokens: of a sample, spread over all documents. context_length, min_context: see
     knnlm.decoding.choose_windows. cache: fit the continuous cache as well, beside retrieval with one lambda.
-    index: the recipe to search, None for the default. The rest, and what on_progress
-    hears, as in `tune_searcher`. Raises as it does; UnknownDomain, UnknownVersion; DatastoreMismatch for a model that
+    index: the recipe to search, None for the default. The rest, and what on_progress hears, as in `tune_searcher`.
+    Raises as it does; UnknownDomain, UnknownVersion; DatastoreMismatch for a model that
     did not make the domain; InvalidRequest when no document is left; and as LanguageModel.load does.
     """
     from knnlm.lm.model import LanguageModel
@@ -246,12 +246,7 @@ def check(
         raise InvalidRequest(f"quality must be one of {', '.join(QUALITIES)}, got {quality!r}", param="quality")
     if rule != AUTO:
         known_rule(rule)
-    if not 0 <= skip < 1:
-        raise InvalidRequest(f"skip must lie in [0, 1), got {skip}", param="skip")
-    if skip and (rule == AUTO or not decides_early(rule)):
-        raise InvalidRequest(
-            f"skip goes with a rule that decides before the search (gate_lm), got {rule}", param="skip"
-        )
+    check_skip(rule, skip)
     if exact_queries < 0:
         raise InvalidRequest(f"exact_queries must be at least 0, got {exact_queries}", param="exact_queries")
     if min(ks, default=0) < 1:

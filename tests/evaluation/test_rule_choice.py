@@ -107,5 +107,5 @@ def test_skipping_costs_what_the_tuning_says() -> None:
     skipped = fit(some, "gate_lm", skip=0.5).tuning
     assert skipped.parameters["skip_below"]
     assert fitted.knn_perplexity < skipped.knn_perplexity < skipped.lm_perplexity
-    with pytest.raises(InvalidRequest, match="decides after the search"):
+    with pytest.raises(InvalidRequest, match="skip goes with a rule that decides before the search"):
         fit(some, "bins", skip=0.5)
