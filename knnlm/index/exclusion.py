@@ -19,7 +19,7 @@ from knnlm.index.contract import MISSING_DISTANCE, Float32, Int64
 from knnlm.index.tombstones import NO_TOMBSTONES, Tombstones
 from knnlm.messages import SearchRequest
 
-__all__ = ["Exclusion", "check_exclusion", "without"]
+__all__ = ["Exclusion", "check_exclusion", "check_follow", "without"]
 
 Search = Callable[[Float32, int], tuple[Float32, Int64]]
 
@@ -48,6 +48,19 @@ def check_exclusion(request: SearchRequest) -> None:
             f"exclude_entries must be int64 of shape ({n},), an entry for each query, "
             f"got {entries.dtype.name} of shape {entries.shape}",
             param="exclude_entries",
+        )
+
+
+def check_follow(request: SearchRequest) -> None:
+    """What can be known without the datastore. Raises InvalidRequest, naming the field."""
+    follow, n = request.follow, len(request.queries)
+    if follow is None:
+        return
+    if follow.dtype != np.int64 or follow.ndim != 2 or len(follow) != n:
+        raise InvalidRequest(
+            f"follow must be int64 of shape ({n}, c), entries for each query, got {follow.dtype.name} of shape "
+            f"{follow.shape}",
+            param="follow",
         )
 
 

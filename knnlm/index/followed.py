@@ -12,22 +12,8 @@ from knnlm.index.contract import MISSING_DISTANCE, Float32, Int64
 from knnlm.index.exclusion import Exclusion
 from knnlm.index.kernels import squared_distances
 from knnlm.index.rescore import nearest_first
-from knnlm.messages import SearchRequest
 
-__all__ = ["check_follow", "followed"]
-
-
-def check_follow(request: SearchRequest) -> None:
-    """What can be known without the datastore. Raises InvalidRequest, naming the field."""
-    follow, n = request.follow, len(request.queries)
-    if follow is None:
-        return
-    if follow.dtype != np.int64 or follow.ndim != 2 or len(follow) != n:
-        raise InvalidRequest(
-            f"follow must be int64 of shape ({n}, c), entries for each query, got {follow.dtype.name} of shape "
-            f"{follow.shape}",
-            param="follow",
-        )
+__all__ = ["followed"]
 
 
 def followed(

@@ -20,8 +20,8 @@ from knnlm.datastore.reader import Datastore, Int32
 from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest, TooLarge
 from knnlm.index.added import Added, added_bytes
 from knnlm.index.contract import MISSING_DISTANCE, Float32, Index, Int64
-from knnlm.index.exclusion import Exclusion, without
-from knnlm.index.followed import check_follow, followed
+from knnlm.index.exclusion import Exclusion, check_follow, without
+from knnlm.index.followed import followed
 from knnlm.index.freeing import drop_maps, drop_pages
 from knnlm.index.kernels import gather
 from knnlm.index.memory import require

@@ -16,8 +16,7 @@ import numpy.typing as npt
 from prometheus_client import Counter, Histogram
 
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
-from knnlm.index.exclusion import check_exclusion
-from knnlm.index.followed import check_follow
+from knnlm.index.exclusion import check_exclusion, check_follow
 from knnlm.messages import DomainInfo, Passage, PassagesRequest, PassagesResult, SearchRequest, SearchResult
 from knnlm.options import SEARCH_OPTIONS
 from services.datastore.encoding import encoder

@@ -66,3 +66,11 @@ def test_what_the_environment_says_is_kept(name: str) -> None:
     other: dict[str, str] = {}
     assert set_omp_wait_policy(other)
     assert other == {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@pytest.mark.parametrize("service", ["lm", "datastore"])
+def test_nothing_with_threads_is_loaded_before_the_policy_is_set(service: str) -> None:
+    """OpenMP reads it once, when torch or FAISS is loaded; `main` sets it."""
+    program = f"import sys, services.{service}.app; print([m for m in ('torch', 'faiss', 'numba') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]"
