@@ -1,4 +1,4 @@
-"""Callers that never wait, for programs that measure a service: so many calls always in flight.
+"""Callers that never wait, for programs that measure a service: each has one call in flight at any time.
 
 They do next to nothing, as load generators do: they and the service share the cores, and what a client library costs is
 not what the service costs. They read every answer whole and look at its status; they do not parse it.
@@ -21,7 +21,7 @@ from knnlm.wire.protos import to_proto
 
 __all__ = ["Callers", "GrpcCallers", "HttpCallers", "Post", "keep", "search_post"]
 
-CHANNELS = 4  # gRPC puts many calls on one connection: so many connections for all callers
+CHANNELS = 4  # connections of all callers together: gRPC puts many calls on one
 METHOD = "/knnlm.v1.Datastore/Search"
 
 

@@ -45,8 +45,8 @@ Float64 = npt.NDArray[np.float64]
 SIZE, TOKENS = 20_000, 20_000  # entries of the store; held-out tokens of each part
 K = 1024
 EM_STEPS = 100
-ROUNDS = 7  # of timing
-DRAWS = 1000  # of documents, for the intervals
+ROUNDS = 7  # rounds in which the ways are timed in turn
+DRAWS = 1000  # resamples of the documents, for the intervals
 MEMORIES = {"decoder": ("decoder", 0.5), "mlp": ("mlp", 0.5), "control": ("decoder", 0.0)}  # kind and beta
 ROWS = {  # what stands beside the LM
     "LM": (), "LM + kNN": ("knn",), "LM + decoder": ("decoder",), "LM + mlp": ("mlp",), "LM + control": ("control",),

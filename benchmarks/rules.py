@@ -30,7 +30,7 @@ from knnlm.options import SearchOptions
 from knnlm.rules import RULES, Weighing, skipping
 from knnlm.weights import fit_weights
 
-SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the searches to leave out
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the searches that are left out
 EARLY = "gate_lm"
 GOALS = {"bins or gate": 0.99, "half of the searches": 1.0, "cache beside retrieval": 1.0}
 
@@ -46,7 +46,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=SMALL, help=f"entries of each datastore (default {SMALL})")
     parser.add_argument("--queries", type=int, default=20_000, help="held-out tokens of each (default 20000)")
     parser.add_argument("--k", type=int, default=256, help="neighbors (default 256)")
-    parser.add_argument("--seed", type=int, default=0, help="of nothing here: what is drawn is the same each time")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="taken as by every program; here it changes nothing, what is drawn is always the same",
+    )
     options = parser.parse_args()
     for text in options.text or [[]]:
         prepared = prepare(options.size, text, queries=options.queries)

@@ -131,8 +131,8 @@ def main() -> None:
     A line of JSON comes in, one goes out. The first names the template, its tokens and the bounds: `source`,
     `bos_token`, `eos_token`, `max_characters`, `seconds`, `bytes`; every other one is a list of messages. An answer is
     {"text"}, empty for the template, or {"invalid"} or {"too_large"} with what is wrong. The system ends this process
-    while it works longer than so many seconds on one line, whatever it computes; it ends itself where so many bytes of
-    memory are not enough.
+    when it works on one line for longer than `seconds`, whatever it computes; it ends itself where `bytes` of memory
+    are not enough.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})

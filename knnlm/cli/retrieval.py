@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from knnlm.sources import UsedDomain
 
 
-SHOWN_NUMBERS = 8  # of one parameter of a rule
+SHOWN_NUMBERS = 8  # numbers of one parameter of a rule that are shown, at most
 
 
 def retrieving(command: Callable[..., None]) -> Callable[..., None]:

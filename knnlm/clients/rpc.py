@@ -38,7 +38,7 @@ from knnlm.wire import protos
 ASK_SECONDS = 5.0  # for one of several replicas to say how it is
 MARGIN_SECONDS = 0.1  # before the deadline, to name the replicas that are late
 POLL_SECONDS = 0.25  # between two questions which version each replica serves
-MAX_PART_BYTES = 4 << 20  # of one answer's neighbors: packed and read in some 10 ms each
+MAX_PART_BYTES = 4 << 20  # bytes of neighbors in one part of an answer, packed and read in some 10 ms
 MAX_SAID_CHARS = 200  # one replica's words, in an error about several
 ABSENT, DOWN = "absent", "down"
 

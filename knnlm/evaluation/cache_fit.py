@@ -128,7 +128,7 @@ def past_log_probs(held_out: HeldOut, theta: float, size: int) -> Floats:
         rows = slice(start, end)
         tokens = held_out.targets[rows]
         found = cache_log_probs(held_out.queries[rows], tokens, 0, theta=theta, size=size, targets=tokens)
-        result[rows] = cast(Floats, found)  # of targets, not whole distributions
+        result[rows] = cast(Floats, found)  # targets were given, so these are not whole distributions
     return result
 
 
