@@ -9,7 +9,7 @@ PROTOS := $(wildcard proto/knnlm/v1/*.proto)
 # tests and services are some hundred processes: each would compile the project again
 unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
-.PHONY: help venv demo up down test test-all test-faults test-compose test-page test-clients browser bench check format proto proto-check clean
+.PHONY: help venv demo up down test test-all test-faults test-compose test-page test-clients test-cluster browser bench check format proto proto-check clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,10 +33,10 @@ down: ## stop the services
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m demo.services down; else echo "nothing is installed, so nothing runs"; fi
 
 test: $(STAMP) ## the tests: offline, on CPU
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not faults and not compose and not page and not clients"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not faults and not compose and not page and not clients and not cluster"
 
 test-all: $(STAMP) ## the tests that take longer, too
-	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not faults and not compose and not page and not clients"
+	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not faults and not compose and not page and not clients and not cluster"
 
 test-faults: $(STAMP) ## overload, kills, full disks, fuzzing, leaks: some fifteen minutes, figures printed
 	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -s -m faults tests/faults
@@ -62,6 +62,13 @@ $(CLIENTS)/.installed: tests/foreign/requirements.txt tests/foreign/package.json
 	@$(CLIENTS)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/foreign/requirements.txt
 	@mkdir -p $(CLIENTS)/node && cp tests/foreign/package.json $(CLIENTS)/node/
 	@if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix $(CLIENTS)/node; fi
+	@touch $@
+
+test-cluster: $(VENV)/.cluster ## several Ray nodes on this machine: builds and searches while workers and nodes are killed
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m cluster tests/cluster
+
+$(VENV)/.cluster: $(STAMP)
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e '.[cluster]'
 	@touch $@
 
 bench: $(STAMP) ## every benchmark at the small size, one after another; ends with a JSON line per figure
