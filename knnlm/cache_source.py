@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.cache import cache_log_probs
+from knnlm.cache import cache_evidence
 from knnlm.errors import InvalidRequest, Unavailable
 from knnlm.evidence import Evidence, Step, Stretch
 from knnlm.neighbors import TokenMasses, stacked
 from knnlm.options import CacheOptions
-from knnlm.rules import FIXED, Weighing
+from knnlm.rules import CACHE_GATE, FIXED, GATE, KNN_GATE, Weighing, part_of, rule
 from knnlm.sources import Plan, Services, computed
 
 NAME = "cache"
@@ -108,7 +108,8 @@ class CacheSource:
     def _evidence(
         self, asked: Sequence[tuple[Stretch, npt.NDArray[np.floating], int]], targets: npt.NDArray[np.int32] | None
     ) -> Evidence:
-        found = []
+        features = bool(rule(self.weighing.rule).features)
+        found, columns = [], []
         present = []
         for stretch, keys, row in asked:
             m = len(stretch.predicted)
@@ -116,12 +117,17 @@ class CacheSource:
             start = int(stretch.predicted[0]) - before
             tokens = stretch.text[start : start + len(keys)]
             wanted = None if targets is None else targets[row : row + m]
-            found.append(cache_log_probs(keys, tokens, before, theta=self.theta, size=self.size, targets=wanted))
+            log_probs, looked_at = cache_evidence(
+                keys, tokens, before, theta=self.theta, size=self.size, targets=wanted, features=features
+            )
+            found.append(log_probs)
+            columns.append(looked_at)
             present.append(np.arange(before, before + m) > 0)
-        masses = [part for part in found if isinstance(part, TokenMasses)]
+        there = np.concatenate(present)
+        joined = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
         if targets is None:
-            return Evidence(np.concatenate(present), stacked(masses))
-        return Evidence(np.concatenate(present), np.concatenate([p for p in found if isinstance(p, np.ndarray)]))
+            return Evidence(there, stacked([part for part in found if isinstance(part, TokenMasses)]), joined)
+        return Evidence(there, np.concatenate([part for part in found if isinstance(part, np.ndarray)]), joined)
 
 
 class CacheKind:
@@ -135,13 +141,17 @@ class CacheKind:
 
     async def resolve(self, options: CacheOptions, services: Services) -> Plan:
         """See knnlm.sources.SourceKind."""
-        tuned = next((info.tuning.cache for info in services.infos if info.tuning and info.tuning.cache), {})
+        tunings = [(info.tuning, used) for info, used in zip(services.infos, services.used, strict=True)]
+        tuned, beside = next(((t.cache, used) for t, used in tunings if t and t.cache), ({}, None))
         lmbda = _value("lambda", options.lmbda, tuned)
         theta = _value("theta", options.theta, tuned)
         size = _value("size", options.size, {"size": DEFAULT_SIZE, **tuned})
         if options.size is None and options.max_size is not None:
             size = min(size, options.max_size)
         weighing = Weighing(FIXED, {"lambda": lmbda}, asked=options.lmbda is not None)
+        together = beside is not None and beside.weighing == Weighing(GATE, part_of(tuned, KNN_GATE))
+        if together and options.lmbda is None and options.theta is None:
+            weighing = Weighing(GATE, part_of(tuned, CACHE_GATE))
         return Plan((CacheSource(theta, int(size), weighing),))
 
 

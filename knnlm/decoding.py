@@ -10,7 +10,7 @@ from knnlm.errors import InvalidRequest
 from knnlm.evidence import Evidence
 from knnlm.messages import DomainInfo, LmStatistics, ModelInfo
 from knnlm.mixture import Component, mix
-from knnlm.rules import shared
+from knnlm.rules import FIXED, shared
 from knnlm.sources import Source
 
 MIX_BYTES = 1 << 24  # float64 probabilities mixed at a time, for each component
@@ -177,7 +177,9 @@ class Mixed:
 def weighed(sources: Sequence[Source], evidence: Sequence[Evidence], lm: LmStatistics | None = None) -> list[Share]:
     """What each source answered with its weight, as `mix_evidence` mixes it."""
     answers = list(zip(sources, evidence, strict=True))
-    weights = shared([s.weighing.weights(found, lm) for s, found in answers], [s.weighing.asked for s in sources])
+    looking = [s.weighing.rule != FIXED for s in sources]
+    alone = [s.weighing.weights(found, lm) for s, found in answers]
+    weights = shared(alone, [s.weighing.asked for s in sources], looking)
     return [Share(s.name, s.kind, w, found) for (s, found), w in zip(answers, weights, strict=True)]
 
 

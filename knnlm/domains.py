@@ -30,7 +30,7 @@ from knnlm.neighbors import Neighbors, TokenMasses, neighbor_log_probs, target_l
 from knnlm.options import DEFAULT_K, DomainOptions, KnnOptions, SearchOptions
 from knnlm.pointers import searched_by_pointers
 from knnlm.protocols import DatastoreClient
-from knnlm.rules import FIXED, Weighing, rule
+from knnlm.rules import FIXED, GATE, KNN_GATE, Weighing, part_of, rule
 from knnlm.sources import Plan, Services, UsedDomain, computed, together
 
 
@@ -349,6 +349,8 @@ def _weighing(options: DomainOptions, asked: str | None, info: DomainInfo, *, be
         return Weighing(FIXED, {"lambda": options.lmbda}, asked=True)
     if tuning is None:
         raise _untuned("lambda", info.domain)
+    if beside_cache and asked in (None, GATE) and (gate := part_of(tuning.cache, KNN_GATE)):
+        return Weighing(GATE, gate)
     name = asked or tuning.rule
     if name == FIXED:
         return Weighing(

@@ -310,7 +310,8 @@ class Tuning:
     rule, parameters: the lambda rule and what was fitted for it; `lmbda` is that of the rule "fixed". search: how to
     search, as far as it was fitted, with the index `index`. quality: what was measured to choose it. cache: lambda,
     theta and size of the continuous cache beside this domain, and knn_lambda, the weight of retrieval beside the cache;
-    empty where they were not fitted. rules: what was measured to choose the rule.
+    gate.* and knn_gate.*, the parameters of a gate for each, where these are better than the two weights; empty where
+    they were not fitted. rules: what was measured to choose the rule.
     """
 
     temperature: float

@@ -139,7 +139,7 @@ class Mixer:
         plan = Plan()
         try:
             for name in (n for n in SOURCES if n in kinds):
-                services = replace(self._services, asked=frozenset(asked), infos=plan.infos)
+                services = replace(self._services, asked=frozenset(asked), infos=plan.infos, used=plan.domains)
                 plan += await kinds[name].resolve(asked[name], services)
         except (Unavailable, DeadlineExceeded) as err:
             if not optional:

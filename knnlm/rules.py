@@ -20,7 +20,7 @@ from knnlm.messages import LmStatistics
 Parameters = Mapping[str, float | Sequence[float]]
 Weights = npt.NDArray[np.float64]
 
-FIXED, AUTO = "fixed", "auto"  # auto: whatever rule is better than fixed, when a domain is tuned
+FIXED, GATE, AUTO = "fixed", "gate", "auto"  # auto: whatever rule is better than fixed, when a domain is tuned
 # One unseen token that no neighbor stores has probability zero at lambda 1, whatever the fitting documents said.
 LARGEST_LAMBDA = 0.99
 BISECTIONS = 50
@@ -28,8 +28,10 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 BUCKET_TOKENS = 100  # in each bucket, at least
 FREE_TOKENS = 2000  # in each bucket, from which on a farther one may have a larger lambda than a nearer one
 PRIOR_TOKENS = 200  # tokens that say what all together say, added to those of each bucket
-FOLDS = 4  # parts of the documents, each of which judges what was fitted to the others
+BUCKET_FOLDS = 4  # parts of the documents, each of which judges how many buckets the others should have
 HIDDEN = 8  # units of the network of a gate
+# before the names of parameters of gates that were fitted together, in knnlm.messages.Tuning.cache
+KNN_GATE, CACHE_GATE = "knn_gate.", "gate."
 # the expected gain of retrieval, in nats, by what is known before a search (_known); and below which there is none
 GAIN, SKIP_BELOW = "gain", "skip_below"
 
@@ -62,11 +64,16 @@ class Observed:
 
     @property
     def groups(self) -> npt.NDArray[np.int64]:
-        """(n,) documents, as far as they are known; else as many stretches as FOLDS need."""
+        """(n,) documents, as far as they are known; else as many stretches as BUCKET_FOLDS need."""
         if self.document_of is not None:
             return self.document_of
         n = len(self.lm_log_probs)
-        return np.arange(n) * (5 * FOLDS) // max(n, 1)
+        return np.arange(n) * (5 * BUCKET_FOLDS) // max(n, 1)
+
+
+def part_of(parameters: Parameters, prefix: str) -> Parameters:
+    """Those whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
 
 
 class Rule(Protocol):
@@ -126,8 +133,8 @@ class Bins:
         _, group = np.unique(observed.groups[present][order], return_inverse=True)
         counts = [b for b in BUCKETS if b == 1 or b * BUCKET_TOKENS <= len(nearest)]
         losses = dict.fromkeys(counts, 0.0)
-        for fold in range(FOLDS if len(counts) > 1 else 0):
-            left_out = group % FOLDS == fold
+        for fold in range(BUCKET_FOLDS if len(counts) > 1 else 0):
+            left_out = group % BUCKET_FOLDS == fold
             for b in counts:
                 edges, lambdas = buckets(nearest[~left_out], ratio[~left_out], b)
                 lmbda = lambdas[np.searchsorted(edges, nearest[left_out])]
@@ -170,21 +177,21 @@ class Gate:
         self._hidden = hidden
 
     def weights(self, evidence: Evidence, lm: LmStatistics | None, parameters: Parameters) -> Weights:
-        return LARGEST_LAMBDA * sigmoid(gate_logits(self._inputs(evidence, lm), parameters))
+        return LARGEST_LAMBDA * sigmoid(gate_logits(self.inputs(evidence, lm), parameters))
 
     def fit(self, observed: Observed) -> Parameters:
         """The parameters that knnlm.gate.gate_logits takes."""
         present = observed.evidence.present
         ratio = observed.ratio[present]
         best = _best_lambda(ratio)
-        inputs = self._inputs(observed.evidence, observed.lm)[present]
+        inputs = self.inputs(observed.evidence, observed.lm)[present]
         if not len(ratio):
             return {"bias": -LOGIT_RANGE, "linear": [0.0] * inputs.shape[1]}
         groups = observed.groups[present]
         return fit_gate(inputs, ratio, groups, start=best, largest=LARGEST_LAMBDA, hidden=self._hidden)
 
-    def _inputs(self, evidence: Evidence, lm: LmStatistics | None) -> Weights:
-        """(n, m), 0 where the source is absent, whose features may be infinite."""
+    def inputs(self, evidence: Evidence, lm: LmStatistics | None) -> Weights:
+        """(n, m) what the network looks at; 0 where the source is absent, whose features may be infinite."""
         columns = [INPUTS[name](evidence.features[name]) for name in self.features]
         if self.statistics:
             if lm is None:
@@ -203,11 +210,12 @@ INPUTS: Mapping[str, Callable[[Weights], Weights]] = {
 
 # relative: NEST's confidence (Li et al. 2024, arXiv 2405.19325) is a logistic function of the nearest distance as a
 # share of the farthest one, as here: its center is -bias / linear, its width -1 / linear
+LOOKING = Gate(tuple(INPUTS))
 RULES: dict[str, Rule] = {
     FIXED: Fixed(),
     "bins": Bins(),
     "relative": Gate(("nearness",), statistics=False, hidden=0),
-    "gate": Gate(tuple(INPUTS)),
+    GATE: LOOKING,
     "gate_lm": Gate(()),
 }
 
@@ -298,21 +306,36 @@ def _everywhere(lm: LmStatistics) -> Evidence:
     return Evidence(np.ones(n, np.bool_), np.zeros(n))
 
 
-def shared(weights: Sequence[Weights], asked: Sequence[bool]) -> list[Weights]:
+def shared(weights: Sequence[Weights], asked: Sequence[bool], looking: Sequence[bool] = ()) -> list[Weights]:
     """The weights (n,) of several sources as they can stand beside each other.
 
-    Each was fitted as if it stood alone with the LM. Where they add up to more than LARGEST_LAMBDA, those that were not
-    asked for are scaled by one factor, to add up to what the asked ones leave of it: continuous in every weight.
+    asked: which the caller gave; they stay. The others were fitted. Where one of these looks at each prediction, the
+    fitted ones make one softmax with the LM, by their odds against it: o_c / (1 + sum of o_j), o = weight / (1 -
+    weight). What then still adds up to more than LARGEST_LAMBDA is scaled by one factor, among the fitted ones, to add
+    up to what the asked ones leave of it: continuous in every weight.
     """
-    total = np.sum(weights, axis=0) if weights else np.zeros(0)
-    fitted = [w for w, given in zip(weights, asked, strict=True) if not given]
-    crowded = total > LARGEST_LAMBDA
-    if len(weights) < 2 or not fitted or not crowded.any():
+    fitted = [i for i, given in enumerate(asked) if not given]
+    if len(weights) < 2 or not fitted:
         return list(weights)
-    together = np.sum(fitted, axis=0)
+    found = list(weights)
+    if len(fitted) > 1 and any(looking[i] for i in fitted if looking):
+        for i, weight in zip(fitted, softmax([weights[i] for i in fitted]), strict=True):
+            found[i] = weight
+    total = np.sum(found, axis=0)
+    crowded = total > LARGEST_LAMBDA
+    if not crowded.any():
+        return found
+    together = np.sum([found[i] for i in fitted], axis=0)
     rest = np.clip(LARGEST_LAMBDA - (total - together), 0, 1)
     factor = np.divide(rest, together, out=np.ones_like(rest), where=crowded & (together > 0))
-    return [w if given else w * factor for w, given in zip(weights, asked, strict=True)]
+    return [w if given else w * factor for w, given in zip(found, asked, strict=True)]
+
+
+def softmax(weights: Sequence[Weights]) -> list[Weights]:
+    """Weights (n,), each fitted as if it stood alone with the LM, as parts of one softmax by their odds against it.
+    Where the others are 0 a weight stays as it is, bit for bit."""
+    odds = [np.minimum(w, LARGEST_LAMBDA) / (1 - np.minimum(w, LARGEST_LAMBDA)) for w in weights]
+    return [w / (1 + (1 - w) * np.sum(odds[:i] + odds[i + 1 :], axis=0)) for i, w in enumerate(weights)]
 
 
 def best_lambda(lm_log_probs: npt.NDArray[np.floating], knn_log_probs: npt.NDArray[np.floating]) -> float:

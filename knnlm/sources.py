@@ -115,13 +115,14 @@ async def timed(call: Awaitable[T], stage: str, timings: Timings) -> T:
 @dataclass(frozen=True)
 class Services:
     """What sources may be made of. info: the language model, whose keys and vocabulary they must fit. asked: the kinds
-    of sources in this call. infos: of the domains that were resolved before. memories: by the names that requests give
-    them, each a LanguageModelClient or knnlm.memories.KeyMemory."""
+    of sources in this call. infos, used: the domains that were resolved before. memories: by the names that requests
+    give them, each a LanguageModelClient or knnlm.memories.KeyMemory."""
 
     info: ModelInfo
     datastore: DatastoreClient
     asked: frozenset[str] = frozenset()
     infos: tuple[DomainInfo, ...] = ()
+    used: tuple["UsedDomain", ...] = ()
     memories: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from knnlm import gate
 from knnlm.errors import InvalidRequest
-from knnlm.rules import LARGEST_LAMBDA, best_lambda
+from knnlm.rules import HIDDEN, LARGEST_LAMBDA, LOOKING, Observed, Parameters, best_lambda
 
 MAX_ROUNDS = 500  # a handful, unless components are nearly alike
 LEAST_GAIN = 1e-10  # nats per token that a round must gain for another one
@@ -27,8 +28,9 @@ def fit_weights(
     lm_log_probs: (n,) of the tokens that came. log_probs: of each component, (n,); -inf is a probability of zero.
     present: of each, (n,) where it has a distribution at all: elsewhere its weight is the LM's, as `mix` does it. The
     likelihood is concave in the weights. One weight after another is solved, the others keeping their proportions to
-    each other and to the LM's, until a round gains nothing; those that exceed LARGEST_LAMBDA together are then scaled
-    down to it. Raises InvalidRequest when there is no token.
+    each other and to the LM's, until a round gains nothing. Where they exceed LARGEST_LAMBDA together, the best ones
+    add up to just that: they are found by expectation maximisation, which leaves the LM's weight where it is. Raises
+    InvalidRequest when there is no token.
     """
     if not len(lm_log_probs):
         raise InvalidRequest("expected one or more observed tokens, got none")
@@ -49,11 +51,42 @@ def fit_weights(
         loss = _loss(stacked, weights)
         if before - loss < LEAST_GAIN:
             break
-    if weights[0] < 1 - LARGEST_LAMBDA:  # what is left is shared in these proportions
-        weights[1:] *= LARGEST_LAMBDA / weights[1:].sum()
-        weights[0] = 1 - LARGEST_LAMBDA
+    if weights[0] < 1 - LARGEST_LAMBDA:
+        weights = _at_the_bound(stacked, weights[1:] / weights[1:].sum())
         loss = _loss(stacked, weights)
     return weights[1:], loss
+
+
+def fit_gates(components: Sequence[Observed], weights: Sequence[float]) -> list[Parameters]:
+    """Parameters of the rule "gate" for each of several components, fitted together to the likelihood of the mixture in
+    which their weights make one softmax with the LM's (knnlm.rules.softmax); on the observed tokens never worse than
+    `weights`, one for each, which leave something to the LM.
+
+    components: what was seen of the same tokens, with the features of the rule and the LM's statistics.
+    """
+    odds = [weight / (1 - sum(weights)) for weight in weights]
+    sources = [gate.Gated(LOOKING.inputs(o.evidence, o.lm), o.ratio, o.evidence.present) for o in components]
+    return gate.fit_gates(
+        sources, components[0].groups, starts=[o / (1 + o) for o in odds], largest=LARGEST_LAMBDA, hidden=HIDDEN
+    )
+
+
+def _at_the_bound(log_probs: Floats, shares: Floats) -> Floats:
+    """(1 + c,) the best weights of which the components' add up to LARGEST_LAMBDA. shares: (c,) of it, to begin with.
+
+    With the LM's weight given, components are mixtures of it with each of them, whose shares add up to one.
+    """
+    shares = 0.9 * shares + 0.1 / len(shares)  # what is 0 would stay 0
+    lm, rest = log_probs[0] + np.log1p(-LARGEST_LAMBDA), log_probs[1:] + np.log(LARGEST_LAMBDA)
+    parts = np.logaddexp(lm, rest)
+    loss = np.inf
+    for _ in range(MAX_ROUNDS):
+        before, mixed = loss, _mixed(parts, shares)
+        loss = -float(mixed.mean())
+        if before - loss < LEAST_GAIN:
+            break
+        shares = shares * np.exp(parts - mixed).mean(axis=1)
+    return np.concatenate([[1 - LARGEST_LAMBDA], LARGEST_LAMBDA * shares / shares.sum()])
 
 
 def _mixed(log_probs: Floats, weights: Floats) -> Floats:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from knnlm.cache import cache_log_probs
+from knnlm.cache import cache_evidence, cache_log_probs
 from knnlm.errors import InvalidRequest
 from knnlm.generation import GenerationOptions
 from knnlm.index.searcher import Searcher
@@ -47,6 +47,30 @@ def test_it_is_the_formula(size: int, first: int) -> None:
         got, masses = rows.row(place - first)
         assert dict(zip(got.tolist(), np.exp(masses), strict=True)) == pytest.approx(expected, rel=1e-6)
         assert np.exp(found[place - first]) == pytest.approx(expected.get(int(tokens[place]), 0.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [3, 300])
+def test_features_are_those_of_the_places_that_are_seen(size: int) -> None:
+    rng = np.random.default_rng(size)
+    keys, tokens = rng.standard_normal((700, 4)).astype(np.float32), rng.integers(0, 7, 700)
+    for targets in (None, tokens):
+        _, found = cache_evidence(keys, tokens, 0, theta=0.8, size=size, targets=targets, features=True)
+        assert found["nearest"][0] == np.inf
+        assert [found[name][0] for name in ("nearness", "agreement", "distinct")] == [1.0, 0.0, 0.0]
+        for place in (1, 2, 301, 699):
+            expected = brute(keys.astype(np.float64), tokens, place, 0.8, size)
+            far = [float(((keys[place] - keys[i]) ** 2).sum()) for i in range(max(0, place - size), place)]
+            got = {name: float(values[place]) for name, values in found.items()}
+            assert got == pytest.approx(
+                {
+                    "nearest": min(far),
+                    "nearness": min(far) / max(far),
+                    "agreement": max(expected.values()),
+                    "distinct": len(expected),
+                },
+                rel=1e-5,
+            )
+    assert cache_evidence(keys, tokens, 0, theta=0.8, size=size)[1] == {}
 
 
 def test_a_huge_theta_is_the_likest_place_alone() -> None:

@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knnlm.gate import LOGIT_RANGE, descent, fit_gate, gate_logits, loss_and_gradient, sigmoid
+from knnlm.gate import (
+    LOGIT_RANGE,
+    Gated,
+    descent,
+    fit_gate,
+    fit_gates,
+    gate_logits,
+    joint_loss_and_gradient,
+    loss_and_gradient,
+    sigmoid,
+)
+from knnlm.rules import softmax
 
 LARGEST = 0.99
 Array = npt.NDArray[np.float64]
@@ -93,3 +104,86 @@ def test_logits_are_bounded() -> None:
     ]  # fmt: skip
     with pytest.raises(KeyError):
         gate_logits(np.zeros((1, 1)), {"lambda": 0.5})
+
+
+def several(seed: int, n: int = 200) -> list[Gated]:
+    """Three sources with other inputs each, absent at other tokens."""
+    rng = np.random.default_rng(seed)
+    found = [data(seed + i, n, m) for i, m in enumerate((3, 2, 4))]
+    return [Gated(inputs, ratio, rng.random(n) < 0.9) for inputs, ratio in found]
+
+
+def joint_loss(weights: list[Array], sources: list[Gated]) -> float:
+    """Mixed as probabilities: the LM has what is left."""
+    there = [np.where(source.present, w, 0.0) for w, source in zip(weights, sources, strict=True)]
+    mixed = 1 - np.sum(there, axis=0) + np.sum([w * (s.ratio + 1) for w, s in zip(there, sources, strict=True)], axis=0)
+    return -float(np.log(mixed).mean())
+
+
+@pytest.mark.parametrize("hidden", [0, 3])
+def test_the_gradient_of_gates_together_is_that_of_finite_differences(hidden: int) -> None:
+    sources = [Gated((s.inputs - 5) / 10.0 ** np.arange(s.inputs.shape[1]), s.ratio, s.present) for s in several(0, 20)]
+    theta = np.random.default_rng(1).normal(size=12 + 15 * hidden)
+    _, gradient = joint_loss_and_gradient(theta, sources, hidden, LARGEST)
+    step = 1e-6
+    for i in range(len(theta)):
+        moved = [theta + side * step * (np.arange(len(theta)) == i) for side in (1, -1)]
+        above, below = (joint_loss_and_gradient(at, sources, hidden, LARGEST)[0] for at in moved)
+        assert gradient[i] == pytest.approx((above - below) / (2 * step), rel=1e-5, abs=1e-8)
+
+
+def test_one_gate_alone_has_the_loss_of_one_and_several_that_of_the_mixture_they_make() -> None:
+    sources = several(3)
+    theta = np.random.default_rng(4).normal(size=14) / 1000
+    alone = Gated(sources[0].inputs, sources[0].ratio, np.ones(200, np.bool_))
+    found, gradient = joint_loss_and_gradient(theta, [alone], 2, LARGEST)
+    expected, expected_gradient = loss_and_gradient(theta, alone.inputs, alone.ratio, 2, LARGEST)
+    assert found == pytest.approx(expected, rel=1e-9)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-6, atol=1e-12)
+    fitted = fit_gates(sources, np.arange(200) // 10, starts=[0.2, 0.3, 0.1], largest=LARGEST, hidden=2)
+    flat = [np.concatenate([np.ravel(gate[n]) for n in ("bias", "linear", "hidden", "hidden_bias", "output")])
+            for gate in fitted]  # fmt: skip
+    weights = softmax(
+        [
+            np.where(source.present, LARGEST * sigmoid(gate_logits(source.inputs, gate)), 0.0)
+            for source, gate in zip(sources, fitted, strict=True)
+        ]
+    )
+    found, _ = joint_loss_and_gradient(np.concatenate(flat), sources, 2, LARGEST, decay=0.0)
+    assert found == pytest.approx(joint_loss(weights, sources), rel=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 60), hidden=st.sampled_from([0, 2]), most=st.floats(0, 0.33))
+def test_gates_together_are_never_worse_than_the_weights_they_begin_with(
+    seed: int, n: int, hidden: int, most: float
+) -> None:
+    sources = several(seed, n)
+    weights = [most, most / 2, most / 3]
+    odds = [w / (1 - sum(weights)) for w in weights]
+    fitted = fit_gates(sources, np.arange(n) // 4, starts=[o / (1 + o) for o in odds], largest=LARGEST, hidden=hidden)
+    found = softmax(
+        [
+            np.where(source.present, LARGEST * sigmoid(gate_logits(source.inputs, gate)), 0.0)
+            for source, gate in zip(sources, fitted, strict=True)
+        ]
+    )
+    odds_alone = [np.where(source.present, o / (1 + o), 0.0) for source, o in zip(sources, odds, strict=True)]
+    assert joint_loss(found, sources) <= joint_loss(softmax(odds_alone), sources) + 1e-8
+
+
+def test_gates_that_see_which_source_is_right_are_better_than_weights() -> None:
+    sources = several(5, 2000)
+    fitted = fit_gates(sources, np.arange(2000) // 50, starts=[0.3, 0.3, 0.3], largest=LARGEST, hidden=4)
+    found = softmax(
+        [
+            np.where(source.present, LARGEST * sigmoid(gate_logits(source.inputs, gate)), 0.0)
+            for source, gate in zip(sources, fitted, strict=True)
+        ]
+    )
+    grid = np.linspace(0, 0.9, 10)
+    fixed = min(
+        joint_loss([np.full(2000, a), np.full(2000, b), np.full(2000, c)], sources)
+        for a in grid for b in grid for c in grid if a + b + c < 1
+    )  # fmt: skip
+    assert joint_loss(found, sources) < fixed - 0.1

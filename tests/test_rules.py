@@ -224,3 +224,37 @@ def test_a_single_weight_of_one_stays_one() -> None:
     evidence = Evidence(np.array([True]), np.array([-1.0]))
     weights = Weighing("fixed", {"lambda": 1.0}, asked=True).weights(evidence, None)
     np.testing.assert_array_equal(shared([weights], [True])[0], [1.0])
+
+
+@given(
+    st.lists(st.floats(0, LARGEST_LAMBDA), min_size=2, max_size=4),
+    st.lists(st.booleans(), min_size=4, max_size=4),
+    st.lists(st.booleans(), min_size=4, max_size=4),
+)
+def test_weights_that_look_make_one_softmax_with_the_lm(
+    weights: list[float], asked: list[bool], looking: list[bool]
+) -> None:
+    asked, looking = asked[: len(weights)], looking[: len(weights)]
+    if sum(w for w, mine in zip(weights, asked, strict=True) if mine) > 1:
+        return  # refused in the plan
+    found = [float(w[0]) for w in shared([np.array([w]) for w in weights], asked, looking)]
+    assert sum(found) <= 1 + 1e-9
+    assert [w for w, mine in zip(found, asked, strict=True) if mine] == [
+        w for w, mine in zip(weights, asked, strict=True) if mine
+    ]
+    fitted = [i for i, mine in enumerate(asked) if not mine]
+    if len(fitted) < 2 or not any(looking[i] for i in fitted):
+        assert found == [float(w[0]) for w in shared([np.array([w]) for w in weights], asked)]
+        return
+    odds = {i: weights[i] / (1 - weights[i]) for i in fitted}
+    expected = {i: odds[i] / (1 + sum(odds.values())) for i in fitted}
+    room = LARGEST_LAMBDA - sum(w for w, mine in zip(weights, asked, strict=True) if mine)
+    scale = min(1.0, max(room, 0.0) / max(sum(expected.values()), 1e-300))
+    np.testing.assert_allclose([found[i] for i in fitted], [scale * expected[i] for i in fitted], rtol=1e-9, atol=1e-12)
+
+
+@given(st.floats(0, 1))
+def test_a_gate_beside_what_weighs_nothing_stays_as_it_is_bit_for_bit(weight: float) -> None:
+    first, second = rules.softmax([np.array([weight]), np.array([0.0])])
+    assert (first[0], second[0]) == (weight, 0.0)
+    assert shared([np.array([weight])], [False], [True])[0][0] == weight

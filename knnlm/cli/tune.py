@@ -151,9 +151,10 @@ def tune(
         print_json({**answer, **measured, "warnings": warnings, "curve": curve})
         return
     _print_quality(tuning.quality)
-    _print_rules(tuning.rules)
+    _print_rules(tuning.rules, "rule")
     if found.cache is not None:
         _print_cache(found.cache)
+        _print_rules(found.cache.compared, "retrieval and cache")
     weight = weight_of(tuning.rule, tuning.parameters or {"lambda": tuning.lmbda})
     print(f"{domain} {path.name}: temperature {tuning.temperature:.5g}, {weight}, k {tuning.k}")
     print(
@@ -175,7 +176,7 @@ def _print_quality(rows: "Sequence[SearchQuality]") -> None:
     print()
 
 
-def _print_rules(rows: "Sequence[RuleQuality]") -> None:
+def _print_rules(rows: "Sequence[RuleQuality]", what: str) -> None:
     """How each rule compares with one lambda for everything, on documents that it was not fitted to."""
     if not rows:
         return
@@ -184,7 +185,7 @@ def _print_rules(rows: "Sequence[RuleQuality]") -> None:
          f"{_percent(row.low):+.2f} % to {_percent(row.high):+.2f} %"]
         for row in rows
     ]  # fmt: skip
-    print_table(["", "rule", "perplexity", "beside fixed", "95 % interval"], lines, left=(0, 1))
+    print_table(["", what, "perplexity", "beside fixed", "95 % interval"], lines, left=(0, 1))
     print()
 
 

@@ -4,24 +4,26 @@ theta multiplies dot products of keys, so it is searched on a logarithmic grid i
 norm and refined by golden section; weights are solved. Each document is a text of its own.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.cache import cache_log_probs
+from knnlm.cache import cache_evidence
 from knnlm.cache_source import DEFAULT_SIZE
 from knnlm.domains import knn_evidence
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import HeldOut, observe
+from knnlm.evaluation.rule_choice import FOLDS, compare_together
 from knnlm.evaluation.splits import encode, sample
 from knnlm.evaluation.tuning import RELATIVE_TOLERANCE, golden_section
-from knnlm.messages import Document
+from knnlm.evidence import Evidence
+from knnlm.messages import Document, RuleQuality
 from knnlm.neighbors import Neighbors
-from knnlm.rules import Parameters
-from knnlm.weights import fit_weights
+from knnlm.rules import CACHE_GATE, GATE, KNN_GATE, LOOKING, Observed, Parameters
+from knnlm.weights import fit_gates, fit_weights
 
 THETAS = 2.0 ** np.arange(-3, 11)  # over the mean squared norm of the keys
 SIZES = (125, 250, 500, 1000)  # places; and DEFAULT_SIZE
@@ -34,6 +36,8 @@ class CacheFit:
     """lmbda: the weight of the cache, and knn_lambda that of retrieval beside it; None where it was fitted alone.
 
     Perplexities of the held-out tokens: of the LM, with the cache alone, with retrieval alone at one lambda, with both.
+    compared: one weight for each of both beside a gate for each, on documents that neither was fitted to; empty where
+    that could not be. gates: the parameters of these, as knnlm.messages.Tuning names them, where they were chosen.
     """
 
     lmbda: float
@@ -44,20 +48,26 @@ class CacheFit:
     knn_lambda: float | None = None
     knn_perplexity: float | None = None
     both_perplexity: float | None = None
+    compared: Sequence[RuleQuality] = ()
+    gates: Parameters = field(default_factory=dict)
 
     @property
     def parameters(self) -> Parameters:
         """The parameters as knnlm.messages.Tuning stores them."""
         beside = {} if self.knn_lambda is None else {"knn_lambda": self.knn_lambda}
-        return {"lambda": self.lmbda, "theta": self.theta, "size": float(self.size), **beside}
+        return {"lambda": self.lmbda, "theta": self.theta, "size": float(self.size), **beside, **self.gates}
 
 
-def fit_cache(held_out: HeldOut, neighbors: Neighbors | None = None, temperature: float = 1.0) -> CacheFit:
+def fit_cache(
+    held_out: HeldOut, neighbors: Neighbors | None = None, temperature: float = 1.0, *, gates: bool = False
+) -> CacheFit:
     """The cache that makes the held-out tokens likeliest: theta and size beside the LM alone; then its weight, together
     with that of retrieval where neighbors of the same queries are given.
 
-    The smallest size within a thousandth of the best perplexity is taken, among those that texts are at least twice as
-    long as and DEFAULT_SIZE. Raises InvalidRequest where it is not known which tokens make a document.
+    gates: also compare one weight for each of both with a gate for each, fitted together, and take the better one
+    (knnlm.evaluation.rule_choice.compare_together); this needs statistics of the LM and enough documents. The smallest
+    size within a thousandth of the best perplexity is taken, among those that texts are at least twice as long as and
+    DEFAULT_SIZE. Raises InvalidRequest where it is not known which tokens make a document.
     """
     lm, later = held_out.lm_log_probs, places_with_past(held_out)
     mean_norm = float(np.einsum("nd,nd->n", held_out.queries, held_out.queries, dtype=np.float64).mean()) or 1.0
@@ -83,11 +93,34 @@ def fit_cache(held_out: HeldOut, neighbors: Neighbors | None = None, temperature
     fitted = (float(np.exp(log_theta)), size, float(np.exp(lm_loss)), float(np.exp(cache_loss)))
     if neighbors is None:
         return CacheFit(float(lmbda), *fitted)
-    evidence = knn_evidence(neighbors, temperature, held_out.targets)
-    knn = evidence.of_targets
-    _, knn_loss = fit_weights(lm, [knn], [evidence.present])
-    (knn_lambda, lmbda), both = fit_weights(lm, [knn, cache], [evidence.present, later])
-    return CacheFit(float(lmbda), *fitted, float(knn_lambda), float(np.exp(knn_loss)), float(np.exp(both)))
+    both = seen_together(held_out, neighbors, temperature, fitted[0], size)
+    log_probs, present = [seen.evidence.of_targets for seen in both], [seen.evidence.present for seen in both]
+    _, knn_loss = fit_weights(lm, log_probs[:1], present[:1])
+    (knn_lambda, lmbda), both_loss = fit_weights(lm, log_probs, present)
+    weighed = (float(knn_lambda), float(np.exp(knn_loss)), float(np.exp(both_loss)))
+    if not gates or held_out.statistics is None or len(np.unique(both[0].groups)) < FOLDS:
+        return CacheFit(float(lmbda), *fitted, *weighed)
+    compared = compare_together(both)
+    chosen: dict[str, float | Sequence[float]] = {}
+    if any(row.chosen and row.name == GATE for row in compared):
+        for prefix, gate in zip((KNN_GATE, CACHE_GATE), fit_gates(both, [knn_lambda, lmbda]), strict=True):
+            chosen |= {prefix + name: value for name, value in gate.items()}
+    return CacheFit(float(lmbda), *fitted, *weighed, compared, chosen)
+
+
+def seen_together(
+    held_out: HeldOut, neighbors: Neighbors, temperature: float, theta: float, size: int
+) -> tuple[Observed, Observed]:
+    """What was seen of retrieval and of the cache, with the features of gates where there are statistics of the LM."""
+    names = LOOKING.features if held_out.statistics is not None else ()
+    cache, columns = past_evidence(held_out, theta, size, features=bool(names))
+    found = (
+        knn_evidence(neighbors, temperature, held_out.targets, names),
+        Evidence(places_with_past(held_out), cache, columns),
+    )
+    rest = (held_out.statistics, held_out.document_of)
+    knn, past = (Observed(held_out.lm_log_probs, evidence, *rest) for evidence in found)
+    return knn, past
 
 
 def tune_cache(
@@ -121,15 +154,25 @@ def tune_cache(
 
 def past_log_probs(held_out: HeldOut, theta: float, size: int) -> Floats:
     """(n,) log p_cache of every held-out token, each document its own text; -inf where nothing stands before."""
+    return past_evidence(held_out, theta, size)[0]
+
+
+def past_evidence(
+    held_out: HeldOut, theta: float, size: int, *, features: bool = False
+) -> tuple[Floats, dict[str, Floats]]:
+    """`past_log_probs`, and the features of knnlm.cache.cache_evidence, (n,) each, where they are wanted."""
     numbers = _numbers(held_out)
-    result = np.empty(len(numbers))
+    result, columns = np.empty(len(numbers)), []
     starts = np.flatnonzero(np.diff(numbers, prepend=-1))
     for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
         rows = slice(start, end)
         tokens = held_out.targets[rows]
-        found = cache_log_probs(held_out.queries[rows], tokens, 0, theta=theta, size=size, targets=tokens)
+        found, looked_at = cache_evidence(
+            held_out.queries[rows], tokens, 0, theta=theta, size=size, targets=tokens, features=features
+        )
         result[rows] = cast(Floats, found)  # targets were given, so these are not whole distributions
-    return result
+        columns.append(looked_at)
+    return result, {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
 
 
 def places_with_past(held_out: HeldOut) -> npt.NDArray[np.bool_]:

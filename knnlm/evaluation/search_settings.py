@@ -29,7 +29,7 @@ from knnlm.index.searcher import Searcher
 from knnlm.messages import Document, SearchQuality, SearchRequest, Tuning
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
-from knnlm.rules import AUTO, FIXED, check_skip
+from knnlm.rules import AUTO, FIXED, GATE, check_skip
 from knnlm.rules import rule as known_rule
 
 KS = (64, 256, 1024)
@@ -95,7 +95,8 @@ def tune(
 
     Documents that it holds are left out. model: what made the keys, a Hugging Face folder or hub id. version: None for
     the current one. max_tokens: of a sample, spread over all documents. context_length, min_context: see
-    knnlm.decoding.choose_windows. cache: fit the continuous cache as well, beside retrieval with one lambda.
+    knnlm.decoding.choose_windows. cache: fit the continuous cache as well, beside retrieval with one lambda; and,
+    unless `rule` names one that gives no place to it, gates for both (knnlm.evaluation.cache_fit.fit_cache).
     index: the recipe to search, None for the default. The rest, and what on_progress hears, as in `tune_searcher`.
     Raises as it does; UnknownDomain, UnknownVersion; DatastoreMismatch for a model that
     did not make the domain; InvalidRequest when no document is left; and as LanguageModel.load does.
@@ -122,7 +123,7 @@ def tune(
             domains=[searcher.info(())],
             context_length=context_length,
             min_context=min_context,
-            statistics=rule == AUTO or known_rule(rule).statistics,
+            statistics=cache or rule == AUTO or known_rule(rule).statistics,
             on_progress=lambda done: report("asking the model about tokens", done, tokens),
         )
         found = tune_searcher(
@@ -140,7 +141,8 @@ def tune(
             report("fitting the cache", 0, 1)
             tuning = found.fit.tuning
             neighbors = find(searcher, domain, observed, replace(tuning.search, k=tuning.k)).neighbors
-            fitted = fit_cache(observed, neighbors, tuning.temperature)
+            gates = rule in (FIXED, GATE, AUTO)  # another one was asked for by name
+            fitted = fit_cache(observed, neighbors, tuning.temperature, gates=gates)
             found = replace(found, cache=fitted)
             found = replace(found, fit=replace(found.fit, tuning=replace(tuning, cache=fitted.parameters)))
     with_tuning(path, found.fit.tuning)

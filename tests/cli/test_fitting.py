@@ -6,7 +6,9 @@ import pytest
 
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
+from knnlm.evaluation import cache_fit
 from knnlm.lm.model import LanguageModel
+from knnlm.messages import RuleQuality
 from knnlm.rules import RULES
 from knnlm.wire.jsonable import to_json
 from tests.cli.conftest import Knnlm
@@ -131,6 +133,7 @@ def test_the_cache_is_fitted_beside_retrieval_stored_and_served(knnlm: Knnlm, st
     found = knnlm(*command, "--json").json
     fitted = found["cache_fit"]
     assert found["cache"] == {name: fitted[name] for name in ("lambda", "theta", "size", "knn_lambda")}
+    assert fitted["gates"] == {}
     served = ("eval", corpus, "--part", "tune")
     for options, expected in (
         (("--domain", "toy"), fitted["knn_perplexity"]),
@@ -144,6 +147,28 @@ def test_the_cache_is_fitted_beside_retrieval_stored_and_served(knnlm: Knnlm, st
     text = knnlm(*served, "--domain", "toy", "--cache").out
     assert "kNN-LM + cache" in text
     assert "weights on average: toy 0." in text
+
+
+def test_gates_of_retrieval_and_cache_are_fitted_together_stored_and_served(
+    knnlm: Knnlm, store: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [RuleQuality("fixed", 9.0), RuleQuality("gate", 8.0, -0.1, -0.2, -0.1, chosen=True)]
+    monkeypatch.setattr(cache_fit, "compare_together", lambda _: rows)  # the documents here are too few to tell
+    command = ("tune", "toy", corpus, "--part", "tune", "--k", 8, "--cache")
+    found = knnlm(*command, "--json").json
+    assert [(row["name"], row["chosen"]) for row in found["cache_fit"]["compared"]] == [
+        ("fixed", False), ("gate", True),
+    ]  # fmt: skip
+    stored = manifest(store).tuning
+    assert stored is not None
+    assert {name.rpartition(".")[0] for name in stored.cache} == {"", "gate", "knn_gate"}
+    report = knnlm("eval", corpus, "--part", "tune", "--domain", "toy", "--cache", "--json").json
+    assert report["knn"]["perplexity"] < found["cache_fit"]["both_perplexity"] * (1 + 1e-6)
+    assert report["domains"][0]["rule"] == "gate"
+    fixed = knnlm("eval", corpus, "--part", "tune", "--domain", "toy", "--cache", "--rule", "fixed", "--json").json
+    assert fixed["knn"]["perplexity"] == pytest.approx(found["cache_fit"]["both_perplexity"], rel=1e-5)
+    assert "retrieval and cache" in knnlm(*command).out
+    assert "gate." not in str(knnlm(*command, "--rule", "bins", "--json").json["cache"])
 
 
 def test_the_cache_is_fitted_beside_the_model_alone(knnlm: Knnlm, store: Path, corpus: Path) -> None:

@@ -1,7 +1,9 @@
 """The continuous cache in requests to a running system: as in process, within its bounds, in every route."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +66,74 @@ async def test_what_was_tuned_with_the_domain_holds_where_nothing_is_asked(store
     weights = {c["name"]: c["weight"] for c in answer["results"][0]["components"]}
     assert weights == pytest.approx({"lm": 0.65, "cat": 0.15, "cache": 0.2})
     assert (error["param"], lone["param"]) == ("cache.lambda", "cache.theta")
+
+
+GATES: Mapping[str, float | Sequence[float]] = {
+    "gate.bias": 1.0,
+    "gate.linear": [-0.3, -2.0, 3.0, -0.4, 0.1, -1.0],
+    "knn_gate.bias": 0.5,
+    "knn_gate.linear": [-0.2, -1.0, 2.0, 0.1, 0.2, -2.0],
+    "knn_gate.hidden": [0.1] * 12,
+    "knn_gate.hidden_bias": [0.0, 0.2],
+    "knn_gate.output": [0.5, -0.5],
+}
+
+
+async def test_gates_fitted_together_weigh_the_same_everywhere_and_only_together(store: Path) -> None:
+    """As in process, by the formula, and with everything asked for otherwise the weights that were fitted."""
+    tuned = {"lambda": 0.2, "theta": 0.4, "size": 7.0, "knn_lambda": 0.15, **GATES}
+    with_tuning(Catalog(store).path("cat", "v1"), replace(TUNING, cache=tuned))
+    cat: dict[str, Any] = {"text": TEXT, "model": "toy+cat"}  # Any: JSON
+    prompt = [256, *TEXT[:20].encode()]
+    with pipeline(store) as p:
+        asked = {"knn": KnnOptions((DomainOptions("cat"),)), "cache": CacheOptions()}
+        score, made = p.score(TEXT, asked), p.next_token([TEXT[:20]], asked).mixed
+        greedy = GenerationOptions(max_tokens=5, sampling=SamplingOptions(temperature=0.0), ignore_eos=True)
+        generated = p.generate(prompt, asked, greedy, seed=0)
+    async with system(store) as s:
+        scored = await s.post("/v1/score", {**cat, "cache": {}})
+        explained = await s.post("/v1/explain", {**cat, "cache": {}})
+        named = await s.post("/v1/score", {"text": TEXT, "knn": {"domain": "cat", "rule": "gate"}, "cache": {}})
+        answer = await s.post("/v1/next_token", {"text": TEXT[:20], "model": "toy+cat", "cache": {}})
+        completed = await s.post(
+            "/v1/completions",
+            {"prompt": prompt, "model": "toy+cat", "cache": {}, "max_tokens": 5, "temperature": 0, "logprobs": 1,
+             "ignore_eos": True},
+        )  # fmt: skip
+        fixed = await s.post("/v1/score", {"text": TEXT, "knn": {"domain": "cat", "rule": "fixed"}, "cache": {}})
+        lone = await s.post("/v1/score", cat)
+        half = await s.post("/v1/score", {**cat, "cache": {"lambda": 0.1}})
+        other = await s.post("/v1/score", {**cat, "cache": {"theta": 0.5}})
+    weights = {c.name: c.weight for c in score.mixed.components}
+    for answered in (scored, explained, named):
+        np.testing.assert_allclose([t["log_p"] for t in answered["tokens"]], score.log_probs, rtol=1e-5)
+        assert answered["domains"][0]["rule"] == "gate"
+    for name, weight in weights.items():
+        for answered in (scored, named):
+            np.testing.assert_allclose(of(answered, name), weight, rtol=1e-4)
+        per_token = [{c["name"]: c["weight"] for c in t["components"]}[name] for t in explained["tokens"]]
+        np.testing.assert_allclose(per_token, weight, rtol=1e-4)
+    assert len({round(w, 6) for w in weights["cache"]}) > 10
+    assert weights["cache"][0] == 0
+    last = {c["name"]: c["weight"] for c in answer["results"][0]["components"]}
+    assert last == pytest.approx({"lm": 1 - made.weight[0], **{c.name: c.weight[0] for c in made.components}}, rel=1e-4)
+    np.testing.assert_allclose(completed["choices"][0]["logprobs"]["token_logprobs"], generated.log_probs, rtol=1e-4)
+    assert {t["lambda"] for t in lone["tokens"]} == {0.3}
+    assert (set(of(fixed, "cat")[1:]), set(of(fixed, "cache")[1:])) == ({0.15}, {0.2})
+    for given in (
+        half,
+        other,
+    ):  # the gate of the cache holds for its theta alone, and where its weight is not asked for
+        assert len(set(of(given, "cat"))) > 10
+    assert set(of(half, "cache")[1:]) == {0.1}
+    odds = {name: [w / rest for w, rest in zip(of(other, name), of(other, "lm"), strict=True)] for name in weights}
+    np.testing.assert_allclose(odds["cache"][1:], 0.25, rtol=1e-6)
+
+
+def of(answer: Any, name: str) -> list[float]:  # Any: JSON
+    """The weights of a component in a score."""
+    found: list[float] = next(c["weight"] for c in answer["components"] if c["name"] == name)
+    return found
 
 
 @pytest.mark.parametrize(("tuned", "allowed", "used"), [(7.0, 64, 7), (50_000.0, 64, 64), (50_000.0, 4096, 2000)])

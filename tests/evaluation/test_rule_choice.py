@@ -7,11 +7,19 @@ import pytest
 
 from knnlm.domains import knn_evidence
 from knnlm.errors import InvalidRequest
-from knnlm.evaluation.rule_choice import FOLDS, compare, held_out_losses, interval
+from knnlm.evaluation.rule_choice import (
+    FOLDS,
+    compare,
+    compare_together,
+    held_out_losses,
+    held_out_losses_together,
+    interval,
+)
 from knnlm.evaluation.tuning import Observations, fit, with_rule
 from knnlm.messages import LmStatistics
 from knnlm.neighbors import Neighbors
-from knnlm.rules import RULES, Observed, Weighing
+from knnlm.rules import LOOKING, RULES, Observed, Weighing
+from knnlm.weights import fit_weights
 
 
 def observations(seed: int = 0, n: int = 3000, documents: int = 15, told: float = 1.0) -> Observations:
@@ -109,3 +117,40 @@ def test_skipping_costs_what_the_tuning_says() -> None:
     assert fitted.knn_perplexity < skipped.knn_perplexity < skipped.lm_perplexity
     with pytest.raises(InvalidRequest, match="skip goes with a rule that decides before the search"):
         fit(some, "bins", skip=0.5)
+
+
+def together(told: float) -> list[Observed]:
+    """Two components, each right at other tokens; told: how much of that its nearest distance tells."""
+    found = []
+    lm = observations().lm_log_probs
+    for seed in (0, 1):
+        some = observations(seed, told=told)
+        evidence = knn_evidence(some.neighbors, 1.0, some.targets, LOOKING.features)
+        found.append(Observed(lm, evidence, observations().statistics, observations().document_of))
+    return found
+
+
+def test_gates_together_are_chosen_where_they_are_better_beyond_chance() -> None:
+    rows = compare_together(together(1.0))
+    assert [(row.name, row.chosen) for row in rows] == [("fixed", False), ("gate", True)]
+    assert rows[1].high < 0
+    seen = together(1.0)
+    documents = seen[0].groups
+    losses = held_out_losses_together(seen)
+    assert (rows[1].low, rows[1].high) == interval(losses["gate"] - losses["fixed"], documents)
+    fold = documents % FOLDS == 3
+    some = [one.at(~fold) for one in seen]
+    targets, present = [one.evidence.of_targets for one in some], [one.evidence.present for one in some]
+    weights, _ = fit_weights(some[0].lm_log_probs, targets, present)
+    p = (1 - weights.sum()) * np.exp(seen[0].lm_log_probs[fold].astype(np.float64))
+    p += sum(w * np.exp(one.evidence.of_targets[fold]) for w, one in zip(weights, seen, strict=True))
+    np.testing.assert_allclose(losses["fixed"][fold], -np.log(p), rtol=1e-6)
+
+
+def test_weights_stay_where_gates_see_nothing() -> None:
+    rng = np.random.default_rng(0)
+    seen = []
+    for one in together(0.0):
+        noise = {name: rng.uniform(size=3000) for name in LOOKING.features}
+        seen.append(replace(one, evidence=replace(one.evidence, features=noise)))
+    assert [row.name for row in compare_together(seen) if row.chosen] == ["fixed"]
