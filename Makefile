@@ -9,7 +9,7 @@ PROTOS := $(wildcard proto/knnlm/v1/*.proto)
 # tests and services are some hundred processes: each would compile the project again
 unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
-.PHONY: help venv demo up down test test-all test-faults test-compose test-page test-clients test-cluster browser bench check format proto proto-check clean
+.PHONY: help venv demo up down test test-all test-faults test-compose test-page test-clients test-cluster browser bench paper check format proto proto-check clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ $(VENV)/.cluster: $(STAMP)
 
 bench: $(STAMP) ## every benchmark at the small size, one after another; ends with a JSON line per figure
 	@$(BIN)/python -m benchmarks
+
+paper: $(STAMP) ## the papers' tables and figures at a small size; ends with a page in build/paper
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m experiments
 
 check: $(STAMP) proto-check ## style, types, layers, generated code
 	@$(BIN)/ruff check .

@@ -1,0 +1,123 @@
+"""docs/paper.md: what the records give, and nothing else, below a summary that is written by hand.
+
+    python -m experiments report [--into FOLDER]
+
+Writes FOLDER/paper.md and FOLDER/paper/ with the records and their figures; by default in build/paper. The summary is
+FOLDER/paper/summary.md, where there is one.
+"""
+
+import argparse
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from experiments.figures import draw
+from experiments.records import Cell, Record, Table, load_all
+from experiments.table import NAMES, experiment
+from experiments.verdicts import Outcome
+
+__all__ = ["main", "render", "write"]
+
+HEAD = """# The papers' experiments
+
+What Khandelwal et al. 2020 (arXiv 1911.00172) and Cao et al. 2025 (arXiv 2508.09874) found, measured again at a small
+size. `make paper` runs all of it, `python -m experiments NAME` one; with `--scale full` it is the papers' own size, and
+`--plan` says what that takes. This page is made by `python -m experiments report` from the records in [paper/](paper/).
+"""
+OUT_OF_REACH = """## Out of reach at this size
+
+Question answering and the nine tasks of Memory Decoder (Tables 2 and 5) need a model that can answer: one of four
+million parameters cannot. At full size they run through lm-eval against the server:
+
+    knnlm build CORPUS --store store --domain facts --model MODEL
+    knnlm serve --model MODEL --store store --memory facts=FOLDER
+    lm_eval --model local-completions --tasks nq_open,sst2,cb,rte,ag_news \\
+        --model_args model=MODEL~facts,base_url=http://127.0.0.1:8000/v1/completions,tokenizer=MODEL
+"""
+
+
+def main(arguments: Sequence[str], folder: Path) -> int:
+    """Make the page of the records in folder/records."""
+    parser = argparse.ArgumentParser(prog="python -m experiments report", description=__doc__)
+    parser.add_argument("--into", type=Path, default=folder, help="where to write (default build/paper)")
+    options = parser.parse_args(arguments)
+    write(folder / "records", options.into)
+    print(options.into / "paper.md")
+    return 0
+
+
+def write(records: Path, into: Path) -> None:
+    """The page, and beside it records and figures."""
+    beside = into / "paper"
+    beside.mkdir(parents=True, exist_ok=True)
+    found = load_all(records, NAMES)
+    for record in found:
+        if (records / f"{record.name}.json").resolve() != (beside / f"{record.name}.json").resolve():
+            shutil.copyfile(records / f"{record.name}.json", beside / f"{record.name}.json")
+        for chart in record.findings.charts:
+            draw(chart, beside / f"{record.name}-{chart.name}")
+    summary = beside / "summary.md"
+    text = render(load_all(beside, NAMES), summary.read_text(encoding="utf-8") if summary.is_file() else "")
+    (into / "paper.md").write_text(text, encoding="utf-8")
+
+
+def render(records: Sequence[Record], summary: str) -> str:
+    """The whole page as Markdown."""
+    parts = [HEAD, summary.strip(), _overview(records), *(_section(record) for record in records), OUT_OF_REACH]
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def _overview(records: Sequence[Record]) -> str:
+    if not records:
+        return "No experiment has been run."
+    rows: list[tuple[Cell, ...]] = []
+    for record in records:
+        counted = Counter(v.outcome for v in record.findings.verdicts)
+        rows.append((f"[{record.title}](#{_anchor(record)})", record.paper, *(counted.get(o, 0) for o in Outcome)))
+    table = Table("", ("experiment", "from", *map(str, Outcome)), tuple(rows))
+    own, made = sum(r.seconds for r in records), sum(r.prepared_seconds for r in records)
+
+    def all_of(of: Callable[[Record], str]) -> str:
+        return "; ".join(sorted(set(map(of, records))))
+
+    about = (
+        f"Text: {all_of(lambda r: r.source)}. Model: {all_of(lambda r: r.model)}. Scale: {all_of(lambda r: r.scale)}. "
+        f"Machine: {all_of(lambda r: r.machine)}. Commit: {all_of(lambda r: r.commit)}. "
+        f"Peak memory: {max(r.peak_bytes for r in records) / 1e9:.1f} GB. Time: {own / 60:.0f} minutes in the "
+        f"experiments; what they need took {made / 60:.0f} more, counted for each experiment that uses it."
+    )
+    how = (
+        "A shape *holds* where the 95 % interval of a paired bootstrap over documents lies on its side, *does not "
+        "hold* where it lies on the other side, and is *within noise* where it contains zero. Weights and temperatures "
+        "are fitted on other documents than those reported on."
+    )
+    return "\n\n".join(["## What came out", _markdown(table), how, about])
+
+
+def _section(record: Record) -> str:
+    one = experiment(record.name)
+    parts = [f"## {record.title}", f"{record.paper}; `{record.command}`, commit {record.commit}.", one.about.strip()]
+    for table in record.findings.tables:
+        parts += [f"*{table.title}*", _markdown(table)]
+    parts += [f"![{c.title}](paper/{record.name}-{c.name}.svg)" for c in record.findings.charts]
+    parts += ["\n".join(f"- {verdict.line}" for verdict in record.findings.verdicts), *record.findings.notes]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _markdown(table: Table) -> str:
+    head = "| " + " | ".join(table.columns) + " |\n|" + "---|" * len(table.columns)
+    return "\n".join([head, *("| " + " | ".join(map(_cell, row)) + " |" for row in table.rows)])
+
+
+def _cell(value: Cell) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else value.replace("|", "\\|").replace("\n", "⏎")
+
+
+def _anchor(record: Record) -> str:
+    kept = "".join(c for c in record.title.lower() if c.isalnum() or c in " -_")
+    return kept.replace(" ", "-")

@@ -1,0 +1,92 @@
+"""Every experiment at toy size: a record with tables, verdicts and figures, from what it said it needs."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import ROOT
+from experiments import __main__ as runner
+from experiments import page, plan
+from experiments.experiment import Need
+from experiments.figures import draw
+from experiments.lab import BASE, Lab, Learner
+from experiments.records import load, load_all, save
+from experiments.scale import SCALES
+from experiments.table import NAMES, experiment
+from experiments.texts import Texts, find_texts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment_gives_a_record(name: str, lab: Lab, tmp_path: Path) -> None:
+    one = experiment(name)
+    record = runner._run(name, one, lab, tmp_path, "")
+    kept = load(tmp_path / f"{name}.json")
+    assert kept.findings == load(save(kept, tmp_path)).findings  # nothing is lost on the way
+    assert kept.findings.tables
+    assert kept.findings.verdicts
+    assert set(lab.asked) <= {BASE, *with_models(one.needs(lab.texts, lab.scale))}  # the plan is what is done
+    assert record.texts == {c.name: c.sha256 for c in lab.texts.all}
+    text = page.render([kept], "")
+    assert all(verdict.claim in text for verdict in kept.findings.verdicts)
+    for chart in kept.findings.charts:
+        files = draw(chart, tmp_path / chart.name)
+        assert all(file.stat().st_size > 1000 for file in files)
+        assert files[0].read_bytes() == draw(chart, tmp_path / "again")[0].read_bytes()
+
+
+def with_models(needs: Sequence[Need]) -> set[Need]:
+    """What is needed, and the models of it."""
+    return {*needs, *(need.learner for need in needs if not isinstance(need, Learner))}
+
+
+def test_the_same_again_and_continued_from_half_gives_the_same_numbers(texts: Texts, tmp_path: Path) -> None:
+    found = []
+    for name in ("first", "second"):
+        lab = Lab(SCALES["toy"], texts, tmp_path / name)
+        if name == "second":  # what was interrupted left a file of a view and none of its fit
+            (tmp_path / "second").mkdir(exist_ok=True)
+            for file in (tmp_path / "first").rglob("*-tune.npz"):
+                target = tmp_path / "second" / file.relative_to(tmp_path / "first")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
+        record = runner._run("knn_table4", experiment("knn_table4"), lab, tmp_path / name, "")
+        found.append(json.dumps(record.findings.tables[0].rows))
+    assert found[0] == found[1]
+
+
+def test_a_plan_says_steps_time_and_memory_and_does_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert runner.main(["--scale", "full", "--plan", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "103,227,021 entries" in said
+    assert "GB of memory" in said
+    assert not (tmp_path / "out").exists()
+    whole = plan.steps([(name, experiment(name)) for name in NAMES], plan.NOMINAL, SCALES["full"])
+    assert len({step.what for step in whole}) == len(whole)  # each thing once
+    assert all(step.seconds > 0 for step in whole)
+
+
+def test_unknown_experiments_and_folders_without_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no experiment 'table5': there are knn_table4"):
+        experiment("table5")
+    with pytest.raises(SystemExit, match="found neither"):
+        find_texts(tmp_path)
+
+
+def test_wikitext_is_cut_into_articles_and_keeps_its_own_parts(tmp_path: Path) -> None:
+    for part in ("train.prefix", "valid", "test"):
+        text = f" \n = Of {part} = \n \n a b . \n = = Section = = \n c . \n \n = Other ( {part} ) = \n \n d . \n"
+        (tmp_path / f"wiki.{part}.tokens").write_text(text)
+    found = find_texts(tmp_path).wikitext
+    assert found is not None
+    assert [len(part) for part in (found.store, found.tune, found.report)] == [2, 2, 2]
+    assert "= = Section = =" in found.store[0].text
+    assert found.report[1].text.startswith("= Other ( test ) =")
+
+
+def test_the_published_page_is_what_its_records_give() -> None:
+    folder = ROOT / "docs"
+    records = load_all(folder / "paper", NAMES)
+    summary = folder / "paper" / "summary.md"
+    assert (folder / "paper.md").read_text("utf-8") == page.render(records, summary.read_text("utf-8"))
