@@ -116,14 +116,14 @@ class Pipeline:
         """
         from knnlm.datastore.catalog import current_versions
         from knnlm.datastore.manifest import Manifest
-        from knnlm.index.searcher import Searcher
+        from knnlm.index.sharded_searcher import open_searcher
         from knnlm.lm.model import LanguageModel
 
         paths = current_versions(store, domains)  # first: a model takes longer to load than a name to be refused
         functions = [key_function] if key_function else [Manifest.load(p).key_function for p in paths.values()]
         lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=(functions or ["ffn_input"])[0])
         learnt = {name: _opened(path, device, dtype) for name, path in (memories or {}).items()}
-        searchers = {domain: Searcher.open(path, index=index, expect=lm.info) for domain, path in paths.items()}
+        searchers = {domain: open_searcher(path, index=index, expect=lm.info) for domain, path in paths.items()}
         return cls(lm, searchers, learnt)
 
     @property

@@ -125,7 +125,7 @@ def report(
     from knnlm.evaluation.collect import observe
     from knnlm.evaluation.index_candidates import candidates, default_candidates
     from knnlm.evaluation.index_page import write_index_page
-    from knnlm.evaluation.index_report import index_report
+    from knnlm.evaluation.index_report import index_report, refuse_shards
     from knnlm.evaluation.splits import encode, sample, select, unseen
     from knnlm.index.searcher import Searcher
     from knnlm.lm.model import LanguageModel
@@ -133,6 +133,7 @@ def report(
     path = version_folder(Catalog(store), domain, version)
     if queries < 1:
         raise InvalidRequest(f"queries must be >= 1, got {queries}", param="queries")
+    refuse_shards(path)
     manifest = Manifest.load(path)
     size = (manifest.base_entries, manifest.key_dim)
     chosen = default_candidates(*size) if recipes is None else candidates(recipes.split(), *size)

@@ -46,7 +46,7 @@ def show(
         tokenizer = Tokenizer((path / TOKENIZER).read_text(encoding="utf-8"), bos_token_id=None, eos_token_id=None)
         entries = [_entry(datastore, tokenizer, number, around) for number in entry or ()]
         memory = {index.recipe: _memory(index, datastore) for index in datastore.manifest.indexes}
-        added = _added(datastore)
+        added, size = _added(datastore), _size(datastore)
     finally:
         datastore.close()
     if as_json:
@@ -54,7 +54,7 @@ def show(
             {**datastore.manifest.model_dump(mode="json"), "memory": memory, "added_memory": added, "shown": entries}
         )
         return
-    print_table(["domain", domain], _summary(datastore.manifest, memory, added), left=(0, 1))
+    print_table(["domain", domain], _summary(datastore.manifest, memory, added, size), left=(0, 1))
     for e in entries:
         print(f"\nentry {e['entry']}: token {e['position']} of {e['document']}")
         print(f"{e['before']!r} → {e['after']!r}")
@@ -75,15 +75,23 @@ def _entry(datastore: "Datastore", tokenizer: "Tokenizer", number: int, around: 
 
 
 def _memory(index: "IndexRecord", datastore: "Datastore") -> int | None:
-    """Bytes that a process holds of an index to search it; None for one that this program does not know."""
+    """Bytes that a process holds of an index to search it, of all shards; None for one that this program does not
+    know."""
+    from knnlm.datastore.manifest import Manifest
+    from knnlm.datastore.shards import shard_folders
     from knnlm.index.table import family
 
     try:
         known = family(index.recipe)
     except InvalidRequest:
         return None
-    file = None if index.file is None else datastore.path / index.file
-    return known.resident_bytes(datastore.keys, file, resident=False)
+    total = 0
+    keys = [part for _, part in datastore.parts_of_keys()] if datastore.manifest.shards else [datastore.keys]
+    folders = list(shard_folders(datastore.path, datastore.manifest)) or [datastore.path]
+    for folder, part in zip(folders, keys, strict=True):
+        name = Manifest.load(folder).index_of(index.recipe).file
+        total += known.resident_bytes(part, None if name is None else folder / name, resident=False)
+    return total
 
 
 def _added(datastore: "Datastore") -> int:
@@ -92,6 +100,8 @@ def _added(datastore: "Datastore") -> int:
     from knnlm.index.added import added_bytes
     from knnlm.index.table import family
 
+    if datastore.manifest.shards:
+        return 0
     try:
         known = family(datastore.manifest.index.recipe)
     except InvalidRequest:  # an index of a later program: counted as beside exact search
@@ -118,8 +128,24 @@ def _made_with(m: "Manifest") -> str:
     return f"configuration {made.config_sha256[:12]}, {made.dtype}, BOS {made.bos_token_id}"
 
 
-def _summary(m: "Manifest", memory: Mapping[str, int | None], added: int) -> list[tuple[str, str]]:
-    """(what, value) of everything that a person decides by. added: bytes in memory of what was added."""
+def _size(datastore: "Datastore") -> int:
+    """Bytes of all files, those of shards included."""
+    from knnlm.datastore.manifest import Manifest
+    from knnlm.datastore.shards import shard_folders
+
+    parts = [datastore.manifest, *(Manifest.load(f) for f in shard_folders(datastore.path, datastore.manifest))]
+    return sum(file.bytes for part in parts for file in part.files.values())
+
+
+def _shards(m: "Manifest") -> list[tuple[str, str]]:
+    """Nothing of a version in one folder."""
+    sizes = [shard.entries for shard in m.shards]
+    return [("shards", f"{len(sizes)}, of {min(sizes):,} to {max(sizes):,} entries")] if sizes else []
+
+
+def _summary(m: "Manifest", memory: Mapping[str, int | None], added: int, size: int) -> list[tuple[str, str]]:
+    """(what, value) of everything that a person decides by. added: bytes in memory of what was added. size: of all
+    files, in bytes."""
     tuned = "no: run `knnlm tune`"
     if m.tuning is not None:
         weight = weight_of(m.tuning.rule, m.tuning.parameters or {"lambda": m.tuning.lmbda})
@@ -131,6 +157,7 @@ def _summary(m: "Manifest", memory: Mapping[str, int | None], added: int) -> lis
         ("version", m.version),
         ("created", m.created.isoformat(timespec="seconds")),
         ("entries", f"{m.live_entries:,} of {m.live_documents:,} documents"),
+        *_shards(m),
         *_growth(m, added),
         ("keys", f"{m.key_function}, {m.key_dim} x {m.key_dtype}"),
         ("windows", f"{m.windows.context_length} tokens, at least {m.windows.min_context} of context"),
@@ -141,6 +168,6 @@ def _summary(m: "Manifest", memory: Mapping[str, int | None], added: int) -> lis
             ("index" if i == 0 else "also indexed", recipe + ("" if held is None else f", {held:,} bytes in memory"))
             for i, (recipe, held) in enumerate(memory.items())
         ],
-        ("bytes", f"{sum(f.bytes for f in m.files.values()):,}"),
+        ("bytes", f"{size:,}"),
         ("tuned", tuned),
     ]

@@ -81,6 +81,11 @@ def segment_files(number: int) -> SegmentFiles:
     )
 
 
+def shard_name(number: int) -> str:
+    """The folder of a shard, 0 the first, inside of the version's."""
+    return f"shard-{number:05d}"
+
+
 def is_keys(name: str) -> bool:
     """Whether the file of this name holds the keys of the base or of a segment: most of the bytes of a version."""
     return re.fullmatch(r"keys(\.[1-9]\d*)?\.npy", name) is not None

@@ -6,7 +6,7 @@ byte, what this module writes; so that no change goes unnoticed. What may change
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -23,13 +23,15 @@ from knnlm.datastore.layout import (
     Record,
     first_problem,
     segment_files,
+    shard_name,
     shown,
 )
 from knnlm.datastore.tuning import TuningRecord
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreIncomplete, InvalidRequest
-from knnlm.messages import ModelInfo
+from knnlm.messages import DomainInfo, Memory, ModelInfo
 
 FORMAT_VERSION: Final = 1
+SHARDED_VERSION: Final = 3  # of shards in folders of their own, each of version 1
 GROWN_VERSION: Final = 2  # with segments added to it, or documents removed: what reads version 1 alone would be wrong
 FLAT: Final = "flat"
 MAX_BYTES: Final = 8 << 20  # thousands of segments; reading a manifest takes many times as much memory
@@ -74,10 +76,15 @@ class WindowsRecord(Record):
 
 
 class IndexRecord(Record):
-    """The search structure. file: None when it is made from the keys on loading. parameters: defaults of a search."""
+    """The search structure. file: None when it is made from the keys on loading. parameters: defaults of a search.
+
+    trained: of an index that shards share, sha256 of what was learned for all of them; in the manifest of the whole
+    `file` is that, in a shard's the index of its keys.
+    """
 
     recipe: str
     file: str | None = None
+    trained: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     parameters: dict[str, Annotated[int | float, Field(ge=1, lt=1 << 31)]] = Field(default_factory=dict)
 
 
@@ -98,15 +105,32 @@ class RemovedRecord(Record):
     entries: Count
 
 
+class ShardRecord(Record):
+    """Consecutive documents of a version, in a folder that can be opened as a version by itself; entries, documents and
+    tokens are numbered from 0 there. content: `Manifest.content` of its manifest."""
+
+    name: str = Field(pattern=r"^shard-[0-9]{5}$")
+    entries: int = Field(ge=1, lt=1 << 53)
+    documents: int = Field(ge=1, lt=1 << 53)
+    tokens: Count
+    content: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @classmethod
+    def of(cls, number: int, manifest: "Manifest") -> Self:
+        counts = {name: getattr(manifest, name) for name in ("entries", "documents", "tokens", "content")}
+        return cls(name=shard_name(number), **counts)
+
+
 class Manifest(Record):
     """One version of one domain. `checksum` is the sha256 of the canonical JSON of everything else.
 
     entries, documents, tokens: all that is stored, in the base and in every segment, removed ones included. index: the
     one that answers unless another is asked for; it holds the base. other_indexes: those beside it, each of another
-    recipe. segments: ascending by number. parent: the version that this one shares its files with.
+    recipe. segments: ascending by number. parent: the version that this one shares its files with. shards: what holds
+    everything, in the order of the documents; then `files` is what they share.
     """
 
-    format_version: Literal[1, 2] = FORMAT_VERSION
+    format_version: Literal[1, 2, 3] = FORMAT_VERSION
     domain: str
     version: str
     created: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
@@ -125,6 +149,20 @@ class Manifest(Record):
     segments: tuple[SegmentRecord, ...] = ()
     removed: RemovedRecord | None = None
     parent: str | None = None
+    shards: tuple[ShardRecord, ...] = ()
+
+    @model_validator(mode="after")
+    def _shards_are_sound(self) -> Self:
+        if (self.format_version == SHARDED_VERSION) != bool(self.shards):
+            raise ValueError(f"format version {self.format_version} with {len(self.shards)} shards")
+        names = [shard.name for shard in self.shards]
+        if names != [shard_name(number) for number in range(len(names))]:
+            raise ValueError(f"shards are named {', '.join(names)}, expected numbers from 0 on")
+        for name in ("entries", "documents", "tokens"):
+            total = sum(getattr(shard, name) for shard in self.shards)
+            if self.shards and total != getattr(self, name):
+                raise ValueError(f"{name} are {getattr(self, name)}, in the shards there are {total}")
+        return self
 
     @model_validator(mode="after")
     def _growth_is_sound(self) -> Self:
@@ -179,6 +217,16 @@ class Manifest(Record):
         return self.documents - (self.removed.documents if self.removed else 0)
 
     @property
+    def content(self) -> str:
+        """sha256 over the checksums of keys, values, tokens, documents and tombstones; indexes and tunings may change
+        without it."""
+        if self.shards:
+            return _checksum({shard.name: shard.content for shard in self.shards})
+        names = [name for number in (0, *(s.number for s in self.segments)) for name in segment_files(number)]
+        names += [REMOVED] if self.removed else []
+        return _checksum({name: self.files[name].sha256 for name in names})
+
+    @property
     def indexes(self) -> tuple[IndexRecord, ...]:
         """All indexes, the default first."""
         return (self.index, *self.other_indexes)
@@ -196,6 +244,34 @@ class Manifest(Record):
         known = ", ".join(sorted({FLAT, *(index.recipe for index in self.indexes)}))
         raise InvalidRequest(
             f"domain {self.domain} version {self.version} has no index {recipe!r}: it has {known}", param="index"
+        )
+
+    def info(self, recipe: str, memory: Memory, versions: Sequence[str], state: str) -> DomainInfo:
+        """What the version is to who asks for it, searched by the index of this recipe. versions: all of the domain."""
+        made = self.model
+        return DomainInfo(
+            domain=self.domain,
+            version=self.version,
+            versions=tuple(versions),
+            state=state,
+            entries=self.live_entries,
+            documents=self.live_documents,
+            key_dim=self.key_dim,
+            key_dtype=self.key_dtype,
+            key_function=self.key_function,
+            index=recipe,
+            model_id=made.model_id,
+            weights_sha256=made.weights_sha256,
+            tokenizer_sha256=made.tokenizer_sha256,
+            tuning=None if self.tuning is None else self.tuning.message(),
+            indexes=tuple(index.recipe for index in self.indexes),
+            memory=memory,
+            context_length=self.windows.context_length,
+            min_context=self.windows.min_context,
+            config_sha256=made.config_sha256,
+            model_dtype=made.dtype,
+            bos_token_id=made.bos_token_id,
+            window_bos=self.windows.bos,
         )
 
     @classmethod
@@ -223,10 +299,10 @@ class Manifest(Record):
             raise DatastoreCorrupt(f"{file} is not JSON: {err}") from err
         if not isinstance(fields, dict):
             raise DatastoreCorrupt(f"{file} holds {type(fields).__name__}, expected an object")
-        if fields.get("format_version") not in (FORMAT_VERSION, GROWN_VERSION):
+        if fields.get("format_version") not in (FORMAT_VERSION, GROWN_VERSION, SHARDED_VERSION):
             raise DatastoreCorrupt(
                 f"{file} has format version {shown(fields.get('format_version'))}, "
-                f"this program reads {FORMAT_VERSION} and {GROWN_VERSION}"
+                f"this program reads {FORMAT_VERSION}, {GROWN_VERSION} and {SHARDED_VERSION}"
             )
         stored, expected = fields.pop("checksum", None), _checksum(fields)
         if stored != expected:
@@ -252,9 +328,18 @@ class Manifest(Record):
 
     def serialized(self) -> bytes:
         fields = self.model_dump(mode="json")
-        for name in ("other_indexes", "segments", "removed", "parent"):  # without them as before there were any
+        for name in (
+            "other_indexes",
+            "segments",
+            "removed",
+            "parent",
+            "shards",
+        ):  # without them as before there were any
             if not fields[name]:
                 del fields[name]
+        for index in (fields["index"], *fields.get("other_indexes", ())):
+            if index["trained"] is None:
+                del index["trained"]
         fields["model"] = {name: value for name, value in fields["model"].items() if value is not None}
         for name, unrecorded in (("parse_special", True), ("bos", "document")):
             if fields["windows"][name] == unrecorded:

@@ -1,7 +1,8 @@
 """A published version, opened: its arrays as read-only maps, and the text around an entry.
 
 A version that has grown holds more than it was built from: segments that were added, and documents that do not count
-any more (docs/datastore.md). Documents, entries and tokens are numbered through all of it.
+any more (docs/datastore.md). One of shards is read as if its first shard were the base and the others were added.
+Documents, entries and tokens are numbered through all of it.
 
 Opening is cheap, whatever the size: sizes and headers are compared with the manifest, contents are not (that is
 verify.py, or `check`); only where documents were removed is the table of all documents read. Immutable and safe for any
@@ -19,8 +20,8 @@ import numpy.typing as npt
 
 from knnlm.datastore.arrays import open_array
 from knnlm.datastore.document_table import DocumentTable, Int64, Row, Sizes, read_rows
-from knnlm.datastore.layout import REMOVED, Checksums, require_unchanged, segment_files
-from knnlm.datastore.manifest import Manifest
+from knnlm.datastore.layout import REMOVED, Checksums, SegmentFiles, require_unchanged, segment_files
+from knnlm.datastore.manifest import FORMAT_VERSION, Manifest, ShardRecord
 from knnlm.errors import DatastoreCorrupt, DatastoreMismatch, InvalidRequest
 from knnlm.messages import ModelInfo, Passage, differs
 
@@ -30,7 +31,8 @@ Int32 = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Segment:
-    """The arrays of one segment: 0 is the base, which a version was built from, the others were added to it.
+    """The arrays of one segment: 0 is the base, which a version was built from, the others were added to it; or of one
+    shard, the first being 0.
 
     keys: (n, d) float16 or float32. values: (n,) int32. tokens: (t,) int32. All read-only maps, numbered from 0.
     """
@@ -85,13 +87,12 @@ class Datastore:
         manifest = Manifest.load(path)
         if expect is not None:
             _refuse_other_model(path, manifest, expect)
-        for name, record in manifest.files.items():
-            file = path / name
-            size = file.stat().st_size if file.is_file() else None
-            if size != record.bytes:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise DatastoreCorrupt(f"{file} {found}, expected {record.bytes} bytes")
-        require_unchanged(path, manifest.files, check)
+        for folder, part in [
+            (path, manifest),
+            *((path / s.name, load_shard(path, manifest, s)) for s in manifest.shards),
+        ]:
+            _require_sizes(folder, part)
+            require_unchanged(folder, part.files, check)
         base, *added = open_segments(path, manifest)
         return cls(path, manifest, base.keys, base.values, base.tokens, added, _read_tombstones(path, manifest))
 
@@ -106,11 +107,11 @@ class Datastore:
         DatastoreCorrupt."""
         with self._lock:
             if self._documents is None:
-                files = [self.path / segment_files(number).documents for number in _segment_numbers(self.manifest)]
-                table = DocumentTable(*files, removed=self.removed_documents)
-                for file, found, expected in zip(files, table.sizes, _sizes(self.manifest), strict=True):
-                    if found != expected:
-                        raise DatastoreCorrupt(f"{file} has {found}, expected {expected}")
+                parts = _parts(self.path, self.manifest)
+                table = DocumentTable(*(part.documents for part in parts), removed=self.removed_documents)
+                for part, found in zip(parts, table.sizes, strict=True):
+                    if found != part.sizes:
+                        raise DatastoreCorrupt(f"{part.documents} has {found}, expected {part.sizes}")
                 self._documents = table
             return self._documents
 
@@ -182,8 +183,8 @@ class Datastore:
         gone = np.zeros(len(self.documents), np.bool_)
         gone[self.removed_documents] = True
         document = 0
-        for number, first in zip(_segment_numbers(self.manifest), self._first_tokens.tolist(), strict=False):
-            for row in read_rows(self.path / segment_files(number).documents):
+        for part, first in zip(_parts(self.path, self.manifest), self._first_tokens.tolist(), strict=False):
+            for row in read_rows(part.documents):
                 if not gone[document]:
                     yield document, replace(row, start=first + row.start)
                 document += 1
@@ -236,28 +237,69 @@ class Datastore:
 
 
 def open_segments(path: Path, manifest: Manifest) -> Iterator[Segment]:
-    """The base and all segments of the version in folder `path`. Raises DatastoreCorrupt as `open_array` does."""
-    sizes = [(manifest.base_entries, manifest.base_tokens), *((s.entries, s.tokens) for s in manifest.segments)]
+    """The base and all segments of the version in folder `path`, or its shards. Raises DatastoreCorrupt as `open_array`
+    does."""
     key_dtype = np.dtype(manifest.key_dtype).newbyteorder("<")
-    for number, (entries, tokens) in zip(_segment_numbers(manifest), sizes, strict=True):
-        names = segment_files(number)
+    for part in _parts(path, manifest):
         yield Segment(
-            number,
-            open_array(path / names.keys, (entries, manifest.key_dim), key_dtype),
-            open_array(path / names.values, (entries,), "<i4"),
-            open_array(path / names.tokens, (tokens,), "<i4"),
+            part.number,
+            open_array(part.folder / part.names.keys, (part.sizes.entries, manifest.key_dim), key_dtype),
+            open_array(part.folder / part.names.values, (part.sizes.entries,), "<i4"),
+            open_array(part.folder / part.names.tokens, (part.sizes.tokens,), "<i4"),
         )
 
 
-def _segment_numbers(manifest: Manifest) -> tuple[int, ...]:
-    """0 for the base, then those that were added, in the order in which their entries are numbered."""
-    return (0, *(segment.number for segment in manifest.segments))
+def load_shard(path: Path, manifest: Manifest, shard: ShardRecord) -> Manifest:
+    """The manifest of one shard of the version in folder `path`. Raises DatastoreCorrupt when it is missing, damaged or
+    not the shard that was published."""
+    found = Manifest.load(path / shard.name)
+    same = ("domain", "version", "model", "key_function", "windows", "key_dim", "key_dtype")
+    if found.format_version != FORMAT_VERSION or any(getattr(found, n) != getattr(manifest, n) for n in same):
+        raise DatastoreCorrupt(
+            f"{path / shard.name} is a part of {found.domain} {found.version}, "
+            f"expected a shard of {manifest.domain} {manifest.version}"
+        )
+    for name in ("entries", "documents", "tokens", "content"):
+        if getattr(found, name) != getattr(shard, name):
+            raise DatastoreCorrupt(
+                f"{path / shard.name} has {name} {getattr(found, name)}, the version says {getattr(shard, name)}"
+            )
+    return found
 
 
-def _sizes(manifest: Manifest) -> list[Sizes]:
-    """What the file of documents of each part has to list."""
+@dataclass(frozen=True)
+class _Part:
+    """Files that were written together: the base, a segment or a shard. sizes: what its file of documents lists."""
+
+    folder: Path
+    number: int
+    names: SegmentFiles
+    sizes: Sizes
+
+    @property
+    def documents(self) -> Path:
+        return self.folder / self.names.documents
+
+
+def _parts(path: Path, manifest: Manifest) -> list[_Part]:
+    """In the order in which their entries are numbered."""
+    if manifest.shards:
+        return [
+            _Part(path / s.name, number, segment_files(0), Sizes(s.documents, s.tokens, s.entries))
+            for number, s in enumerate(manifest.shards)
+        ]
     base = Sizes(manifest.base_documents, manifest.base_tokens, manifest.base_entries)
-    return [base, *(Sizes(s.documents, s.tokens, s.entries) for s in manifest.segments)]
+    added = [(s.number, Sizes(s.documents, s.tokens, s.entries)) for s in manifest.segments]
+    return [_Part(path, number, segment_files(number), sizes) for number, sizes in [(0, base), *added]]
+
+
+def _require_sizes(path: Path, manifest: Manifest) -> None:
+    for name, record in manifest.files.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != record.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise DatastoreCorrupt(f"{file} {found}, expected {record.bytes} bytes")
 
 
 def _read_tombstones(path: Path, manifest: Manifest) -> Int64:

@@ -10,8 +10,8 @@ import numpy as np
 from knnlm.datastore.document_table import read_rows
 from knnlm.datastore.files import sha256_of
 from knnlm.datastore.layout import MANIFEST, REMOVED, TOKENIZER, segment_files
-from knnlm.datastore.manifest import Manifest
-from knnlm.datastore.reader import Datastore, Segment, open_segments
+from knnlm.datastore.manifest import Manifest, ShardRecord
+from knnlm.datastore.reader import Datastore, Segment, load_shard, open_segments
 from knnlm.errors import DatastoreError
 
 SLICE_NUMBERS = 1 << 20  # read at a time: values, or numbers of keys
@@ -31,7 +31,7 @@ def verify(path: Path) -> Iterator[Check]:
     First the manifest, then the checksum of every file, files that are not listed, and, when all of them are sound,
     what they say about one another, segment by segment: the values are the tokens they stand for, the documents cover
     the tokens, keys are finite, the counts agree; and that removed documents exist. Without a valid manifest nothing
-    else can be checked.
+    else can be checked. Of a version of shards: all of this for every shard, and that it is the one that was published.
     """
     try:
         manifest = Manifest.load(path)
@@ -44,11 +44,15 @@ def verify(path: Path) -> Iterator[Check]:
         problem = record.problem(path / name)
         sound = sound and problem is None
         yield Check(name, problem)
-    listed = {MANIFEST, *manifest.files}
+    for shard in manifest.shards:
+        yield _checked(f"{shard.name}: is what was published", partial(_shard_problem, path, manifest, shard))
+        for check in verify(path / shard.name):
+            yield Check(f"{shard.name}/{check.name}", check.problem)
+    listed = {MANIFEST, *manifest.files, *(shard.name for shard in manifest.shards)}
     for file in sorted(path.iterdir()):
         if file.name not in listed and not file.name.startswith("."):
             yield Check(file.name, "is not listed in the manifest")
-    if sound:
+    if sound and not manifest.shards:
         yield from _relations(path)
 
 
@@ -70,6 +74,10 @@ def _relations(path: Path) -> Iterator[Check]:
         yield _checked(f"{names.keys}: are finite", partial(_keys_problem, part, first))
         first, tokens = first + len(part.values), tokens + len(part.tokens)
     yield _checked(f"{TOKENIZER}: is the model's", partial(_tokenizer_problem, datastore))
+
+
+def _shard_problem(path: Path, manifest: Manifest, shard: ShardRecord) -> None:
+    load_shard(path, manifest, shard)
 
 
 def _checked(name: str, check: Callable[[], str | None]) -> Check:

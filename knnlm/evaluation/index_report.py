@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from knnlm.datastore.files import disk_errors, locked
 from knnlm.datastore.layout import Record
+from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.collect import HeldOut
@@ -91,6 +92,16 @@ class IndexReport:
         return {**own, "exact": self.exact.as_json(), "indexes": [line.as_json() for line in self.lines]}
 
 
+def refuse_shards(path: Path) -> None:
+    """Raises InvalidRequest for a version of shards: its indexes are compared on one of them."""
+    if shards := Manifest.load(path).shards:
+        raise InvalidRequest(
+            f"{path} has {len(shards)} shards, and a report needs all keys in one folder: compare indexes on a "
+            "version that `knnlm build` makes of a part of the text",
+            param="version",
+        )
+
+
 def index_report(
     path: Path,
     held_out: HeldOut,
@@ -111,6 +122,7 @@ def index_report(
     Raises InvalidRequest for a number out of range, Conflict when another report works in the folder,
     InsufficientMemory when the indexes do not fit beside each other, and what building and searching raise.
     """
+    refuse_shards(path)
     if not candidates or not ks or min(ks) < 1 or seconds <= 0 or rounds < 1:
         raise InvalidRequest(
             f"expected recipes, k >= 1, seconds > 0 and rounds >= 1, got {len(candidates)} recipes, k {list(ks)}, "

@@ -14,7 +14,7 @@ from knnlm.evaluation.collect import HeldOut, find, observe
 from knnlm.evaluation.splits import Encoded, sample
 from knnlm.evaluation.tuning import fit, smallest_k
 from knnlm.index.contract import Int64
-from knnlm.index.searcher import Searcher
+from knnlm.index.sharded_searcher import OpenedSearcher, open_searcher
 from knnlm.memory.making import Progress, begun_with, make_targets, shape_of, target_rows
 from knnlm.memory.manifest import Begun, Exclude, FitRecord, StoreRecord, TargetSettings, TargetsManifest
 from knnlm.neighbors import Neighbors
@@ -58,7 +58,7 @@ def build_targets(
     target = Path(out)
     _check(exclude, ks, temperature, top=top, max_tokens=max_tokens, part_entries=part_entries)
     path = version_path(store, domain, version)
-    with closing(Searcher.open(path)) as searcher:
+    with closing(open_searcher(path)) as searcher:
         manifest, datastore = searcher.manifest, searcher.datastore
         if not manifest.live_entries:
             raise InvalidRequest(f"{domain} {manifest.version} has no entries, so there is nothing to imitate")
@@ -88,7 +88,7 @@ def build_targets(
 
 
 def _sample(
-    searcher: Searcher, model: str, max_tokens: int, device: str, dtype: str, report: Progress
+    searcher: OpenedSearcher, model: str, max_tokens: int, device: str, dtype: str, report: Progress
 ) -> tuple[HeldOut, Int64]:
     """What the LM says about some of the store's own text, and the entries (n,) that it is."""
     from knnlm.lm.model import LanguageModel
@@ -114,7 +114,12 @@ def _sample(
 
 
 def _fitted(
-    searcher: Searcher, settings: TargetSettings, held_out: HeldOut, ids: Int64, ks: Sequence[int], report: Progress
+    searcher: OpenedSearcher,
+    settings: TargetSettings,
+    held_out: HeldOut,
+    ids: Int64,
+    ks: Sequence[int],
+    report: Progress,
 ) -> Begun:
     """The settings with the smallest of ks that is as good as any, and its temperature, for neighbors in other
     documents."""
@@ -143,7 +148,7 @@ def _fitted(
     return Begun(settings=chosen, fit=record)
 
 
-def _order(searcher: Searcher) -> Int64:
+def _order(searcher: OpenedSearcher) -> Int64:
     """Live entries, those of the base as the index groups them."""
     grouped, live = searcher.index.grouped(), searcher.datastore.live_entries()
     if grouped is None:

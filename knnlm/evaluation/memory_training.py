@@ -17,7 +17,7 @@ from knnlm.errors import Conflict, InvalidRequest
 from knnlm.evaluation.collect import HeldOut, observe
 from knnlm.evaluation.splits import Encoded, encode, sample, unseen
 from knnlm.index.contract import sample_rows
-from knnlm.index.searcher import Searcher
+from knnlm.index.sharded_searcher import open_searcher
 from knnlm.lm import loading
 from knnlm.lm.distillation import DistilSettings, Held, Told, Tried, distil, tried
 from knnlm.lm.model import LanguageModel
@@ -92,7 +92,7 @@ def train_memory(
     datastore = Datastore.open(path)
     manifest = datastore.manifest
     lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=manifest.key_function, prefix_cache_bytes=0)
-    with closing(Searcher.open(path, expect=lm.info)) as searcher:
+    with closing(open_searcher(path, expect=lm.info)) as searcher:
         windows = searcher.info(())
     examples = Examples(
         datastore, taught, beta=settings.beta, seed=settings.seed, batch_entries=settings.batch_entries,

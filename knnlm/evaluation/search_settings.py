@@ -25,7 +25,7 @@ from knnlm.evaluation.timing import Rate, interleave
 from knnlm.evaluation.tuning import Fit, Observations, Point, fit, smallest_k, with_rule
 from knnlm.index.contract import Index
 from knnlm.index.exact import exact_neighbors
-from knnlm.index.searcher import Searcher
+from knnlm.index.sharded_searcher import OpenedSearcher, open_searcher
 from knnlm.messages import Document, SearchQuality, SearchRequest, Tuning
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
@@ -108,7 +108,7 @@ def tune(
     ks = check(manifest, ks, quality, exact_queries, rule, skip)
     documents = list(documents)
     lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=manifest.key_function)
-    with closing(Searcher.open(path, index=index, expect=lm.info)) as searcher:
+    with closing(open_searcher(path, index=index, expect=lm.info)) as searcher:
         encoded = encode(documents, lm.tokenizer)
         held_out = unseen(encoded, path)
         if not held_out:
@@ -150,7 +150,7 @@ def tune(
 
 
 def tune_searcher(
-    searcher: Searcher,
+    searcher: OpenedSearcher,
     held_out: HeldOut,
     dtype: str,
     *,
@@ -260,7 +260,7 @@ def check(
     return sorted({min(k, manifest.live_entries) for k in ks})
 
 
-def _exact_fits(searcher: Searcher, held_out: HeldOut, ks: Sequence[int], report: Progress) -> list[Fit]:
+def _exact_fits(searcher: OpenedSearcher, held_out: HeldOut, ks: Sequence[int], report: Progress) -> list[Fit]:
     """What is fitted to exact search, for every k: its k nearest are the first of more."""
     entries = searcher.manifest.entries
 
@@ -272,7 +272,7 @@ def _exact_fits(searcher: Searcher, held_out: HeldOut, ks: Sequence[int], report
 
 
 def _measured(
-    searcher: Searcher, held_out: HeldOut, k: int, limit: float, report: Progress, timing: Timing
+    searcher: OpenedSearcher, held_out: HeldOut, k: int, limit: float, report: Progress, timing: Timing
 ) -> list[SearchQuality]:
     """Settings with their perplexities and speeds. Of each ladder no more than the first below `limit`, which is the
     cheapest, and none after two that gain nothing."""

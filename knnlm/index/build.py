@@ -4,16 +4,20 @@ Killed at any moment the version is what it was, or has the new index; indexing 
 Processes that have a former one open keep it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from knnlm.datastore.files import disk_errors, locked, sha256_of, sync_file, sync_folder
-from knnlm.datastore.layout import FileRecord
+from knnlm.datastore.files import locked
+from knnlm.datastore.layout import KEYS, shard_name
 from knnlm.datastore.manifest import IndexRecord, Manifest
 from knnlm.datastore.reader import Datastore
+from knnlm.datastore.shards import shard_folders
 from knnlm.datastore.updates.revise import with_index, without_index
 from knnlm.errors import InvalidRequest
 from knnlm.index.auto_recipe import Choice, auto_recipe
+from knnlm.index.files import named, remove_unnamed
+from knnlm.index.sharded_build import build_sharded_index, remove_sharded_index
 from knnlm.index.table import family
 
 __all__ = ["build_index", "index_remark", "remove_index", "suited"]
@@ -48,59 +52,59 @@ def build_index(
     """Index the version in folder `path` and return the recipe, which is what `suited` says.
 
     Indexed is what the version was built from; entries that were added to it since are searched exactly beside any
-    index, until it is compacted. The index becomes the default of the version, in place of the former; with beside=True
-    both are kept, the former the default. on_progress hears (keys added, keys in all). Raises InvalidRequest as
-    `suited` does, Conflict when another process is indexing it, DatastoreError when it cannot be read or written.
+    index, until it is compacted. Of a version of shards, each gets its part of one index. The index becomes the default
+    of the version, in place of the former; with beside=True both are kept, the former the default. on_progress hears
+    (keys added, keys in all). Raises InvalidRequest as `suited` does, Conflict when another process is indexing it,
+    DatastoreError when it cannot be read or written.
     """
     datastore = Datastore.open(path)
     recipe = suited(path, recipe).recipe
     chosen = family(recipe)
-    with locked(path / "keys.npy", wait=False, doing="indexing"):
+    with _indexing(path):
+        if datastore.manifest.shards:
+            build_sharded_index(path, recipe, seed=seed, beside=beside, on_progress=on_progress)
+            remove_unnamed(path)
+            return recipe
         for leftover in path.glob(".index.*"):
             leftover.unlink()
         building = path / ".index.building"
         try:
             parameters = chosen.build(datastore.keys, building, seed, on_progress or _silent)
-            files = _named(building) if chosen.has_file else {}
+            files = named(building) if chosen.has_file else {}
             index = IndexRecord(recipe=recipe, file=next(iter(files), None), parameters=dict(parameters))
             with_index(path, index, files, beside=beside)
         finally:
             building.unlink(missing_ok=True)
-            _remove_unnamed(path)
+            remove_unnamed(path)
     return recipe
 
 
 def index_remark(path: Path, recipe: str) -> str | None:
-    """A sentence about what is unusual in this index of the version in folder `path`; None mostly."""
-    file = Manifest.load(path).index_of(recipe).file
-    return None if file is None else family(recipe).remark(path / file)
+    """A sentence about what is unusual in this index of the version in folder `path`, or in a shard's part of it; None
+    mostly."""
+    manifest = Manifest.load(path)
+    folders = list(shard_folders(path, manifest)) or [path]
+    files = [(folder, Manifest.load(folder).index_of(recipe).file) for folder in folders]
+    remarks = (None if file is None else family(recipe).remark(folder / file) for folder, file in files)
+    return next((remark for remark in remarks if remark is not None), None)
 
 
 def remove_index(path: Path, recipe: str) -> None:
     """Take an index from the version in folder `path`. Raises as `without_index` and `build_index` do."""
-    with locked(path / "keys.npy", wait=False, doing="indexing"):
-        without_index(path, recipe)
-        _remove_unnamed(path)
+    with _indexing(path):
+        if Manifest.load(path).shards:
+            remove_sharded_index(path, recipe)
+        else:
+            without_index(path, recipe)
+        remove_unnamed(path)
 
 
-def _remove_unnamed(path: Path) -> None:
-    manifest = Manifest.load(path)
-    for former in path.glob("index.*.faiss"):
-        if former.name not in manifest.files:
-            former.unlink()
-
-
-def _named(building: Path) -> dict[str, FileRecord]:
-    """Make the file durable under a name that says what is in it, so that no name ever means two contents."""
-    sha256 = sha256_of(building)
-    name = f"index.{sha256[:16]}.faiss"
-    with disk_errors(building):
-        with building.open("rb") as file:
-            sync_file(file.fileno())
-        record = FileRecord(bytes=building.stat().st_size, sha256=sha256)
-        building.rename(building.with_name(name))
-        sync_folder(building.parent)
-    return {name: record}
+@contextmanager
+def _indexing(path: Path) -> Iterator[None]:
+    """The lock of whoever indexes a version: on its keys, or on those of its first shard."""
+    first = path / shard_name(0)
+    with locked((first if first.is_dir() else path) / KEYS, wait=False, doing="indexing"):
+        yield
 
 
 def _silent(done: int, total: int) -> None:

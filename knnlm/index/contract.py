@@ -145,6 +145,11 @@ class Family(ABC):
         rows = sample_rows(len(keys), self.training_size(keys.shape[1]), seed)
         return self.add(self.train(_rows_of(keys, rows), seed), keys, file, on_progress)
 
+    def list_sizes(self, file: Path) -> Int64 | None:
+        """(lists,) how many keys of the index in `file` lie in each list; None where it has no lists."""
+        del file
+        return None
+
     def remark(self, file: Path) -> str | None:
         """What is unusual about the index in `file` and should be known to whoever built it; None mostly."""
         del file

@@ -38,13 +38,11 @@ def exact_neighbors(
     for start, end in zip(*(edges.tolist() for edges in datastore.removed), strict=True):
         removed[start:end] = True
     distances, ids = np.empty((len(asked), 0), np.float32), np.empty((len(asked), 0), np.int64)
-    first = 0
-    for keys in (datastore.keys, datastore.added_keys()):
+    for first, keys in datastore.parts_of_keys():
         near, found = _scanned(keys, asked, k, removed[first : first + len(keys)], first, on_progress)
         found[found >= 0] += first
-        distances, ids = np.concatenate([distances, near], axis=1), np.concatenate([ids, found], axis=1)
-        first += len(keys)
-    distances, ids = nearest_first(distances, ids, k)
+        both = np.concatenate([distances, near], axis=1), np.concatenate([ids, found], axis=1)
+        distances, ids = nearest_first(*both, k)
     return Neighbors(distances, datastore.values_of(ids), ids)
 
 

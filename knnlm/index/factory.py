@@ -12,7 +12,7 @@ import faiss
 
 from knnlm.errors import InvalidRequest
 from knnlm.index.codecs import Codec, Row
-from knnlm.index.contract import Parameters
+from knnlm.index.contract import Int64, Parameters
 from knnlm.index.faiss_family import FaissFamily, FaissIndex, faiss_message
 from knnlm.index.hnsw import HnswIndex
 from knnlm.index.ivf import TRAINING_KEYS_PER_LIST, IvfIndex, default_nprobe, list_sizes, remark_on_lists
@@ -68,6 +68,11 @@ class Factory(FaissFamily):
 
     def defaults(self, index: Any) -> Parameters:
         return {"nprobe": default_nprobe(list_sizes(index))} if isinstance(index, faiss.IndexIVF) else {}
+
+    def list_sizes(self, file: Path) -> Int64 | None:
+        whole = faiss.read_index(str(file))  # owns the lists
+        lists = faiss.try_extract_index_ivf(whole)
+        return None if lists is None else list_sizes(lists)
 
     def remark(self, file: Path) -> str | None:
         index = faiss.read_index(str(file))

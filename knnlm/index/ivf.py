@@ -98,6 +98,10 @@ class Ivf(FaissFamily):
     def defaults(self, index: Any) -> Parameters:
         return {"nprobe": default_nprobe(list_sizes(index))}
 
+    def list_sizes(self, file: Path) -> Int64 | None:
+        whole = faiss.read_index(str(file), self.flags)  # owns the lists
+        return list_sizes(faiss.extract_index_ivf(whole))
+
     def remark(self, file: Path) -> str | None:
         return remark_on_lists(faiss.read_index(str(file), self.flags))
 

@@ -9,7 +9,7 @@ from knnlm.index.contract import Index
 from knnlm.messages import PassagesRequest, SearchRequest
 from knnlm.options import SEARCH_OPTIONS
 
-__all__ = ["check_lookup", "check_request", "rescoring"]
+__all__ = ["check_lookup", "check_request", "check_version", "rescoring"]
 
 
 def rescoring(request: SearchRequest, index: Index) -> bool:
@@ -19,7 +19,7 @@ def rescoring(request: SearchRequest, index: Index) -> bool:
 
 def check_request(request: SearchRequest, manifest: Manifest, index: Index, recipe: str) -> None:
     """Raises InvalidRequest, naming the parameter; UnknownDomain or UnknownVersion when another version is meant."""
-    _check_version(request.domain, request.version, manifest)
+    check_version(request.domain, request.version, manifest)
     _check_queries(request.queries, manifest.key_dim)
     options = request.options
     for name, option in SEARCH_OPTIONS.items():
@@ -33,7 +33,7 @@ def check_request(request: SearchRequest, manifest: Manifest, index: Index, reci
 
 def check_lookup(request: PassagesRequest, manifest: Manifest) -> None:
     """Raises as `check_request`. That an entry was removed is not known here."""
-    _check_version(request.domain, request.version, manifest)
+    check_version(request.domain, request.version, manifest)
     _check_not_negative("passage_tokens", request.passage_tokens)
     entries = request.entries
     if entries.dtype != np.int64 or entries.ndim != 1:
@@ -48,7 +48,8 @@ def check_lookup(request: PassagesRequest, manifest: Manifest) -> None:
         )
 
 
-def _check_version(domain: str, version: str | None, manifest: Manifest) -> None:
+def check_version(domain: str, version: str | None, manifest: Manifest) -> None:
+    """Raises UnknownDomain or UnknownVersion when another version than this is meant."""
     if domain != manifest.domain:
         raise UnknownDomain(f"asked for domain {domain!r}, this is {manifest.domain}", param="domain")
     if version not in (None, manifest.version):

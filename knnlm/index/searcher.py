@@ -95,10 +95,13 @@ class Searcher:
         memory_limit: bytes that it may hold; by default what the system has. max_candidates: what one query may have
         while it is searched, over-fetched ones and those in place of excluded ones counted. check: files to compare
         with their checksums before FAISS or anything else reads them: "small" = all but the keys, "all", or "none".
-        Raises as `Datastore.open` does, InvalidRequest for an index it does not have, DatastoreError for one that this
-        program does not know, and InsufficientMemory, before anything is loaded, when it would not fit.
+        Raises as `Datastore.open` does, InvalidRequest for an index it does not have and for a version of shards, which
+        `knnlm.index.sharded_searcher.open_searcher` opens, DatastoreError for an index that this program does not know,
+        and InsufficientMemory, before anything is loaded, when it would not fit.
         """
         datastore = Datastore.open(path, expect=expect, check=check)
+        if datastore.manifest.shards:
+            raise InvalidRequest(f"{path} has shards: one Searcher searches one of them", param="path")
         record = datastore.manifest.index_of(index)
         file = None if record.file is None else path / record.file
         if device != "cpu":
@@ -221,31 +224,7 @@ class Searcher:
 
     def info(self, versions: Sequence[str], state: str = "ready") -> DomainInfo:
         """`versions`: all of the domain on disk, oldest first, as the catalog knows them."""
-        manifest = self.manifest
-        return DomainInfo(
-            domain=manifest.domain,
-            version=manifest.version,
-            versions=tuple(versions),
-            state=state,
-            entries=manifest.live_entries,
-            documents=manifest.live_documents,
-            key_dim=manifest.key_dim,
-            key_dtype=manifest.key_dtype,
-            key_function=manifest.key_function,
-            index=self._recipe,
-            model_id=manifest.model.model_id,
-            weights_sha256=manifest.model.weights_sha256,
-            tokenizer_sha256=manifest.model.tokenizer_sha256,
-            tuning=None if manifest.tuning is None else manifest.tuning.message(),
-            indexes=tuple(index.recipe for index in manifest.indexes),
-            memory=self.memory,
-            context_length=manifest.windows.context_length,
-            min_context=manifest.windows.min_context,
-            config_sha256=manifest.model.config_sha256,
-            model_dtype=manifest.model.dtype,
-            bos_token_id=manifest.model.bos_token_id,
-            window_bos=manifest.windows.bos,
-        )
+        return self.manifest.info(self._recipe, self.memory, versions, state)
 
     def warm(self) -> None:
         """Bring index and documents into memory and run a search, before the first request has to wait for them."""

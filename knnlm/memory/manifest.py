@@ -16,7 +16,6 @@ from pydantic import AwareDatetime, Field, ValidationError
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.files import write_atomic
 from knnlm.datastore.layout import (
-    REMOVED,
     Checksums,
     Count,
     FileName,
@@ -24,7 +23,6 @@ from knnlm.datastore.layout import (
     Record,
     first_problem,
     require_unchanged,
-    segment_files,
     shown,
 )
 from knnlm.datastore.manifest import Manifest, ModelRecord, WindowsRecord
@@ -39,8 +37,7 @@ Kind = Literal["decoder", "mlp"]
 
 
 class StoreRecord(Record):
-    """The version of a datastore. content: sha256 over the checksums of its keys, values, tokens, documents and
-    tombstones; indexes and tunings may change."""
+    """The version of a datastore. content: `Manifest.content`; indexes and tunings may change."""
 
     domain: str
     version: str
@@ -50,11 +47,8 @@ class StoreRecord(Record):
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
-        names = [name for s in (0, *(s.number for s in manifest.segments)) for name in segment_files(s)]
-        names += [REMOVED] if manifest.removed else []
-        content = _digest({name: manifest.files[name].sha256 for name in names})
         live = {"entries": manifest.live_entries, "documents": manifest.live_documents}
-        return cls(domain=manifest.domain, version=manifest.version, content=content, **live)
+        return cls(domain=manifest.domain, version=manifest.version, content=manifest.content, **live)
 
     def stale(self, catalog: Catalog) -> str | None:
         """Why what was made from this version is not what its domain says now, or why that is not known; None when it

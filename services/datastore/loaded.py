@@ -20,10 +20,10 @@ def opener(settings: DatastoreSettings) -> Opener:
     """Opens versions as the settings say. It raises as Searcher.open does."""
 
     def open_searcher(path: Path, memory_limit: int | None) -> Searching:
-        from knnlm.index.searcher import Searcher  # faiss: slow to import, while /livez answers already
+        from knnlm.index.sharded_searcher import open_searcher  # faiss: slow to import, while /livez answers already
 
         try:
-            return Searcher.open(
+            return open_searcher(
                 path,
                 index=settings.index or None,
                 resident=settings.memory == "resident",

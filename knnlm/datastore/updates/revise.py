@@ -37,13 +37,17 @@ def with_index(path: Path, index: IndexRecord, files: Mapping[str, FileRecord], 
 
 
 def with_default_index(path: Path, recipe: str) -> Manifest:
-    """Make an index that the version has its default. Raises InvalidRequest for another recipe."""
+    """Make an index that the version has its default, of its shards as well. Raises InvalidRequest for another
+    recipe."""
 
     def change(old: Manifest) -> Manifest:
         chosen = old.index_of(recipe)
         return _indexed(old, [chosen, *(index for index in old.indexes if index.recipe != recipe)], {})
 
-    return _rewrite(path, change)
+    changed = _rewrite(path, change)
+    for shard in changed.shards:
+        _rewrite(path / shard.name, change)
+    return changed
 
 
 def without_index(path: Path, recipe: str) -> Manifest:

@@ -110,8 +110,8 @@ class UpdateTransaction:
 def begin_update(catalog: Catalog, domain: str, *, wait: bool) -> Iterator[UpdateTransaction]:
     """Hold the domain's lock of updates, and begin at its current version.
 
-    Raises UnknownDomain, UnknownVersion when no version is current, Conflict when another process is changing the
-    domain, unless this one is to `wait` for it.
+    Raises UnknownDomain, UnknownVersion when no version is current, Conflict for a version of shards and when another
+    process is changing the domain, unless this one is to `wait` for it.
     """
     catalog.versions(domain)
     folder = catalog.store / domain
@@ -127,7 +127,14 @@ def begin_update(catalog: Catalog, domain: str, *, wait: bool) -> Iterator[Updat
                 f"{', '.join(catalog.versions(domain))}",
                 param="version",
             )
-        yield UpdateTransaction(catalog, domain, version)
+        update = UpdateTransaction(catalog, domain, version)
+        if update.manifest.shards:
+            raise Conflict(
+                f"version {version} of domain {domain} has {len(update.manifest.shards)} shards, and shards do not "
+                f"change: build another version of all documents with `knnlm cluster build {domain}`",
+                param="domain",
+            )
+        yield update
 
 
 def remove_leftovers(folder: Path) -> None:

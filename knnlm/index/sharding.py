@@ -1,0 +1,185 @@
+"""One search of many shards: what each of them is asked, and the one answer that their answers make. Pure.
+
+A shard knows its own documents and entries, numbered from 0. The k nearest of the whole are among the k nearest of each
+shard, so merging by distance loses nothing; what indexes of shards find is what one index would, since all were trained
+once and a query visits the same lists in each of them. Where the shards are is not known here: in this process
+(sharded_searcher.py) or elsewhere.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.datastore.manifest import Manifest
+from knnlm.errors import InvalidRequest
+from knnlm.index.contract import MISSING_DISTANCE, Int64
+from knnlm.index.exclusion import check_exclusion, check_follow
+from knnlm.index.requests import check_lookup, check_version
+from knnlm.messages import Passage, PassagesRequest, SearchRequest, SearchResult
+from knnlm.neighbors import Neighbors
+
+__all__ = ["ShardResult", "ShardSearching", "Sharding"]
+
+HALF = np.uint64(32)
+LOW = np.uint64(0xFFFFFFFF)
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What one shard answers. unknown_documents: those of the excluded ones that it does not have: others may."""
+
+    result: SearchResult
+    unknown_documents: tuple[str, ...] = ()
+
+
+class ShardSearching(Protocol):
+    """One opened shard, as knnlm.index.sharded_searcher.Shard. It raises as `Searching` does."""
+
+    def search(self, request: SearchRequest) -> ShardResult: ...
+    def passages(self, request: PassagesRequest) -> Sequence[Passage]: ...
+
+
+class Sharding:
+    """The shards of one version, by the numbers of their entries. first_entries: (s + 1,) int64, where each of them
+    begins, then how many entries there are."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self.first_entries: Int64 = np.cumsum([0, *(shard.entries for shard in manifest.shards)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.first_entries) - 1
+
+    @property
+    def entries(self) -> int:
+        return int(self.first_entries[-1])
+
+    def split(self, request: SearchRequest) -> list[SearchRequest]:
+        """What each shard is asked. Raises InvalidRequest, naming the field, for entries that do not exist, and
+        UnknownDomain or UnknownVersion; the rest is checked by the shards."""
+        check_version(request.domain, request.version, self._manifest)
+        check_exclusion(request)
+        check_follow(request)
+        for name in ("exclude_entries", "follow"):
+            given = getattr(request, name)
+            if given is None:
+                continue
+            wrong = given[(given < -1) | (given >= self.entries)]
+            if len(wrong):
+                raise InvalidRequest(f"{name} must lie in [-1, {self.entries}), got {wrong[0]}", param=name)
+        return [
+            replace(
+                request,
+                ids=True,
+                exclude_entries=self._local(request.exclude_entries, shard),
+                follow=self._local(request.follow, shard),
+            )
+            for shard in range(len(self))
+        ]
+
+    def merge(self, request: SearchRequest, answers: Sequence[ShardResult]) -> SearchResult:
+        """The answer to `request` of what the shards answered to `split(request)`, in their order.
+
+        Of equal distances the lower entry comes first, as in one index. timings: of all shards together. Raises
+        InvalidRequest for an excluded document that no shard has.
+        """
+        for name in request.options.exclude_documents:
+            if all(name in answer.unknown_documents for answer in answers):
+                raise InvalidRequest(
+                    f"exclude_documents names {name!r:.80}, which is no document of {self._manifest.domain} "
+                    f"{self._manifest.version}",
+                    param="exclude_documents",
+                )
+        found = [_with_ids(answer.result.neighbors) for answer in answers]
+        k = min(request.k, self.entries)
+        if request.follow is not None:
+            k = min(k, request.follow.shape[1])
+        distances = np.concatenate([near.distances for near, _ in found], axis=1)  # (n, c)
+        values = np.concatenate([near.values for near, _ in found], axis=1)
+        firsts = self.first_entries.tolist()
+        ids = np.concatenate(
+            [np.where(local >= 0, local + firsts[i], -1) for i, (_, local) in enumerate(found)], axis=1
+        )
+        chosen = _nearest_columns(distances, ids, k)
+        near, kept, merged = (np.take_along_axis(a, chosen, axis=1) for a in (distances, values, ids))
+        missing = merged < 0
+        near[missing], kept[missing] = MISSING_DISTANCE, -1
+        passages: Sequence[Sequence[Passage]] = ()
+        if request.passages:
+            passages = [
+                self._passages(row, chosen[i], i, answers) for i, row in enumerate(merged[:, : request.passages])
+            ]
+        timings: dict[str, float] = {}
+        for answer in answers:
+            for stage, seconds in answer.result.timings.items():
+                timings[stage] = timings.get(stage, 0.0) + seconds
+        return SearchResult(
+            domain=self._manifest.domain,
+            version=self._manifest.version,
+            neighbors=Neighbors(near, kept, merged if request.ids else None),
+            passages=passages,
+            timings=timings,
+        )
+
+    def split_lookup(self, request: PassagesRequest) -> dict[int, PassagesRequest]:
+        """What is asked of the shards that have some of the entries, by their numbers. Raises InvalidRequest for
+        entries that do not exist, UnknownDomain and UnknownVersion."""
+        check_lookup(request, self._manifest)
+        owners = self._owners(request.entries)
+        return {
+            shard: replace(request, entries=request.entries[owners == shard] - self.first_entries[shard])
+            for shard in np.unique(owners).tolist()
+        }
+
+    def merge_lookup(self, request: PassagesRequest, answers: Mapping[int, Sequence[Passage]]) -> list[Passage]:
+        """The passages of `request`, in its order, of what the shards answered to `split_lookup(request)`."""
+        rest = {shard: iter([self._whole(shard, p) for p in found]) for shard, found in answers.items()}
+        return [next(rest[shard]) for shard in self._owners(request.entries).tolist()]
+
+    def _owners(self, entries: Int64) -> Int64:
+        return np.searchsorted(self.first_entries, entries, side="right").astype(np.int64) - 1
+
+    def _local(self, entries: Int64 | None, shard: int) -> Int64 | None:
+        """Entries of the whole by the shard's numbers, -1 for those of others."""
+        if entries is None:
+            return None
+        first, end = self.first_entries[shard : shard + 2]
+        return np.where((entries >= first) & (entries < end), entries - first, np.int64(-1))
+
+    def _whole(self, shard: int, passage: Passage) -> Passage:
+        return replace(passage, entry=passage.entry + int(self.first_entries[shard]))
+
+    def _passages(self, ids: Int64, columns: Int64, query: int, answers: Sequence[ShardResult]) -> list[Passage]:
+        """Those of the entries `ids`, of the columns of all answers beside each other: a shard shows as many of its
+        nearest as are asked for, among which these are."""
+        begins = np.cumsum([0, *(answer.result.neighbors.values.shape[1] for answer in answers)])
+        found = []
+        for entry, column in zip(ids.tolist(), columns.tolist(), strict=False):
+            if entry >= 0:
+                shard = int(np.searchsorted(begins, column, side="right")) - 1
+                passages = answers[shard].result.passages[query]
+                found.append(self._whole(shard, passages[column - int(begins[shard])]))
+        return found
+
+
+def _with_ids(neighbors: Neighbors) -> tuple[Neighbors, Int64]:
+    if neighbors.ids is None:
+        raise InvalidRequest("a shard answered without the ids that it was asked for", param="ids")
+    return neighbors, neighbors.ids
+
+
+def _nearest_columns(distances: npt.NDArray[np.float32], ids: Int64, k: int) -> Int64:
+    """(n, k) columns of the nearest of every row of (n, c), padding (id -1) last; of equal distances the lower column.
+
+    Distances that are not negative are ordered as their bits are: one number holds a distance and a column.
+    """
+    pairs = (np.maximum(distances, np.float32(0)) + np.float32(0)).view(np.uint32).astype(np.uint64) << HALF
+    pairs |= np.arange(distances.shape[1], dtype=np.uint64)
+    pairs[ids < 0] |= ~LOW
+    if k < pairs.shape[1]:
+        pairs = np.partition(pairs, k, axis=1)[:, :k] if k else pairs[:, :0]
+    pairs.sort(axis=1)
+    return (pairs & LOW).astype(np.int64)
