@@ -349,7 +349,9 @@ def test_growing_is_refused_and_says_what_helps(whole: Path, tmp_path: Path) -> 
         lambda: compact(catalog, "toy", index=lambda *_: None),
     ]
     for change in changes:
-        with pytest.raises(Conflict, match="has 2 shards, and shards do not change: build another .*cluster build toy"):
+        with pytest.raises(
+            Conflict, match=r"has 2 shards, and shards do not change: build another .*cluster build toy"
+        ):
             change()
     assert catalog.current("toy") == path.name
 
