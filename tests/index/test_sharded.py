@@ -26,8 +26,9 @@ from knnlm.index.searcher import Searcher
 from knnlm.index.sharded_searcher import ShardedSearcher, open_searcher
 from knnlm.messages import Document, PassagesRequest, SearchRequest, SearchResult, Tuning
 from knnlm.options import SearchOptions
-from knnlm.testing import ToyLanguageModel, sharded
+from knnlm.testing import ToyLanguageModel
 from tests.searching import search
+from tests.sharding import sharded
 
 DIM = 16
 WORDS = ("the", "cat", "sat", "on", "mat", "and", "dog", "log", "key", "value", "near", "far", "of", "a")
