@@ -14,7 +14,7 @@ QUICK = 0.02  # seconds between two looks
 
 
 async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):  # on a busy machine all of this may take long
         while True:
             met = condition()
             if met if isinstance(met, bool) else await met:
