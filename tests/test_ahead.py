@@ -42,7 +42,7 @@ SAMPLINGS = [
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("ahead", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("whole_row_tokens", [100, 16_384])
 def test_the_text_is_the_same(pipeline: Pipeline, sampling: SamplingOptions, ahead: int, whole_row_tokens: int) -> None:
     options = GenerationOptions(max_tokens=12, sampling=sampling, ignore_eos=True)

@@ -116,6 +116,7 @@ def serving_stand_ins(folder: Path) -> AbstractContextManager[Serving]:
     return serving("any", folder / "store", folder, command=["-c", ELSEWHERE])
 
 
+@pytest.mark.slow
 def test_one_command_serves_a_model_and_a_store_until_it_is_told_to_end(
     model: Path, built: Path, tmp_path: Path
 ) -> None:

@@ -46,7 +46,9 @@ def test_docstrings_comments_and_added_docs_in_source_order(tmp_path: Path) -> N
     assert list(corpus.texts_of(tmp_path / "broken.py", comments=True)) == []
 
 
-@pytest.mark.parametrize("domain", corpus.DOMAINS)
+@pytest.mark.parametrize(
+    "domain", [pytest.param(d, marks=[pytest.mark.slow] if d == "torch" else []) for d in corpus.DOMAINS]
+)
 def test_a_domain_is_repeatable_text_without_copies(domain: str) -> None:
     rows = list(corpus.documents(domain))
     assert rows == list(corpus.documents(domain))

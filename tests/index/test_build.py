@@ -299,7 +299,10 @@ def test_an_ordinary_index_has_no_remark(tmp_path: Path, recipe: str) -> None:
     assert index_remark(path, recipe) is None
 
 
-@pytest.mark.parametrize("recipe", ["ivf16,sq8", "pcar8,ivf16,pq4x4fs+fp16", "hnsw8", "opq4_8,pq4", "flat"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["ivf16,sq8", "pcar8,ivf16,pq4x4fs+fp16", "hnsw8", pytest.param("opq4_8,pq4", marks=pytest.mark.slow), "flat"],
+)
 def test_parts_added_to_one_trained_index_find_together_what_one_index_finds(tmp_path: Path, recipe: str) -> None:
     keys, chosen = clustered(3000, 16), family(recipe)
     trained = chosen.train(keys[::2], 0)

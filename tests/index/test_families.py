@@ -93,7 +93,15 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return datastore(tmp_path_factory.mktemp("store"), HALVES, key_dtype="float16")
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+SLOW = {  # codecs of which another family, or another codec of the same kind, is tested always
+    "ivf8,flat", "ivf8,fp16", "ivf8,sq4", "ivf8,pq20", "ivf8,rabitq", "hnsw16,sq8", "hnsw16,pq20", "sq4", "pq20x4fs",
+    "rabitqfs", "pca30,hnsw16", "faiss:HNSW16", "opq4_32,ivf8,pq16x4fs",
+}  # fmt: skip
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(r, marks=[pytest.mark.slow] if r in SLOW else []) for r in RECIPES]
+)
 def made(request: pytest.FixtureRequest, singles: Path) -> Made:
     """All in one version, beside each other."""
     assert build_index(singles, request.param, beside=True) == request.param

@@ -117,7 +117,9 @@ print(before, during, held())
 
 
 @LINUX
-@pytest.mark.parametrize("recipe", ["flat", "hnsw16,flat", "ivf4,flat"])
+@pytest.mark.parametrize(
+    "recipe", [*(pytest.param(r, marks=pytest.mark.slow) for r in ("flat", "hnsw16,flat")), "ivf4,flat"]
+)
 def test_memory_is_given_back(tmp_path: Path, recipe: str) -> None:
     path = datastore(tmp_path, clustered(8000, 256))
     build_index(path, recipe)

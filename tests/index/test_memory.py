@@ -157,7 +157,7 @@ blocks = []
 for _ in range(2000):  # of a size that comes from the heap
     blocks.append(malloc(64 << 10))
     ctypes.memset(blocks[-1], 1, 64 << 10)
-    pin = malloc(64)  # the last one keeps the heap from shrinking by itself
+pin = malloc(100 << 10)  # larger than any hole: on top, it keeps the heap from shrinking by itself
 for block in blocks:
     free(block)
 kept = resident()

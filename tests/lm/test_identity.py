@@ -97,7 +97,14 @@ def pocket() -> dict[str, LanguageModel]:
     return {dtype: LanguageModel.load(str(POCKET), device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16")}
 
 
-@pytest.mark.parametrize(("made", "asked"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float32")])
+@pytest.mark.parametrize(
+    ("made", "asked"),
+    [
+        ("bfloat16", "float32"),
+        pytest.param("float32", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("float32", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_stored_text_is_seen_whatever_dtype_made_the_keys(
     pocket: dict[str, LanguageModel], tmp_path: Path, made: str, asked: str
 ) -> None:

@@ -190,7 +190,7 @@ def test_logits_made_in_chunks_give_the_same_loss(
     np.testing.assert_allclose(whole.losses, chunked.losses, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["decoder", "mlp"])
+@pytest.mark.parametrize("kind", [pytest.param("decoder", marks=pytest.mark.slow), "mlp"])
 def test_passes_in_bfloat16_learn_the_same(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

@@ -10,6 +10,7 @@ from tests.faults.hostile import FILES, LARGE, MANIFESTS
 from tests.faults.reading import bounded, outcome
 
 CASES = {**MANIFESTS, **FILES}
+SLOW = {"twenty thousand files"}
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - LARGE))
+@pytest.mark.parametrize(
+    "name", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in sorted(set(CASES) - LARGE)]
+)
 def test_a_version_that_lies_is_refused_or_answers(name: str, sound: Path, tmp_path: Path) -> None:
     path = tmp_path / "toy" / "v1"
     shutil.copytree(sound, path)

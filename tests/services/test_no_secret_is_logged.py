@@ -108,7 +108,13 @@ def needs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]
 
 @pytest.mark.parametrize(
     ("service", "log_format"),
-    [("lm", "json"), ("datastore", "json"), ("datastore", "text"), ("aggregator", "json"), ("aggregator", "text")],
+    [
+        ("lm", "json"),
+        ("datastore", "json"),
+        ("aggregator", "text"),
+        pytest.param("datastore", "text", marks=pytest.mark.slow),
+        pytest.param("aggregator", "json", marks=pytest.mark.slow),
+    ],
 )
 def test_no_key_is_in_the_log(service: str, log_format: str, needs: dict[str, dict[str, str]], tmp_path: Path) -> None:
     keys, admin_keys = tmp_path / "keys", tmp_path / "admin_keys"

@@ -56,6 +56,7 @@ def test_the_datastore_service_starts_serves_and_ends_on_sigterm(tmp_path: Path)
         assert [event for event in ("draining", "stopped") if f"event={event}" not in log] == []
 
 
+@pytest.mark.slow
 def test_the_lm_service_starts_serves_and_ends_on_sigint(model: Path) -> None:
     with process("lm", "--model", str(model), "--device", "cpu") as running:
         wait_until_ready(running)

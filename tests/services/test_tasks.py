@@ -41,7 +41,10 @@ async def test_no_task_is_left_behind(tmp_path: Path) -> None:
 
     async def rounds(host: Host, slow: Slow, count: int) -> None:
         url = f"http://127.0.0.1:{host.port}"
-        async with GrpcDatastore(f"127.0.0.1:{host.grpc_port}") as client, httpx.AsyncClient(base_url=url, timeout=60) as http:
+        async with (
+            GrpcDatastore(f"127.0.0.1:{host.grpc_port}") as client,
+            httpx.AsyncClient(base_url=url, timeout=60) as http,
+        ):
             for number in range(count):
                 slow.gate.set()
                 await client.search(REQUEST)

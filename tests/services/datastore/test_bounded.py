@@ -26,12 +26,13 @@ RECIPES = ["flat", "ivf1024,flat", "ivf1024,pq8x4fs", "ivf1024,rabitqfs"]
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 
 
-@pytest.mark.parametrize("recipe", ["flat", "ivf256,pq8x4fs"])
+@pytest.mark.parametrize("recipe", [pytest.param("flat", marks=pytest.mark.slow), "ivf256,pq8x4fs"])
 def test_memory_of_the_largest_search_is_bounded(tmp_path: Path, recipe: str) -> None:
     """Unbounded it takes 40 bytes and more for each of 200 times 30,000 candidates."""
     assert peak(tmp_path, recipe, 30_000, 200, largest(recipe)) < ALLOWED
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_where_nearly_all_is_excluded(tmp_path: Path) -> None:
     assert peak(tmp_path, "flat", 30_000, 200, SearchOptions(k=4096, exclude_own_documents=True)) < ALLOWED
 

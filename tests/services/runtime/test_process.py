@@ -50,7 +50,10 @@ import torch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="OMP_DISPLAY_ENV as libgomp prints it")
-@pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "PASSIVE"), pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE", marks=pytest.mark.slow)],
+)
 def test_what_is_said_reaches_the_library_that_torch_loads(given: dict[str, str], expected: str) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     environment = {**kept, "OMP_DISPLAY_ENV": "TRUE", "PYTHONPATH": os.getcwd(), **given}
