@@ -35,12 +35,15 @@ from knnlm.evaluation.tuning import fit
 from knnlm.index.searcher import Searcher
 from knnlm.lm.distillation import DistilSettings
 from knnlm.lm.model import LanguageModel
-from knnlm.memory.opened import DecoderMemory, MlpMemory, OpenedMemory, open_memory
+from knnlm.memories import KeyMemory
+from knnlm.memory.manifest import MemoryManifest
+from knnlm.memory.served import open_mlp
 from knnlm.messages import Document, DomainInfo
 from knnlm.neighbors import target_log_probs
 from knnlm.options import SearchOptions
 
 Float64 = npt.NDArray[np.float64]
+Memory = LanguageModel | KeyMemory
 
 SIZE, TOKENS = 20_000, 20_000  # entries of the store; held-out tokens of each part
 K = 1024
@@ -98,7 +101,9 @@ def compare(
         raise SystemExit(f"{name}: {len(tune)} documents to tune and {len(report)} to report on: give more text")
     folders = trained(prepared.store, folder, prepared.entries, tune, epochs, exclude, tokens, seed)
     lm = LanguageModel.load(str(MODEL))
-    memories = {memory: open_memory(at, lm.info) for memory, at in folders.items()}
+    memories: dict[str, Memory] = {
+        memory: open_mlp(at) if memory == "mlp" else LanguageModel.load(str(at)) for memory, at in folders.items()
+    }
     searcher = Searcher.open(prepared.path, expect=lm.info)
     info = searcher.info(())
     parts, temperature = [], None
@@ -114,7 +119,7 @@ def compare(
         parts.append(Observed(held, few, log_probs, document))
     tuned, reported = parts
     speeds = rates(lm, memories, searcher, reported, info)
-    sizes = {m: sum(f.bytes for f in memory.manifest.files.values()) for m, memory in memories.items()}
+    sizes = {m: sum(f.bytes for f in MemoryManifest.open(at).files.values()) for m, at in folders.items()}
     sizes["knn"] = sum(f.bytes for f in Manifest.load(prepared.path).files.values())
     perplexities(name, tuned, reported, speeds, sizes, entries=prepared.entries, epochs=epochs, exclude=exclude)
     by_class(lm, tuned, reported)
@@ -150,16 +155,15 @@ def trained(
     return found
 
 
-def memory_log_probs(memory: OpenedMemory, documents: Sequence[Encoded], held: HeldOut, info: DomainInfo) -> Float64:
+def memory_log_probs(memory: Memory, documents: Sequence[Encoded], held: HeldOut, info: DomainInfo) -> Float64:
     """(n,) of the tokens of `held`, in the same windows."""
-    if isinstance(memory, MlpMemory):
-        return memory.mlp.target_log_probs(held.queries, held.targets).astype(np.float64)
-    assert isinstance(memory, DecoderMemory)
-    return observe(memory.lm, documents, domains=[info]).lm_log_probs.astype(np.float64)
+    if isinstance(memory, KeyMemory):
+        return memory.net.target_log_probs(held.queries, held.targets).astype(np.float64)
+    return observe(memory, documents, domains=[info]).lm_log_probs.astype(np.float64)
 
 
 def rates(
-    lm: LanguageModel, memories: Mapping[str, OpenedMemory], searcher: Searcher, seen: Observed, info: DomainInfo
+    lm: LanguageModel, memories: Mapping[str, Memory], searcher: Searcher, seen: Observed, info: DomainInfo
 ) -> Mapping[str, Rate]:
     """Tokens/s of scoring the first documents with the LM, and with one component beside it, one after the other."""
     few = seen.documents[:4]

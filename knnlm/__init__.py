@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # what _MODULES says, for type checkers and editors
     from knnlm.generation import GenerationOptions
     from knnlm.index.searcher import Searcher
     from knnlm.lm.model import LanguageModel
-    from knnlm.memory.opened import open_memory
     from knnlm.messages import Document
     from knnlm.options import DomainOptions, KnnOptions, MemoryOptions, SearchOptions
     from knnlm.pipeline import Pipeline, build
@@ -32,7 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncClient", "Catalog", "Client", "Datastore", "Document", "DomainOptions", "GenerationOptions", "KnnOptions",
     "KnnlmError", "LanguageModel", "MemoryOptions", "Pipeline", "SamplingOptions", "SearchOptions", "Searcher",
-    "Tokenizer", "build", "build_targets", "errors", "open_memory", "read_documents", "train_memory", "tune",
+    "Tokenizer", "build", "build_targets", "errors", "read_documents", "train_memory", "tune",
 ]  # fmt: skip
 
 _MODULES = {
@@ -54,7 +53,6 @@ _MODULES = {
     "Tokenizer": "tokenizer",
     "build": "pipeline",
     "build_targets": "evaluation.memory_targets",
-    "open_memory": "memory.opened",
     "read_documents": "datastore.text",
     "train_memory": "evaluation.memory_training",
     "tune": "evaluation.search_settings",

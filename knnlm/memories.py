@@ -20,12 +20,14 @@ from knnlm.errors import (
     UnknownVersion,
 )
 from knnlm.evidence import Evidence, Step, Stretch
-from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo, TrainedMemory, required
+from knnlm.messages import DomainInfo, ForwardRequest, ForwardResult, ModelInfo, TrainedMemory, required
 from knnlm.options import MemoryOptions
 from knnlm.protocols import LanguageModelClient
 from knnlm.rules import FIXED, Weighing
 from knnlm.sources import Plan, Services, UsedMemory, computed
 
+MLP_FILE = "mlp.safetensors"  # in the folder of an MLP memory
+MLP_EPSILON = 1e-6  # added to mean squares in it before their root
 ALIKE = ("tokenizer_sha256", "bos_token_id")  # what a memory must share with the LM, by the names of ModelInfo's fields
 
 
@@ -124,16 +126,36 @@ def _positions(stretch: Stretch) -> npt.NDArray[np.int32]:
     return positions
 
 
-def check_alike(name: str, info: ModelInfo, model: ModelInfo) -> None:
-    """Raises DatastoreMismatch, with both values, for a memory that reads other tokens than the LM."""
+def check_fits(name: str, memory: "ModelInfo | KeyMemory", model: ModelInfo) -> None:
+    """Raises DatastoreMismatch, with both values, for a memory that cannot be mixed with this language model: a decoder
+    that reads other tokens, an MLP that reads the keys of another model."""
+    if isinstance(memory, KeyMemory):
+        if memory.key_fingerprint != model.fingerprint or memory.net.vocab_size != model.vocab_size:
+            raise DatastoreMismatch(
+                f"memory {name} reads keys of model {memory.key_fingerprint} with {memory.net.vocab_size} tokens, the "
+                f"language model is {model.fingerprint} with {model.vocab_size} ({model.model_id})",
+                param="memory.name",
+            )
+        return
     for field in ALIKE:
-        theirs, ours = getattr(info, field), getattr(model, field)
+        theirs, ours = getattr(memory, field), getattr(model, field)
         if theirs != ours:
             raise DatastoreMismatch(
-                f"memory {name} has {field} {theirs} (model {info.model_id}), the language model has {ours} "
+                f"memory {name} has {field} {theirs} (model {memory.model_id}), the language model has {ours} "
                 f"(model {model.model_id}): both must read the same tokens",
                 param="memory.name",
             )
+
+
+def stale(trained: TrainedMemory | None, domains: Sequence[DomainInfo]) -> str | None:
+    """Why a memory does not say what its domain says now; None where it does, or that is not known."""
+    now = None if trained is None else next((d for d in domains if d.domain == trained.domain), None)
+    if trained is None or now is None or now.version == trained.version:
+        return None
+    return (
+        f"trained on {trained.domain} {trained.version} ({trained.entries:,} entries), which answers from "
+        f"{now.version} now ({now.entries:,}); what was removed since is not unlearnt"
+    )
 
 
 class KeyNet(Protocol):
@@ -162,15 +184,6 @@ class KeyMemory:
     fingerprint: str
     key_fingerprint: str
     trained: TrainedMemory
-
-    def check(self, name: str, model: ModelInfo) -> None:
-        """Raises DatastoreMismatch, with both values, for another model."""
-        if self.key_fingerprint != model.fingerprint or self.net.vocab_size != model.vocab_size:
-            raise DatastoreMismatch(
-                f"memory {name} reads keys of model {self.key_fingerprint} with {self.net.vocab_size} tokens, the "
-                f"language model is {model.fingerprint} with {model.vocab_size} ({model.model_id})",
-                param="memory.name",
-            )
 
 
 @dataclass(frozen=True)
@@ -212,13 +225,13 @@ class MemoryKind:
         if options.lmbda == 0:
             return Plan(memories=(UsedMemory(name, 0.0),))
         if isinstance(memory, KeyMemory):
-            memory.check(name, services.info)
+            check_fits(name, memory, services.info)
             used = UsedMemory(name, _weight(options, memory.trained), memory.model_id, memory.fingerprint)
             key_source = KeyMemorySource(name, memory.net, _weighing(options, used), self.optional(options))
             return Plan((key_source,), memories=(used,))
         with _named(name):
             info = await memory.get_model()
-        check_alike(name, info, services.info)
+        check_fits(name, info, services.info)
         used = UsedMemory(name, _weight(options, info.memory), info.model_id, info.fingerprint)
         size, weighing = services.info.vocab_size, _weighing(options, used)
         source = MemorySource(name, memory, info, size, weighing, self.optional(options))

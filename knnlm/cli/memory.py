@@ -1,6 +1,7 @@
 """`knnlm memory`: models that learn what retrieval would answer: their targets, their training, their folders."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,6 +64,10 @@ def targets(
     max_tokens: Annotated[
         int, typer.Option(help="Fit on a sample of this many tokens of the domain's own text.")
     ] = 20_000,
+    max_entries: Annotated[
+        int | None,
+        typer.Option(help="Take random documents until they have this many entries; default: all."),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -77,7 +82,7 @@ def targets(
         try:
             made = build_targets(
                 store, domain, model, folder, version=name, exclude=exclude, ks=k or KS, temperature=temperature,
-                top=top, max_tokens=max_tokens, device=device, dtype=dtype,
+                top=top, max_tokens=max_tokens, max_entries=max_entries, device=device, dtype=dtype,
                 on_progress=lambda what, done, total: update(done, what, total),
             )  # fmt: skip
         except KeyboardInterrupt:
@@ -127,9 +132,14 @@ def train(
     warmup_steps: Annotated[int, typer.Option(help="Steps over which it rises; it then falls to zero.")] = 100,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of matrices.")] = 0.0,
     evaluations: Annotated[int, typer.Option(help="How often the mixture is tried on SOURCES; the best is kept.")] = 20,
-    hidden: Annotated[int, typer.Option(help="Width of each layer of an mlp.")] = 512,
-    layers: Annotated[int, typer.Option(help="Layers of an mlp.")] = 2,
-    bottleneck: Annotated[int, typer.Option(help="Width of an mlp before the vocabulary.")] = 128,
+    hidden: Annotated[
+        int | None, typer.Option(help="Width of each layer of an mlp; default: 5 % of the store's bytes, at most 512.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of an mlp; default: 2.")] = None,
+    bottleneck: Annotated[
+        int | None,
+        typer.Option(help="Width of an mlp before the vocabulary; default: a quarter of --hidden's default."),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option(help="Try the mixture on a sample of this many tokens of SOURCES.")
     ] = 20_000,
@@ -148,6 +158,7 @@ def train(
     from knnlm.evaluation.memory_training import MlpSizes, train_memory
     from knnlm.evaluation.splits import select
     from knnlm.lm.distillation import DistilSettings
+    from knnlm.memory.targets import Targets
 
     path = version_folder(Catalog(store), domain, version)
     if not 0 < epochs < math.inf:
@@ -155,16 +166,19 @@ def train(
     for name, value in (("evaluations", evaluations), ("batch_entries", batch_entries)):
         if value < 1:
             raise InvalidRequest(f"{name} must be at least 1, got {value}", param=name)
-    steps = math.ceil(epochs * Manifest.load(path).live_entries / batch_entries)
+    manifest = Manifest.load(path)
+    folder = out or MEMORIES / domain
+    taught = targets or (MEMORIES / f"{domain}-{path.name}.targets" if beta else None)
+    entries = manifest.live_entries if taught is None else Targets.open(taught).manifest.entries
+    steps = math.ceil(epochs * entries / batch_entries)
     settings = DistilSettings(
         steps=steps, beta=beta, batch_entries=batch_entries, pass_tokens=pass_tokens, learning_rate=learning_rate,
         warmup_steps=min(warmup_steps, steps // 4), weight_decay=weight_decay,
         evaluate_steps=math.ceil(steps / evaluations), seed=seed,
     )  # fmt: skip
     chosen = list(select(read_documents(sources), parse_part(part)))
-    folder = out or MEMORIES / domain
-    taught = targets or (MEMORIES / f"{domain}-{path.name}.targets" if beta else None)
-    sizes = MlpSizes(hidden, layers, bottleneck) if kind == "mlp" else None
+    named = {n: v for n, v in (("hidden", hidden), ("layers", layers), ("bottleneck", bottleneck)) if v is not None}
+    sizes = replace(MlpSizes.fitting(manifest), **named) if named else None
     with progress("entries", steps * batch_entries, description="training") as update:
         shown = ""
 

@@ -150,6 +150,7 @@ class Model:
     created: int
     owned_by: str
     max_model_len: int
+    stale: str | None = None
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ def build_targets(
     temperature: float | None = None,
     top: int = TOP,
     max_tokens: int = SAMPLE_TOKENS,
+    max_entries: int | None = None,
     part_entries: int = 1 << 14,
     device: str = "auto",
     dtype: str = "auto",
@@ -49,14 +50,16 @@ def build_targets(
     the current one. exclude: what does not count among the neighbors of an entry, itself alone ("entry") or its
     whole document ("document"). temperature: None to fit it, and k out of `ks`, to a sample of max_tokens tokens of the
     store's documents, whose own documents do not count, mixed with the LM at the best lambda; else `ks` is one number.
-    top: tokens kept of each distribution. part_entries: entries that a killed run loses at most. on_progress hears
+    top: tokens kept of each distribution. max_entries: documents are taken, drawn at random, until they have this many
+    entries; None for all. part_entries: entries that a killed run loses at most. on_progress hears
     (what is done now, done, total). Raises InvalidRequest for a value out of range, Conflict when `out` exists or was
     begun with other settings, UnknownDomain, UnknownVersion, DatastoreMismatch, DatastoreError, and as
     LanguageModel.load does.
     """
     report: Progress = on_progress or _silent
     target = Path(out)
-    _check(exclude, ks, temperature, top=top, max_tokens=max_tokens, part_entries=part_entries)
+    sizes = {"top": top, "max_tokens": max_tokens, "part_entries": part_entries}
+    _check(exclude, ks, temperature, **sizes, max_entries=1 if max_entries is None else max_entries)
     path = version_path(store, domain, version)
     with closing(open_searcher(path)) as searcher:
         manifest, datastore = searcher.manifest, searcher.datastore
@@ -74,6 +77,7 @@ def build_targets(
             index=searcher.recipe,
             search=asked,
             part_entries=part_entries,
+            max_entries=max_entries,
         )
         earlier = begun_with(target)
         if temperature is not None:
@@ -84,7 +88,7 @@ def build_targets(
         else:
             held_out, ids = _sample(searcher, model, max_tokens, device, dtype, report)
             begun = _fitted(searcher, settings, held_out, ids, ks, report)
-        return make_targets(searcher, datastore, _order(searcher), begun, target, report)
+        return make_targets(searcher, datastore, _order(searcher, max_entries), begun, target, report)
 
 
 def _sample(
@@ -148,15 +152,21 @@ def _fitted(
     return Begun(settings=chosen, fit=record)
 
 
-def _order(searcher: OpenedSearcher) -> Int64:
-    """Live entries, those of the base as the index groups them."""
-    grouped, live = searcher.index.grouped(), searcher.datastore.live_entries()
+def _order(searcher: OpenedSearcher, max_entries: int | None) -> Int64:
+    """Live entries, those of the base as the index groups them; of some documents only, once they have max_entries."""
+    grouped, datastore = searcher.index.grouped(), searcher.datastore
+    wanted = np.zeros(datastore.entries, np.bool_)
+    rows = list(datastore.live_rows())
+    left = datastore.entries if max_entries is None else max_entries
+    for i in np.random.default_rng(0).permutation(len(rows)).tolist():
+        number, row = rows[i]
+        first = int(datastore.documents.first_entries[number])
+        wanted[first : first + row.entries] = left > 0
+        left -= row.entries
+    chosen = np.flatnonzero(wanted)
     if grouped is None:
-        return live
-    is_live = np.zeros(searcher.datastore.entries, np.bool_)
-    is_live[live] = True
-    base = len(searcher.datastore.keys)
-    return np.concatenate([grouped[is_live[grouped]], live[live >= base]])
+        return chosen
+    return np.concatenate([grouped[wanted[grouped]], chosen[chosen >= len(datastore.keys)]])
 
 
 def _check(exclude: str, ks: Sequence[int], temperature: float | None, **sizes: int) -> None:

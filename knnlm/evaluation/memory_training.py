@@ -11,6 +11,7 @@ import numpy as np
 from knnlm.datastore.catalog import version_path
 from knnlm.datastore.files import discard, disk_errors, locked, sha256_of, sync_folder
 from knnlm.datastore.layout import FileRecord
+from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
 from knnlm.decoding import plan_fed_windows
 from knnlm.errors import Conflict, InvalidRequest
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 KINDS = ("decoder", "mlp")
 KEYS_SAMPLED = 1 << 16  # of the store, from which an MLP knows the spread of its input
+MLP_SHARE = 0.05  # of the bytes of the store, what an MLP has at most unless its sizes are given
+BOTTLENECKS = range(128, 7, -8)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,21 @@ class MlpSizes:
     hidden: int = 512
     layers: int = 2
     bottleneck: int = 128
+
+    @classmethod
+    def fitting(cls, manifest: Manifest) -> "MlpSizes":
+        """The widest net of the default's shape, at most the default, that has MLP_SHARE of the bytes of the version's
+        keys and tokens; the narrowest where none is so small."""
+        numbers = manifest.key_dim * np.dtype(manifest.key_dtype).itemsize + 4  # a key and its value
+        stored = manifest.entries * numbers + 4 * manifest.tokens
+        shapes = [cls(4 * width, bottleneck=width) for width in BOTTLENECKS]
+        dim, tokens = manifest.key_dim, manifest.model.vocab_size
+        return next((s for s in shapes if s.bytes(dim, tokens) <= MLP_SHARE * stored), shapes[-1])
+
+    def bytes(self, key_dim: int, vocab_size: int) -> int:
+        """Bytes of such a net on disk, but for the header: weights of 2 bytes, mean and scale of a key of 4."""
+        layers = self.hidden * (key_dim + 1) + (self.layers - 1) * self.hidden * (self.hidden + 1)
+        return 2 * (layers + self.bottleneck * self.hidden + vocab_size * (self.bottleneck + 1)) + 8 * key_dim
 
 
 def train_memory(
@@ -78,8 +96,9 @@ def train_memory(
     documents: held out from the store, by which the weights are chosen; those that it holds are left out. model: what
     made the keys. targets: a folder that build_targets wrote for this version; None only where settings.beta is 0.
     version: None for the current one. kind: "decoder", which starts as `start` (default: `model`; a path to a
-    config.json for random weights), or "mlp" with `sizes`. max_tokens: of a sample of the held-out documents. device,
-    dtype: of the language model; the memory is trained there, in float32 with bfloat16 passes on a GPU.
+    config.json for random weights), or "mlp" with `sizes`, None for MlpSizes.fitting. max_tokens: of a sample of the
+    held-out documents. device, dtype: of the language model; the memory is trained there, in float32 with bfloat16
+    passes on a GPU.
 
     Raises InvalidRequest for a value out of range, missing targets or no held-out document; Conflict when `out` exists
     or was begun as something else; DatastoreMismatch for targets of another version, or a model that did not make the
@@ -89,66 +108,68 @@ def train_memory(
     target = Path(out)
     taught = _check(kind, settings, targets, start, sizes, target)
     path = version_path(store, domain, version)
-    datastore = Datastore.open(path)
-    manifest = datastore.manifest
-    lm = LanguageModel.load(model, device=device, dtype=dtype, key_function=manifest.key_function, prefix_cache_bytes=0)
-    with closing(open_searcher(path, expect=lm.info)) as searcher:
-        windows = searcher.info(())
-    examples = Examples(
-        datastore, taught, beta=settings.beta, seed=settings.seed, batch_entries=settings.batch_entries,
-        keys=kind == "mlp",
-    )  # fmt: skip
-    if not examples.entries:
-        raise InvalidRequest(f"{domain} {manifest.version} has no entries, so there is nothing to learn")
-    encoded = encode(documents, lm.tokenizer)
-    held_out = unseen(encoded, path)
-    if not held_out:
-        raise InvalidRequest(
-            f"no document to choose by: {len(encoded)} of {len(encoded)} are in {path}", param="sources"
+    with closing(Datastore.open(path)) as datastore:
+        manifest = datastore.manifest
+        lm = LanguageModel.load(
+            model, device=device, dtype=dtype, key_function=manifest.key_function, prefix_cache_bytes=0
         )
-    few = sample(held_out, lm.tokenizer, max_tokens)
-    observed = observe(lm, few, domains=[windows])
-    held = _held(observed, few, datastore, keys=kind == "mlp")
-    info, where = lm.info, loading.pick_device(device)
-    tokens = len(lm.tokenizer)
-    del lm  # before another model is loaded
-    student: Student
-    if kind == "mlp":
-        student, begun = _mlp(datastore, sizes or MlpSizes(), where, info.vocab_size, settings.seed)
-    else:
-        student = DecoderStudent.load(
-            start or model, model, where, context_length=manifest.windows.context_length, vocab_size=tokens,
-            seed=settings.seed,
+        with closing(open_searcher(path, expect=lm.info)) as searcher:
+            windows = searcher.info(())
+        examples = Examples(
+            datastore, taught, beta=settings.beta, seed=settings.seed, batch_entries=settings.batch_entries,
+            keys=kind == "mlp",
         )  # fmt: skip
-        begun = _start(start or model)
-    used = None if taught is None else _used(taught)
-    work = target.with_name(f".{target.name}.building")
-    identity: dict[str, Any] = {
-        "kind": kind, **asdict(settings), "start": begun.model_dump(mode="json"), "model": info.fingerprint,
-        "store": StoreRecord.of(manifest).content, "targets": used and used.sha256,
-        "documents": [d.id for d in few], "tokens": len(observed.targets),
-    }  # fmt: skip
-    claim(work, identity)
-    with locked(work, wait=False, doing="training this memory"):
-        told: Told = on_step or (lambda *_: None)
-        rows, seconds = distil(student, examples.batches, held, settings, work, on_step=told, save_seconds=save_seconds)
-        best = min(rows, key=lambda row: row.mixture_loss)
-        folder = work / "memory"
-        discard(folder)
-        folder.mkdir()
-        student.save(folder)
-        stored = tried(student, held, settings.pass_tokens, best.step)  # rounded as it is stored
-        made = MemoryManifest(
-            store=StoreRecord.of(manifest), model=manifest.model, key_function=manifest.key_function,
-            windows=manifest.windows, files={f.name: FileRecord.of(f) for f in sorted(folder.iterdir())},
-            kind="mlp" if kind == "mlp" else "decoder", key_fingerprint=info.fingerprint, vocab_size=student.vocab_size,
-            parameters=student.parameters, start=begun, training=asdict(settings), targets=used,
-            tune=_tune(observed, stored), train_loss=best.train_loss, excess=best.excess, seconds=seconds,
-        )  # fmt: skip
-        save(made, folder / MEMORY)
-        with disk_errors(target):
-            folder.rename(target)
-            sync_folder(target.parent)
+        if not examples.entries:
+            raise InvalidRequest(f"{domain} {manifest.version} has no entries, so there is nothing to learn")
+        encoded = encode(documents, lm.tokenizer)
+        held_out = unseen(encoded, path)
+        if not held_out:
+            raise InvalidRequest(
+                f"no document to choose by: {len(encoded)} of {len(encoded)} are in {path}", param="sources"
+            )
+        few = sample(held_out, lm.tokenizer, max_tokens)
+        observed = observe(lm, few, domains=[windows])
+        held = _held(observed, few, datastore, keys=kind == "mlp")
+        info, where = lm.info, loading.pick_device(device)
+        tokens = len(lm.tokenizer)
+        del lm  # before another model is loaded
+        if kind == "mlp":
+            student, begun = _mlp(datastore, sizes, where, info.vocab_size, settings.seed)
+        else:
+            student, begun = _decoder(
+                start or model, model, where, manifest.windows.context_length, tokens, settings.seed
+            )
+        used = None if taught is None else _used(taught)
+        work = target.with_name(f".{target.name}.building")
+        identity: dict[str, Any] = {
+            "kind": kind, **asdict(settings), "start": begun.model_dump(mode="json"), "model": info.fingerprint,
+            "store": StoreRecord.of(manifest).content, "targets": used and used.sha256,
+            "documents": [d.id for d in few], "tokens": len(observed.targets),
+        }  # fmt: skip
+        claim(work, identity)
+        with locked(work, wait=False, doing="training this memory"):
+            told: Told = on_step or (lambda *_: None)
+            rows, seconds = distil(
+                student, examples.batches, held, settings, work, on_step=told, save_seconds=save_seconds
+            )
+            best = min(rows, key=lambda row: row.mixture_loss)
+            folder = work / "memory"
+            discard(folder)
+            folder.mkdir()
+            student.save(folder)
+            stored = tried(student, held, settings.pass_tokens, best.step)  # rounded as it is stored
+            made = MemoryManifest(
+                store=StoreRecord.of(manifest), model=manifest.model, key_function=manifest.key_function,
+                windows=manifest.windows, files={f.name: FileRecord.of(f) for f in sorted(folder.iterdir())},
+                kind="mlp" if kind == "mlp" else "decoder", key_fingerprint=info.fingerprint,
+                vocab_size=student.vocab_size, parameters=student.parameters, start=begun, training=asdict(settings),
+                targets=used, tune=_tune(observed, stored), train_loss=best.train_loss, excess=best.excess,
+                seconds=seconds,
+            )  # fmt: skip
+            save(made, folder / MEMORY)
+            with disk_errors(target):
+                folder.rename(target)
+                sync_folder(target.parent)
     discard(work)
     return made
 
@@ -197,24 +218,28 @@ def _held(observed: HeldOut, documents: Sequence[Encoded], datastore: Datastore,
     return Held(feeds, queries, observed.targets, observed.lm_log_probs)
 
 
+def _decoder(
+    start: str, base: str, device: "torch.device", context_length: int, tokens: int, seed: int
+) -> tuple[Student, StartRecord]:
+    student = DecoderStudent.load(start, base, device, context_length=context_length, vocab_size=tokens, seed=seed)
+    if Path(start).name == "config.json":
+        return student, StartRecord()
+    folder = loading.resolve(start)
+    name = folder.resolve().name if Path(start).expanduser().is_dir() else start
+    return student, StartRecord(model_id=name, weights_sha256=loading.weights_sha256(folder))
+
+
 def _mlp(
-    datastore: Datastore, sizes: MlpSizes, device: "torch.device", vocab_size: int, seed: int
-) -> tuple[MlpStudent, StartRecord]:
+    datastore: Datastore, sizes: MlpSizes | None, device: "torch.device", vocab_size: int, seed: int
+) -> tuple[Student, StartRecord]:
     live = datastore.live_entries()
     some = live[sample_rows(len(live), KEYS_SAMPLED, seed)]
     counts = np.zeros(vocab_size, np.int64)
     for start in range(0, len(live), KEYS_SAMPLED):
         counts += np.bincount(datastore.values_of(live[start : start + KEYS_SAMPLED]), minlength=vocab_size)
-    student = MlpStudent(datastore.keys_of(some), counts, device, seed=seed, **asdict(sizes))
+    chosen = sizes or MlpSizes.fitting(datastore.manifest)
+    student = MlpStudent(datastore.keys_of(some), counts, device, seed=seed, **asdict(chosen))
     return student, StartRecord(sizes=student.sizes)
-
-
-def _start(start: str) -> StartRecord:
-    if Path(start).name == "config.json":
-        return StartRecord()
-    folder = loading.resolve(start)
-    name = folder.resolve().name if Path(start).expanduser().is_dir() else start
-    return StartRecord(model_id=name, weights_sha256=loading.weights_sha256(folder))
 
 
 def _used(targets: Targets) -> TargetsUsed:

@@ -23,14 +23,13 @@ from knnlm.lm import loading
 from knnlm.lm.architectures import find
 from knnlm.lm.capture import encode
 from knnlm.lm.requests import Feed
+from knnlm.memories import MLP_EPSILON, MLP_FILE
 
 Float32 = npt.NDArray[np.float32]
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
-MLP = "mlp.safetensors"
-EPSILON = 1e-6  # added to mean squares before their root
 
 
 class Student(ABC):
@@ -155,8 +154,8 @@ class MlpStudent(Student):
     """MLP Memory (Wei et al. 2025, arXiv 2508.01832): a feed-forward net from a key to the vocabulary.
 
     x = (key - mean) / scale; h = silu(A x + a); h = h + silu(B norm(h) + b) for every further layer; logits =
-    U (D norm(h)) + u, with norm(h) = h / sqrt(mean(h^2) + EPSILON). D leads to a bottleneck, so that U, which has a row
-    for every token, stays small. knnlm/memory/mlp.py computes the same with numpy.
+    U (D norm(h)) + u, with norm(h) = h / sqrt(mean(h^2) + MLP_EPSILON). D leads to a bottleneck, so that U, which has a
+    row for every token, stays small. knnlm/memory/mlp.py computes the same with numpy.
     """
 
     reads_keys = True
@@ -173,7 +172,7 @@ class MlpStudent(Student):
         torch.manual_seed(seed)
         self.vocab_size = len(counts)
         self.sizes = {"hidden": hidden, "layers": layers, "bottleneck": bottleneck}
-        scale = keys.std(axis=0) + EPSILON
+        scale = keys.std(axis=0) + MLP_EPSILON
         self._mean, self._scale = (torch.from_numpy(a).to(device) for a in (keys.mean(axis=0), scale))
         first = nn.Linear(keys.shape[1], hidden)
         further = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
@@ -200,8 +199,9 @@ class MlpStudent(Student):
     def save(self, folder: Path) -> None:
         self._halve()
         tensors = {name: p.detach().half().contiguous() for name, p in self.module.named_parameters()}
-        save_file({**tensors, "mean": self._mean, "scale": self._scale}, folder / MLP, {"mlp": json.dumps(self.sizes)})
+        tensors |= {"mean": self._mean, "scale": self._scale}
+        save_file(tensors, folder / MLP_FILE, {"mlp": json.dumps(self.sizes)})
 
 
 def _norm(h: Tensor) -> Tensor:
-    return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + EPSILON)
+    return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + MLP_EPSILON)

@@ -23,7 +23,8 @@ class Examples:
     def __init__(
         self, datastore: Datastore, targets: Targets | None, *, beta: float, seed: int, batch_entries: int, keys: bool
     ) -> None:
-        """targets: of this version; None where beta is 0. keys: whether the student reads them rather than tokens.
+        """targets: of this version; where they are those of some documents, these alone are learnt; None where beta is
+        0. keys: whether the student reads them rather than tokens.
 
         Raises DatastoreMismatch, with both, when the targets were made from something else.
         """
@@ -46,6 +47,7 @@ class Examples:
         self._windows: list[tuple[int, Window]] = [
             (number, window)
             for number, row in datastore.live_rows()
+            if row.entries and (targets is None or targets.has(int(datastore.documents.first_entries[number])))
             for window in plan_fed_windows(row.tokens, made.windows.context_length, made.windows.min_context, bos)
         ]
         self._entries = np.array([window.end - window.first for _, window in self._windows], np.int64)

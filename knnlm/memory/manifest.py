@@ -27,8 +27,8 @@ from knnlm.datastore.layout import (
 )
 from knnlm.datastore.manifest import Manifest, ModelRecord, WindowsRecord
 from knnlm.datastore.tuning import AskedOptions
-from knnlm.errors import DatastoreCorrupt, DatastoreMismatch, KnnlmError
-from knnlm.messages import ModelInfo, TrainedMemory
+from knnlm.errors import DatastoreCorrupt, KnnlmError
+from knnlm.messages import TrainedMemory
 
 TARGETS, MEMORY = "targets.json", "memory.json"
 MAX_BYTES: Final = 1 << 20
@@ -95,7 +95,8 @@ class Shape(Record):
 class TargetSettings(Record):
     """What fixes the targets of a version. exclude: what does not count among the neighbors of an entry: itself alone,
     or its whole document. temperature, k: of p_kNN. top: tokens kept of each distribution. search: how the index was
-    asked; distances are those to the stored keys whatever it is."""
+    asked; distances are those to the stored keys whatever it is. max_entries: those of documents drawn at random until
+    they have as many; None for all."""
 
     store: StoreRecord
     exclude: Exclude
@@ -105,6 +106,7 @@ class TargetSettings(Record):
     index: str
     search: AskedOptions = Field(default_factory=dict)
     part_entries: int = Field(ge=1, lt=1 << 31)
+    max_entries: int | None = Field(None, ge=1)
 
 
 class FitRecord(Record):
@@ -138,6 +140,11 @@ class TargetsManifest(Made):
     kept: float
     shape: Shape
     fit: FitRecord | None = None
+
+    @property
+    def entries(self) -> int:
+        """Entries that are learnt from."""
+        return self.rows + self.empty
 
     @property
     def too_sharp(self) -> bool:
@@ -211,22 +218,6 @@ class MemoryManifest(Made):
         found = load(cls, folder / MEMORY)
         require_files(found, folder, check)
         return found
-
-    def refuse_other(self, model: ModelInfo) -> None:
-        """Raises DatastoreMismatch, with both values, for a language model that this memory cannot be mixed with: one
-        with another tokenizer, or, of an MLP, whose keys are other ones."""
-        if self.model.tokenizer_sha256 != model.tokenizer_sha256:
-            raise DatastoreMismatch(
-                f"the memory has a tokenizer with sha256 {self.model.tokenizer_sha256}, model {model.model_id} has one "
-                f"with {model.tokenizer_sha256}",
-                param="tokenizer_sha256",
-            )
-        if self.kind == "mlp" and self.key_fingerprint != model.fingerprint:
-            raise DatastoreMismatch(
-                f"the memory reads keys of {self.model.model_id} ({self.key_fingerprint}), model {model.model_id} is "
-                f"{model.fingerprint}: an MLP memory belongs to the model that made its keys",
-                param="fingerprint",
-            )
 
 
 RecordType = TypeVar("RecordType", bound=Record)

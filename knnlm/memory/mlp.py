@@ -9,11 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm.errors import DatastoreCorrupt, InvalidRequest
+from knnlm.memories import MLP_EPSILON, MLP_FILE
 
 Float32 = npt.NDArray[np.float32]
 
-FILE = "mlp.safetensors"
-EPSILON = np.float32(1e-6)
 DTYPES = {"F16": "<f2", "F32": "<f4"}
 MAX_HEADER_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 26  # of logits that are made at a time
@@ -30,11 +29,11 @@ class Mlp:
     def load(cls, folder: Path) -> Self:
         """Read the net in a folder. Raises DatastoreCorrupt for a file that holds something else."""
         try:
-            sizes, tensors = _read(folder / FILE)
+            sizes, tensors = _read(folder / MLP_FILE)
             made = cls(tensors, int(json.loads(sizes["mlp"])["layers"]))
             made.log_probs(np.zeros((1, made.key_dim), np.float32))  # shows that all is there, and fits
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as err:
-            raise DatastoreCorrupt(f"{folder / FILE} holds no MLP memory: {err!r:.200}") from err
+            raise DatastoreCorrupt(f"{folder / MLP_FILE} holds no MLP memory: {err!r:.200}") from err
         return made
 
     @property
@@ -98,7 +97,7 @@ def _read(file: Path) -> tuple[Mapping[str, str], dict[str, Float32]]:
 
 
 def _norm(h: Float32) -> Float32:
-    normed: Float32 = h / np.sqrt(np.square(h).mean(axis=1, keepdims=True) + EPSILON)
+    normed: Float32 = h / np.sqrt(np.square(h).mean(axis=1, keepdims=True) + np.float32(MLP_EPSILON))
     return normed
 
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from knnlm.errors import InvalidRequest
-from knnlm.memories import KeyMemory
+from knnlm.memories import MLP_FILE, KeyMemory
 from knnlm.memory.manifest import MEMORY, MemoryManifest
-from knnlm.memory.mlp import FILE, Mlp
+from knnlm.memory.mlp import Mlp
 from knnlm.messages import ModelInfo
 
 
@@ -33,7 +33,7 @@ def open_mlp(folder: str | Path) -> KeyMemory:
     return KeyMemory(
         Mlp.load(path),
         path.resolve().name,
-        manifest.files[FILE].sha256[:16],
+        manifest.files[MLP_FILE].sha256[:16],
         manifest.key_fingerprint,
         manifest.trained,
     )

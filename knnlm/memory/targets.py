@@ -22,7 +22,7 @@ class Targets:
     """A folder of targets, opened; arrays are maps of files."""
 
     def __init__(self, folder: Path, manifest: TargetsManifest) -> None:
-        n = manifest.rows + manifest.empty
+        n = manifest.entries
         vocab_size = manifest.model.vocab_size
         self.folder = folder
         self.manifest = manifest
@@ -46,6 +46,11 @@ class Targets:
     def entries(self) -> Int64:
         """(n,) ascending: the entries that have a row, empty ones included."""
         return self._entries
+
+    def has(self, entry: int) -> bool:
+        """Whether an entry has a row."""
+        place = int(np.searchsorted(self._entries, entry))
+        return place < len(self) and int(self._entries[place]) == entry
 
     def rows(self, ids: Int64) -> tuple[TokenMasses, npt.NDArray[np.float32]]:
         """Distributions of entries (m,), each summing to one or empty, and the mass (m,) that was kept of them.

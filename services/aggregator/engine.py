@@ -18,7 +18,7 @@ from knnlm.clients.explained import explained
 from knnlm.clients.rpc import DomainReplica
 from knnlm.errors import KnnlmError, Unavailable, UnknownModel
 from knnlm.joined import JoinedSearches
-from knnlm.memories import KeyMemory, check_alike
+from knnlm.memories import KeyMemory, check_fits, stale
 from knnlm.messages import Document, DomainInfo, ModelInfo, differs
 from knnlm.mixer import Mixer, NextTokens
 from knnlm.options import MemoryOptions
@@ -152,23 +152,20 @@ class Aggregator:
             if isinstance(found, KnnlmError):
                 event(LOG, "memory_unusable", logging.WARNING, memory=name, reason=found.message)
             else:
-                event(LOG, "memory_ready", memory=name, **found)
+                event(LOG, "memory_ready", memory=name, model=found.model_id, fingerprint=found.fingerprint)
 
-    async def _usable_memories(self) -> Mapping[str, Mapping[str, str] | KnnlmError]:
+    async def _usable_memories(self) -> Mapping[str, ModelInfo | KeyMemory | KnnlmError]:
         """The model that each memory is, or why it cannot be mixed now."""
 
-        async def ask(name: str, memory: Replicated | KeyMemory) -> Mapping[str, str] | KnnlmError:
+        async def ask(name: str, memory: Replicated | KeyMemory) -> ModelInfo | KeyMemory | KnnlmError:
             try:
-                if isinstance(memory, KeyMemory):
-                    memory.check(name, self.info)
-                    return {"model": memory.model_id, "fingerprint": memory.fingerprint}
-                if memory.problem is not None:
+                if not isinstance(memory, KeyMemory) and memory.problem is not None:
                     raise Unavailable(memory.problem)
-                info = await memory.get_model()
-                check_alike(name, info, self.info)
+                found = memory if isinstance(memory, KeyMemory) else await memory.get_model()
+                check_fits(name, found, self.info)
             except KnnlmError as err:
                 return err
-            return {"model": info.model_id, "fingerprint": info.fingerprint}
+            return found
 
         found = await asyncio.gather(*(ask(name, memory) for name, memory in self._memories.items()))
         return dict(zip(self._memories, found, strict=True))
@@ -287,18 +284,21 @@ class Aggregator:
         if degraded is not None:
             self._degraded()
 
-    async def model_ids(self) -> list[str]:
-        """The LM's own id, and one id for each domain, memory and pair of them that this LM can be mixed with. Without
-        retrieval, the LM's alone."""
+    async def models(self) -> dict[str, str | None]:
+        """The LM's own id, and one id for each domain, memory and pair of them that this LM can be mixed with; without
+        retrieval, no domains. For each, why its memory is stale, None where it has none or that is not known."""
         try:
             infos = await self._datastore.list_domains()
         except KnnlmError:  # a list of models must not fail because retrieval is down: what cannot be used is left out
             infos = []
         usable = [d.domain for d in infos if differs(vars(d), self.info) is None]
-        found = await self._usable_memories()
-        memories = [name for name, model in found.items() if not isinstance(model, KnnlmError)]
         mixed = [self.model_name, *(f"{self.model_name}+{d}" for d in usable)]
-        return [*mixed, *(f"{model}~{m}" for m in memories for model in mixed)]
+        listed: dict[str, str | None] = dict.fromkeys(mixed)
+        for name, found in (await self._usable_memories()).items():
+            if not isinstance(found, KnnlmError):
+                trained = found.trained if isinstance(found, KeyMemory) else found.memory
+                listed |= dict.fromkeys([f"{model}~{name}" for model in mixed], stale(trained, infos))
+        return listed
 
     async def domain(self, name: str) -> Domain:
         """One domain. Raises UnknownDomain."""

@@ -74,15 +74,15 @@ def routes(core: AggregatorCore, settings: AggregatorSettings) -> APIRouter:
 
     @router.get("/v1/models", tags=["models"], summary="The LM, and the LM with each of the domains")
     async def models() -> ModelList:
-        ids = await core.aggregator.model_ids()
-        return ModelList(data=[_model(core, name, started) for name in ids])
+        listed = await core.aggregator.models()
+        return ModelList(data=[_model(core, name, started, stale) for name, stale in listed.items()])
 
     @router.get("/v1/models/{model:path}", tags=["models"], summary="One of them")
     async def model(model: str) -> Model:
         domain = core.aggregator.check_model(model)
         if domain is not None:
             await core.aggregator.domain(domain)
-        return _model(core, model, started)
+        return _model(core, model, started, (await core.aggregator.models()).get(model))
 
     @router.get("/v1/domains", tags=["domains"], summary="Every domain with its versions and tuning")
     async def domains() -> DomainList:
@@ -153,5 +153,5 @@ def _add_tokenizer_routes(router: APIRouter, core: AggregatorCore, prefix: str) 
         return core.aggregator.tokenizer_info()
 
 
-def _model(core: AggregatorCore, name: str, started: int) -> Model:
-    return Model(id=name, created=started, max_model_len=core.aggregator.info.context_length)
+def _model(core: AggregatorCore, name: str, started: int, stale: str | None) -> Model:
+    return Model(id=name, created=started, max_model_len=core.aggregator.info.context_length, stale=stale)

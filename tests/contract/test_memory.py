@@ -13,6 +13,7 @@ from knnlm import AsyncClient, DomainOptions, GenerationOptions, KnnOptions, Mem
 from knnlm.datastore.catalog import Catalog
 from knnlm.errors import Unavailable
 from knnlm.index.searcher import Searcher
+from knnlm.messages import TrainedMemory
 from knnlm.testing import ToyLanguageModel
 from services.aggregator.settings import AggregatorSettings
 from tests.contract.system import TEXT, store, system
@@ -131,6 +132,20 @@ async def test_every_mixture_is_a_model(store: Path) -> None:
             answer = await s.client.get(f"/v1/models/{name}")
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_model"), name
         assert (await s.post("/tokenize", {"prompt": "a", "model": "toy~law"}))["count"] == 2
+
+
+async def test_models_say_which_memories_are_stale(store: Path) -> None:
+    def trained(version: str) -> ToyLanguageModel:
+        model = ToyLanguageModel(seed=5)
+        model.info = replace(model.info, memory=TrainedMemory("cat", version, "c" * 64, 40, 0.5, 0.35))
+        return model
+
+    async with system(store, memories={"law": LAW, "new": trained("v1"), "old": trained("v0")}) as s:
+        listed = {m["id"]: m["stale"] for m in (await s.client.get("/v1/models")).json()["data"]}
+        said = listed["toy~old"]
+        assert said.startswith("trained on cat v0 (40 entries), which answers from v1 now")
+        assert {name for name, stale in listed.items() if stale} == {n for n in listed if n.endswith("~old")}
+        assert (await s.client.get("/v1/models/toy+cat~old")).json()["stale"] == said
 
 
 REFUSED: Mapping[str, tuple[dict[str, Any], int, str]] = {

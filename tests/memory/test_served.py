@@ -16,9 +16,8 @@ from knnlm.clients.rpc import GrpcLanguageModel
 from knnlm.errors import DatastoreCorrupt, DatastoreMismatch, InvalidRequest
 from knnlm.evaluation.memory_training import MlpSizes, train_memory
 from knnlm.lm.distillation import DistilSettings
+from knnlm.memories import MLP_FILE, KeyMemory
 from knnlm.memory.manifest import MemoryManifest
-from knnlm.memory.mlp import FILE
-from knnlm.memory.opened import open_memory
 from knnlm.memory.served import open_mlp
 from knnlm.messages import ForwardRequest
 from services.aggregator.app import service as aggregator_service
@@ -78,11 +77,18 @@ def test_the_library_mixes_what_was_trained_with_its_fitted_weight(
     lm = LanguageModel.load(str(world.model), device="cpu")
     tokens = lm.tokenizer.encode(TEXT)[: lm.info.context_length]
     positions = [np.arange(len(tokens) - 1, dtype=np.int32)]
-    opened = open_memory(getattr(trained, kind), lm.info, device="cpu")
     forward = lm.forward(ForwardRequest([tokens], positions, targets=tokens[1:], keys=True))
     assert forward.target_log_probs is not None
-    remembered = opened.log_probs([tokens], positions, forward.keys, tokens[1:]).astype(np.float64)
-    lmbda = opened.manifest.tune.lmbda
+    assert forward.keys is not None
+    memory = pipeline.memories[kind]
+    if isinstance(memory, KeyMemory):
+        remembered = memory.net.target_log_probs(forward.keys, tokens[1:])
+    else:
+        assert isinstance(memory, LanguageModel)
+        answer = memory.forward(ForwardRequest([tokens], positions, targets=tokens[1:])).target_log_probs
+        assert answer is not None
+        remembered = answer
+    lmbda = MemoryManifest.open(getattr(trained, kind)).tune.lmbda
     score = pipeline.score(tokens, memory=kind)
     expected = np.log((1 - lmbda) * np.exp(forward.target_log_probs.astype(np.float64)) + lmbda * np.exp(remembered))
     np.testing.assert_allclose(score.log_probs, expected, atol=1e-5)
@@ -130,7 +136,7 @@ def test_what_is_no_mlp_memory_is_refused(trained: Trained, tmp_path: Path) -> N
     for file in trained.mlp.iterdir():
         if file.is_file():
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / FILE).write_bytes((trained.mlp / FILE).read_bytes()[:-1])
+    (tmp_path / MLP_FILE).write_bytes((trained.mlp / MLP_FILE).read_bytes()[:-1])
     with pytest.raises(DatastoreCorrupt, match="expected"):
         open_mlp(tmp_path)
 

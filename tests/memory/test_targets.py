@@ -1,5 +1,6 @@
 """p_kNN of every entry against brute force over the stored keys; runs that were stopped; what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from knnlm.evaluation.memory_targets import build_targets
 from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
 from knnlm.memory.examples import Examples
-from knnlm.memory.making import LEAST_MASS
-from knnlm.memory.manifest import FitRecord, StoreRecord, TargetsManifest
+from knnlm.memory.making import LEAST_MASS, target_rows
+from knnlm.memory.manifest import FitRecord, StoreRecord, TargetSettings, TargetsManifest
 from knnlm.memory.targets import Targets
-from knnlm.messages import Document
+from knnlm.messages import Document, SearchRequest, SearchResult
 from knnlm.neighbors import TokenMasses
+from knnlm.options import SearchOptions
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 
 TWINS = (*TEXTS, TEXTS[0])  # the first document comes twice, so that every entry of it has an exact twin
@@ -141,6 +143,47 @@ def test_only_the_likeliest_tokens_are_kept_and_what_that_loses_is_recorded(stor
         np.testing.assert_allclose(np.sort(np.exp(rows.row(entry)[1])), best / best.sum(), atol=1e-3)
     assert made.kept == pytest.approx(kept.mean(), abs=1e-6)
     assert made.kept < 0.9
+
+
+def test_neighbors_in_any_order_give_the_same_targets(store: Path) -> None:
+    """Some searches on a GPU do not sort what they find: nothing may depend on a neighbor's rank."""
+
+    class Shuffled:
+        def search(self, request: SearchRequest) -> SearchResult:
+            found = searcher.search(request)
+            order = np.random.default_rng(0).permutation(found.neighbors.distances.shape[1])
+            near = found.neighbors
+            return replace(
+                found, neighbors=replace(near, distances=near.distances[:, order], values=near.values[:, order])
+            )
+
+    searcher = Searcher.open(store / "toy/v1")
+    ids = np.arange(0, searcher.datastore.entries, 3)
+    made_from = StoreRecord.of(searcher.manifest)
+    settings = TargetSettings(
+        store=made_from, exclude="entry", k=K, temperature=T, top=9, index=searcher.recipe, part_entries=100
+    )
+    rows, shuffled = (target_rows(s, searcher.datastore, ids, settings) for s in (searcher, Shuffled()))
+    np.testing.assert_array_equal(rows.masses.tokens, shuffled.masses.tokens)
+    np.testing.assert_allclose(rows.masses.log_masses, shuffled.masses.log_masses, atol=1e-9)
+    np.testing.assert_allclose(rows.of_value, shuffled.of_value, atol=1e-9)
+    sorted_ones = searcher.search(
+        SearchRequest("toy", searcher.datastore.keys_of(ids), SearchOptions(k=K))
+    ).neighbors.distances
+    assert (np.diff(sorted_ones, axis=1) >= 0).all()  # smaller k are read off as the first columns
+
+
+def test_targets_of_a_sample_are_those_of_whole_documents(store: Path, tmp_path: Path) -> None:
+    made = make(store, tmp_path / "some", max_entries=100)
+    make(store, tmp_path / "all")
+    some, every = Targets.open(tmp_path / "some"), Targets.open(tmp_path / "all")
+    datastore = Datastore.open(store / "toy/v1")
+    documents = set(datastore.document_of(some.entries)[0].tolist())
+    lengths = {number: row.entries for number, row in datastore.live_rows()}
+    assert 100 <= made.entries == len(some) == sum(lengths[d] for d in documents) < len(every)
+    np.testing.assert_array_equal(some.rows(some.entries)[0].tokens, every.rows(some.entries)[0].tokens)
+    examples = Examples(datastore, some, beta=0.5, seed=0, batch_entries=1, keys=False)
+    assert examples.entries == len(some)
 
 
 def test_rows_are_named_by_entries_in_any_order(store: Path, tmp_path: Path) -> None:
@@ -292,6 +335,7 @@ def test_targets_are_not_continued_with_other_settings(store: Path, tmp_path: Pa
         ({"top": 0}, "top must be at least 1, got 0"),
         ({"part_entries": 0}, "part_entries must be at least 1"),
         ({"temperature": 0.0}, "temperature must be > 0, got 0"),
+        ({"max_entries": 0}, "max_entries must be at least 1, got 0"),
         ({"ks": [8, 16]}, r"a given temperature belongs to one k, got \[8, 16\]"),
     ],
 )

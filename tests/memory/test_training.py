@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
 from knnlm.datastore.updates.documents import remove
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreMismatch, InvalidRequest, ModelError
@@ -23,6 +25,7 @@ from knnlm.evaluation.memory_training import MlpSizes, train_memory
 from knnlm.evaluation.splits import encode
 from knnlm.lm.distillation import DistilSettings, Tried
 from knnlm.lm.model import LanguageModel
+from knnlm.memories import MLP_FILE
 from knnlm.memory.examples import Examples
 from knnlm.memory.manifest import MemoryManifest
 from knnlm.memory.mlp import Mlp
@@ -115,6 +118,43 @@ def test_the_manifest_says_what_it_was_made_of(world: World, decoder: tuple[Path
     assert made.files["model.safetensors"].bytes < 2 * made.parameters + 4096  # tied weights are there once
     assert not list(out.parent.glob(".*"))  # nothing of the work is left
     assert LanguageModel.load(str(out), device="cpu").info.tokenizer_sha256 == made.model.tokenizer_sha256
+
+
+def test_the_manifest_names_every_model_and_text_that_went_into_it(
+    world: World, decoder: tuple[Path, MemoryManifest], mlp: tuple[Path, MemoryManifest]
+) -> None:
+    """Whether a base model or a student had read the domain before is told by what they were, not by a figure."""
+    base = LanguageModel.load(str(world.model), device="cpu").info
+    for _, made in (decoder, mlp):
+        assert (made.model.model_id, made.model.weights_sha256) == (base.model_id, base.weights_sha256)
+        assert made.tune.documents == len(world.held_out)
+    assert decoder[1].start.weights_sha256 == base.weights_sha256
+    assert mlp[1].start.weights_sha256 is None
+
+
+def test_an_mlp_takes_a_twentieth_of_the_store_where_nothing_else_is_said(
+    world: World, tmp_path: Path, mlp: tuple[Path, MemoryManifest]
+) -> None:
+    manifest = Manifest.load(world.store / "law/v1")
+    stored = sum(manifest.files[name].bytes for name in ("keys.npy", "values.npy", "tokens.npy"))
+
+    def of_store(times: float) -> MlpSizes:
+        counts = {name: int(getattr(manifest, name) * times) for name in ("entries", "tokens")}
+        return MlpSizes.fitting(manifest.model_copy(update=counts))
+
+    dim, tokens = manifest.key_dim, manifest.model.vocab_size
+    assert of_store(1e6) == MlpSizes()  # no wider, however much is stored
+    assert of_store(1e-6).bottleneck == 8
+    found = of_store(8)
+    wider = MlpSizes(found.hidden + 32, bottleneck=found.bottleneck + 8)
+    assert 8 < found.bottleneck < 128
+    assert found.bytes(dim, tokens) <= 0.05 * 8 * stored < wider.bytes(dim, tokens)
+    settings = DistilSettings(**{**vars(SETTINGS), "steps": 1})
+    made = run(world, tmp_path / "out", settings, kind="mlp", sizes=None)
+    assert made.start.sizes == asdict(MlpSizes.fitting(manifest))
+    for folder, sizes in ((tmp_path / "out", MlpSizes.fitting(manifest)), (mlp[0], MLP)):
+        header = int.from_bytes((folder / MLP_FILE).read_bytes()[:8], "little")
+        assert (folder / MLP_FILE).stat().st_size == 8 + header + sizes.bytes(dim, tokens)
 
 
 def test_without_targets_it_learns_from_the_text_alone(world: World, tmp_path: Path) -> None:
@@ -328,22 +368,6 @@ def test_an_unfinished_run_is_not_continued_as_another(world: World, tmp_path: P
         run(world, tmp_path / "out", DistilSettings(**{**vars(SETTINGS), "beta": 0.25}))
     with pytest.raises(Conflict, match="unfinished run with kind 'decoder'"):
         run(world, tmp_path / "out", kind="mlp")
-
-
-def test_a_memory_is_refused_beside_a_model_it_does_not_fit(
-    world: World, decoder: tuple[Path, MemoryManifest], mlp: tuple[Path, MemoryManifest], tmp_path: Path
-) -> None:
-    base = LanguageModel.load(str(world.model), device="cpu").info
-    memory = LanguageModel.load(str(decoder[0]), device="cpu").info  # same tokenizer, other weights
-    decoder[1].refuse_other(base)
-    decoder[1].refuse_other(memory)  # one decoder memory serves every model of its tokenizer
-    mlp[1].refuse_other(base)
-    with pytest.raises(DatastoreMismatch, match="an MLP memory belongs to the model that made its keys"):
-        mlp[1].refuse_other(memory)
-    tiny_models.save(tiny_models.random_model(tiny_models.CONFIGS["llama"]()), tmp_path / "other")
-    other = LanguageModel.load(str(tmp_path / "other"), device="cpu").info
-    with pytest.raises(DatastoreMismatch, match="tokenizer"):
-        decoder[1].refuse_other(other)
 
 
 def test_a_damaged_mlp_is_refused(mlp: tuple[Path, MemoryManifest], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ class Model(BaseModel):
     created: int
     owned_by: str = "knnlm"
     max_model_len: int
+    stale: str | None = Field(description="Why its memory does not say what its domain says now; null where it does.")
 
 
 class ModelList(BaseModel):
