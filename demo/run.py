@@ -1,12 +1,15 @@
-"""`make demo`: two domains from text on this machine, three services, and what they say. Every step prints its command.
+"""`make demo`: two domains and a memory from text on this machine, three services, and what they say. Every step prints
+its command.
 
 1. The docstrings of numpy and torch become documents; whole documents are kept for storing, tuning and reporting.
 2. `knnlm build` and `knnlm tune` make a datastore of each domain, of numpy a smaller first version as well.
-3. The lm, datastore and aggregator services start as processes of their own.
-4. The same contexts are sent to the LM alone and to the LM with each domain; then the held-out documents are scored.
-5. A domain is switched to its other version, and back, while the services run.
+3. `knnlm memory` trains a small net on what retrieval from numpy would answer: it needs no datastore.
+4. The lm, datastore and aggregator services start as processes of their own.
+5. The same contexts are sent to the LM alone and to the LM with each domain; then the held-out documents are scored.
+6. A domain is switched to its other version, and back, while the services run.
 
-What exists already is not built again. Ends with status 1 if retrieval does not lower the held-out perplexity.
+What exists already is not built again. Ends with status 1 if retrieval or the memory does not lower the held-out
+perplexity.
 """
 
 import hashlib
@@ -30,6 +33,7 @@ from demo import corpus, services
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.text import read_documents
 from knnlm.evaluation.splits import Part, select
+from knnlm.memory.manifest import MemoryManifest
 from knnlm.messages import Document
 
 CONSOLE = Console(highlight=False, soft_wrap=True)
@@ -51,16 +55,18 @@ def main() -> None:
     _write_text()
     _say("2", "datastores: one key per token, then an index, then temperature and lambda on documents held out")
     _build()
-    _say("3", "services: lm (torch), datastore (faiss), aggregator (neither), each its own process")
+    _say("3", "a memory: a net that has learnt what retrieval from numpy would answer, from some of its entries")
+    _train_memory()
+    _say("4", "services: lm (torch), datastore (faiss), aggregator (neither), each its own process")
     services.up()
     CONSOLE.print(services.addresses())
     with httpx.Client(base_url=services.AGGREGATOR, timeout=120) as client:
-        _say("4", f"the same context, three models: POST {services.AGGREGATOR}/v1/next_token")
+        _say("5", f"the same context, four models: POST {services.AGGREGATOR}/v1/next_token")
         for domain, context in CONTEXTS.items():
             _show_distributions(client, context)
             _show_neighbors(client, context, domain)
         won = _show_perplexities(client)
-        _say("5", "switching a domain while the services run: one file names the current version")
+        _say("6", "switching a domain while the services run: one file names the current version")
         _switch(client)
     CONSOLE.print(
         f"\nAll of it took {time.monotonic() - started:.0f} s. The services are running:\n" + services.addresses()
@@ -71,7 +77,7 @@ def main() -> None:
     )
     CONSOLE.print(f"Or look at the page: {services.AGGREGATOR}/")
     if not won:
-        raise SystemExit("kNN-LM did not win clearly on every held-out domain")
+        raise SystemExit("kNN-LM did not win clearly on every held-out domain, or the memory not at all")
 
 
 def _write_text() -> None:
@@ -107,11 +113,29 @@ def _build() -> None:
     catalog.activate("numpy", FULL)
 
 
+def _train_memory() -> None:
+    """Of the current version of its domain, unless it is there."""
+    folder, domain = services.MEMORY, services.MEMORY.name
+    if folder.is_dir() and MemoryManifest.open(folder).store.stale(Catalog(services.STORE)) is None:
+        CONSOLE.print(f"  memory {domain} is there")
+        return
+    targets = services.RUN / f"{domain}.targets"
+    for former in (folder, targets):
+        shutil.rmtree(former, ignore_errors=True)
+    sampled = ("--max-entries", "40000", "--exclude", "document", "--k", "256", "--max-tokens", "2000")
+    _knnlm("memory", "targets", domain, "--out", targets, *sampled)
+    trained = ("--kind", "mlp", "--epochs", "4", "--batch-entries", "1024", "--learning-rate", "0.002")
+    tried = ("--part", Part.TUNE, "--max-tokens", "4000", "--evaluations", "4")
+    _knnlm("memory", "train", domain, _text(domain), *tried, "--targets", targets, "--out", folder, *trained)
+    if services.PID.exists():
+        services.down()  # what runs does not know it
+
+
 def _show_distributions(client: httpx.Client, context: str) -> None:
     """The likeliest tokens of each model, and what each gives to the others' tokens."""
     answers: dict[str, dict[str, float]] = {}
     top: dict[str, None] = {}
-    for model in ("pocket", *(f"pocket+{domain}" for domain in DOMAINS)):
+    for model in ("pocket", *(f"pocket+{domain}" for domain in DOMAINS), f"pocket~{services.MEMORY.name}"):
         body = {"text": context, "model": model, "top_n": 1000}
         rows = _post(client, "/v1/next_token", body)["results"][0]["top"]
         answers[model] = {row["token"]: row["p"] for row in rows}
@@ -145,34 +169,50 @@ def _show_neighbors(client: httpx.Client, context: str, domain: str) -> None:
 
 
 def _show_perplexities(client: httpx.Client) -> bool:
-    """Per domain over all held-out documents: POST /v1/score for each. True when kNN-LM wins clearly on every one."""
+    """Per domain over all held-out documents: POST /v1/score for each. True when kNN-LM wins clearly on every one, and
+    the memory wins."""
     CONSOLE.print(
         "\n  perplexity per token on documents that were neither stored nor tuned on "
         f"(their first {REPORTED:,} characters): POST /v1/score"
     )
     table = Table(box=None, padding=(0, 2))
-    for name in ("domain", "documents", "tokens", "LM alone", "kNN-LM", "ratio"):
+    for name in ("domain", "documents", "tokens", "LM alone", "kNN-LM", "ratio", "LM + memory", "ratio"):
         table.add_column(name, justify="left" if name == "domain" else "right")
     won = True
     for domain in DOMAINS:
         documents = list(select(read_documents([_text(domain)]), Part.REPORT))
-        lm, knn, tokens = _score(client, documents, domain)
+        lm, knn, tokens = _score(client, documents, f"pocket+{domain}")
         won = won and knn < CLEARLY * lm
-        table.add_row(domain, str(len(documents)), f"{tokens:,}", f"{lm:.2f}", f"{knn:.2f}", f"{knn / lm:.2f}")
+        row = [domain, str(len(documents)), f"{tokens:,}", f"{lm:.2f}", f"{knn:.2f}", f"{knn / lm:.2f}"]
+        if domain == services.MEMORY.name:
+            _, memory, _ = _score(client, documents, f"pocket~{domain}")
+            won = won and memory < lm
+            row += [f"{memory:.2f}", f"{memory / lm:.2f}"]
+        table.add_row(*row)
     CONSOLE.print(table)
+    sizes = (_bytes(services.STORE / services.MEMORY.name / FULL), _bytes(services.MEMORY))
+    CONSOLE.print(
+        "  on disk: the datastore of {} {:.1f} MB, the memory {:.1f} MB".format(
+            services.MEMORY.name, *(size / 1e6 for size in sizes)
+        )
+    )
     return won
 
 
-def _score(client: httpx.Client, documents: list[Document], domain: str) -> tuple[float, float, int]:
-    """(perplexity of the LM, of the kNN-LM, tokens) over all documents together."""
-    lm = knn = 0.0
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _score(client: httpx.Client, documents: list[Document], model: str) -> tuple[float, float, int]:
+    """(perplexity of the LM, of the mixture, tokens) over all documents together."""
+    lm = mixture = 0.0
     tokens = 0
     for document in documents:
-        answer = _post(client, "/v1/score", {"text": document.text[:REPORTED], "model": f"pocket+{domain}"})
+        answer = _post(client, "/v1/score", {"text": document.text[:REPORTED], "model": model})
         lm += answer["total_log_p_lm"]
-        knn += answer["total_log_p"]
+        mixture += answer["total_log_p"]
         tokens += len(answer["tokens"])
-    return math.exp(-lm / tokens), math.exp(-knn / tokens), tokens
+    return math.exp(-lm / tokens), math.exp(-mixture / tokens), tokens
 
 
 def _switch(client: httpx.Client) -> None:

@@ -22,7 +22,13 @@ AGGREGATOR = "http://127.0.0.1:8000"
 PORTS = (8000, 8001, 8002, 9001, 9002)
 READY_SECONDS = 120
 STOP_SECONDS = 70
-COMMAND = [sys.executable, "-m", "knnlm.cli.main", "serve", "--model", str(MODEL), "--store", str(STORE)]
+MEMORY = RUN / "memories" / "numpy"
+
+
+def command() -> list[str]:
+    """What serves the store, and the memory where it was trained."""
+    serve = [sys.executable, "-m", "knnlm.cli.main", "serve", "--model", str(MODEL), "--store", str(STORE)]
+    return [*serve, "--memory", f"{MEMORY.name}={MEMORY}"] if MEMORY.is_dir() else serve
 
 
 def up() -> None:
@@ -34,7 +40,7 @@ def up() -> None:
     for port in PORTS:
         _refuse_taken_port(port)
     with LOG.open("wb") as log:
-        process = subprocess.Popen(COMMAND, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(command(), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     PID.write_text(str(process.pid))
     deadline = time.monotonic() + READY_SECONDS
     while "\nready: " not in LOG.read_text(errors="replace"):

@@ -89,9 +89,10 @@ def targets(
             remark("stopped: the same command continues where it was")
             raise
     if made.fit is not None and made.too_sharp:
+        helps = ": try --exclude document" if made.settings.exclude == "entry" else ", in other documents"
         remark(
-            "warning: entries find the rest of their own documents, which new text does not: the likeliest token has "
-            f"{made.shape.largest:.2f} on average, without them {made.fit.shape.largest:.2f}: try --exclude document"
+            f"warning: entries find what new text would not: the likeliest token has {made.shape.largest:.2f} on "
+            f"average, on a sample without its own documents {made.fit.shape.largest:.2f}{helps}"
         )
     if made.fit is not None and made.fit.lmbda == 0:
         remark("warning: retrieval does not help on a sample of this text, so there is little for a memory to learn")
