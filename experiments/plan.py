@@ -65,17 +65,18 @@ def _made(need: Need, scale: Scale) -> list[tuple[object, Step]]:
     reread = scale.context / (scale.context - min(step, scale.context // 2))  # tokens read for each that is predicted
     held = scale.tune_tokens + (scale.long_tokens if need.long else scale.report_tokens)
     k = need.k or scale.k
-    whose = f"{need.learner.name}, {need.corpus}"
+    whose = f"{need.learner.name}, {need.corpus}, {need.key_function}"
+    held_out = "long stretches of held-out text" if need.long else "held-out text"
     store = Step(
-        f"build the datastore of {whose}, {need.key_function}: {size:,} entries", size * reread / scale.read_rate,
+        f"build the datastore of {whose}: {size:,} entries", size * reread / scale.read_rate,
         size * (2 * scale.key_dim + VALUE_BYTES), 4 * size * scale.key_dim if scale.index == "flat" else size * 80,
     )  # fmt: skip
     read = Step(
-        f"read held-out text of {whose}: {held:,} tokens", held * reread / scale.read_rate, held * 4 * scale.key_dim, 0
+        f"read {held_out} of {whose}: {held:,} tokens", held * reread / scale.read_rate, held * 4 * scale.key_dim, 0
     )
     share = f", {need.share:g} of the documents in order {need.draw}" if need.share < 1 else ""
     search = Step(
-        f"search and fit {whose}, k {k}{share}: {held:,} queries", held * need.share / scale.search_rate,
+        f"search and fit {held_out} of {whose}, k {k}{share}: {held:,} queries", held * need.share / scale.search_rate,
         held * k * NEIGHBOR_BYTES, held * k * 2 * NEIGHBOR_BYTES, need,
     )  # fmt: skip
     trained = [_trained(need.learner, scale)] if need.learner.corpus is not None else []

@@ -7,7 +7,9 @@ from experiments.experiment import Experiment
 __all__ = ["NAMES", "experiment"]
 
 NAMES = (
-    "knn_table4",
+    "knn_table4", "knn_figure4", "knn_figure5", "knn_figure2", "knn_table1", "knn_figure7", "knn_precision",
+    "knn_inner_product", "knn_probes", "knn_examples", "knn_table5", "knn_figure8", "knn_table2", "knn_table3",
+    "knn_figure1",
 )  # fmt: skip
 
 

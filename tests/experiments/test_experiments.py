@@ -17,8 +17,12 @@ from experiments.scale import SCALES
 from experiments.table import NAMES, experiment
 from experiments.texts import Texts, find_texts
 
+SLOW = {"knn_figure2", "knn_figure8", "knn_probes", "knn_table3", "knn_table5"}  # more models, datastores or searches
 
-@pytest.mark.parametrize("name", NAMES)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NAMES]
+)
 def test_an_experiment_gives_a_record(name: str, lab: Lab, tmp_path: Path) -> None:
     one = experiment(name)
     record = runner._run(name, one, lab, tmp_path, "")
