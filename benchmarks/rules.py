@@ -18,17 +18,15 @@ import numpy.typing as npt
 
 from benchmarks.data import DOMAIN, MIN_CONTEXT, Prepared, prepare
 from benchmarks.harness import SMALL, figure, table
-from knnlm.evaluation.cache_fit import fit_cache, past_log_probs, places_with_past
+from knnlm.evaluation.cache_fit import fit_cache, seen_together
 from knnlm.evaluation.collect import HeldOut, find, observe
-from knnlm.evaluation.rule_choice import FOLDS, held_out_losses, interval
+from knnlm.evaluation.rule_choice import FOLDS, held_out_losses, held_out_losses_together, interval
 from knnlm.evaluation.splits import encode
 from knnlm.evaluation.tuning import Observations, fit, losses, seen
 from knnlm.index.searcher import Searcher
 from knnlm.lm.model import LanguageModel
-from knnlm.mixture import Component, mix
 from knnlm.options import SearchOptions
 from knnlm.rules import RULES, Weighing, skipping
-from knnlm.weights import fit_weights
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the searches that are left out
 EARLY = "gate_lm"
@@ -101,31 +99,14 @@ def compare(name: str, prepared: Prepared, k: int) -> None:
 
 
 def mixtures(held_out: HeldOut, observations: Observations, temperature: float) -> Mapping[str, Losses]:
-    """Negative log-probabilities (n,) of the LM alone, with cache, with retrieval and with both: each part with weights
-    fitted together to the other documents."""
+    """Negative log-probabilities (n,) of the LM alone, with cache, with retrieval and with both: with weights, and at
+    last with gates, fitted together to the other documents."""
     cache = fit_cache(held_out)
-    evidence = seen(observations, temperature, ["fixed"]).evidence
-    parts = {
-        "cache": (past_log_probs(held_out, cache.theta, cache.size), places_with_past(held_out)),
-        "kNN": (evidence.of_targets, evidence.present),
-    }
-    fold = documents_of(held_out) % FOLDS
-    lm = held_out.lm_log_probs
-    result = {}
-    for names in ([], ["cache"], ["kNN"], ["kNN", "cache"]):
-        loss = np.empty(len(lm))
-        for left_out in range(FOLDS):
-            rows, others = fold == left_out, fold != left_out
-            weights, _ = fit_weights(
-                lm[others], [parts[n][0][others] for n in names], [parts[n][1][others] for n in names]
-            )
-            components = [
-                Component(n, parts[n][0][rows], np.where(parts[n][1][rows], weight, 0.0))
-                for n, weight in zip(names, weights, strict=True)
-            ]
-            loss[rows] = -mix(lm[rows], components)
-        result["".join(f" + {n}" for n in names).strip() or "LM"] = loss
-    return result
+    knn, past = seen_together(held_out, observations.neighbors, temperature, cache.theta, cache.size)
+    together = held_out_losses_together([knn, past])
+    alone = {name: held_out_losses_together([seen])["fixed"] for name, seen in (("+ cache", past), ("+ kNN", knn))}
+    lm = {"LM": -held_out.lm_log_probs.astype(np.float64)}
+    return {**lm, **alone, "+ kNN + cache": together["fixed"], "+ kNN + cache, gates": together["gate"]}
 
 
 def skipping_losses(observations: Observations, temperature: float) -> dict[float, Losses]:

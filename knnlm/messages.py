@@ -62,14 +62,17 @@ class ForwardRequest:
 
 @dataclass(frozen=True)
 class LmStatistics:
-    """The LM's distributions at n positions. entropy: (n,) nats. largest_log_prob: (n,), of the likeliest token."""
+    """What the LM says at n positions. entropy: (n,) nats. largest_log_prob: (n,), of the likeliest token. keys:
+    (n, d), None where they were not asked for."""
 
     entropy: npt.NDArray[np.floating]
     largest_log_prob: npt.NDArray[np.floating]
+    keys: npt.NDArray[np.floating] | None = None
 
     def at(self, rows: slice | npt.NDArray[Any]) -> "LmStatistics":  # Any: numbers of rows, or whether each counts
         """Those of some of the positions."""
-        return LmStatistics(self.entropy[rows], self.largest_log_prob[rows])
+        keys = None if self.keys is None else self.keys[rows]
+        return LmStatistics(self.entropy[rows], self.largest_log_prob[rows], keys)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class ForwardResult:
         """The statistics of each distribution; None when they were not asked for."""
         if self.entropy is None or self.largest_log_prob is None:
             return None
-        return LmStatistics(self.entropy, self.largest_log_prob)
+        return LmStatistics(self.entropy, self.largest_log_prob, self.keys)
 
 
 def required(value: T | None) -> T:

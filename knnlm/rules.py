@@ -12,10 +12,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from knnlm.before_search import Projection, expected_gain, fit_gain
 from knnlm.errors import InvalidRequest
 from knnlm.evidence import Evidence
 from knnlm.gate import LOGIT_RANGE, fit_gate, gate_logits, sigmoid
-from knnlm.messages import LmStatistics
+from knnlm.messages import LmStatistics, required
 
 Parameters = Mapping[str, float | Sequence[float]]
 Weights = npt.NDArray[np.float64]
@@ -32,7 +33,7 @@ BUCKET_FOLDS = 4  # parts of the documents, each of which judges how many bucket
 HIDDEN = 8  # units of the network of a gate
 # before the names of parameters of gates that were fitted together, in knnlm.messages.Tuning.cache
 KNN_GATE, CACHE_GATE = "knn_gate.", "gate."
-# the expected gain of retrieval, in nats, by what is known before a search (_known); and below which there is none
+# the expected gain of retrieval, in nats, by what is known before a search; and below which there is none
 GAIN, SKIP_BELOW = "gain", "skip_below"
 
 
@@ -167,17 +168,24 @@ def buckets(nearest: Weights, ratio: Weights, count: int) -> tuple[Weights, Weig
 class Gate:
     """A small network over what is known of each prediction (He et al. 2021, arXiv 2109.04212; see knnlm/gate.py).
 
-    features: of the evidence, by name. statistics: whether it looks at the LM's entropy and largest probability.
-    Without features it decides before anything is searched. hidden: units of the network; 0: a logistic function.
+    features: of the evidence, by name. statistics: whether it looks at the LM's entropy and largest probability. keys:
+    whether it also looks at the LM's key, where it was fitted to keys. Without features it decides before anything is
+    searched. hidden: units of the network; 0: a logistic function.
     """
 
-    def __init__(self, features: Sequence[str], *, statistics: bool = True, hidden: int = HIDDEN) -> None:
+    def __init__(
+        self, features: Sequence[str], *, statistics: bool = True, keys: bool = False, hidden: int = HIDDEN
+    ) -> None:
         self.features = features
         self.statistics = statistics
+        self._keys = keys
         self._hidden = hidden
 
     def weights(self, evidence: Evidence, lm: LmStatistics | None, parameters: Parameters) -> Weights:
-        return LARGEST_LAMBDA * sigmoid(gate_logits(self.inputs(evidence, lm), parameters))
+        inputs = self.inputs(evidence, lm)
+        if self._keys and lm is not None and np.size(parameters["linear"]) > inputs.shape[1]:
+            inputs = np.concatenate([inputs, required(lm.keys)], axis=1)
+        return LARGEST_LAMBDA * sigmoid(gate_logits(inputs, parameters))
 
     def fit(self, observed: Observed) -> Parameters:
         """The parameters that knnlm.gate.gate_logits takes."""
@@ -188,10 +196,16 @@ class Gate:
         if not len(ratio):
             return {"bias": -LOGIT_RANGE, "linear": [0.0] * inputs.shape[1]}
         groups = observed.groups[present]
-        return fit_gate(inputs, ratio, groups, start=best, largest=LARGEST_LAMBDA, hidden=self._hidden)
+        keys = observed.lm.keys if self._keys and observed.lm is not None else None
+        if keys is None:
+            return fit_gate(inputs, ratio, groups, start=best, largest=LARGEST_LAMBDA, hidden=self._hidden)
+        projection = Projection.of(keys[present])
+        inputs = np.concatenate([inputs, projection.places(keys[present])], axis=1)
+        fitted = fit_gate(inputs, ratio, groups, start=best, largest=LARGEST_LAMBDA, hidden=self._hidden)
+        return projection.unfolded(fitted)
 
     def inputs(self, evidence: Evidence, lm: LmStatistics | None) -> Weights:
-        """(n, m) what the network looks at; 0 where the source is absent, whose features may be infinite."""
+        """(n, m) what the network looks at beside keys: 0 where the source is absent, its features may be infinite."""
         columns = [INPUTS[name](evidence.features[name]) for name in self.features]
         if self.statistics:
             if lm is None:
@@ -216,7 +230,7 @@ RULES: dict[str, Rule] = {
     "bins": Bins(),
     "relative": Gate(("nearness",), statistics=False, hidden=0),
     GATE: LOOKING,
-    "gate_lm": Gate(()),
+    "gate_lm": Gate((), keys=True),
 }
 
 
@@ -252,7 +266,7 @@ class Weighing:
         weights = np.where(evidence.present, rule(self.rule).weights(evidence, lm, self.parameters), 0.0)
         if lm is None or SKIP_BELOW not in self.parameters:
             return weights
-        gain = _known(lm) @ np.asarray(self.parameters[GAIN], np.float64)
+        gain = expected_gain(lm, np.asarray(self.parameters[GAIN], np.float64))
         return np.where(gain < self.parameters[SKIP_BELOW], 0.0, weights)
 
     def wanted(self, lm: LmStatistics | None) -> npt.NDArray[np.bool_] | None:
@@ -288,16 +302,10 @@ def skipping(name: str, parameters: Parameters, observed: Observed, share: float
     if observed.lm is None:
         raise InvalidRequest(f"rule {name} looks at statistics of the LM, which were not observed", param="skip")
     weights = Weighing(name, parameters).weights(observed.evidence, observed.lm)
-    there, known = observed.evidence.present, _known(observed.lm)
-    gained = np.log1p(weights[there] * observed.ratio[there])
-    gain = np.linalg.lstsq(known[there], gained)[0]
-    return {**parameters, GAIN: gain.tolist(), SKIP_BELOW: float(np.quantile(known @ gain, share))}
-
-
-def _known(lm: LmStatistics) -> Weights:
-    """(n, 6) what is known before a search: 1, the LM's entropy and largest probability, and their products."""
-    entropy, largest = lm.entropy.astype(np.float64), np.exp(lm.largest_log_prob.astype(np.float64))
-    return np.stack([np.ones_like(entropy), entropy, largest, entropy**2, largest**2, entropy * largest], axis=1)
+    there = observed.evidence.present
+    gain = fit_gain(observed.lm.at(there), np.log1p(weights[there] * observed.ratio[there]))
+    below = float(np.quantile(expected_gain(observed.lm, gain), share))
+    return {**parameters, GAIN: gain.tolist(), SKIP_BELOW: below}
 
 
 def _everywhere(lm: LmStatistics) -> Evidence:

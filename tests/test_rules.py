@@ -1,5 +1,7 @@
 """Lambda rules: weights, fitting, and how several sources share what there is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -129,6 +131,29 @@ def test_a_rule_that_decides_early_can_leave_out_a_share_of_the_searches(share: 
         assert gained[~wanted].mean() < gained[wanted].mean()
     kept = Weighing("gate_lm", parameters).weights(seen.evidence, seen.lm)[wanted]
     np.testing.assert_array_equal(weighing.weights(seen.evidence, seen.lm)[wanted], kept)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_a_rule_that_decides_early_sees_in_the_key_where_retrieval_helps(share: float) -> None:
+    def with_keys(seed: int) -> Observed:
+        seen = observed(seed, 3000)
+        assert seen.lm is not None
+        near = np.where(seen.evidence.present, seen.evidence.features["nearest"], 0.0)
+        noise = np.random.default_rng(seed).standard_normal((3000, 20))
+        keys = np.concatenate([near[:, None], noise], axis=1).astype(np.float32)
+        return replace(seen, lm=replace(seen.lm, keys=keys))
+
+    fitted_to, new = with_keys(0), with_keys(1)
+    assert new.lm is not None
+    blind = replace(fitted_to, lm=replace(fitted_to.lm, keys=None)) if fitted_to.lm is not None else fitted_to
+    found = []
+    for seen in (fitted_to, blind):
+        parameters = skipping("gate_lm", RULES["gate_lm"].fit(seen), seen, share)
+        wanted = Weighing("gate_lm", parameters).wanted(new.lm)
+        assert wanted is not None
+        assert 1 - wanted.mean() == pytest.approx(share, abs=0.05)
+        found.append(loss("gate_lm", parameters, new))
+    assert found[0] < found[1] - 0.01
 
 
 def test_a_rule_that_decides_after_the_search_skips_none() -> None:

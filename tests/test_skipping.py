@@ -21,14 +21,24 @@ TOKENS = TOY.tokenizer.encode(TEXT)
 GATE: dict[str, float | Sequence[float]] = {
     "bias": 3.0,
     "linear": [-1.0, 1.5],
-}  # of the entropy and the largest probability
+}  # of the entropy and the largest probability, and then of the key
+
+
+KEY = 0.1 * np.random.default_rng(0).standard_normal(TOY.info.key_dim)
+
+
+@pytest.fixture(autouse=True, params=["fitted to statistics alone", "fitted to keys, too"])
+def gate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "keys" in request.param:
+        monkeypatch.setitem(GATE, "linear", [-1.0, 1.5, *KEY])
 
 
 def tuned(skip_below: float) -> Tuning:
     """skip_below: of the weight, from which the expected gain rises and falls here."""
     with np.errstate(divide="ignore"):
         logit = np.nan_to_num(np.log(skip_below) - np.log(LARGEST_LAMBDA - min(skip_below, LARGEST_LAMBDA)))
-    parameters = {**GATE, GAIN: (3.0, -1.0, 1.5, 0.0, 0.0, 0.0), SKIP_BELOW: float(logit) - 1e-9}
+    linear = np.ravel(GATE["linear"]).tolist()
+    parameters = {**GATE, GAIN: (3.0, -1.0, 1.5, 0.0, 0.0, 0.0, *linear[2:]), SKIP_BELOW: float(logit) - 1e-9}
     return replace(TUNING, rule="gate_lm", parameters=parameters)
 
 

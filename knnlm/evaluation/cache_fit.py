@@ -5,7 +5,7 @@ norm and refined by golden section; weights are solved. Each document is a text 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -118,7 +118,8 @@ def seen_together(
         knn_evidence(neighbors, temperature, held_out.targets, names),
         Evidence(places_with_past(held_out), cache, columns),
     )
-    rest = (held_out.statistics, held_out.document_of)
+    lm = None if held_out.statistics is None else replace(held_out.statistics, keys=None)
+    rest = (lm, held_out.document_of)
     knn, past = (Observed(held_out.lm_log_probs, evidence, *rest) for evidence in found)
     return knn, past
 

@@ -112,7 +112,7 @@ def observe(
     if not done:
         raise InvalidRequest("no document with at least two tokens", param="sources")
     made = (np.concatenate(keys), np.concatenate(log_probs), np.concatenate(targets))
-    lm_statistics = LmStatistics(np.concatenate(entropies), np.concatenate(largest)) if statistics else None
+    lm_statistics = LmStatistics(np.concatenate(entropies), np.concatenate(largest), made[0]) if statistics else None
     return HeldOut(*made, len(documents), np.concatenate(depths), lm_statistics, np.concatenate(numbers))
 
 

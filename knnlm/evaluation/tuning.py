@@ -6,7 +6,7 @@ temperature the mean log-likelihood is concave in lambda, so lambda is solved, n
 knnlm/evaluation/collect.py does, once.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from knnlm.errors import InvalidRequest
 from knnlm.messages import LmStatistics, Tuning
 from knnlm.mixture import Component, mix
 from knnlm.neighbors import Neighbors
-from knnlm.rules import FIXED, Observed, Weighing, rule, skipping
+from knnlm.rules import FIXED, Observed, Weighing, decides_early, rule, skipping
 
 GRID = 2.0 ** np.arange(-10, 11)  # temperatures to try, as multiples of the scale
 GOLDEN_STEPS = 16  # narrows two grid steps (a factor of 4) to a relative width of 6e-4
@@ -100,7 +100,7 @@ def with_rule(tuning: Tuning, observations: Observations, name: str, *, skip: fl
     return replace(tuning, rule=name, parameters=parameters, knn_perplexity=perplexity)
 
 
-def seen(observations: Observations, temperature: float, names: Iterable[str]) -> Observed:
+def seen(observations: Observations, temperature: float, names: Sequence[str]) -> Observed:
     """What rules of these names look at. Raises InvalidRequest for an unknown one, and for one that needs statistics of
     the LM when there are none."""
     features: dict[str, None] = {}
@@ -109,7 +109,10 @@ def seen(observations: Observations, temperature: float, names: Iterable[str]) -
             raise InvalidRequest(f"rule {name} looks at statistics of the LM, which were not observed", param="rule")
         features |= dict.fromkeys(rule(name).features)
     evidence = knn_evidence(observations.neighbors, temperature, observations.targets, tuple(features))
-    return Observed(observations.lm_log_probs, evidence, observations.statistics, observations.document_of)
+    lm = observations.statistics
+    if lm is not None and not any(map(decides_early, names)):
+        lm = replace(lm, keys=None)  # nobody looks at them, and they are large
+    return Observed(observations.lm_log_probs, evidence, lm, observations.document_of)
 
 
 def smallest_k(fits: Iterable[Fit]) -> Fit:
