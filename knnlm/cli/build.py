@@ -1,18 +1,25 @@
 """`knnlm build`: a datastore from documents, its index, and making it the version that answers."""
 
-from typing import Annotated
-
-import typer
+from collections.abc import Sequence
+from pathlib import Path
 
 from knnlm.cli.common import (
     DEFAULT_STORE,
     ActivateOption,
+    BatchTokensOption,
+    BosOption,
+    BuildContextOption,
+    BuildMinContextOption,
+    BuildVersionOption,
     DeviceOption,
     DomainArgument,
     DtypeOption,
     JsonOption,
+    KeyDtypeOption,
+    KeyFunctionOption,
     ModelOption,
     PartOption,
+    RecipeOption,
     SourcesArgument,
     StoreOption,
     parse_part,
@@ -31,27 +38,15 @@ def build(
     sources: SourcesArgument,
     model: ModelOption,
     store: StoreOption = DEFAULT_STORE,
-    version: Annotated[
-        str | None,
-        typer.Option("--version", help="Its name; by default the next of v1, v2, ..., or the unfinished one."),
-    ] = None,
+    version: BuildVersionOption = None,
     part: PartOption = "all",
-    context_length: Annotated[
-        int | None, typer.Option(help="Tokens fed at once; by default all that the model takes, at most 2048.")
-    ] = None,
-    min_context: Annotated[
-        int | None, typer.Option(help="Tokens that every key sees at least; by default half the context length.")
-    ] = None,
-    bos: Annotated[
-        str,
-        typer.Option(help="BOS token before each document alone (document) or before each of its windows (window)."),
-    ] = "document",
-    key_dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
-    key_function: Annotated[
-        str, typer.Option(help="ffn_input, attention_input or model_output; each also with _before_norm.")
-    ] = "ffn_input",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens in the model at once.")] = 8192,
-    index: Annotated[str, typer.Option(help="auto, a recipe of `knnlm index`, or none for exact search.")] = "auto",
+    context_length: BuildContextOption = None,
+    min_context: BuildMinContextOption = None,
+    bos: BosOption = "document",
+    key_dtype: KeyDtypeOption = "float16",
+    key_function: KeyFunctionOption = "ffn_input",
+    batch_tokens: BatchTokensOption = 8192,
+    index: RecipeOption = "auto",
     activate: ActivateOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -61,7 +56,6 @@ def build(
     from knnlm.datastore.build import build as run
     from knnlm.datastore.build import require_documents
     from knnlm.datastore.catalog import Catalog
-    from knnlm.datastore.manifest import Manifest
     from knnlm.datastore.text import read_documents
     from knnlm.evaluation.splits import select
     from knnlm.index.table import family
@@ -104,21 +98,29 @@ def build(
             raise
     if activate:
         catalog.activate(domain, path.name)
+    print_built(path, reasons, active=activate, as_json=as_json)
+
+
+def print_built(path: Path, reasons: Sequence[str], *, active: bool, as_json: bool) -> None:
+    """What was built. reasons: for its index."""
+    from knnlm.datastore.manifest import Manifest
+
     manifest = Manifest.load(path)
     if as_json:
         print_json(
             {
-                "domain": domain, "version": path.name, "path": str(path), "active": activate,
+                "domain": manifest.domain, "version": path.name, "path": str(path), "active": active,
                 "entries": manifest.entries, "documents": manifest.documents, "tokens": manifest.tokens,
-                "index": manifest.index.recipe, "index_reasons": reasons,
+                "index": manifest.index.recipe, "shards": len(manifest.shards), "index_reasons": reasons,
             }
         )  # fmt: skip
         return
     print(f"{path}: {manifest.entries:,} entries of {manifest.documents:,} documents")
     print_index(f"index {manifest.index.recipe}", reasons)
-    if activate:
+    if active:
         print(
-            f"{path.name} is now the current version of {domain}; fit temperature and lambda with `knnlm tune {domain}`"
+            f"{path.name} is now the current version of {manifest.domain}; fit temperature and lambda with "
+            f"`knnlm tune {manifest.domain}`"
         )
     else:
-        print(f"not activated: `knnlm domains activate {domain} {path.name}`")
+        print(f"not activated: `knnlm domains activate {manifest.domain} {path.name}`")

@@ -55,6 +55,33 @@ WindowOption = Annotated[
 IndexOption = Annotated[
     str | None, typer.Option("--index", help="Search with this index of the version; by default its default one.")
 ]
+BuildVersionOption = Annotated[
+    str | None,
+    typer.Option("--version", help="Its name; by default the next of v1, v2, ..., or the unfinished one."),
+]
+BuildContextOption = Annotated[
+    int | None,
+    typer.Option("--context-length", help="Tokens fed at once; by default all that the model takes, at most 2048."),
+]
+BuildMinContextOption = Annotated[
+    int | None,
+    typer.Option("--min-context", help="Tokens that every key sees at least; by default half the context length."),
+]
+BosOption = Annotated[
+    str,
+    typer.Option(
+        "--bos", help="BOS token before each document alone (document) or before each of its windows (window)."
+    ),
+]
+KeyDtypeOption = Annotated[str, typer.Option("--key-dtype", help="float16 or float32.")]
+KeyFunctionOption = Annotated[
+    str,
+    typer.Option("--key-function", help="ffn_input, attention_input or model_output; each also with _before_norm."),
+]
+BatchTokensOption = Annotated[int, typer.Option("--batch-tokens", help="Tokens in the model at once.")]
+RecipeOption = Annotated[
+    str, typer.Option("--index", help="auto, a recipe of `knnlm index`, or none for exact search.")
+]
 ActivateOption = Annotated[bool, typer.Option(help="Make it the current version of the domain.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
@@ -130,7 +157,8 @@ def progress(unit: str, total: int | None, *, description: str) -> Iterator[Bar]
 
 PHASES = {
     "tokenize": "reading documents", "encode": "making keys", "copy": "copying", "index": "index",
-    "publish": "checksums",
+    "publish": "checksums", "start": "starting workers", "shards": "writing shards", "train": "training the index",
+    "verify": "verifying shards",
 }  # fmt: skip
 
 
@@ -141,7 +169,8 @@ def showing() -> Iterator["Report"]:
 
         def on_progress(p: "Progress") -> None:
             rate = f", {p.tokens_per_second:,.0f} tokens/s" if p.tokens else ""
-            update(p.entries_done, f"{PHASES[p.phase]}{rate}", p.entries_total or None)
+            where = f" ({p.detail})" if p.detail else ""
+            update(p.entries_done, f"{PHASES[p.phase]}{rate}{where}", p.entries_total or None)
 
         yield on_progress
 

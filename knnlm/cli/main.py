@@ -13,6 +13,7 @@ import typer
 from knnlm import __version__
 from knnlm.cli.add import add
 from knnlm.cli.build import build
+from knnlm.cli.cluster import cluster
 from knnlm.cli.compact import compact
 from knnlm.cli.domains import domains
 from knnlm.cli.evaluate import evaluate
@@ -35,7 +36,7 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 EXTRAS = {
     "torch": "lm", "transformers": "lm", "safetensors": "lm", "faiss": "index",
     "llvmlite": "index", "numba": "index", "pyarrow": "parquet", "rich": "cli", "grpc": "clients",
-    "google": "clients", "httpx": "clients", "fastapi": "serve",
+    "google": "clients", "httpx": "clients", "fastapi": "serve", "ray": "cluster",
 }  # fmt: skip
 
 app = typer.Typer(
@@ -50,6 +51,7 @@ app.command()(build)
 app.command()(add)
 app.command()(forget)
 app.command()(compact)
+app.add_typer(cluster, name="cluster")
 app.add_typer(index, name="index")
 app.command()(show)
 app.command()(verify)

@@ -24,7 +24,7 @@ from knnlm.datastore.progress import Clock, Progress, Report, silent
 from knnlm.datastore.workspace import Identity, Workspace, workspace
 from knnlm.decoding import choose_windows
 from knnlm.errors import InvalidRequest, ModelError
-from knnlm.messages import Document
+from knnlm.messages import Document, ModelInfo
 from knnlm.protocols import LanguageModel
 
 BOS_POLICIES = ("document", "window")
@@ -59,7 +59,8 @@ def build(
     """
     check_sizes(batch_tokens=batch_tokens, part_entries=part_entries)
     target = catalog.folder(domain, catalog.next_version(domain) if version is None else version)
-    identity = _identity(lm, context_length, min_context, bos, key_dtype)
+    check_tokenizer(lm)
+    identity = identity_of(lm.info, context_length, min_context, bos, key_dtype)
     documents = require_documents(documents)
     report = on_progress or silent
     with workspace(target, identity) as space:
@@ -103,11 +104,10 @@ def _publish(space: Workspace, sources: Sources, target: Path) -> None:
     space.publish(target)
 
 
-def _identity(
-    lm: LanguageModel, context_length: int | None, min_context: int | None, bos: str, key_dtype: str
+def identity_of(
+    info: ModelInfo, context_length: int | None, min_context: int | None, bos: str, key_dtype: str
 ) -> Identity:
-    check_tokenizer(lm)
-    info = lm.info
+    """What a build by this model is. Raises InvalidRequest for a parameter out of range."""
     length, least = choose_windows(info, context_length=context_length, min_context=min_context)
     if bos not in BOS_POLICIES:
         raise InvalidRequest(f"bos must be document or window, got {bos!r}", param="bos")

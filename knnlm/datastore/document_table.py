@@ -51,7 +51,7 @@ class Sizes:
 def read_rows(path: Path) -> Iterator[Row]:
     """The documents in order. Raises DatastoreCorrupt that names the line where they do not follow one another."""
     start = 0
-    for row, _ in _rows_with_offsets(path):
+    for row, _ in rows_with_offsets(path):
         _refuse_gap(path, row.id, row.start, start)
         start += row.tokens
         yield row
@@ -117,7 +117,7 @@ class DocumentTable:
 
 def _table(path: Path) -> Int64:
     """(m, 5): start, tokens, entries, place of the line, hash of the id."""
-    columns = ((row.start, row.tokens, row.entries, offset, _hash(row.id)) for row, offset in _rows_with_offsets(path))
+    columns = ((row.start, row.tokens, row.entries, offset, _hash(row.id)) for row, offset in rows_with_offsets(path))
     table: Int64 = np.fromiter(columns, np.dtype((np.int64, 5)))
     expected = np.cumsum(table[:, 1]) - table[:, 1]
     wrong = np.flatnonzero(table[:, 0] != expected)
@@ -140,9 +140,10 @@ def _hash(name: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _rows_with_offsets(path: Path) -> Iterator[tuple[Row, int]]:
-    offset = 0
+def rows_with_offsets(path: Path, offset: int = 0) -> Iterator[tuple[Row, int]]:
+    """The documents and where their lines begin, in bytes; from the line at `offset` on. Raises DatastoreCorrupt."""
     with path.open("rb") as lines:
+        lines.seek(offset)
         for number, line in enumerate(lines, start=1):
             yield _row(line, path, number), offset
             offset += len(line)

@@ -8,13 +8,12 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from knnlm.datastore.arrays import ArrayWriter
 from knnlm.datastore.document_table import Row
 from knnlm.datastore.files import write_atomic
 from knnlm.datastore.layout import Record
@@ -27,6 +26,19 @@ from knnlm.protocols import LanguageModel
 FLOAT16_MAX = 65504.0
 
 Keys = npt.NDArray[np.floating]
+
+
+class RowWriter(Protocol):
+    """Where rows of a part are made durable, as arrays.ArrayWriter does."""
+
+    def write(self, lo: int, rows: npt.NDArray[Any]) -> None: ...
+    def sha256(self, lo: int, hi: int) -> str: ...
+
+
+class TokenReader(Protocol):
+    """The tokens of all documents, one after another: a document's are [start : start + tokens]."""
+
+    def __getitem__(self, part: slice, /) -> npt.NDArray[np.int32]: ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ class Encoder:
     """Makes parts durable: each call of `finish` leaves one more of them on disk."""
 
     def __init__(
-        self, lm: LanguageModel, tokens: npt.NDArray[np.int32], keys: ArrayWriter, values: ArrayWriter, *,
+        self, lm: LanguageModel, tokens: TokenReader, keys: RowWriter, values: RowWriter, *,
         key_dtype: str, batch_tokens: int, records: Path,
     ) -> None:  # fmt: skip
         self._lm = lm

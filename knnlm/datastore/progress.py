@@ -4,16 +4,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-MEASURED = ("encode", "copy", "index")  # phases whose end is known
+MEASURED = ("encode", "copy", "index", "shards", "verify")  # phases whose end is known
 
 
 @dataclass(frozen=True)
 class Progress:
     """phase: "tokenize" (entries_total is not known yet and 0), "encode" (keys are made), "publish" (checksums), and of
-    compacting "copy" and "index" (entries_done: keys that are in it).
+    compacting "copy" and "index" (entries_done: keys that are in it). On a cluster also "start", "shards" (entries that
+    are in a shard), "train" and "verify".
 
     tokens and seconds count this phase of this run: tokens of documents read, then tokens fed to the model.
-    entries_resumed: of entries_done, those that an earlier run had finished.
+    entries_resumed: of entries_done, those that an earlier run had finished. detail: of where it is done, for people.
     """
 
     phase: str
@@ -22,6 +23,7 @@ class Progress:
     tokens: int
     seconds: float
     entries_resumed: int = 0
+    detail: str = ""
 
     @property
     def tokens_per_second(self) -> float:

@@ -50,11 +50,14 @@ def plan_shards(rows: Iterable[Row], shards: int, entries: int) -> list[ShardPla
     plans: list[ShardPlan] = []
     begin = at = (0, 0, 0)  # documents, entries, tokens
     for row in rows:
-        at = (at[0] + 1, at[1] + row.entries, at[2] + row.tokens)
-        # the last shard takes what is left: documents without entries may follow
-        if len(plans) + 1 < shards and at[1] > begin[1] and at[1] * shards >= entries * (len(plans) + 1):
-            plans.append(_plan(len(plans), begin, at))
-            begin = at
+        after = (at[0] + 1, at[1] + row.entries, at[2] + row.tokens)
+        for end in (at, after):  # whichever is nearer to where the shard should end; the last takes what is left
+            wanted = entries * (len(plans) + 1) / shards
+            near = end[1] >= wanted or (end is at and after[1] > wanted and wanted - at[1] < after[1] - wanted)
+            if len(plans) + 1 < shards and end[1] > begin[1] and near:
+                plans.append(_plan(len(plans), begin, end))
+                begin = end
+        at = after
     if at[1] > begin[1]:
         plans.append(_plan(len(plans), begin, at))
     if len(plans) < shards:

@@ -8,9 +8,10 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from io import TextIOWrapper
 from itertools import chain
-from pathlib import Path
-from typing import TextIO
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, TextIO
 
 from knnlm.errors import InvalidRequest
 from knnlm.messages import Document
@@ -50,31 +51,46 @@ def check_id(name: str, where: str, *, param: str) -> None:
 
 
 def _read_path(path: Path) -> Iterator[Document]:
+    for file, name in files_of(path):
+        with file.open("rb") as opened:
+            yield from read_opened(opened, name=name, where=str(file))
+
+
+def files_of(path: Path) -> list[tuple[Path, str]]:
+    """The files of documents that a file or folder is, in the order in which they are read, each with the name that
+    its documents are named by. Raises InvalidRequest when there is none."""
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-        files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]
-        if not files:
+        found = [(f, f.relative_to(path)) for f in files]
+        kept = [(f, name.as_posix()) for f, name in found if not any(part.startswith(".") for part in name.parts)]
+        if not kept:
             raise _malformed(f"no file with one of {', '.join(SUFFIXES)} in folder {path}")
-        for file in files:
-            yield from _read_file(file, name=file.relative_to(path).as_posix())
-    elif path.is_file():
-        yield from _read_file(path, name=path.name)
-    else:
-        raise _malformed(f"no such file or folder: {path}")
+        return kept
+    if path.is_file():
+        check_suffix(str(path))
+        return [(path, path.name)]
+    raise _malformed(f"no such file or folder: {path}")
 
 
-def _read_file(path: Path, *, name: str) -> Iterator[Document]:
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise _malformed(f"{path} has suffix {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
-    if suffix == ".jsonl":
-        with path.open(encoding=ENCODING) as lines:
-            yield from _read_json_lines(lines, name=name, where=str(path))
-    elif suffix == ".parquet":
-        yield from _read_parquet(path, name=name)
-    else:
-        with path.open(encoding=ENCODING) as file:
-            yield from _whole("", file, name=name, where=str(path))
+def check_suffix(where: str) -> str:
+    """The suffix of a file of documents, in lower case. Raises InvalidRequest for another file."""
+    suffix = PurePosixPath(where).suffix
+    if suffix.lower() not in SUFFIXES:
+        raise _malformed(f"{where} has suffix {suffix!r}; expected one of {', '.join(SUFFIXES)}")
+    return suffix.lower()
+
+
+def read_opened(file: BinaryIO, *, name: str, where: str) -> Iterator[Document]:
+    """The documents of one opened file, whose path or address is `where`. Raises as read_documents does."""
+    suffix = check_suffix(where)
+    if suffix == ".parquet":
+        yield from _read_parquet(file, name=name, where=where)
+        return
+    with TextIOWrapper(file, encoding=ENCODING) as text:
+        if suffix == ".jsonl":
+            yield from _read_json_lines(text, name=name, where=where)
+        else:
+            yield from _whole("", text, name=name, where=where)
 
 
 def _read_stream(stream: TextIO) -> Iterator[Document]:
@@ -136,26 +152,26 @@ def _document(id_: object, text: object, *, default: str, where: str) -> Iterato
         yield Document(name, text)
 
 
-def _read_parquet(path: Path, *, name: str) -> Iterator[Document]:
+def _read_parquet(file: BinaryIO, *, name: str, where: str) -> Iterator[Document]:
     try:
         import pyarrow.lib
         import pyarrow.parquet
     except ImportError as err:
-        raise _malformed(f"{path}: reading Parquet needs pyarrow, install knnlm[parquet]") from err
+        raise _malformed(f"{where}: reading Parquet needs pyarrow, install knnlm[parquet]") from err
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with pyarrow.parquet.ParquetFile(file) as table:
             columns = table.schema_arrow.names
             if "text" not in columns:
-                raise _malformed(f'{path} has no column "text"; it has {", ".join(columns)}')
+                raise _malformed(f'{where} has no column "text"; it has {", ".join(columns)}')
             wanted = [c for c in ("id", "text") if c in columns]
             for batch in table.iter_batches(columns=wanted, batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    where = f"{path}, row {number}"
-                    yield from _document(row.get("id"), row["text"], default=f"{name}:{number}", where=where)
+                    place = f"{where}, row {number}"
+                    yield from _document(row.get("id"), row["text"], default=f"{name}:{number}", where=place)
     except pyarrow.lib.ArrowException as err:
-        raise _malformed(f"{path} is not a Parquet file that can be read, after row {number}: {err}") from err
+        raise _malformed(f"{where} is not a Parquet file that can be read, after row {number}: {err}") from err
 
 
 def _malformed(message: str) -> InvalidRequest:

@@ -20,7 +20,7 @@ from knnlm.index.files import named, remove_unnamed
 from knnlm.index.sharded_build import build_sharded_index, remove_sharded_index
 from knnlm.index.table import family
 
-__all__ = ["build_index", "index_remark", "remove_index", "suited"]
+__all__ = ["build_index", "index_remark", "remove_index", "suited", "suiting"]
 
 Report = Callable[[int, int], None]
 
@@ -33,7 +33,11 @@ def suited(path: Path, recipe: str = "auto", *, memory_bytes: int | None = None)
     known, or that does not suit for another reason.
     """
     manifest = Manifest.load(path)
-    entries, dim = manifest.base_entries, manifest.key_dim
+    return suiting(manifest.base_entries, manifest.key_dim, recipe, str(path), memory_bytes=memory_bytes)
+
+
+def suiting(entries: int, dim: int, recipe: str, what: str, *, memory_bytes: int | None = None) -> Choice:
+    """`suited` of `what`, which has these entries and dimensions."""
     if recipe == "auto":
         return auto_recipe(entries, dim, memory_bytes)
     chosen = family(recipe)
@@ -42,7 +46,7 @@ def suited(path: Path, recipe: str = "auto", *, memory_bytes: int | None = None)
         return Choice(recipe, ("as asked",))
     smaller = chosen.fallback_recipe(entries, dim)
     if smaller is None or family(smaller).why_unsuitable(entries, dim) is not None:
-        raise InvalidRequest(f"index {recipe} does not suit {path}: {why_not}", param="recipe")
+        raise InvalidRequest(f"index {recipe} does not suit {what}: {why_not}", param="recipe")
     return Choice(smaller, (f"{recipe} was asked for, but {why_not}",))
 
 

@@ -1,0 +1,246 @@
+"""A version built by a cluster is what one process builds of the same text, whoever is killed meanwhile."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from knnlm.datastore.build import build
+from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.manifest import Manifest
+from knnlm.datastore.reader import Datastore
+from knnlm.datastore.text import read_documents
+from knnlm.datastore.verify import verify
+from knnlm.index.build import build_index
+from knnlm.index.searcher import Searcher
+from knnlm.index.sharded_searcher import open_searcher
+from tests.cluster.conftest import STORE_BYTES
+from tests.lm import tiny_models
+from tests.searching import search
+
+WORDS = ("the", "cat", "dog", "mat", "log", "hat", "sat", "ran", "saw", "on", "under", "and", "but", "quickly", "near")
+PART_ENTRIES = 400
+ROOT = Path(__file__).resolve().parents[2]
+
+# a driver of its own, that can be killed; it says how far it is, a line for each piece of work
+DRIVER = """
+import json, sys
+from pathlib import Path
+from knnlm.cluster.build import Plan, Workers, build
+from knnlm.cluster.worker import ModelSource
+from knnlm.datastore.catalog import Catalog
+
+model, text, store, address, workers, part_entries = sys.argv[1:]
+plan = Plan(
+    ModelSource(model, "cpu", "float32", "ffn_input"), context_length=48, min_context=16, batch_tokens=512,
+    part_entries=int(part_entries), index="ivf16,sq8", shards=3,
+)
+def say(*what):
+    print(json.dumps(what), flush=True, file=sys.__stdout__)
+def on_progress(p):
+    say(p.phase, p.entries_done, p.entries_resumed, p.detail)
+path, _ = build([text], Catalog(store), "toy", plan, Workers(address, int(workers), 1), on_progress=on_progress)
+say("done", str(path))
+"""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A model, text for some 30,000 entries, and what one process builds of it."""
+
+    model: Path
+    text: Path
+    whole: Path
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    from knnlm.lm.model import LanguageModel
+
+    home = tmp_path_factory.mktemp("cluster")
+    model, text = home / "model", home / "text"
+    tiny_models.save(tiny_models.random_model(tiny_models.CONFIGS["llama"]()), model)
+    text.mkdir()
+    rng = random.Random(0)
+    for i in range(8):
+        words = [rng.choice(WORDS) for _ in range(rng.randint(1, 900))]
+        (text / f"f{i}.txt").write_text(" ".join(words), encoding="utf-8")
+    with (text / "many.jsonl").open("w", encoding="utf-8") as lines:
+        for _ in range(60):
+            lines.write(json.dumps({"text": " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 90)))}) + "\n")
+    lm = LanguageModel.load(str(model), device="cpu", dtype="float32")
+    whole = build(
+        read_documents([text]), lm, Catalog(home / "store"), "toy", context_length=48, min_context=16, batch_tokens=512,
+        part_entries=PART_ENTRIES,
+    )  # fmt: skip
+    build_index(whole, "ivf16,sq8")
+    return Given(model, text, whole)
+
+
+class Driver:
+    """A process that builds."""
+
+    def __init__(self, given: Given, store: Path, address: str, workers: int = 2) -> None:
+        arguments = map(str, (given.model, given.text, store, address, workers, PART_ENTRIES))
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed with the process
+        command = [sys.executable, "-c", DRIVER, *arguments]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=ROOT)
+
+    def until(self, phase: str, entries: int) -> None:
+        """Read what it says until it has so many entries of a phase."""
+        for said in self._said():
+            if said[0] == phase and said[1] >= entries:
+                return
+        raise AssertionError(f"it ended before {phase} {entries}: {self._error()}")
+
+    def kill(self) -> None:
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait(30)
+        self.close()
+
+    def close(self) -> None:
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._errors.close()
+
+    def _error(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read()
+
+    def finish(self) -> tuple[Path, list[Any]]:
+        """The version, and all that it said of the phase "encode"."""
+        encode, path = [], None
+        for said in self._said():
+            if said[0] == "encode":
+                encode.append(said)
+            if said[0] == "done":
+                path = Path(said[1])
+        code, error = self._process.wait(60), self._error()
+        self.close()
+        assert code == 0, error
+        assert path is not None
+        return path, encode
+
+    def _said(self) -> Iterator[list[Any]]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            yield json.loads(line)
+
+
+def equal(path: Path, given: Given) -> None:
+    """Documents, entries and keys, bit for bit; neighbors by an index that was trained once."""
+    one, many = Datastore.open(given.whole), Datastore.open(path, check="all")
+    assert many.entries == one.entries
+    np.testing.assert_array_equal(np.concatenate([keys for _, keys in many.parts_of_keys()]), one.keys)
+    ids = np.arange(one.entries)
+    np.testing.assert_array_equal(many.values_of(ids), one.values)
+    assert [row for _, row in many.live_rows()] == [row for _, row in one.live_rows()]
+    assert not [check for check in verify(path) if check.problem]
+    assert sorted(file.name for file in path.iterdir() if file.name.startswith(".")) == []
+    queries = one.keys[::997].astype(np.float32)
+    found, expected = (
+        searcher.search(search("toy", queries, 20, ids=True)).neighbors
+        for searcher in (open_searcher(path), Searcher.open(given.whole))
+    )
+    np.testing.assert_array_equal(found.distances, expected.distances)
+
+
+def workers_of(cluster: Any) -> list[int]:
+    """Processes of the cluster's nodes that hold a model."""
+    raylets = {info.process.pid for node in cluster.list_all_nodes() for info in node.all_processes.get("raylet", [])}
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and b"KeyMaker" in (folder / "cmdline").read_bytes():
+                fields = (folder / "stat").read_text(encoding="ascii").rpartition(")")[2].split()
+                if int(fields[1]) in raylets:
+                    found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_the_same_as_one_process(cluster: Any, given: Given, tmp_path: Path) -> None:
+    path, encode = Driver(given, tmp_path, cluster.address).finish()
+    manifest = Manifest.load(path)
+    assert len(manifest.shards) == 3
+    assert len({said[3].partition(" ")[0] for said in encode}) >= 1
+    assert encode[-1][1] == manifest.entries
+    assert not encode[-1][2]
+    equal(path, given)
+
+
+def test_killed_workers_cost_what_they_were_doing(cluster: Any, given: Given, tmp_path: Path) -> None:
+    driver = Driver(given, tmp_path, cluster.address)
+    killed = 0
+    for entries in (1, 4000):
+        driver.until("encode", entries)
+        for pid in workers_of(cluster)[:1]:
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+    path, _ = driver.finish()
+    assert killed == 2
+    equal(path, given)
+
+
+def test_a_killed_driver_goes_on_and_loses_no_finished_part(cluster: Any, given: Given, tmp_path: Path) -> None:
+    driver = Driver(given, tmp_path, cluster.address)
+    driver.until("encode", 3000)
+    driver.kill()
+    time.sleep(2)  # its workers end with it
+    records = list((tmp_path / "toy").glob(".v1.building/.build/parts/*.json"))
+    finished = sum(r["hi"] - r["lo"] for r in (json.loads(file.read_bytes()) for file in records))
+    assert Catalog(tmp_path).domains() == []
+    path, encode = Driver(given, tmp_path, cluster.address).finish()
+    assert finished >= 3000
+    assert encode[-1][2] == finished
+    equal(path, given)
+
+
+def test_a_node_that_is_lost_is_done_without(cluster: Any, given: Given, tmp_path: Path) -> None:
+    driver = Driver(given, tmp_path, cluster.address, workers=3)
+    driver.until("encode", 1)
+    _, *others = cluster.list_all_nodes()
+    cluster.remove_node(others[-1], allow_graceful=False)
+    try:
+        path, _ = driver.finish()
+    finally:
+        cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES, node_ip_address="127.0.0.1")
+    equal(path, given)
+
+
+def test_the_command_on_a_cluster_of_its_own(given: Given, tmp_path: Path) -> None:
+    """Text from a URL, shards by their bytes; and the commands that read the version."""
+
+    def knnlm(*arguments: str) -> Any:
+        command = [sys.executable, "-m", "knnlm.cli.main", *arguments, "--store", str(tmp_path), "--json"]
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(ran.stdout)
+
+    built = knnlm(
+        "cluster", "build", "toy", given.text.as_uri(), "--model", str(given.model), "--address", "local",
+        "--worker-cpus", "1", "--workers", "1", "--shard-bytes", "1000000", "--index", "none", "--context-length", "48",
+        "--min-context", "16", "--batch-tokens", "512",
+    )  # fmt: skip
+    entries = Manifest.load(given.whole).entries
+    assert built["entries"] == entries
+    assert built["shards"] == -(-entries * (64 + 8) // 1_000_000)
+    assert knnlm("show", "toy", "--entry", "5")["shown"][0]["entry"] == 5
+    assert knnlm("verify", "toy")[0]["problems"] == []
+    many, one = Datastore.open(tmp_path / "toy" / "v1"), Datastore.open(given.whole)
+    assert [row for _, row in many.live_rows()] == [row for _, row in one.live_rows()]
+    np.testing.assert_allclose(  # other parts, so other batches
+        np.concatenate([keys for _, keys in many.parts_of_keys()]).astype(np.float32), one.keys, rtol=1e-2, atol=1e-2
+    )

@@ -1,0 +1,150 @@
+"""What the workers of a cluster do, in this process and without Ray: pieces done in any order, and again."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from knnlm.cluster import parts
+from knnlm.cluster.parts import Job, UnitTokens, encode_part, make_shard, part_of, placed_rows, plan, tokenize_unit
+from knnlm.cluster.sources import read_files, source_files, units
+from knnlm.datastore.build import build, identity_of
+from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.encode import plan_parts
+from knnlm.datastore.manifest import Manifest
+from knnlm.datastore.reader import Datastore
+from knnlm.datastore.shards import plan_shards
+from knnlm.datastore.text import read_documents
+from knnlm.errors import Conflict, DatastoreCorrupt, InvalidRequest
+from knnlm.evaluation.splits import Part
+from knnlm.testing import TEXTS, ToyLanguageModel
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    (folder / "deep").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "no.txt").write_text("never read")
+    (folder / "picture.png").write_text("no text")
+    (folder / "blank.txt").write_text(" ")
+    (folder / "a.txt").write_text(TEXTS[0])
+    (folder / "deep" / "b.md").write_text(TEXTS[1])
+    (folder / "c.jsonl").write_text('{"text": "one"}\r\n\n{"id": "two", "text": "naïve café"}\n', encoding="utf-8")
+    (folder / "d.txt").write_text(TEXTS[3] * 3, encoding="utf-8")
+    return folder
+
+
+def job(folder: Path, text: Path, bos: str = "document") -> Job:
+    """All units of the text, each of one or two files."""
+    lm = ToyLanguageModel()
+    identity = identity_of(lm.info, 16, 8, bos, "float32")
+    made = [
+        tokenize_unit(folder, i, unit, Part.ALL, lm.tokenizer, lm.info.vocab_size, False)
+        for i, unit in enumerate(units(source_files([str(text)]), 150))
+    ]
+    assert len(made) > 2
+    return Job(folder, identity, tuple(sources.tokens for sources in made), 64)
+
+
+@pytest.mark.parametrize("as_url", [False, True])
+def test_sources_are_those_of_one_process(text: Path, as_url: bool) -> None:
+    if as_url:
+        pytest.importorskip("pyarrow")
+    for source in (text, text / "c.jsonl"):
+        files = source_files([source.as_uri() if as_url else str(source)])
+        assert list(read_files(files)) == list(read_documents([source]))
+
+
+@pytest.mark.parametrize("source", ["-", "nowhere", "file:///nowhere/at/all", "odd://host/x"])
+def test_sources_that_cannot_be_read_are_named(source: str) -> None:
+    if "://" in source:
+        pytest.importorskip("pyarrow")
+    with pytest.raises(InvalidRequest) as caught:
+        source_files([source])
+    assert caught.value.param == "sources"
+
+
+@pytest.mark.parametrize("bos", ["document", "window"])
+def test_parts_are_those_of_one_process_read_from_where_they_begin(tmp_path: Path, text: Path, bos: str) -> None:
+    work = job(tmp_path / "work", text, bos)
+    rows = list(placed_rows(work))
+    expected = list(plan_parts(rows, work.identity.windows, 20, work.bos_token_id))
+    planned = list(plan(work, 20))
+    assert len(planned) > 5
+    assert [part_of(work, each) for each in planned] == expected
+    tokens = UnitTokens(work)
+    for row in rows:
+        assert len(tokens[row.start : row.start + row.tokens]) == row.tokens
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_shards_are_what_one_process_builds(tmp_path: Path, text: Path, shards: int) -> None:
+    lm, work = ToyLanguageModel(), job(tmp_path / "work", text)
+    whole = Datastore.open(
+        build(
+            read_documents([text]),
+            lm,
+            Catalog(tmp_path),
+            "toy",
+            context_length=16,
+            min_context=8,
+            batch_tokens=64,
+            key_dtype="float32",
+            part_entries=20,
+        )
+    )
+    planned = list(plan(work, 20))
+    (work.folder / parts.PARTS).mkdir(parents=True)
+    for again in (False, True):
+        for each in reversed(planned):  # in any order
+            assert encode_part(lm, work, UnitTokens(work), each, "node").resumed == again
+    rows = list(placed_rows(work))
+    keys = []
+    for shard in plan_shards(rows, shards, whole.entries):
+        names = {"domain": "toy", "version": "v9"}
+        mine = [p for p in planned if p.hi > shard.entries[0] and p.lo < shard.entries[1]]
+        for again in (False, True):
+            begin = rows[shard.documents[0]].place
+            assert make_shard(work, shard, begin, mine, lm.tokenizer.json, names).resumed == again
+        opened = Datastore.open(work.folder / f"shard-{shard.number:05d}", check="all")
+        assert opened.manifest.model == whole.manifest.model
+        keys.append(opened.keys)
+    np.testing.assert_array_equal(np.concatenate(keys), whole.keys)
+
+
+def test_a_damaged_part_is_found_and_made_again(tmp_path: Path, text: Path) -> None:
+    lm, work = ToyLanguageModel(), job(tmp_path / "work", text)
+    (work.folder / parts.PARTS).mkdir(parents=True)
+    planned = list(plan(work, 20))
+    for each in planned:
+        encode_part(lm, work, UnitTokens(work), each, "node")
+    file = work.folder / parts.PARTS / "00001.keys.npy"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    rows = list(placed_rows(work))
+    (shard,) = plan_shards(rows, 1, planned[-1].hi)
+    names = {"domain": "toy", "version": "v9"}
+    with pytest.raises(DatastoreCorrupt, match=r"00001\.json does not say what its keys are"):
+        make_shard(work, shard, rows[0].place, planned, lm.tokenizer.json, names)
+    assert not (work.folder / "shard-00000").exists()
+    assert [encode_part(lm, work, UnitTokens(work), each, "node").resumed for each in planned[:3]] == [
+        True,
+        False,
+        True,
+    ]
+    make_shard(work, shard, rows[0].place, planned, lm.tokenizer.json, names)
+    Manifest.load(work.folder / "shard-00000")
+
+
+def test_other_documents_do_not_continue_a_build(tmp_path: Path, text: Path) -> None:
+    work = job(tmp_path / "work", text)
+    shutil.copyfile(text / "d.txt", text / "a.txt")
+    with pytest.raises(Conflict, match="was begun with other documents"):
+        job(tmp_path / "work", text)
+    lm, unit = ToyLanguageModel(), next(units(source_files([str(text)]), 1))
+    with pytest.raises(Conflict, match="other documents"):
+        tokenize_unit(work.folder, 0, (replace(unit[0], stamp="0"),), Part.STORE, lm.tokenizer, 300, False)
