@@ -100,7 +100,7 @@ def followed(prepared: Prepared, text: Ids) -> None:
         for tau in TAUS:
             knn = KnnOptions((DomainOptions(prepared.domain),), search=SearchOptions(k=K), reuse=ReuseOptions(tau=tau))
             score = pipeline.score(tokens, knn)
-            found[tau] = (score.perplexity, score.mixed.components[0].evidence.skipped / len(score.log_probs))
+            found[tau] = (score.perplexity, score.mixed.components[0].evidence.skipped.sum() / len(score.log_probs))
         alone = pipeline.score(tokens).perplexity
     rows = [["LM alone", f"{alone:.3f}", "100.0 %"]]
     rows += [

@@ -147,7 +147,10 @@ class Mixed:
         for c in self.components if start else ():
             found = c.evidence
             evidence = Evidence(
-                found.present[start:], found.of_targets[start:], carried=found.carried[start:], skipped=found.skipped
+                found.present[start:],
+                found.of_targets[start:],
+                carried=found.carried[start:],
+                skipped=found.skipped[start:],
             )
             components.append(Share(c.name, c.kind, c.weight[start:], evidence))
         return Mixed(self.log_probs[start:], self.lm_log_probs[start:], components) if start else self

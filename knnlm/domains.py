@@ -66,7 +66,7 @@ class DomainSource:
         wanted = self.weighing.wanted(step.statistics)
         if wanted is None:
             wanted = np.ones(len(step.keys), np.bool_)
-        skipped = len(wanted) - int(wanted.sum())
+        skipped = ~wanted
         if self.tau is None or step.passages:
             found = await together([self._search(u, step, wanted) for u in self.used])
         else:

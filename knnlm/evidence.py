@@ -66,8 +66,8 @@ class Evidence:
     float64. -inf is a probability of zero. present: (n,) where the source has a distribution at all; elsewhere its
     weight goes back to the LM. features: (n,) float64 each, the numbers that its rule asked for. found: the searches it
     was made from, for showing. carried: of each target the entries that gave it most, where the step asked for carriers
-    and the source has entries; else empty. skipped: predictions for which it was not searched, because its
-    rule gave it no weight there beforehand, or what was found before leads there.
+    and the source has entries; else empty. skipped: (n,) where it was not searched, because its rule gave it no weight
+    there beforehand, or what was found before leads there; empty for sources that are not searched.
     """
 
     present: npt.NDArray[np.bool_]
@@ -75,7 +75,7 @@ class Evidence:
     features: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     found: Sequence[SearchResult] = ()
     carried: Sequence[Sequence[Carrier]] = ()
-    skipped: int = 0
+    skipped: npt.NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
 
     @property
     def of_targets(self) -> npt.NDArray[np.float64]:

@@ -314,7 +314,7 @@ class Mixer:
             if not plan.optional:
                 raise
             return Plan(degraded=err.message), []
-        skipped = sum(evidence.skipped for evidence in found)
+        skipped = sum(int(evidence.skipped.sum()) for evidence in found)
         if skipped:
             self._skipped(skipped)
         return plan, found

@@ -37,8 +37,8 @@ class _Found:
 
 async def searched_by_pointers(
     datastore: DatastoreClient, request: SearchRequest, step: Step, name: str, tau: int
-) -> tuple[SearchResult, int]:
-    """The neighbors of every prediction of a step, and for how many of them no index was searched.
+) -> tuple[SearchResult, npt.NDArray[np.bool_]]:
+    """The neighbors of every prediction of a step, and (n,) for which of them no index was searched.
 
     request: all predictions of the step. Places of one stretch come one after another, all stretches at the same time.
     name: under which the neighbors of a text's last place are kept in its state, where each step has one place. Raises
@@ -50,7 +50,8 @@ async def searched_by_pointers(
     first_rows = np.cumsum([0, *(len(s.predicted) for s in step.stretches)])[:-1].tolist()
     before = [_kept(stretch, name, step) for stretch in step.stretches]
     answering = request.domain, request.version or ""
-    saved = widest = 0
+    saved = np.zeros(n, np.bool_)
+    widest = 0
     for at in range(max((len(s.predicted) for s in step.stretches), default=0)):
         going = [i for i, s in enumerate(step.stretches) if at < len(s.predicted)]
         pointed = {i: _pointed(step.stretches[i], at, before[i], tau) for i in going}
@@ -64,7 +65,7 @@ async def searched_by_pointers(
             )
             parts.append((rows, asked))
         results = await together([datastore.search(asked) for _, asked in parts])
-        saved += len(follow)
+        saved[[first_rows[i] + at for i, _ in follow]] = True
         for (stretches, _), result in zip(parts, results, strict=True):
             answering = result.domain, result.version
             near = result.neighbors

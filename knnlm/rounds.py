@@ -14,6 +14,7 @@ import contextvars
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -190,8 +191,9 @@ class Rounds:
         latest = None if None in deadlines else max(d for d in deadlines if d is not None)
         request_id, metadata = asked[0].sent  # one of them must do: calls to the services have one id and one trace
         ways = _ways(requests)
-        with outgoing(request_id=request_id, deadline=latest, metadata=metadata):
-            early = [Early(requests[places[0]].plan, _early_step([requests[i] for i in places])) for places in ways]
+        with outgoing(request_id=request_id, deadline=latest, metadata=metadata), ExitStack() as letting_go:
+            steps = [(requests[places[0]].plan, _early_step([requests[i] for i in places])) for places in ways]
+            early = [letting_go.enter_context(Early(*each)) for each in steps]
             try:
                 forward = await self._mixer.forward(
                     _forward_request(

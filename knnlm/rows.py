@@ -71,6 +71,11 @@ class Row:
         """Whether every token that is not known has a probability of zero."""
         return self.known.bound == -math.inf
 
+    @property
+    def searches_skipped(self) -> int:
+        """Sources that were not searched here."""
+        return sum(int(share.evidence.skipped[self.at : self.at + 1].sum()) for share in self.shares)
+
     def log_probs_of(self, token: int) -> tuple[float, float]:
         """log p and log p_LM, in nats, of a token among `known`."""
         place = int(np.searchsorted(self.known.tokens, token))
@@ -135,7 +140,7 @@ def _one_row(evidence: Evidence, at: int) -> Evidence:
         one: TokenMasses | Floats = TokenMasses(np.array([0, len(tokens)]), tokens, log_masses)
     else:
         one = log_probs[at : at + 1]
-    return Evidence(evidence.present[at : at + 1], one)
+    return Evidence(evidence.present[at : at + 1], one, skipped=evidence.skipped[at : at + 1])
 
 
 def stored_tokens(shares: Sequence[Share], at: int) -> npt.NDArray[np.int64]:

@@ -176,7 +176,7 @@ def _joined(parts: Sequence[Mixed]) -> Mixed:
             np.concatenate([s.evidence.present for s in shares]),
             np.concatenate([s.evidence.of_targets for s in shares]),
             carried=[carriers for s in shares for carriers in s.evidence.carried],
-            skipped=sum(s.evidence.skipped for s in shares),
+            skipped=np.concatenate([s.evidence.skipped for s in shares]),
         )
         components.append(Share(shares[0].name, shares[0].kind, np.concatenate([s.weight for s in shares]), evidence))
     return Mixed(

@@ -163,7 +163,7 @@ def test_scoring_and_generating_follow_the_definition(searcher: Searcher) -> Non
     with Pipeline(ToyLanguageModel(), {"toy": cast(Searching, counting)}) as p:
         tokens = p.tokenizer.encode("abc abd abc fed abc")
         score = p.score(tokens, knn(TAU), context_length=32)
-        saved = score.mixed.components[0].evidence.skipped
+        saved = score.mixed.components[0].evidence.skipped.sum()
         assert (counting.followed, counting.searched) == (saved, len(tokens) - 1 - saved)
         expected, expected_saved = by_definition(p, searcher, tokens, 1)
         assert saved == expected_saved > 3

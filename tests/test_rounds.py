@@ -11,7 +11,7 @@ from knnlm.errors import DeadlineExceeded, InvalidRequest, KnnlmError, TooLarge,
 from knnlm.joined import JoinedSearches
 from knnlm.messages import ForwardRequest, ForwardResult, SearchRequest, SearchResult
 from knnlm.mixer import Mixer
-from knnlm.options import DomainOptions, KnnOptions, SearchOptions
+from knnlm.options import DomainOptions, KnnOptions, MemoryOptions, SearchOptions
 from knnlm.rounds import Rounds
 from knnlm.rows import Row, StepRequest
 from knnlm.sources import Plan
@@ -219,3 +219,29 @@ async def test_a_context_that_the_model_does_not_take_is_refused_at_once() -> No
         with pytest.raises(error):
             await rounds.step(StepRequest(Plan(), context))
     assert not lm.events
+
+
+async def test_what_was_asked_of_sources_beforehand_is_let_go_when_a_step_is_cancelled() -> None:
+    asked, let_go = asyncio.Event(), asyncio.Event()
+
+    class Slow(Lm):
+        async def forward(self, request: ForwardRequest) -> ForwardResult:
+            await asyncio.sleep(60)
+            return await super().forward(request)
+
+    class Memory(Lm):
+        async def forward(self, request: ForwardRequest) -> ForwardResult:
+            asked.set()
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                let_go.set()
+                raise
+            return await super().forward(request)
+
+    mixer = Mixer(Slow(), None, TOY.info, memories={"m": Memory()})
+    plan = await mixer.plan({"memory": MemoryOptions("m", lmbda=0.3)})
+    begun = Rounds(mixer).begin(StepRequest(plan, CONTEXTS[0]))
+    await asyncio.wait_for(asked.wait(), 5)
+    begun.cancel()
+    await asyncio.wait_for(let_go.wait(), 5)

@@ -47,12 +47,14 @@ class TokenProbability:
 
 @dataclass(frozen=True)
 class Component:
-    """One distribution of a mixture at one context. p: of each token of `top`; None where it found nothing."""
+    """One distribution of a mixture at one context. p: of each token of `top`; None where it found nothing.
+    searches_skipped: 1 where nothing was searched."""
 
     name: str
     kind: str
     weight: float
     p: Sequence[float] | None
+    searches_skipped: int = 0
 
 
 @dataclass(frozen=True)

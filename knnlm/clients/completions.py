@@ -33,9 +33,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Usage:
+    """searches_skipped: tokens for which nothing was searched, over all domains."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    searches_skipped: int = 0
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ class ExplainedToken:
 
 @dataclass(frozen=True)
 class Explained:
-    """A text, and where each token's probability comes from. context: what stands before the first token."""
+    """A text, and where each token's probability comes from. context: what stands before the first token.
+    searches_skipped: tokens for which nothing was searched, over all components."""
 
     model: str
     domains: Sequence[UsedDomain]
@@ -78,6 +79,7 @@ class Explained:
     context_length: int
     min_context: int
     memories: Sequence[UsedMemory] = ()
+    searches_skipped: int = 0
 
 
 def explained(score: Score, model: str, tokenizer: Tokenizer) -> Explained:
@@ -109,6 +111,7 @@ def explained(score: Score, model: str, tokenizer: Tokenizer) -> Explained:
         context_length=score.context_length,
         min_context=score.min_context,
         memories=[UsedMemory(used.name, used.lmbda, used.model_id, used.fingerprint) for used in score.memories],
+        searches_skipped=sum(int(share.evidence.skipped.sum()) for share in mixed.components),
     )
 
 

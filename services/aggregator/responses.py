@@ -48,7 +48,11 @@ def _next_token(
         mixing.Component(name="lm", kind="lm", weight=1 - sum(weights), p=p_lm[shown].tolist()),
         *(
             mixing.Component(
-                name=c.name, kind=c.kind, weight=weight, p=None if row is None else np.exp(row[shown]).tolist()
+                name=c.name,
+                kind=c.kind,
+                weight=weight,
+                p=None if row is None else np.exp(row[shown]).tolist(),
+                searches_skipped=int(c.evidence.skipped[i : i + 1].sum()),
             )
             for (c, row), weight in zip(rows, weights, strict=True)
         ),
@@ -114,7 +118,9 @@ def _scored_components(score: Score) -> list[mixing.ScoredComponent]:
     """The components that were mixed, the LM first."""
     mixed = score.mixed
     columns = [("lm", "lm", 1 - mixed.weight, mixed.lm_log_probs, 0)]
-    columns += [(c.name, c.kind, c.weight, c.evidence.of_targets, c.evidence.skipped) for c in mixed.components]
+    columns += [
+        (c.name, c.kind, c.weight, c.evidence.of_targets, int(c.evidence.skipped.sum())) for c in mixed.components
+    ]
     return [
         mixing.ScoredComponent(
             name=name,

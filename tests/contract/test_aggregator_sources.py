@@ -83,6 +83,7 @@ async def test_searches_that_a_rule_leaves_out_are_counted(store: Path) -> None:
             p.score(TEXT, "cat").weight, [token["lambda"] for token in answer["tokens"]], rtol=1e-4
         )
     assert 0 < sum(left_out) < len(left_out)
+    assert [c["searches_skipped"] for c in shown["results"][0]["components"]] == [0, shown["results"][0]["lambda"] == 0]
     skipped = sum(left_out) + (shown["results"][0]["lambda"] == 0)
     assert f"knnlm_aggregator_searches_skipped_total {float(skipped)}" in metrics
 

@@ -35,7 +35,7 @@ async def test_each_token_is_the_likeliest_of_next_token(store: Path) -> None:  
             context.append(first["token_id"])
         assert choice["text"] == TOKENIZER.decode(context[len(IDS) :])
         assert (choice["finish_reason"], choice["stop_reason"]) == ("length", None)
-        assert made["usage"] == {"prompt_tokens": 7, "completion_tokens": 6, "total_tokens": 13}
+        assert made["usage"] == {"prompt_tokens": 7, "completion_tokens": 6, "total_tokens": 13, "searches_skipped": 0}
         assert (made["model"], made["degraded"], made["domains"][0]["domain"]) == ("toy+cat", None, "cat")
 
 
@@ -67,7 +67,7 @@ async def test_nothing_is_generated_for_an_echo_alone(store: Path) -> None:  # n
         (choice,) = made["choices"]
         assert choice["text"] == PROMPT
         assert [len(d) for d in choice["logprobs"]["top_logprobs"][1:]] == [1] * 6
-        assert made["usage"] == {"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 7}
+        assert made["usage"] == {"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 7, "searches_skipped": 0}
         made = await running.post("/v1/completions", body(max_tokens=0))
         assert made["choices"] == [
             {"index": 0, "text": "", "logprobs": None, "finish_reason": "length", "stop_reason": None}

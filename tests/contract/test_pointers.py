@@ -1,5 +1,6 @@
 """Entries that are followed, in requests to a running system: as in process."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,14 @@ async def test_all_routes_answer_as_in_process_and_say_what_was_saved(store: Pat
     async with system(store) as s:
         scored = await s.post("/v1/score", {"text": TEXT, "knn": knn})
         asked = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True, "knn": knn, "logprobs": 0}
-        made = (await s.post("/v1/completions", asked))["choices"][0]
+        answer = await s.post("/v1/completions", asked)
+        made = answer["choices"][0]
+        several = await s.post("/v1/completions", {**asked, "n": 2, "temperature": 1.0, "seed": 3})
+        explained = await s.post("/v1/explain", {"text": TEXT, "knn": knn})
+        end = await s.post("/v1/explain", {"prompt": TEXT[:40], "completion": TEXT[40:], "knn": knn})
+        streamed = await s.client.post(
+            "/v1/completions", json={**asked, "stream": True, "stream_options": {"include_usage": True}}
+        )
         metrics = (await s.client.get("/metrics")).text
         union = {"domains": ["cat", "dog"], "combine": "union", "lambda": 0.1, "temperature": 1.0, "reuse": {"tau": 2}}
         error = (await s.post("/v1/score", {"text": "abc", "knn": union}, status=400))["error"]
@@ -31,11 +39,17 @@ async def test_all_routes_answer_as_in_process_and_say_what_was_saved(store: Pat
         score = p.score(TEXT, options)
         expected = p.generate(prompt, options, greedy, seed=0)
     np.testing.assert_allclose([t["log_p"] for t in scored["tokens"]], score.log_probs, rtol=1e-5)
-    saved = score.mixed.components[0].evidence.skipped
+    saved = score.mixed.components[0].evidence.skipped.sum()
     assert scored["components"][1]["searches_skipped"] == saved > 0
+    assert explained["searches_skipped"] == saved > end["searches_skipped"] > 0
+    assert 0 < answer["usage"]["searches_skipped"] < 8
+    assert 0 < several["usage"]["searches_skipped"] <= 14
+    usage = json.loads(streamed.text.split("data: ")[-2])["usage"]
+    assert usage == answer["usage"]
     np.testing.assert_allclose(made["logprobs"]["token_logprobs"], expected.log_probs, rtol=1e-5)
     counted = next(line for line in metrics.splitlines() if line.startswith("knnlm_aggregator_searches_skipped_total"))
-    assert float(counted.split()[1]) >= saved
+    made_by = (scored["components"][1], explained, end, answer["usage"], several["usage"], usage)
+    assert float(counted.split()[1]) == sum(part["searches_skipped"] for part in made_by)
     assert (error["param"], low["param"]) == ("knn.reuse.tau", "knn.reuse.tau")
 
 

@@ -38,7 +38,8 @@ class Listed:
 @dataclass(frozen=True)
 class Piece:
     """What one choice has more of. index: of the choice among all that are generated. tokens: listed, the prompt's
-    before the first one with `echo`. generated: how many of them are new. finish: None, or why this is the last."""
+    before the first one with `echo`. generated: how many of them are new. searches_skipped: for these. finish: None, or
+    why this is the last."""
 
     index: int
     text: str
@@ -48,6 +49,7 @@ class Piece:
     stopped_at: str | int | None = None
     degraded: str | None = None
     explained: ExplainedToken | None = None
+    searches_skipped: int = 0
 
 
 @dataclass
@@ -140,7 +142,8 @@ class Choices:
         explained = None
         if self.checked.explain:  # on a thread: it may have many passages
             explained = await asyncio.to_thread(explained_token, new, self.tokenizer)
-        return Piece(index, new.text, [listed], 1, new.finish, new.stopped_at, new.degraded, explained)
+        ended = new.finish, new.stopped_at, new.degraded
+        return Piece(index, new.text, [listed], 1, *ended, explained, new.row.searches_skipped)
 
     async def _echoed(self, index: int, number: int) -> Piece:
         """The prompt, and how likely its tokens are if that was asked for."""

@@ -337,6 +337,7 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    searches_skipped: int = Field(0, description="Generated tokens for which nothing was searched, over all domains.")
 
 
 class Made(BaseModel):

@@ -29,6 +29,7 @@ class Gathered:
     log_prob: float = 0.0  # that of all generated tokens together
     explained: list[ExplainedToken] = field(default_factory=list)
     generated: int = 0
+    searches_skipped: int = 0
     finish: str | None = None
     stopped_at: str | int | None = None
 
@@ -39,6 +40,7 @@ class Gathered:
             self.log_prob += listed.log_prob or 0.0
         self.explained += [] if piece.explained is None else [piece.explained]
         self.generated += piece.generated
+        self.searches_skipped += piece.searches_skipped
         self.finish, self.stopped_at = piece.finish, piece.stopped_at
 
     @property
@@ -58,6 +60,7 @@ class Shape(ABC):
         self._head = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": name}
         self._tokenizer = tokenizer
         self._begun = False
+        self._searches_skipped = 0  # in the pieces of a stream so far
 
     def whole(self, made: Sequence[Gathered], plan: Plan, degraded: str | None) -> Json:
         """The whole answer. made: all choices that were generated, the best of which are given."""
@@ -67,12 +70,13 @@ class Shape(ABC):
             **self._head,
             "object": self.whole_object,
             "choices": [self._choice(index, one) for index, one in enumerate(given)],
-            "usage": self.usage(sum(one.generated for one in made)),
+            "usage": self.usage(sum(one.generated for one in made), sum(one.searches_skipped for one in made)),
             **_extras(plan, degraded),
         }
 
     def chunks(self, piece: Piece, plan: Plan, *, generated: int) -> Iterable[Json]:
         """Chunks that a piece adds to the stream. generated: tokens of all choices so far."""
+        self._searches_skipped += piece.searches_skipped
         for part in self._parts(piece):
             extras = _extras(plan, piece.degraded)
             if self._begun:
@@ -82,17 +86,27 @@ class Shape(ABC):
             self._begun = True
             chunk = {**self._head, "object": self.chunk_object, "choices": [part], **extras}
             if self.checked.include_usage:
-                chunk["usage"] = self.usage(generated) if self.checked.usage_in_all else None
+                chunk["usage"] = self.usage(generated, self._searches_skipped) if self.checked.usage_in_all else None
             yield chunk
 
     def closing(self, generated: int) -> Iterable[Json]:
         """Chunks after the last piece."""
         if self.checked.include_usage:
-            yield {**self._head, "object": self.chunk_object, "choices": [], "usage": self.usage(generated)}
+            yield {
+                **self._head,
+                "object": self.chunk_object,
+                "choices": [],
+                "usage": self.usage(generated, self._searches_skipped),
+            }
 
-    def usage(self, generated: int) -> Json:
+    def usage(self, generated: int, searches_skipped: int) -> Json:
         prompt = self.checked.prompt_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "searches_skipped": searches_skipped,
+        }
 
     def _choice(self, index: int, one: Gathered) -> Json:
         return {

@@ -56,3 +56,4 @@ class ExplainResponse(BaseModel):
     perplexity_lm: float
     context_length: int
     min_context: int
+    searches_skipped: int = Field(0, description="Tokens for which nothing was searched, over all components.")

@@ -189,6 +189,7 @@ class Component(BaseModel):
     kind: str
     weight: float = Field(description="0 where it found nothing.")
     p: list[float] | None = Field(description="For each token of `top`; null where it found nothing.")
+    searches_skipped: int = Field(0, description="1 where nothing was searched.")
 
 
 class NextToken(BaseModel):
