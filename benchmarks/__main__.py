@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 
@@ -20,9 +21,10 @@ NO_BENCHMARKS = {"__main__", "results"}
 
 
 def programs() -> list[str]:
-    """The modules here that can be run; the others are what they share."""
+    """The modules here that can be run, those of a cluster where Ray is installed; the others are what they share."""
     runnable = [f.stem for f in Path(__file__).parent.glob("*.py") if '__name__ == "__main__"' in f.read_text("utf-8")]
-    return sorted(set(runnable) - NO_BENCHMARKS)
+    without = set() if find_spec("ray") else {name for name in runnable if name.startswith("cluster_")}
+    return sorted(set(runnable) - NO_BENCHMARKS - without)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -171,11 +171,11 @@ def _build_apart(path: Path, model: Path, entries: int, sender: Connection) -> N
     lm = LanguageModel.load(str(model), device="cpu")
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         build(documents(path, lm.tokenizer, entries), lm, Catalog(Path(folder)), "bench")
-    sender.send(_peak_bytes())
+    sender.send(peak_bytes())
     sender.close()
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """The most memory that this process has held; ru_maxrss would begin with what its parent held."""
     status = Path("/proc/self/status")
     if status.is_file():

@@ -39,11 +39,13 @@ VALUE_BYTES = 8  # of an entry's value and token
 @dataclass(frozen=True)
 class Workers:
     """address: of the cluster, "local" for one in this process. count: how many hold the model, None = one for each
-    GPU, where there is none for each `cpus` processors."""
+    GPU, where there is none for each `cpus` processors. processors: that a cluster in this process says it has, None =
+    as many as there are."""
 
     address: str = LOCAL
     count: int | None = None
     cpus: int = 2
+    processors: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def build(
     with disk_errors(catalog.store):
         catalog.store.mkdir(parents=True, exist_ok=True)
     report(Progress("start", 0, 0, 0, 0.0))
-    with connected(workers.address):
+    with connected(workers.address, workers.processors):
         run = _Run(wanted, workers, report)
         model = run.described(catalog.store)
         identity = identity_of(model.info, wanted.context_length, wanted.min_context, wanted.bos, wanted.key_dtype)

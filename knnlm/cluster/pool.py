@@ -26,9 +26,10 @@ LOCAL = "local"
 
 
 @contextmanager
-def connected(address: str) -> Iterator[None]:
+def connected(address: str, processors: int | None = None) -> Iterator[None]:
     """Inside, this process belongs to a Ray cluster: one of its own for "local", on the loopback address alone, else
-    the one at `address` (auto, HOST:PORT, ray://HOST:PORT). Raises Unavailable when none answers."""
+    the one at `address` (auto, HOST:PORT, ray://HOST:PORT). processors: of one of its own, None = those of this
+    machine. Raises Unavailable when none answers."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address == LOCAL:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # else Ray takes the host's own address
@@ -36,7 +37,7 @@ def connected(address: str) -> Iterator[None]:
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "knnlm"}
     if address == LOCAL:
-        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": processors}
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as err:

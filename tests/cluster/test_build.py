@@ -30,7 +30,7 @@ from tests.lm import tiny_models
 from tests.searching import search
 
 WORDS = ("the", "cat", "dog", "mat", "log", "hat", "sat", "ran", "saw", "on", "under", "and", "but", "quickly", "near")
-PART_ENTRIES = 400
+PART_ENTRIES = 200
 ROOT = Path(__file__).resolve().parents[2]
 
 # a driver of its own, that can be killed; it says how far it is, a line for each piece of work
@@ -57,7 +57,7 @@ say("done", str(path))
 
 @dataclass(frozen=True)
 class Given:
-    """A model, text for some 30,000 entries, and what one process builds of it."""
+    """A model, text for some 15,000 entries, and what one process builds of it."""
 
     model: Path
     text: Path
@@ -74,10 +74,10 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     text.mkdir()
     rng = random.Random(0)
     for i in range(8):
-        words = [rng.choice(WORDS) for _ in range(rng.randint(1, 900))]
+        words = [rng.choice(WORDS) for _ in range(rng.randint(1, 500))]
         (text / f"f{i}.txt").write_text(" ".join(words), encoding="utf-8")
     with (text / "many.jsonl").open("w", encoding="utf-8") as lines:
-        for _ in range(60):
+        for _ in range(40):
             lines.write(json.dumps({"text": " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 90)))}) + "\n")
     lm = LanguageModel.load(str(model), device="cpu", dtype="float32")
     whole = build(
@@ -184,7 +184,7 @@ def test_the_same_as_one_process(cluster: Any, given: Given, tmp_path: Path) -> 
 def test_killed_workers_cost_what_they_were_doing(cluster: Any, given: Given, tmp_path: Path) -> None:
     driver = Driver(given, tmp_path, cluster.address)
     killed = 0
-    for entries in (1, 4000):
+    for entries in (1, 2000):
         driver.until("encode", entries)
         for pid in workers_of(cluster)[:1]:
             os.kill(pid, signal.SIGKILL)
@@ -196,14 +196,14 @@ def test_killed_workers_cost_what_they_were_doing(cluster: Any, given: Given, tm
 
 def test_a_killed_driver_goes_on_and_loses_no_finished_part(cluster: Any, given: Given, tmp_path: Path) -> None:
     driver = Driver(given, tmp_path, cluster.address)
-    driver.until("encode", 3000)
+    driver.until("encode", 1500)
     driver.kill()
     time.sleep(2)  # its workers end with it
     records = list((tmp_path / "toy").glob(".v1.building/.build/parts/*.json"))
     finished = sum(r["hi"] - r["lo"] for r in (json.loads(file.read_bytes()) for file in records))
     assert Catalog(tmp_path).domains() == []
     path, encode = Driver(given, tmp_path, cluster.address).finish()
-    assert finished >= 3000
+    assert finished >= 1500
     assert encode[-1][2] == finished
     equal(path, given)
 
@@ -231,12 +231,12 @@ def test_the_command_on_a_cluster_of_its_own(given: Given, tmp_path: Path) -> No
 
     built = knnlm(
         "cluster", "build", "toy", given.text.as_uri(), "--model", str(given.model), "--address", "local",
-        "--worker-cpus", "1", "--workers", "1", "--shard-bytes", "1000000", "--index", "none", "--context-length", "48",
+        "--worker-cpus", "1", "--workers", "1", "--shard-bytes", "500000", "--index", "none", "--context-length", "48",
         "--min-context", "16", "--batch-tokens", "512",
     )  # fmt: skip
     entries = Manifest.load(given.whole).entries
     assert built["entries"] == entries
-    assert built["shards"] == -(-entries * (64 + 8) // 1_000_000)
+    assert built["shards"] == -(-entries * (64 + 8) // 500_000)
     assert knnlm("show", "toy", "--entry", "5")["shown"][0]["entry"] == 5
     assert knnlm("verify", "toy")[0]["problems"] == []
     many, one = Datastore.open(tmp_path / "toy" / "v1"), Datastore.open(given.whole)
