@@ -1,4 +1,4 @@
-"""`knnlm cluster`: building beyond one machine, on Ray."""
+"""`knnlm cluster build`: building beyond one machine, on Ray. Serving from there: cluster_serving.py."""
 
 from typing import Annotated
 
@@ -29,7 +29,7 @@ from knnlm.cli.common import (
 )
 from knnlm.errors import InvalidRequest, KnnlmError
 
-cluster = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build on a Ray cluster of many machines.")
+cluster = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build on a Ray cluster of many machines, and serve from it.")
 
 AddressOption = Annotated[
     str,

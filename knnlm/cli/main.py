@@ -13,7 +13,7 @@ import typer
 from knnlm import __version__
 from knnlm.cli.add import add
 from knnlm.cli.build import build
-from knnlm.cli.cluster import cluster
+from knnlm.cli.cluster_serving import cluster
 from knnlm.cli.compact import compact
 from knnlm.cli.domains import domains
 from knnlm.cli.evaluate import evaluate
@@ -65,6 +65,7 @@ app.command()(score)
 app.command()(explain)
 app.command()(generate)
 app.command()(serve)
+app.add_typer(cluster, name="cluster")
 
 
 def _print_version(wanted: bool) -> None:

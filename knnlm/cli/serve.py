@@ -78,7 +78,7 @@ def serve(
     settings = environment({f"KNNLM_{name}": str(value) for name, value in given.items() if value is not None})
     folder = home()
     _check_ports(settings)
-    with _Group(folder, settings) as group:
+    with ServiceGroup(folder, settings) as group:
         for names in (("lm", "datastore", *decoders), ("aggregator",)):
             for name in names:
                 group.start(name, decoders.get(name))
@@ -124,6 +124,12 @@ def home() -> Path:
     raise KnnlmError(f"the services are not installed beside {beside / 'knnlm'}: install the wheel or the repository")
 
 
+def variables_of(service: str, given: Mapping[str, object]) -> dict[str, str]:
+    """This process's variables with those of one service's settings, by their names; a variable that is set already
+    holds where a setting is None."""
+    return {**os.environ, **{f"KNNLM_{service}_{name}": str(v) for name, v in given.items() if v is not None}}
+
+
 def environment(given: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Variables for all three services: what is given, else what `environ` says, else that each finds the others.
 
@@ -139,7 +145,7 @@ def environment(given: Mapping[str, str], environ: Mapping[str, str] = os.enviro
     return found
 
 
-class _Group:
+class ServiceGroup:
     """Child processes that live and end together. Leaving stops those that run, the one started last first.
 
     SIGNALS end `wait` and `wait_until_ready`; a second one kills, unless it is SIGHUP, which comes from the shell and
@@ -160,7 +166,7 @@ class _Group:
         self._handlers: dict[signal.Signals, signal._HANDLER] = {}  # as they were
         self.exit_code = 0
 
-    def __enter__(self) -> "_Group":
+    def __enter__(self) -> "ServiceGroup":
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
                 self._handlers[number] = signal.signal(number, self._on_signal)

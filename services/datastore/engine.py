@@ -19,6 +19,8 @@ from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
 from knnlm.index.exclusion import check_exclusion, check_follow
 from knnlm.messages import DomainInfo, Passage, PassagesRequest, PassagesResult, SearchRequest, SearchResult
 from knnlm.options import SEARCH_OPTIONS
+from knnlm.transport.context import outgoing
+from services.datastore.cluster import ClusterOpener
 from services.datastore.encoding import encoder
 from services.datastore.loaded import Loaded, Opener, opener
 from services.datastore.pool import Pool
@@ -42,6 +44,7 @@ _Answer = SearchResult | Sequence[Passage]
 class _QueuedRequest:
     loaded: Loaded
     request: SearchRequest | PassagesRequest
+    deadline: float  # on the clock of time.monotonic
 
     @property
     def size(self) -> int:
@@ -64,7 +67,8 @@ class Engine:
     ) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._pool = Pool(settings, metrics, open_searcher or opener(settings))
+        self._cluster = ClusterOpener(settings) if settings.cluster else None
+        self._pool = Pool(settings, metrics, open_searcher or self._cluster or opener(settings))
         self.updates = DocumentUpdates(settings, metrics, self._pool, open_encoder)
         self._batcher: Batcher[_QueuedRequest, _Answer] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -80,6 +84,8 @@ class Engine:
     def load(self) -> None:
         if self.updates.open_encoder is None:
             self.updates.open_encoder = encoder(self._settings)
+        if self._cluster is not None:
+            self._cluster.connect()
         self._pool.load()
 
     async def start(self) -> None:
@@ -92,11 +98,12 @@ class Engine:
             max_queue=self._settings.max_queue_queries,
             max_batch=self._settings.max_batch_queries,
             metrics=self._metrics,
+            threads=self._settings.cluster_searches if self._settings.cluster else 1,
         )
         self._watching = asyncio.create_task(self._watch())
 
     def problems(self) -> Sequence[str]:
-        return [f"domain {domain} is not served" for domain in self._pool.missing()]
+        return self._pool.problems()
 
     async def close(self) -> None:
         if self._watching is not None:
@@ -108,6 +115,8 @@ class Engine:
         if self._batcher is not None:
             await self._batcher.close()
         await self._pool.close()
+        if self._cluster is not None:
+            await asyncio.to_thread(self._cluster.close)
 
     async def search(self, request: SearchRequest, call: RequestContext) -> SearchResult:
         """The neighbors; timings are those of the batch it was in, and the time in the queue.
@@ -133,7 +142,7 @@ class Engine:
             raise Unavailable("the domains are being loaded")
         loaded = self._pool.get(request.domain, request.version)
         with loaded.lease():
-            return await self._batcher.submit(_QueuedRequest(loaded, request), call)
+            return await self._batcher.submit(_QueuedRequest(loaded, request, call.deadline), call)
 
     async def list_domains(self) -> Sequence[DomainInfo]:
         return await self._pool.list()
@@ -207,10 +216,13 @@ class Engine:
             )
 
     def _process(self, asked: Sequence[_QueuedRequest]) -> Sequence[_Answer]:
-        """Answer requests of one version that want the same by one search or lookup. Called in the worker thread."""
+        """Answer requests of one version that want the same by one search or lookup. Called in a worker thread."""
         loaded, requests = asked[0].loaded, [item.request for item in asked]
         searches = [request for request in requests if isinstance(request, SearchRequest)]
-        return self._search(loaded, searches) if searches else _look_up(loaded, cast(list[PassagesRequest], requests))
+        with outgoing(deadline=max(item.deadline for item in asked)):
+            if searches:
+                return self._search(loaded, searches)
+            return _look_up(loaded, cast(list[PassagesRequest], requests))
 
     def _search(self, loaded: Loaded, requests: Sequence[SearchRequest]) -> list[SearchResult]:
         request, sizes = requests[0], [len(request.queries) for request in requests]

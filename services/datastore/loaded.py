@@ -2,9 +2,10 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from knnlm.errors import DatastoreError, InsufficientMemory, InvalidRequest
 from knnlm.index.memory import release_freed
@@ -14,6 +15,19 @@ from services.datastore.settings import DatastoreSettings
 
 Stamp = tuple[str, int, int]  # version, and what tells that its manifest was rewritten (tuning, index)
 Opener = Callable[[Path, int | None], Searching]  # a version's folder, and what it may hold in memory, in bytes
+
+
+@runtime_checkable
+class Replicated(Protocol):
+    """What a version has beside `Searching` where the nodes of a cluster search it."""
+
+    def replicas(self) -> Mapping[int, int]:
+        """How many replicas of each shard answer."""
+        ...
+
+    def problems(self) -> Sequence[str]:
+        """Why not all of it can be searched; empty when it can."""
+        ...
 
 
 def opener(settings: DatastoreSettings) -> Opener:
@@ -47,8 +61,9 @@ def stamp_of(path: Path) -> Stamp:
 class Loaded:
     """Made warm, by a thread that may block. `leases` is touched in the event loop only."""
 
-    def __init__(self, path: Path, open_searcher: Opener, memory_limit: int | None = None) -> None:
-        """memory_limit: bytes that it may hold. Raises as open_searcher does; InsufficientMemory when memory ends."""
+    def __init__(self, path: Path, open_searcher: Opener, memory_limit: int | None = None, searches: int = 1) -> None:
+        """memory_limit: bytes that it may hold. searches: at once; more than one where other processes do the work.
+        Raises as open_searcher does; InsufficientMemory when memory ends."""
         self.stamp = stamp_of(path)  # before reading: a rewrite meanwhile is then seen as a change
         try:
             self.searcher = open_searcher(path, memory_limit)
@@ -63,11 +78,22 @@ class Loaded:
         self.held_bytes = self.searcher.held_bytes  # in this process's own memory
         self.leases = 0
         self.retired_at: float | None = None  # by time.monotonic
-        self._searching = threading.Lock()
+        self._searches = searches
+        self._searching = threading.Semaphore(searches)
 
     @property
     def version(self) -> str:
         return self.stamp[0]
+
+    @property
+    def replicas(self) -> Mapping[int, int]:
+        """How many replicas of each shard answer; empty where this process searches itself."""
+        return self.searcher.replicas() if isinstance(self.searcher, Replicated) else {}
+
+    @property
+    def problems(self) -> Sequence[str]:
+        """Why not all of it can be searched."""
+        return self.searcher.problems() if isinstance(self.searcher, Replicated) else ()
 
     @contextmanager
     def lease(self) -> Iterator[None]:
@@ -89,8 +115,9 @@ class Loaded:
     def close(self) -> None:
         """Free it, and give its memory back to the system; blocks, for seconds when the index is large.
 
-        The lock: a search whose caller left holds no lease.
+        It waits for them all: a search whose caller left holds no lease.
         """
-        with self._searching:
-            self.searcher.close()
+        for _ in range(self._searches):
+            self._searching.acquire()
+        self.searcher.close()
         release_freed()

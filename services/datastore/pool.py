@@ -52,6 +52,10 @@ class Pool:
             "knnlm_domain_entries", "Entries served, and of which version.", ["domain", "version"],
             registry=metrics.registry,
         )  # fmt: skip
+        self._replicas = Gauge(
+            "knnlm_shard_replicas", "Replicas that answer, of each shard that a cluster serves.", ["domain", "shard"],
+            registry=metrics.registry,
+        )  # fmt: skip
         self._memory = Gauge(
             "knnlm_domain_memory_bytes", "Size of index and keys, and where they lie: resident, mapped or device.",
             ["domain", "part", "place"], registry=metrics.registry,
@@ -65,7 +69,7 @@ class Pool:
                 if version is None:
                     raise UnknownVersion(f"domain {domain} has no current version: activate one", param="version")
                 with self._load_seconds.labels(domain).time():
-                    loaded = Loaded(self._catalog.path(domain, version), self._open, self._room())
+                    loaded = self._load(self._catalog.path(domain, version))
                 self._rebind(domain, loaded)
             except KnnlmError as err:
                 if self._settings.domains:
@@ -93,6 +97,14 @@ class Pool:
     def missing(self) -> Sequence[str]:
         """Domains that were asked for by name and do not answer, because they are gone from the store."""
         return [domain for domain in self._settings.domains if domain not in self._current]
+
+    def problems(self) -> Sequence[str]:
+        """Why no request can be answered, or none about a domain that was asked for by name."""
+        gone = [f"domain {domain} is not served" for domain in self.missing()]
+        incomplete = {domain: loaded.problems for domain, loaded in self._current.items() if loaded.problems}
+        if not self._settings.domains and len(incomplete) < len(self._current):
+            return gone
+        return [*gone, *(problem for problems in incomplete.values() for problem in problems)]
 
     async def list(self) -> Sequence[DomainInfo]:
         """Every domain that is served, in alphabetical order."""
@@ -145,12 +157,17 @@ class Pool:
             await self._drop(domain)
         self._failed = {domain: failure for domain, failure in self._failed.items() if domain in wanted}
         await self._let_go(grace=self._settings.grace_s)
+        self._show_replicas()
 
     async def close(self) -> None:
         """Let go of everything. No search may run any more."""
         for domain in list(self._current):
             self._retire(domain, self._current.pop(domain))
         await self._let_go(grace=0.0)
+
+    def _load(self, path: Path) -> Loaded:
+        searches = self._settings.cluster_searches if self._settings.cluster else 1
+        return Loaded(path, self._open, self._room(), searches)
 
     def _wanted(self) -> dict[str, Stamp | None]:
         """Stamps of the domains that are to be served; blocks."""
@@ -212,7 +229,7 @@ class Pool:
         self._loading[domain] = path.name
         try:
             with self._load_seconds.labels(domain).time():
-                return await asyncio.to_thread(Loaded, path, self._open, self._room())
+                return await asyncio.to_thread(self._load, path)
         finally:
             del self._loading[domain]
 
@@ -237,6 +254,12 @@ class Pool:
         most = self._settings.max_memory_bytes
         versions = [*self._current.values(), *(loaded for _, loaded in self._retired)]
         return None if most is None else most - sum(loaded.held_bytes for loaded in versions)
+
+    def _show_replicas(self) -> None:
+        self._replicas.clear()
+        for domain, loaded in self._current.items():
+            for shard, count in loaded.replicas.items():
+                self._replicas.labels(domain, str(shard)).set(count)
 
     def _show_memory(self, domain: str, memory: Memory | None) -> None:
         for labels in self._places.pop(domain, []):

@@ -60,6 +60,21 @@ class DatastoreSettings(GrpcSettings):
         None, description="PEM certificate to present to the lm service, which is then asked over TLS"
     )
     lm_tls_key_file: OptionalPath = Field(None, description="PEM key of lm_tls_cert_file")
+    cluster: str = Field(
+        "",
+        description="Ray cluster whose nodes search, shard by shard: auto, local, HOST:PORT or ray://HOST:PORT; empty: "
+        "this process searches",
+    )
+    cluster_searches: int = Field(8, ge=1, le=256, description="batches that the cluster is asked for at once")
+    shard_min_replicas: int = Field(1, ge=1, description="replicas that each shard has on the cluster at least")
+    shard_max_replicas: int = Field(1, ge=1, description="replicas that each shard has on the cluster at most")
+    shard_target_requests: float = Field(
+        2.0, gt=0, description="batches at a time beyond which a replica of a shard gets another one beside it"
+    )
+    shard_cpus: float = Field(1.0, ge=0, description="processors that Ray reserves for a replica of a shard")
+    shard_replicas_per_node: int | None = Field(
+        None, ge=1, description="replicas of one shard on one node of the cluster at most; none: any number"
+    )
     watch_interval_s: float = Field(1.0, gt=0, description="how often the store is looked at for changes")
     grace_s: float = Field(
         60.0, ge=0, description="how long a version that was replaced still answers requests that pin it"
@@ -68,6 +83,15 @@ class DatastoreSettings(GrpcSettings):
     @model_validator(mode="after")
     def _upstream_is_consistent(self) -> Self:
         check_upstream(self, "lm")
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_are_a_range(self) -> Self:
+        if self.shard_min_replicas > self.shard_max_replicas:
+            raise ValueError(
+                f"shard_min_replicas must be at most shard_max_replicas, got {self.shard_min_replicas} and "
+                f"{self.shard_max_replicas}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""A bounded queue before one worker thread: while it works, callers wait; when it is free, it takes what has come.
+"""A bounded queue before its worker threads: while they work, callers wait; one that is free takes what has come.
 
 No timer: a lone request is never held back, and batches grow by themselves under load. The queue is counted in items
 (rows, tokens) at entry and refuses at once when full. Work whose caller has left or whose time is over is dropped
@@ -40,12 +40,13 @@ class _Waiting(Generic[Item, Result]):
 
 
 class Batcher(Generic[Item, Result]):
-    """Made and used in one event loop; the worker thread takes its work itself, and never waits for the loop.
+    """Made and used in one event loop; worker threads take their work themselves, and never wait for the loop.
 
-    process: called in the worker thread with items of one flow and group; one result per item, in order. When it raises
+    process: called in a worker thread with items of one flow and group; one result per item, in order. When it raises
     for several items, each is tried alone, so that nobody fails by what a stranger asked. size: what an item counts.
     group: items may share a call of `process` when these are equal. max_queue, max_batch: in sizes; a single larger
-    item still runs, alone, but one over max_queue can never be admitted.
+    item still runs, alone, but one over max_queue can never be admitted. threads: more than one where `process` waits
+    for other machines rather than computes.
 
     flow: None, or the flow an item belongs to. Flows that wait are served in turn, one batch each, of at most `quantum`
     in size: also when no other flow waits at the moment, but one was served just before, whose callers may be about to
@@ -66,6 +67,7 @@ class Batcher(Generic[Item, Result]):
         metrics: Metrics,
         flow: Callable[[Item], Hashable] | None = None,
         quantum: int | None = None,
+        threads: int = 1,
     ) -> None:
         self._process = process
         self._size = size
@@ -78,13 +80,14 @@ class Batcher(Generic[Item, Result]):
         self._held: Counter[Hashable] = Counter()  # per flow, until the caller has its result; for the loop alone
         self._total = 0
         self._queues: dict[Hashable, deque[_Waiting[Item, Result]]] = {}  # whose turn is next stands first
-        self._served: Hashable = None  # the flow of the last batch; for the worker alone
+        self._served: Hashable = None  # the flow of the last batch; guarded as the queues are
         self._rate = 0.0  # size per second of work, of late; 0: nothing known yet. For the loop alone
         self._closing = False
         self._filled = threading.Condition()  # guards the queues and that it is closing
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="batch", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._run, name="batch", daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
 
     async def submit(self, item: Item, call: RequestContext) -> Result:
         """Wait for the item's result, at most for the time the call has left; adds the `queue` stage to its timings.
@@ -119,11 +122,12 @@ class Batcher(Generic[Item, Result]):
                 call.stages.append(Stage("work", waiting.since + waiting.waited, waiting.worked))
 
     async def close(self) -> None:
-        """Refuse new items, finish those accepted, end the thread. What it gave last is then with its callers."""
+        """Refuse new items, finish those accepted, end the threads. What they gave last is then with its callers."""
         with self._filled:
             self._closing = True
-            self._filled.notify()
-        await asyncio.to_thread(self._thread.join)
+            self._filled.notify_all()
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
 
     def _admit(self, size: int, flow: Hashable) -> None:
         held = self._held[flow]
@@ -218,7 +222,7 @@ class Batcher(Generic[Item, Result]):
         size = sum(waiting.size for waiting in batch)
         self._metrics.batch_rows.observe(size)
         if batch[0].worked:
-            rate = size / batch[0].worked
+            rate = size / batch[0].worked * len(self._threads)
             self._rate += (rate - self._rate) * (RATE_WEIGHT if self._rate else 1.0)
         for waiting, outcome in zip(batch, outcomes, strict=True):
             self._metrics.queue_wait.observe(waiting.waited)

@@ -1,0 +1,59 @@
+"""Versions opened on a Ray cluster, by its nodes, instead of in this process."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from knnlm.errors import DatastoreError
+from knnlm.protocols import Searching
+from services.datastore.settings import DatastoreSettings
+
+if TYPE_CHECKING:
+    from knnlm.cluster.applications import Applications
+
+
+class ClusterOpener:
+    """An Opener. All methods block; Ray is imported by `connect` and by nothing before."""
+
+    def __init__(self, settings: DatastoreSettings) -> None:
+        self._settings = settings
+        self._applications: Applications | None = None
+
+    def connect(self) -> "Applications":
+        """Raises Unavailable when no cluster answers, DatastoreError where Ray is not installed."""
+        if self._applications is None:
+            try:
+                from knnlm.cluster.applications import Applications
+            except ModuleNotFoundError as err:
+                raise DatastoreError(f"--cluster needs {err.name}: pip install 'knnlm[cluster]'") from err
+            applications = Applications(self._settings.cluster)
+            applications.connect()
+            self._applications = applications
+        return self._applications
+
+    def __call__(self, path: Path, memory_limit: int | None) -> Searching:
+        """memory_limit is that of this process, which holds nothing of the version. Raises as `connect` and
+        knnlm.cluster.serving.open_version."""
+        del memory_limit
+        applications = self.connect()
+        from knnlm.cluster.applications import ShardOptions
+        from knnlm.cluster.serving import open_version
+
+        settings = self._settings
+        options = ShardOptions(
+            index=settings.index or None,
+            resident=settings.memory == "resident",
+            device=settings.device,
+            max_candidates=settings.max_candidates,
+            check=settings.check,
+            min_replicas=settings.shard_min_replicas,
+            max_replicas=settings.shard_max_replicas,
+            target_requests=settings.shard_target_requests,
+            cpus=settings.shard_cpus,
+            replicas_per_node=settings.shard_replicas_per_node,
+        )
+        return open_version(applications, path, options)
+
+    def close(self) -> None:
+        """Leave the cluster; the applications of current versions stay."""
+        if self._applications is not None:
+            self._applications.close()
