@@ -2,8 +2,8 @@
 
     python -m benchmarks.cluster_serving [--size N] [--shards 1 2 4 8] [--calls 100] [--datastore FOLDER]
 
-The same keys and lists everywhere, batches of 64 queries with k = 1024, all asked in turn, call by call. Every shard is a
-replica, a process, on one Ray node of this machine: with more shards than cores, what they compute for one batch is
+The same keys and lists everywhere, batches of 64 queries with k = 1024, all asked in turn, call by call. Every shard is
+a replica, a process, on one Ray node of this machine: with more shards than cores, what they compute for one batch is
 divided among them, and only takes less time where there are cores. So the processor time of all replicas for a batch is
 shown beside the time of the batch: that is what does not depend on the cores. `cluster_model`
 is fitted to what this writes into build/bench/. Needs the extra `cluster`; without it nothing is measured.
@@ -29,7 +29,7 @@ from knnlm.datastore.manifest import Manifest
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
 from knnlm.options import SearchOptions
-from knnlm.testing import sharded
+from tests.sharding import sharded
 
 BATCH, K = 64, 1024
 # of Ray: a cluster on loopback, one thread for each replica, nothing sent anywhere
@@ -77,24 +77,24 @@ def measure(prepared: Prepared, shards: list[int], calls: int, recipe: str) -> N
         direct = stack.enter_context(service("datastore", logs / "direct", *flags, threads=1))
         cluster = ("--cluster", address, "--shard-cpus", "0.1")
         gateway = stack.enter_context(service("datastore", logs / "gateway", *flags, *cluster, threads=1))
-        programs: dict[str, Callable[[], object]] = {"in process": Searcher.open(prepared.path).search}
+        programs: dict[str, Callable[[SearchRequest], object]] = {"in process": Searcher.open(prepared.path).search}
         options = ShardOptions(cpus=0.1, check="small")
         for count in shards:
-            programs[f"{count} shards"] = open_version(
-                applications, prepared.path.with_name(f"s{count}"), options
-            ).search
+            opened = open_version(applications, prepared.path.with_name(f"s{count}"), options)
+            programs[f"{count} shards"] = opened.search
         for name, running in (("gRPC, this process's index", direct), ("gRPC, gateway, 1 replica", gateway)):
             client = runner.run(_opened(running.grpc))
             stack.callback(runner.run, client.__aexit__(None, None, None))
             programs[name] = _called(runner, client)
-        asked: Mapping[str, Callable[[], object]] = {
-            name: lambda search=search: search(request())
-            for name, search in programs.items()  # type: ignore[misc]
-        }
+        asked = {name: _asking(program, request) for name, program in programs.items()}
         taken = latencies(asked, calls)
         work = {count: _work(prepared, count, asked[f"{count} shards"], calls) for count in shards}
         _report(prepared, shards, taken, work, recipe)
     applications.close()
+
+
+def _asking(program: Callable[[SearchRequest], object], request: Callable[[], SearchRequest]) -> Callable[[], object]:
+    return lambda: program(request())
 
 
 async def _opened(target: str) -> GrpcDatastore:
@@ -119,11 +119,8 @@ def _work(prepared: Prepared, shards: int, program: Callable[[], object], calls:
 
 
 def _pids(title: str) -> list[int]:
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and title in (folder / "cmdline").read_text(errors="replace"):
-            found.append(int(folder.name))
-    return found
+    folders = [folder for folder in Path("/proc").iterdir() if folder.name.isdigit()]
+    return [int(f.name) for f in folders if title in (f / "cmdline").read_text(errors="replace")]
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -144,9 +141,10 @@ def _report(
     rows = []
     for name, latency in taken.items():
         shown = work.get(int(name.split()[0])) if name.endswith("shards") else None
-        cells = ["", "", ""] if shown is None else [
-            f"{1e3 * shown['cpu_seconds']:.1f}", f"{shown['own_bytes'] / 2**20:.0f}", f"{shown['shared_bytes'] / 2**20:.0f}"
-        ]  # fmt: skip
+        cells = ["", "", ""]
+        if shown is not None:
+            mebibytes = [f"{shown[part] / 2**20:.0f}" for part in ("own_bytes", "shared_bytes")]
+            cells = [f"{1e3 * shown['cpu_seconds']:.1f}", *mebibytes]
         rows.append([name, f"{1e3 * latency.p50:.1f}", f"{1e3 * latency.p99:.1f}", *cells])
     table(["a batch", "p50 ms", "p99 ms", "CPU ms of replicas", "MiB of a replica: own", "shared"], rows)
     entries = Manifest.load(prepared.path).entries
@@ -154,8 +152,8 @@ def _report(
     direct, gateway = taken["gRPC, this process's index"], taken["gRPC, gateway, 1 replica"]
     added = float(np.median(np.subtract(gateway.seconds, direct.seconds)))
     figure(
-        "a batch through a gateway of a Ray cluster, ms over gRPC to an index in process", 1e3 * added, None, better="less",
-        size=entries, batch=BATCH, k=K, index=recipe, milliseconds=milliseconds,
+        "a batch through a gateway of a Ray cluster, ms over gRPC to an index in process", 1e3 * added, None,
+        better="less", size=entries, batch=BATCH, k=K, index=recipe, milliseconds=milliseconds,
     )  # fmt: skip
     most = max(shards)
     figure(

@@ -61,6 +61,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
             ("Time in the index per batch", "s", quantiles("knnlm_search_seconds", "domain")),
             ("Entries served", "short", value("knnlm_domain_entries", "domain, version, instance")),
             ("Memory of domains", "bytes", value("knnlm_domain_memory_bytes", "domain, part, place")),
+            ("Replicas of shards", "short", value("knnlm_shard_replicas", "domain, shard, instance")),
             ("Versions opened", "ops", rate("knnlm_domain_loads_total", "domain, result")),
             ("Time to open a version", "s", quantiles("knnlm_domain_load_seconds", "domain")),
             ("Documents added and removed", "ops", rate("knnlm_documents_changed_total", "domain, change")),

@@ -65,7 +65,6 @@ app.command()(score)
 app.command()(explain)
 app.command()(generate)
 app.command()(serve)
-app.add_typer(cluster, name="cluster")
 
 
 def _print_version(wanted: bool) -> None:

@@ -103,7 +103,7 @@ def deployment(number: int) -> str:
 
 
 class Applications:
-    """One process's view of a Ray cluster. address: auto, local, HOST:PORT or ray://HOST:PORT, as ray.init takes it."""
+    """One process's view of a Ray cluster. address: auto, local or HOST:PORT, as ray.init takes it."""
 
     def __init__(self, address: str) -> None:
         self._address = address

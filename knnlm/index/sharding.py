@@ -43,12 +43,13 @@ class ShardSearching(Protocol):
 
 
 class Sharding:
-    """The shards of one version, by the numbers of their entries. first_entries: (s + 1,) int64, where each of them
-    begins, then how many entries there are."""
+    """The shards of one version, by the numbers of their entries; a version without shards is one. first_entries:
+    (s + 1,) int64, where each of them begins, then how many entries there are."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self.first_entries: Int64 = np.cumsum([0, *(shard.entries for shard in manifest.shards)], dtype=np.int64)
+        parts = [shard.entries for shard in manifest.shards] or [manifest.entries]
+        self.first_entries: Int64 = np.cumsum([0, *parts], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.first_entries) - 1

@@ -2,9 +2,12 @@
 
 import asyncio
 import os
+import re
 import secrets
 import signal
+import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,6 +35,11 @@ def new_domain() -> str:
 @contextmanager
 def gateway(store: Path, address: str, *flags: str) -> Iterator[Running]:
     with process("datastore", "--store", str(store), "--cluster", address, *FLAGS, *flags) as running:
+        log = running.process.stderr
+        assert log is not None
+        threading.Thread(
+            target=deque, args=(log, 0), daemon=True
+        ).start()  # or the pipe would be full
         wait_until(lambda: probe(running, "livez") == 200 and "loading" not in get(running, "readyz"))
         yield running
 
@@ -53,16 +61,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def replica_pids(application: str, shard: int | None = None) -> list[int]:
     """The processes of replicas of an application, of one shard or of all."""
-    title = f"ServeReplica:{application}:shard-{'' if shard is None else shard}"
+    number = r"\d+" if shard is None else shard
+    title = re.compile(rf"ServeReplica:{re.escape(application)}:shard-{number}(?!\d)")  # what it does may follow
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
-            try:
-                words = (folder / "cmdline").read_text(errors="replace").replace("\0", " ").strip() + " "
-            except OSError:  # ended meanwhile
-                continue
-            if f"{title} " in words or (shard is None and title in words):
-                found.append(int(folder.name))
+            with suppress(OSError):  # ended meanwhile
+                if title.search((folder / "cmdline").read_text(errors="replace")):
+                    found.append(int(folder.name))
     return sorted(found)
 
 

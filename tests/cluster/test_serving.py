@@ -21,7 +21,7 @@ from knnlm.messages import PassagesRequest, SearchRequest, SearchResult
 from knnlm.mixer import Mixer
 from knnlm.neighbors import neighbor_log_probs
 from knnlm.options import DomainOptions, KnnOptions, SearchOptions
-from knnlm.testing import TEXTS, ToyLanguageModel, sharded, toy_datastore
+from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 from tests.cluster.gateways import (
     eventually,
     gateway,
@@ -37,6 +37,7 @@ from tests.cluster.gateways import (
     wait_until,
 )
 from tests.services.processes import ROOT, Running, environment
+from tests.sharding import sharded
 
 LONG = tuple(f"{text} {number} times, and again {text}" for number in range(12) for text in TEXTS)
 SHARDS = 2

@@ -36,6 +36,7 @@ def batcher(
     max_batch: int = 100,
     flow: Callable[[Item], str] | None = None,
     quantum: int | None = None,
+    threads: int = 1,
 ) -> Batcher[Item, int]:
     return Batcher(
         work,
@@ -43,6 +44,7 @@ def batcher(
         group=lambda item: item[0],
         flow=flow,
         quantum=quantum,
+        threads=threads,
         max_queue=max_queue,
         max_batch=max_batch,
         metrics=Metrics("test"),
@@ -264,3 +266,17 @@ async def test_who_leaves_during_the_work_costs_the_others_nothing() -> None:
     async with asyncio.timeout(10):
         assert await asyncio.gather(*first, kept) == [2, 6]
     await queue.close()
+
+
+async def test_several_threads_work_at_once_and_all_end() -> None:
+    both = threading.Barrier(2)
+
+    def work(items: Sequence[Item]) -> list[int]:
+        both.wait(10)  # passed by two batches at a time
+        return [2 * number for _, number in items]
+
+    queue = batcher(work, max_batch=1, threads=2)
+    assert await asyncio.gather(*(queue.submit(("a", number), call()) for number in (1, 2, 3, 4))) == [2, 4, 6, 8]
+    await queue.close()
+    with pytest.raises(Unavailable):
+        await queue.submit(("a", 1), call())
