@@ -7,13 +7,15 @@ For a version of N keys cut into S shards, each replica on a core of its own:
     latency(S) = gateway + S * call + shard(S) + merge * S log2(S + 1)
     shard(S)   = fixed + scan * N / S
 
-gateway, call: what the way to the gateway and each further shard cost the gateway, whose process asks and merges alone;
+gateway, call: what the way to the gateway and each further shard cost the gateway, whose process asks and merges
+alone;
 fixed, scan: what a batch costs a shard whatever its size, and for its share of the keys that are visited. The
-processor time of the replicas of 1, 2, 4, 8 shards gives fixed and scan (least squares); what the batch took beyond the
-time that the replicas need on the cores there were gives call, and merge is timed here on random distances. Assumptions:
-shards of one size, cores that are free, no slowest shard (with 1,000 shards half of the batches wait for one that is as
-slow as its p99.93), a network that carries every shard's 512 KiB in the time that this machine needs for it. One gateway
-receives the answers of all shards: at 1,000 shards 0.5 GiB for a batch, which is what the curve ends in.
+processor time of the replicas of 1, 2, 4, 8 shards gives fixed and scan (least squares); what the batch took beyond
+the time that the replicas need on the cores there were gives call, and merge is timed here on random distances.
+Assumptions: shards of one size, cores that are free, no slowest shard (with 1,000 shards half of the batches wait for
+one that is as slow as its p99.93), a network that carries every shard's 512 KiB in the time that this machine needs
+for it. One gateway receives the answers of all shards: at 1,000 shards 0.5 GiB for a batch, which is what the curve
+ends in.
 """
 
 import argparse

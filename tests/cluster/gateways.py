@@ -37,9 +37,7 @@ def gateway(store: Path, address: str, *flags: str) -> Iterator[Running]:
     with process("datastore", "--store", str(store), "--cluster", address, *FLAGS, *flags) as running:
         log = running.process.stderr
         assert log is not None
-        threading.Thread(
-            target=deque, args=(log, 0), daemon=True
-        ).start()  # or the pipe would be full
+        threading.Thread(target=deque, args=(log, 0), daemon=True).start()  # or the pipe would be full
         wait_until(lambda: probe(running, "livez") == 200 and "loading" not in get(running, "readyz"))
         yield running
 
