@@ -29,7 +29,9 @@ from knnlm.cli.common import (
 )
 from knnlm.errors import InvalidRequest, KnnlmError
 
-cluster = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build on a Ray cluster of many machines, and serve from it.")
+cluster = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Build on a Ray cluster of many machines, and serve from it."
+)
 
 AddressOption = Annotated[
     str,

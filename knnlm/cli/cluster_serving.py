@@ -10,6 +10,8 @@ from knnlm.cli.common import DEFAULT_STORE, DomainArgument, JsonOption, StoreOpt
 from knnlm.cli.serve import ServiceGroup, home, variables_of
 from knnlm.errors import InvalidRequest, NotFound
 
+__all__ = ["cluster"]
+
 Replicas = Annotated[int, typer.Option(min=1, help="Replicas that each shard has at least.")]
 MaxReplicas = Annotated[
     int | None, typer.Option(min=1, help="Replicas that each shard has at most; as many as at least.")

@@ -205,7 +205,7 @@ async def test_a_shard_without_a_replica_fails_by_name_and_comes_back(served: Se
             assert f'knnlm_shard_replicas{{domain="{domain}",shard="1"}} 0.0' in get(served.running, "metrics")
             assert (await datastore.get_domain(domain)).state.startswith("degraded: shard 1 of")
             mixer = Mixer(LocalLanguageModel(lm), datastore, lm.info)
-            knn = KnnOptions((DomainOptions(domain),), on_datastore_error="lm_only")
+            knn = KnnOptions((DomainOptions(domain, temperature=1.0, lmbda=0.5),), on_datastore_error="lm_only")
             next_tokens = await mixer.next_token([np.array([2, 3], np.int32)], knn)
             assert f"shard 1 of {SHARDS} of {domain}" in (next_tokens.degraded or "")
     finally:
