@@ -7,7 +7,8 @@ an MLP memory; with a control, a decoder of the same size, steps and start that 
 with kNN and the decoder memory together. Weights, and kNN's temperature, are fitted on the documents for tuning, the
 weights of each row jointly; everything is reported on the documents for reporting, with bootstrap intervals (95 %) over
 these. R is the recovered share: the gain of a row over that of kNN, in nats per token. Below, for the case study of the
-paper: mean log-probability by class of token. What was trained is kept beside the datastore.
+paper: mean log-probability by class of token. What was trained is kept beside the datastore. Tables are Markdown, as
+they stand in docs/evaluation.md.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.data import DOMAIN, HELD_OUT, MODEL, prepare
-from benchmarks.harness import figure, table
+from benchmarks.harness import figure
 from benchmarks.token_classes import CLASSES, classes
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.text import read_documents
@@ -41,13 +42,13 @@ from knnlm.memory.served import open_mlp
 from knnlm.messages import Document, DomainInfo
 from knnlm.neighbors import target_log_probs
 from knnlm.options import SearchOptions
+from knnlm.weights import fit_weights
 
 Float64 = npt.NDArray[np.float64]
 Memory = LanguageModel | KeyMemory
 
 SIZE, TOKENS = 20_000, 20_000  # entries of the store; held-out tokens of each part
 K = 1024
-EM_STEPS = 100
 ROUNDS = 7  # rounds in which the ways are timed in turn
 DRAWS = 1000  # resamples of the documents, for the intervals
 MEMORIES = {"decoder": ("decoder", 0.5), "mlp": ("mlp", 0.5), "control": ("decoder", 0.0)}  # kind and beta
@@ -184,14 +185,10 @@ def rates(
 
 
 def joint_weights(log_probs: Float64) -> Float64:
-    """(c,) weights that make tokens likeliest under the mixture of log_probs (c, n); the likelihood is concave in them,
-    and each step of expectation maximisation raises it."""
-    weights = np.full(len(log_probs), 1 / len(log_probs))
-    for _ in range(EM_STEPS):
-        shares = log_probs + np.log(np.maximum(weights, 1e-300))[:, None]
-        shares -= np.logaddexp.reduce(shares, axis=0)
-        weights = np.exp(shares).mean(axis=1)
-    return weights
+    """(c,) weights that make tokens likeliest under the mixture of log_probs (c, n), the LM's first."""
+    there = np.ones(log_probs.shape[1], np.bool_)
+    beside, _ = fit_weights(log_probs[0], list(log_probs[1:]), [there] * (len(log_probs) - 1))
+    return np.concatenate([[1 - beside.sum()], beside])
 
 
 def mixed(log_probs: Float64, weights: Float64) -> Float64:
@@ -239,7 +236,7 @@ def perplexities(
             _interval(recovered[:, i], 2) if beside else "", f"{rate.median:,.0f}" if rate else "", f"{held_bytes:,}",
         ])  # fmt: skip
     print(f"\n{name}: {entries:,} entries; {tokens.sum():,} tokens of {n_docs} documents reported")
-    table(["", "weights", "perplexity", "bits/byte", "R", "tokens/s", "bytes beside the LM"], lines)
+    _table(["", "weights", "perplexity", "bits/byte", "R", "tokens/s", "bytes beside the LM"], lines)
     said: dict[str, Any] = {"size": entries, "epochs": dict(epochs), "exclude": exclude, "documents": n_docs}
     found = {row: round(float(np.exp(nats[0, i])), 4) for i, row in enumerate(rows)}
     control = shares["LM + control"]
@@ -273,10 +270,16 @@ def by_class(lm: LanguageModel, tuned: Observed, reported: Observed) -> None:
             f"{stored[own].mean():.2f}", *(f"{x:.3f}" for x in mixtures), f"{better:.2f}",
         ])  # fmt: skip
     print("\nmean log p of the tokens that came, by class")
-    table(
+    _table(
         ["", "tokens", "LM", "decoder", "mlp", "kNN if stored", "stored", "LM + kNN", "LM + decoder", "LM + mlp",
          "likelier with decoder"], lines,
     )  # fmt: skip
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """In Markdown, after an empty line."""
+    for cells in ([], columns, ["---"] * len(columns), *rows):
+        print("| " + " | ".join(cells) + " |" if cells else "", flush=True)
 
 
 def _interval(values: Float64, digits: int) -> str:

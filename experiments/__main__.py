@@ -20,6 +20,7 @@ from benchmarks.harness import ROOT, commit, machine
 from experiments import page, plan
 from experiments.experiment import Experiment
 from experiments.lab import Lab, Learner
+from experiments.memories import Memory, folder
 from experiments.records import Record, load, save
 from experiments.scale import SCALES, Scale
 from experiments.table import NAMES, experiment
@@ -70,6 +71,8 @@ def run_all(
         for step in wanted:
             if isinstance(step.need, Learner):
                 lab.weights(step.need)
+            elif isinstance(step.need, Memory):
+                folder(lab, step.need)
             elif step.need is not None:
                 lab.view(step.need)
             if step in planned:

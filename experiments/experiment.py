@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from experiments.lab import Lab, Learner, Sight
+from experiments.memories import Memory
 from experiments.records import Findings
 from experiments.scale import Scale
 from experiments.texts import Texts
@@ -13,7 +14,7 @@ __all__ = ["KNN_LM", "MEMORY_DECODER", "Experiment", "Need"]
 KNN_LM = "Khandelwal et al. 2020 (arXiv 1911.00172)"
 MEMORY_DECODER = "Cao et al. 2025 (arXiv 2508.09874)"
 
-Need = Sight | Learner
+Need = Sight | Learner | Memory
 
 
 @dataclass(frozen=True)

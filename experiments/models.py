@@ -21,7 +21,7 @@ from knnlm.lm.optimizing import adamw, claim, optimize
 from knnlm.lm.students import DecoderStudent
 from knnlm.lm.training_data import windows
 
-__all__ = ["BASE", "LOG", "Learner", "train"]
+__all__ = ["BASE", "LOG", "Learner", "config_of", "train"]
 
 LOG = "training.json"
 WARM_SHARE = 0.1  # of the steps, in which the learning rate rises
@@ -85,7 +85,7 @@ def train(
     work = out.with_name(out.name + ".work")
     claim(work, {"learner": learner.name, "steps": steps, "tokens": len(stream), "rate": peak})
     device = loading.pick_device("auto")
-    start = str(_config(base, learner, work)) if learner.layers else str(base)
+    start = str(config_of(base, learner, work)) if learner.layers else str(base)
     student = DecoderStudent.load(
         start, str(base), device, context_length=context, vocab_size=vocab_size, seed=learner.seed
     )
@@ -125,7 +125,7 @@ def train(
     shutil.rmtree(work)
 
 
-def _config(base: Path, learner: Learner, folder: Path) -> Path:
+def config_of(base: Path, learner: Learner, folder: Path) -> Path:
     """The base's config with other sizes. Raises SystemExit for an architecture whose sizes have other names."""
     config = json.loads((base / "config.json").read_text())
     sizes = {

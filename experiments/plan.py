@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from experiments.experiment import Experiment, Need
 from experiments.lab import Learner
+from experiments.memories import MLP_EPOCHS, MLP_RATE, TARGET_RATE, Memory
 from experiments.scale import Scale
 from experiments.texts import WIKITEXT, Corpus, Texts
 
@@ -17,6 +18,7 @@ NOMINAL = Texts(
 )  # what a plan is made for where there is no text
 NEIGHBOR_BYTES = 12  # distance, value and id
 VALUE_BYTES = 4
+TARGET_BYTES = 400  # of an entry, about
 ADAM_BYTES = 16  # of a parameter: weight, gradient and two moments in float32
 
 
@@ -60,6 +62,8 @@ def table(planned: Iterable[Step], scale: Scale) -> str:
 def _made(need: Need, scale: Scale) -> list[tuple[object, Step]]:
     if isinstance(need, Learner):
         return [_trained(need, scale)] if need.corpus is not None else []
+    if isinstance(need, Memory):
+        return _remembered(need, scale)
     size = scale.store_tokens
     step = scale.min_context if scale.min_context else scale.context
     reread = scale.context / (scale.context - min(step, scale.context // 2))  # tokens read for each that is predicted
@@ -82,6 +86,21 @@ def _made(need: Need, scale: Scale) -> list[tuple[object, Step]]:
     trained = [_trained(need.learner, scale)] if need.learner.corpus is not None else []
     place = (need.learner, need.corpus, need.key_function)
     return [*trained, (("store", place), store), (("read", place, need.long), read), (need, search)]
+
+
+def _remembered(memory: Memory, scale: Scale) -> list[tuple[object, Step]]:
+    size = scale.store_tokens
+    targets = Step(
+        f"make targets of {memory.corpus}, {memory.teacher.name}: {size:,} entries",
+        size / (TARGET_RATE * scale.search_rate), size * TARGET_BYTES, size * TARGET_BYTES,
+    )  # fmt: skip
+    tokens = round(scale.epochs * size * (MLP_EPOCHS if memory.mlp else 1))
+    trained = Step(
+        f"train memory {memory.name}: {tokens:,} tokens",
+        tokens / scale.trained_rate / (MLP_RATE if memory.mlp else 1), 2 * scale.base_parameters,
+        ADAM_BYTES * scale.base_parameters, memory,
+    )  # fmt: skip
+    return [*([(("targets", memory.teacher, memory.corpus), targets)] if memory.beta else []), (memory, trained)]
 
 
 def _trained(learner: Learner, scale: Scale) -> tuple[object, Step]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 __all__ = [
     "LEVEL", "Outcome", "Verdict", "by_interval", "exact", "falls", "further_right", "higher", "interval", "lower",
-    "optimum", "valley",
+    "optimum", "ratio", "valley",
 ]  # fmt: skip
 
 DRAWS = 2000
@@ -134,6 +134,16 @@ def interval(values: Floats, documents: Ints, *, level: float = LEVEL, seed: int
     means = (counts @ sums[0]) / (counts @ tokens)
     low, high = np.quantile(means[1:], _edges(level))
     return float(means[0]), float(low), float(high)
+
+
+def ratio(part: Floats, whole: Floats, documents: Ints) -> tuple[float, float, float]:
+    """The mean of `part` over that of `whole`, both (n,), and its interval as `interval`."""
+    sums, _ = _sums(np.stack([part, whole]), documents)
+    drawn = _draws(sums.shape[1], 0) @ sums.T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = drawn[:, 0] / drawn[:, 1]
+    low, high = np.nanquantile(ratios[1:], _edges(LEVEL))
+    return float(ratios[0]), float(low), float(high)
 
 
 def _below(claim: str, differences: Floats, documents: Ints, unit: str, what: str) -> Verdict:

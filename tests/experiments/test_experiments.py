@@ -11,7 +11,7 @@ from experiments import __main__ as runner
 from experiments import page, plan
 from experiments.experiment import Need
 from experiments.figures import draw
-from experiments.lab import BASE, Lab, Learner
+from experiments.lab import BASE, Lab, Sight
 from experiments.records import load, load_all, save
 from experiments.scale import SCALES
 from experiments.table import NAMES, experiment
@@ -42,7 +42,7 @@ def test_an_experiment_gives_a_record(name: str, lab: Lab, tmp_path: Path) -> No
 
 def with_models(needs: Sequence[Need]) -> set[Need]:
     """What is needed, and the models of it."""
-    return {*needs, *(need.learner for need in needs if not isinstance(need, Learner))}
+    return {*needs, *(need.learner for need in needs if isinstance(need, Sight))}
 
 
 def test_the_same_again_and_continued_from_half_gives_the_same_numbers(texts: Texts, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from experiments.verdicts import (
     interval,
     lower,
     optimum,
+    ratio,
     valley,
 )
 
@@ -34,6 +35,15 @@ def test_a_difference_that_documents_disagree_about_is_noise() -> None:
     difference = PER_DOCUMENT - PER_DOCUMENT.mean() + 0.01
     assert lower("x", base + difference, base, DOCUMENTS).outcome is Outcome.NOISE
     assert higher("x", base + difference, base, DOCUMENTS).outcome is Outcome.NOISE
+
+
+def test_a_ratio_is_that_of_the_means_and_its_interval_holds_it() -> None:
+    whole = 1 + 0.1 * PER_DOCUMENT
+    value, low, high = ratio(0.4 * whole, whole, DOCUMENTS)
+    assert [value, low, high] == pytest.approx([0.4] * 3)  # of one share in every document, whatever is drawn
+    value, low, high = ratio(0.4 + 0.5 * PER_DOCUMENT, np.ones(len(DOCUMENTS)), DOCUMENTS)
+    assert low < value < high
+    assert value == pytest.approx(0.4 + 0.5 * PER_DOCUMENT.mean())
 
 
 def test_documents_are_drawn_not_tokens() -> None:
