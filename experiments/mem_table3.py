@@ -47,19 +47,19 @@ def run(lab: Lab) -> Findings:
     ]
     verdicts: list[Verdict] = []
     losses = []
+    documents = lab.held(BASE, corpus, Part.REPORT).document_of
+    assert documents is not None
     for name, base in bases(lab.texts).items():
-        held = lab.held(base, corpus, Part.REPORT)
-        lm = held.lm_log_probs.astype(np.float64)
-        assert held.document_of is not None
+        lm = lab.held(base, corpus, Part.REPORT).lm_log_probs.astype(np.float64)
         found = beside(lab, memory, base)
         losses.append((-lm, -found.mixed))
         perplexities = [float(np.exp(-x.mean())) for x in (lm, found.mixed)]
         rows.append((name, found.weight, *perplexities, float((found.mixed - lm).mean())))
-        verdicts.append(lower(f"the memory helps {name}", -found.mixed, -lm, held.document_of))
+        verdicts.append(lower(f"the memory helps {name}", -found.mixed, -lm, documents))
     alone, helped = (np.stack(part) for part in zip(*losses, strict=True))
     worst, best = int(np.argmax(alone.mean(axis=1))), int(np.argmin(alone.mean(axis=1)))
     apart, closer = (part[worst] - part[best] for part in (alone, helped))
-    verdicts.append(lower("the worst and the best base come closer", closer, apart, held.document_of))
+    verdicts.append(lower("the worst and the best base come closer", closer, apart, documents))
     table = Table(
         f"One memory of {corpus} beside models of one tokenizer",
         ("base", "weight", "LM", "LM + memory", "gain, nats per token"), tuple(rows),
