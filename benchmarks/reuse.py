@@ -3,13 +3,13 @@
     python -m benchmarks.reuse [--size N] [--text PATH ...] [--rounds 5] [--tokens 4096]
 
 One completion at a time through all three services, greedy and sampled: prompts of 40 tokens, 96 generated, k = 1024,
-with and without `reuse.ahead`; the texts are compared, too. Then, in this process, the perplexity of held-out text by
-`reuse.tau`, and for how many of its tokens nothing was searched.
+with and without `reuse.ahead`, where the texts are compared, too, and by `reuse.tau`, which makes other texts. Then, in
+this process, the perplexity of held-out text by `reuse.tau`, and for how many of its tokens nothing was searched.
 """
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.data import FOLDER, Prepared, prepare
-from benchmarks.harness import arguments, figure, interleave, table
+from benchmarks.harness import Rate, arguments, figure, interleave, table
 from benchmarks.load import HttpCallers, Post
 from benchmarks.scoring import tokens_of
 from benchmarks.system import System, system
@@ -45,51 +45,89 @@ def main() -> None:
     text = tokens_of(prepared, tokenizer, max(options.tokens, 64 * STRIDE))
     with system(prepared.store, prepared.model, FOLDER / "logs") as running, asyncio.Runner() as runner:
         for temperature in (0.0, 1.0):
-            ahead(prepared, running, text, runner, options.rounds, temperature)
+            caller = OneAtATime(prepared, running, text, runner, temperature)
+            ahead(caller, options.rounds)
+            pointers(caller, options.rounds)
     followed(prepared, text[: options.tokens])
 
 
-def ahead(
-    prepared: Prepared, running: System, text: Ids, runner: asyncio.Runner, rounds: int, temperature: float
-) -> None:
-    """Tokens per second of one completion at a time, with and without steps that are begun ahead."""
+class OneAtATime:
+    """Completions of the running services, one after another. temperature: of all of them."""
 
-    def body(steps: int, prompt: int) -> dict[str, Any]:  # Any: JSON
-        begin = prompt * STRIDE
-        knn = {"domain": prepared.domain, "k": K, "reuse": {"ahead": steps}}
-        return {
-            "prompt": text[begin : begin + PROMPT].tolist(),
-            "max_tokens": GENERATED,
-            "ignore_eos": True,
-            "seed": prompt,
-            "temperature": temperature,
-            "knn": knn,
-        }
+    def __init__(
+        self, prepared: Prepared, running: System, text: Ids, runner: asyncio.Runner, temperature: float
+    ) -> None:
+        self.name = "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}"
+        self.entries = prepared.entries
+        self._domain, self._text, self._temperature = prepared.domain, text, temperature
+        self._url, self._runner = running.aggregator.http, runner
 
-    def one_at_a_time(steps: int) -> Callable[[], int]:
-        posts = [Post("/v1/completions", json.dumps(body(steps, prompt)).encode()) for prompt in range(32)]
-        caller = HttpCallers(running.aggregator.http, posts, 1)
-        runner.run(caller.__aenter__())
+    def choices(self, reuse: Mapping[str, int], prompts: int) -> list[Any]:  # Any: JSON
+        """The choices of the answers to the first prompts."""
+        with httpx.Client(base_url=self._url, timeout=60) as client:
+            bodies = [self._body(reuse, prompt) for prompt in range(prompts)]
+            return [client.post("/v1/completions", json=body).json()["choices"] for body in bodies]
+
+    def rates(self, ways: Mapping[str, Mapping[str, int]], rounds: int) -> Mapping[str, Rate]:
+        """Tokens per second by name, each way with these values of `reuse`."""
+        return interleave({name: self._program(reuse) for name, reuse in ways.items()}, 2.0, rounds)
+
+    def table(self, rates: Mapping[str, Rate]) -> None:
+        rows = [
+            [f"{self.name}, {way}", f"{rate.median:,.0f}", f"{1000 / rate.median:.1f}"] for way, rate in rates.items()
+        ]
+        table(["", "tokens/s", "ms per token"], rows)
+
+    def _program(self, reuse: Mapping[str, int]) -> Callable[[], int]:
+        posts = [Post("/v1/completions", json.dumps(self._body(reuse, prompt)).encode()) for prompt in range(32)]
+        caller = HttpCallers(self._url, posts, 1)
+        self._runner.run(caller.__aenter__())
 
         def program() -> int:
-            runner.run(caller.call(0))
+            self._runner.run(caller.call(0))
             return GENERATED
 
         return program
 
-    with httpx.Client(base_url=running.aggregator.http, timeout=60) as client:
-        for prompt in range(4):
-            plain, drafted = (client.post("/v1/completions", json=body(steps, prompt)) for steps in (0, AHEAD))
-            if plain.json()["choices"] != drafted.json()["choices"]:
-                raise RuntimeError(f"prompt {prompt}: steps that are begun ahead made another text")
-    rates = interleave({f"ahead {steps}": one_at_a_time(steps) for steps in (0, AHEAD)}, 2.0, rounds)
-    name = "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}"
-    table(["", "tokens/s"], [[f"{name}, {way}", f"{rate.median:,.0f}"] for way, rate in rates.items()])
-    ratio = rates[f"ahead {AHEAD}"].over(rates["ahead 0"])
+    def _body(self, reuse: Mapping[str, int], prompt: int) -> dict[str, Any]:  # Any: JSON
+        begin = prompt * STRIDE
+        return {
+            "prompt": self._text[begin : begin + PROMPT].tolist(),
+            "max_tokens": GENERATED,
+            "ignore_eos": True,
+            "seed": prompt,
+            "temperature": self._temperature,
+            "knn": {"domain": self._domain, "k": K, "reuse": dict(reuse)},
+        }
+
+
+def ahead(caller: OneAtATime, rounds: int) -> None:
+    """Tokens per second with and without steps that are begun ahead, which make the same texts."""
+    ways = {f"ahead {steps}": {"ahead": steps} for steps in (0, AHEAD)}
+    plain, drafted = (caller.choices(reuse, 4) for reuse in ways.values())
+    if plain != drafted:
+        raise RuntimeError("steps that are begun ahead made another text")
+    rates = caller.rates(ways, rounds)
+    caller.table(rates)
     figure(
-        f"one completion, {name}: tokens/s with reuse.ahead {AHEAD} / without", ratio, GOAL,
-        size=prepared.entries, k=K, prompt=PROMPT, generated=GENERATED,
+        f"one completion, {caller.name}: tokens/s with reuse.ahead {AHEAD} / without",
+        rates[f"ahead {AHEAD}"].over(rates["ahead 0"]), GOAL,
+        size=caller.entries, k=K, prompt=PROMPT, generated=GENERATED,
     )  # fmt: skip
+
+
+def pointers(caller: OneAtATime, rounds: int) -> None:
+    """Time per token by tau."""
+    ways = {"every place" if tau is None else f"tau {tau}": {} if tau is None else {"tau": tau} for tau in TAUS}
+    rates = caller.rates(ways, rounds)
+    caller.table(rates)
+    for name, rate in rates.items():
+        if name != "every place":
+            figure(
+                f"one completion, {caller.name}: time per token with reuse.{name} / searched at every place",
+                rates["every place"].over(rate), 1.0, better="less",
+                size=caller.entries, k=K, prompt=PROMPT, generated=GENERATED,
+            )  # fmt: skip
 
 
 def followed(prepared: Prepared, text: Ids) -> None:
