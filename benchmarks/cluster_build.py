@@ -31,7 +31,7 @@ from knnlm.lm.model import LanguageModel
 
 MEMORY_GOAL = 1.1
 FILES = 16
-PART_ENTRIES = 2048
+PART_ENTRIES = 512
 
 
 def main() -> None:

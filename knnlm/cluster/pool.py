@@ -38,16 +38,16 @@ def connected(address: str, processors: int | None = None) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "knnlm"}
     if address == LOCAL:
         options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": processors}
-    try:
-        ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as err:
-        first = str(err).strip().partition("\n")[0]
-        raise Unavailable(f"no Ray cluster answers at {address!r}: {first}", param="address") from err
-    try:
-        with redirect_stdout(sys.stderr):  # what Ray prints of workers that die is no output of a command
+    with redirect_stdout(sys.stderr):  # what Ray prints of workers that die is no output of a command
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as err:
+            first = str(err).strip().partition("\n")[0]
+            raise Unavailable(f"no Ray cluster answers at {address!r}: {first}", param="address") from err
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def resources() -> tuple[int, int, int]:

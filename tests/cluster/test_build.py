@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -97,6 +97,12 @@ class Driver:
         command = [sys.executable, "-c", DRIVER, *arguments]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=ROOT)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+
     def until(self, phase: str, entries: int) -> None:
         """Read what it says until it has so many entries of a phase."""
         for said in self._said():
@@ -105,11 +111,9 @@ class Driver:
         raise AssertionError(f"it ended before {phase} {entries}: {self._error()}")
 
     def kill(self) -> None:
-        self._process.send_signal(signal.SIGKILL)
+        """End it at once, if it runs still."""
+        self._process.kill()
         self._process.wait(30)
-        self.close()
-
-    def close(self) -> None:
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._errors.close()
@@ -126,9 +130,7 @@ class Driver:
                 encode.append(said)
             if said[0] == "done":
                 path = Path(said[1])
-        code, error = self._process.wait(60), self._error()
-        self.close()
-        assert code == 0, error
+        assert self._process.wait(60) == 0, self._error()
         assert path is not None
         return path, encode
 
@@ -172,7 +174,8 @@ def workers_of(cluster: Any) -> list[int]:
 
 
 def test_the_same_as_one_process(cluster: Any, given: Given, tmp_path: Path) -> None:
-    path, encode = Driver(given, tmp_path, cluster.address).finish()
+    with Driver(given, tmp_path, cluster.address) as driver:
+        path, encode = driver.finish()
     manifest = Manifest.load(path)
     assert len(manifest.shards) == 3
     assert len({said[3].partition(" ")[0] for said in encode}) >= 1
@@ -182,41 +185,41 @@ def test_the_same_as_one_process(cluster: Any, given: Given, tmp_path: Path) -> 
 
 
 def test_killed_workers_cost_what_they_were_doing(cluster: Any, given: Given, tmp_path: Path) -> None:
-    driver = Driver(given, tmp_path, cluster.address)
     killed = 0
-    for entries in (1, 2000):
-        driver.until("encode", entries)
-        for pid in workers_of(cluster)[:1]:
-            os.kill(pid, signal.SIGKILL)
-            killed += 1
-    path, _ = driver.finish()
+    with Driver(given, tmp_path, cluster.address) as driver:
+        for entries in (1, 2000):
+            driver.until("encode", entries)
+            for pid in workers_of(cluster)[:1]:
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+        path, _ = driver.finish()
     assert killed == 2
     equal(path, given)
 
 
 def test_a_killed_driver_goes_on_and_loses_no_finished_part(cluster: Any, given: Given, tmp_path: Path) -> None:
-    driver = Driver(given, tmp_path, cluster.address)
-    driver.until("encode", 1500)
-    driver.kill()
+    with Driver(given, tmp_path, cluster.address) as driver:
+        driver.until("encode", 1500)
     time.sleep(2)  # its workers end with it
     records = list((tmp_path / "toy").glob(".v1.building/.build/parts/*.json"))
     finished = sum(r["hi"] - r["lo"] for r in (json.loads(file.read_bytes()) for file in records))
     assert Catalog(tmp_path).domains() == []
-    path, encode = Driver(given, tmp_path, cluster.address).finish()
+    with Driver(given, tmp_path, cluster.address) as driver:
+        path, encode = driver.finish()
     assert finished >= 1500
     assert encode[-1][2] == finished
     equal(path, given)
 
 
 def test_a_node_that_is_lost_is_done_without(cluster: Any, given: Given, tmp_path: Path) -> None:
-    driver = Driver(given, tmp_path, cluster.address, workers=3)
-    driver.until("encode", 1)
-    _, *others = cluster.list_all_nodes()
-    cluster.remove_node(others[-1], allow_graceful=False)
-    try:
-        path, _ = driver.finish()
-    finally:
-        cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES, node_ip_address="127.0.0.1")
+    with Driver(given, tmp_path, cluster.address, workers=3) as driver:
+        driver.until("encode", 1)
+        _, *others = cluster.list_all_nodes()
+        cluster.remove_node(others[-1], allow_graceful=False)
+        try:
+            path, _ = driver.finish()
+        finally:
+            cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES, node_ip_address="127.0.0.1")
     equal(path, given)
 
 
