@@ -22,8 +22,9 @@ NO_BENCHMARKS = {"__main__", "results"}
 
 def programs() -> list[str]:
     """The modules here that can be run, those of a cluster where Ray is installed; the others are what they share."""
-    runnable = [f.stem for f in Path(__file__).parent.glob("*.py") if '__name__ == "__main__"' in f.read_text("utf-8")]
-    without = set() if find_spec("ray") else {name for name in runnable if name.startswith("cluster_")}
+    texts = {f.stem: f.read_text("utf-8") for f in Path(__file__).parent.glob("*.py")}
+    runnable = [name for name, text in texts.items() if '__name__ == "__main__"' in text]
+    without = set() if find_spec("ray") else {name for name in runnable if "knnlm[cluster]" in texts[name]}
     return sorted(set(runnable) - NO_BENCHMARKS - without)
 
 

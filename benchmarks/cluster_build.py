@@ -84,6 +84,7 @@ def apart(model: Path, text: Path, workers: int) -> tuple[float, int]:
     except EOFError as err:
         raise RuntimeError(f"the process that builds with {workers} workers failed") from err
     process.join()
+    print(f"{text.name}, {workers or 'no'} workers: {found[0]:,.0f} tokens/s, {found[1] / 1e6:,.0f} MB", flush=True)
     return found
 
 
