@@ -164,12 +164,12 @@ class Applications:
             with self._lock:
                 self._held[name] = spec
             if not there:
-                self._wait(name)
-        except FAILURES as err:
-            raise Unavailable(f"the Ray cluster does not deploy {name}: {_first_line(err)}") from err
-        except BaseException:
+                self._wait(name, new=known is None)
+        except BaseException as err:
             with self._lock:
                 self._held.pop(name, None)
+            if isinstance(err, FAILURES):
+                raise Unavailable(f"the Ray cluster does not deploy {name}: {_first_line(err)}") from err
             raise
         return spec
 
@@ -221,7 +221,8 @@ class Applications:
         target = serve.RunTarget(_graph(spec), name=name, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
 
-    def _wait(self, name: str) -> None:
+    def _wait(self, name: str, *, new: bool) -> None:
+        """new: nobody used the application before, so that it is deleted when it does not come up."""
         until = time.monotonic() + LOAD_SECONDS
         while time.monotonic() < until and not self._ended.wait(LOOK_SECONDS / 4):
             status = serve.status().applications.get(name)
@@ -230,9 +231,11 @@ class Applications:
                 return
             if status is not None and status.status == "DEPLOY_FAILED":
                 problems = [one.message for one in status.deployments.values() if one.message]
-                self._delete(name)
+                if new:
+                    self._delete(name)
                 raise DatastoreError(f"{name} cannot be served by the cluster: {' '.join(problems) or status.message}")
-        self._delete(name)
+        if new:
+            self._delete(name)
         raise DatastoreError(
             f"{name} was not ready within {LOAD_SECONDS:g} s: has the cluster room for all its shards?"
         )
