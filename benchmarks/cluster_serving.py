@@ -33,7 +33,12 @@ from tests.sharding import sharded
 
 BATCH, K = 64, 1024
 # of Ray: a cluster on loopback, one thread for each replica, nothing sent anywhere
-ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+    "RAY_worker_niceness": "0",
+}
 MODEL = FOLDER / "cluster-model.json"  # what cluster_model is fitted to
 PROCESSES = 64  # that Ray may take this machine to have
 

@@ -13,7 +13,9 @@ import pytest
 HERE = Path(__file__).parent
 STORE_BYTES = 100 << 20  # of each node's object store
 # a cluster on loopback addresses, and nothing that is sent anywhere
-os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
+os.environ.update(
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", RAY_worker_niceness="0"
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
