@@ -86,7 +86,7 @@ def run_all(
 
 def _run(name: str, one: Experiment, lab: Lab, records: Path, command: str) -> Record:
     lab.asked.clear()
-    begun = time.monotonic()
+    begun, processor = time.monotonic(), time.process_time()
     findings = one.run(lab)
     for verdict in findings.verdicts:
         print(f"   {verdict.line}", flush=True)
@@ -96,6 +96,7 @@ def _run(name: str, one: Experiment, lab: Lab, records: Path, command: str) -> R
         model_sha256=lab.base_sha256, source=lab.texts.source, texts={c.name: c.sha256 for c in lab.texts.all}, seed=0,
         seconds=round(time.monotonic() - begun, 1), prepared_seconds=round(sum(lab.asked.values()), 1),
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        extra={"processor_seconds": round(time.process_time() - processor, 1)},
     )  # fmt: skip
     save(record, records)
     return record

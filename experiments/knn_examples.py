@@ -4,9 +4,9 @@ The paper shows names, dates and quotations (probabilities by retrieval and by t
 "honour" .995 and .025, "1998" .959 and .503, "Carmen" .624 and .167), and admits a kind of error: what is plausible
 in the neighbors' contexts and wrong in this one.
 
-Here: the tokens with the largest gain and the largest loss, one of each document, with the nearest neighbors' texts.
-Stated is only what can be tested: gains of tokens that begin a name or hold a digit are larger than those of the
-other tokens.
+Here: the tokens with the largest gain and the largest loss, one of each document and each another token, with the
+nearest neighbors' texts. Stated is only what can be tested: gains of tokens that begin a name or hold a digit are
+larger than those of the other tokens.
 """
 
 import numpy as np
@@ -37,25 +37,31 @@ def run(lab: Lab) -> Findings:
     for corpus in lab.texts.domains:
         view = lab.view(Sight(BASE, corpus.name))
         documents = lab.documents(corpus.name, Part.REPORT)
+        tokenizer = lab.model(BASE).tokenizer
         gain = view.knn - view.report.lm
         likely = np.exp(view.knn) > LEAST_PROBABILITY
-        best = _one_of_each(np.where(likely, gain, -np.inf), view)
+        pieces = _pieces(documents, tokenizer)
+        whole = np.array([bool(piece.strip()) and "\ufffd" not in piece for piece in pieces])  # what can be shown
+        best = _one_of_each(np.where(likely & whole, gain, -np.inf), view)
         lost = _one_of_each(
             np.where(np.exp(view.report.lm) > LEAST_PROBABILITY, view.report.lm - view.knn, -np.inf), view
         )
         store = Datastore.open(lab.store(BASE, corpus.name))
-        tokenizer = lab.model(BASE).tokenizer
         for title, rows in (("gains most", best), ("loses most", lost)):
             shown = tuple(_row(view, int(i), documents, store, tokenizer) for i in rows)
             columns = ("context → token", "p retrieved", "p model", "nearest neighbors (source: context → value)")
             tables.append(Table(f"Where retrieval {title}, {corpus.name}", columns, shown))
-        verdicts.append(_names_and_numbers(corpus.name, view, documents, tokenizer))
+        verdicts.append(_names_and_numbers(corpus.name, view, pieces))
     return Findings(tuple(tables), tuple(verdicts))
 
 
-def _names_and_numbers(name: str, view: View, documents: list[Encoded], tokenizer: Tokenizer) -> Verdict:
+def _pieces(documents: list[Encoded], tokenizer: Tokenizer) -> list[str]:
+    """The text of every reported token."""
+    return [tokenizer.decode(d.tokens[i : i + 1]) for d in documents for i in range(1, len(d.tokens))]
+
+
+def _names_and_numbers(name: str, view: View, pieces: list[str]) -> Verdict:
     """Tokens with a capital or a digit: the gain of the mixture there less that elsewhere, documents drawn again."""
-    pieces = [tokenizer.decode(d.tokens[i : i + 1]) for d in documents for i in range(1, len(d.tokens))]
     special = np.array([any(c.isupper() or c.isdigit() for c in piece) for piece in pieces])
     gain = view.mixed - view.report.lm
     share = special.mean()
@@ -67,12 +73,16 @@ def _names_and_numbers(name: str, view: View, documents: list[Encoded], tokenize
 
 
 def _one_of_each(scores: np.ndarray, view: View) -> list[int]:
-    """The best rows, one of each document."""
+    """The best rows, one of each document, each of another token."""
     found: dict[int, int] = {}
+    tokens: set[int] = set()
     for row in np.argsort(-scores, kind="stable"):
         if np.isneginf(scores[row]) or len(found) == SHOWN:
             break
-        found.setdefault(int(view.report.documents[row]), int(row))
+        token, document = int(view.report.targets[row]), int(view.report.documents[row])
+        if document not in found and token not in tokens:
+            found[document] = int(row)
+            tokens.add(token)
     return list(found.values())
 
 

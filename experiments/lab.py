@@ -129,6 +129,7 @@ class Lab:
         self.asked: dict[Sight | Learner, float] = {}  # what was used, and the seconds that making it took once
         self._models: dict[tuple[str, str], LanguageModel] = {}
         self._views: dict[Sight, View] = {}
+        self._seconds: dict[Sight, float] = {}
         self._capped: dict[str, tuple[list[Document], list[int]]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -251,8 +252,8 @@ class Lab:
             while len(self._views) >= MAX_VIEWS:
                 self._views.pop(next(iter(self._views)))
             self._views[sight] = View(tune, report, raw["temperature"], raw["lambda"])
-            self.asked[sight] = raw["seconds"]
-        self.asked.setdefault(sight, 0.0)
+            self._seconds[sight] = raw["seconds"]
+        self.asked[sight] = self._seconds[sight]
         return self._views[sight]
 
     def kept(self, name: str, make: Callable[[], Arrays]) -> dict[str, npt.NDArray[np.generic]]:
