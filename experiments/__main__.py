@@ -10,7 +10,6 @@ build/paper/records; `report` makes a page with figures of them, there or, with 
 import argparse
 import hashlib
 import resource
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -43,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     texts = find_texts(options.text)
     records = options.out / "records"
-    command = shlex.join(["python", "-m", "experiments", *given])
-    run_all(experiments, scale, texts, options.out, records, model=options.model, command=command, again=options.again)
+    text = " --text FOLDER" if options.text else ""
+    run_all(experiments, scale, texts, options.out, records, model=options.model, said=text, again=options.again)
     page.write(records, options.out)
     print(f"{options.out / 'paper.md'}: what came out, of {texts.source}")
     return 0
@@ -52,9 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_all(
     experiments: Sequence[tuple[str, Experiment]], scale: Scale, texts: Texts, out: Path, records: Path, *,
-    model: str | None = None, command: str = "", again: bool = False,
+    model: str | None = None, said: str = "", again: bool = False,
 ) -> list[Record]:  # fmt: skip
-    """Make what is needed, run each experiment and keep its record, unless it is there from the same commit."""
+    """Make what is needed, run each experiment and keep its record, unless it is there from the same commit. said: what
+    a command needs beside name and scale."""
     lab = Lab(scale, texts, out / _folder(scale, texts, model), model=model, say=lambda line: print(line, flush=True))
     planned = plan.steps(experiments, texts, scale)
     left = sum(step.seconds for step in planned)
@@ -78,13 +78,13 @@ def run_all(
             if step in planned:
                 planned.remove(step)
                 reckoned, left = reckoned + step.seconds, left - step.seconds
-        found.append(_run(name, one, lab, records, command))
+        found.append(_run(name, one, lab, records, said))
         pace = (time.monotonic() - begun) / reckoned if reckoned else 1.0
         print(f"   {time.monotonic() - begun:.0f} s so far, about {left * min(pace, 3.0):.0f} s left", flush=True)
     return found
 
 
-def _run(name: str, one: Experiment, lab: Lab, records: Path, command: str) -> Record:
+def _run(name: str, one: Experiment, lab: Lab, records: Path, said: str) -> Record:
     lab.asked.clear()
     begun, processor = time.monotonic(), time.process_time()
     findings = one.run(lab)
@@ -92,7 +92,7 @@ def _run(name: str, one: Experiment, lab: Lab, records: Path, command: str) -> R
         print(f"   {verdict.line}", flush=True)
     record = Record(
         name=name, paper=one.paper, title=one.title, scale=lab.scale.name, findings=findings, commit=commit(),
-        machine=machine(), command=command or f"python -m experiments {name}", model=lab.base.name,
+        machine=machine(), command=f"python -m experiments {name} --scale {lab.scale.name}{said}", model=lab.base.name,
         model_sha256=lab.base_sha256, source=lab.texts.source, texts={c.name: c.sha256 for c in lab.texts.all}, seed=0,
         seconds=round(time.monotonic() - begun, 1), prepared_seconds=round(sum(lab.asked.values()), 1),
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
