@@ -76,7 +76,7 @@ def measure(prepared: Prepared, shards: list[int], calls: int, recipe: str) -> N
         start = next(starts)
         return SearchRequest(prepared.domain, prepared.queries[start : start + BATCH], SearchOptions(k=K))
 
-    with ExitStack() as stack, asyncio.Runner() as runner:
+    with asyncio.Runner() as runner, ExitStack() as stack:
         logs = FOLDER / "cluster-logs"
         flags = ("--store", str(prepared.store))
         direct = stack.enter_context(service("datastore", logs / "direct", *flags, threads=1))
