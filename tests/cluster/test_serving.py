@@ -225,7 +225,7 @@ def test_a_version_that_cannot_be_opened_leaves_the_other(served: Served) -> Non
     finally:
         Catalog(served.store).activate(served.domain, "v1")
     wait_until(lambda: "ready" in get(served.running, f"v1/domains/{served.domain}"))
-    assert not replica_pids(f"{served.domain}@broken")
+    wait_until(lambda: not replica_pids(f"{served.domain}@broken"))
 
 
 def test_status_names_versions_and_their_replicas(served: Served) -> None:
