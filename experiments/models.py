@@ -17,7 +17,7 @@ import torch
 from experiments.scale import Scale
 from knnlm.datastore.files import write_atomic
 from knnlm.lm import loading
-from knnlm.lm.optimizing import adamw, claim, optimize
+from knnlm.lm.optimizing import adamw, claim, mixed_precision, optimize
 from knnlm.lm.students import DecoderStudent
 from knnlm.lm.training_data import windows
 
@@ -97,7 +97,7 @@ def train(
     def loss(step: int) -> Iterator[torch.Tensor]:
         starts = next(starts for number, starts in batches if number == step)
         ids = torch.from_numpy(stream[starts[:, None] + offsets].astype(np.int64)).to(device)  # (rows, context + 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):  # slow on many processors
+        with mixed_precision(device):
             logits = student.module(input_ids=ids[:, :-1]).logits
         yield torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 

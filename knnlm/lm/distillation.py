@@ -6,7 +6,6 @@ among the weights that a run passes through: the memory's own loss goes on falli
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from knnlm.errors import InvalidRequest
-from knnlm.lm.optimizing import adamw, optimize
+from knnlm.lm.optimizing import adamw, mixed_precision, optimize
 from knnlm.lm.requests import Feed, batches
 from knnlm.lm.soft_labels import SoftLabels
 from knnlm.lm.students import Float32, Student
@@ -171,7 +170,7 @@ def log_probs(student: Student, held: Held, pass_tokens: int) -> npt.NDArray[np.
             hidden = _hidden(student, feeds, held.keys, rows)
             targets = torch.from_numpy(held.targets[rows].astype(np.int64)).to(student.device)
             for h, target in zip(_chunks(student, hidden), _chunks(student, targets), strict=True):
-                with _autocast(student):
+                with mixed_precision(student.device):
                     logits = student.logits(h)
                 own = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
                 found[rows[: len(own)]], rows = own.double().cpu().numpy(), rows[len(own) :]
@@ -195,7 +194,7 @@ def _losses(student: Student, batch: Batch, pass_tokens: int) -> Iterator[Tensor
         parts = list(zip(*(_chunks(student, part) for part in (hidden, tokens, weights)), strict=True))
 
         def part_loss(h: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
-            with _autocast(student):
+            with mixed_precision(student.device):
                 logits = student.logits(h)
             return cross_entropy(logits, tokens, weights)
 
@@ -206,13 +205,8 @@ def _losses(student: Student, batch: Batch, pass_tokens: int) -> Iterator[Tensor
 
 
 def _hidden(student: Student, feeds: Sequence[Feed], keys: Float32 | None, rows: npt.NDArray[np.int64]) -> Tensor:
-    with _autocast(student):
+    with mixed_precision(student.device):
         return student.hidden(feeds, None if keys is None else keys[rows])
-
-
-def _autocast(student: Student) -> AbstractContextManager[None]:
-    """bfloat16 on a GPU, float32 on a CPU."""
-    return torch.autocast(student.device.type, torch.bfloat16, enabled=student.device.type == "cuda")
 
 
 def _passes(feeds: Sequence[Feed], pass_tokens: int) -> Iterator[tuple[list[Feed], npt.NDArray[np.int64]]]:

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from knnlm.errors import InvalidRequest
 from knnlm.lm.loading import no_progress_bars
-from knnlm.lm.optimizing import adamw, claim, optimize
+from knnlm.lm.optimizing import adamw, claim, mixed_precision, optimize
 from knnlm.lm.training_data import BOS, encode, learn_tokenizer, split, windows
 from knnlm.messages import Document
 
@@ -188,7 +188,7 @@ def _fit(
     def losses(step: int) -> Iterator[torch.Tensor]:
         starts = next(starts for number, starts in batches if number == step)
         rows = torch.from_numpy(stream[starts[:, None] + offsets].astype(np.int64)).to(device)  # (batch, T + 1)
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             logits = forward(input_ids=rows[:, :-1]).logits
         yield torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
 

@@ -237,7 +237,7 @@ def test_passes_in_bfloat16_learn_the_same(
     """As on a GPU: weights, sums and what is compared stay float32."""
     single, half = Step(), Step()
     run(world, tmp_path / "single", kind=kind, on_step=single)
-    monkeypatch.setattr("knnlm.lm.distillation._autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr("knnlm.lm.distillation.mixed_precision", lambda _: torch.autocast("cpu", torch.bfloat16))
     run(world, tmp_path / "half", kind=kind, on_step=half)
     assert single.losses != half.losses
     np.testing.assert_allclose(single.losses, half.losses, rtol=0.05)
