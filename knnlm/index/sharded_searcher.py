@@ -120,8 +120,7 @@ class ShardedSearcher:
         """Raises as Searcher.search does."""
         check_request(request, self.manifest, self.index, self.recipe)
         parts = self._sharding.split(request)
-        answers = [shard.search(part) for shard, part in zip(self._shards, parts, strict=True)]
-        return self._sharding.merge(request, answers)
+        return self._sharding.merge(request, (s.search(part) for s, part in zip(self._shards, parts, strict=True)))
 
     def passages(self, request: PassagesRequest) -> list[Passage]:
         """Raises as Searcher.passages does."""

@@ -6,7 +6,7 @@ once and a query visits the same lists in each of them. Where the shards are is 
 (sharded_searcher.py) or elsewhere.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -25,6 +25,7 @@ __all__ = ["ShardResult", "ShardSearching", "Sharding"]
 
 HALF = np.uint64(32)
 LOW = np.uint64(0xFFFFFFFF)
+MERGED_AT_ONCE = 16  # answers of shards that are held side by side, however many shards there are
 
 
 @dataclass(frozen=True)
@@ -81,47 +82,39 @@ class Sharding:
             for shard in range(len(self))
         ]
 
-    def merge(self, request: SearchRequest, answers: Sequence[ShardResult]) -> SearchResult:
+    def merge(self, request: SearchRequest, answers: Iterable[ShardResult]) -> SearchResult:
         """The answer to `request` of what the shards answered to `split(request)`, in their order.
 
-        Of equal distances the lower entry comes first, as in one index. timings: of all shards together. Raises
-        InvalidRequest for an excluded document that no shard has.
+        Answers are taken one by one, and at most MERGED_AT_ONCE of them are held. Of equal distances the lower entry
+        comes first, as in one index. timings: of all shards together. Raises InvalidRequest for an excluded document
+        that no shard has.
         """
+        k = min(request.k, self.entries)
+        if request.follow is not None:
+            k = min(k, request.follow.shape[1])
+        unknown = set(request.options.exclude_documents)
+        timings: dict[str, float] = {}
+        held: list[_Found] = []
+        for shard, answer in enumerate(answers):
+            unknown.intersection_update(answer.unknown_documents)
+            for stage, seconds in answer.result.timings.items():
+                timings[stage] = timings.get(stage, 0.0) + seconds
+            held.append(self._found(shard, answer.result))
+            if len(held) == MERGED_AT_ONCE:
+                held = [_nearest(held, k, request.passages)]
         for name in request.options.exclude_documents:
-            if all(name in answer.unknown_documents for answer in answers):
+            if name in unknown:
                 raise InvalidRequest(
                     f"exclude_documents names {name!r:.80}, which is no document of {self._manifest.domain} "
                     f"{self._manifest.version}",
                     param="exclude_documents",
                 )
-        found = [_with_ids(answer.result.neighbors) for answer in answers]
-        k = min(request.k, self.entries)
-        if request.follow is not None:
-            k = min(k, request.follow.shape[1])
-        distances = np.concatenate([near.distances for near, _ in found], axis=1)  # (n, c)
-        values = np.concatenate([near.values for near, _ in found], axis=1)
-        firsts = self.first_entries.tolist()
-        ids = np.concatenate(
-            [np.where(local >= 0, local + firsts[i], -1) for i, (_, local) in enumerate(found)], axis=1
-        )
-        chosen = _nearest_columns(distances, ids, k)
-        near, kept, merged = (np.take_along_axis(a, chosen, axis=1) for a in (distances, values, ids))
-        missing = merged < 0
-        near[missing], kept[missing] = MISSING_DISTANCE, -1
-        passages: Sequence[Sequence[Passage]] = ()
-        if request.passages:
-            passages = [
-                self._passages(row, chosen[i], i, answers) for i, row in enumerate(merged[:, : request.passages])
-            ]
-        timings: dict[str, float] = {}
-        for answer in answers:
-            for stage, seconds in answer.result.timings.items():
-                timings[stage] = timings.get(stage, 0.0) + seconds
+        near = _nearest(held, k, request.passages)
         return SearchResult(
             domain=self._manifest.domain,
             version=self._manifest.version,
-            neighbors=Neighbors(near, kept, merged if request.ids else None),
-            passages=passages,
+            neighbors=Neighbors(near.distances, near.values, near.ids if request.ids else None),
+            passages=near.passages,
             timings=timings,
         )
 
@@ -153,23 +146,49 @@ class Sharding:
     def _whole(self, shard: int, passage: Passage) -> Passage:
         return replace(passage, entry=passage.entry + int(self.first_entries[shard]))
 
-    def _passages(self, ids: Int64, columns: Int64, query: int, answers: Sequence[ShardResult]) -> list[Passage]:
-        """Those of the entries `ids`, of the columns of all answers beside each other: a shard shows as many of its
-        nearest as are asked for, among which these are."""
-        begins = np.cumsum([0, *(answer.result.neighbors.values.shape[1] for answer in answers)])
-        found = []
-        for entry, column in zip(ids.tolist(), columns.tolist(), strict=False):
-            if entry >= 0:
-                shard = int(np.searchsorted(begins, column, side="right")) - 1
-                passages = answers[shard].result.passages[query]
-                found.append(self._whole(shard, passages[column - int(begins[shard])]))
-        return found
+    def _found(self, shard: int, result: SearchResult) -> "_Found":
+        """What a shard answered, by the entries of the whole."""
+        near = result.neighbors
+        if near.ids is None:
+            raise InvalidRequest("a shard answered without the ids that it was asked for", param="ids")
+        ids = np.where(near.ids >= 0, near.ids + self.first_entries[shard], np.int64(-1))
+        passages = [[self._whole(shard, passage) for passage in row] for row in result.passages]
+        return _Found(near.distances, near.values, ids, passages)
 
 
-def _with_ids(neighbors: Neighbors) -> tuple[Neighbors, Int64]:
-    if neighbors.ids is None:
-        raise InvalidRequest("a shard answered without the ids that it was asked for", param="ids")
-    return neighbors, neighbors.ids
+@dataclass(frozen=True)
+class _Found:
+    """Neighbors of n queries by the entries of the whole. distances, values, ids: (n, c), padding (id -1) last.
+    passages: for each query those of its first columns, as many as are asked for; empty where none are."""
+
+    distances: npt.NDArray[np.float32]
+    values: npt.NDArray[np.int32]
+    ids: Int64
+    passages: Sequence[Sequence[Passage]]
+
+
+def _nearest(found: Sequence[_Found], k: int, passages: int) -> _Found:
+    """The k nearest of all that were found, with the passages of the first ones: each of `found` has as many of its own
+    nearest, among which these are."""
+    distances = np.concatenate([f.distances for f in found], axis=1)
+    values = np.concatenate([f.values for f in found], axis=1)
+    ids = np.concatenate([f.ids for f in found], axis=1)
+    chosen = _nearest_columns(distances, ids, k)
+    near, kept, merged = (np.take_along_axis(a, chosen, axis=1) for a in (distances, values, ids))
+    missing = merged < 0
+    near[missing], kept[missing] = MISSING_DISTANCE, -1
+    begins = np.cumsum([0, *(f.ids.shape[1] for f in found)])
+    texts: list[list[Passage]] = []
+    for query, columns in enumerate(chosen[:, :passages] if passages else ()):
+        present = columns[merged[query, :passages] >= 0]
+        owners = np.searchsorted(begins, present, side="right") - 1
+        texts.append(
+            [
+                found[owner].passages[query][column]
+                for owner, column in zip(owners.tolist(), (present - begins[owners]).tolist(), strict=True)
+            ]
+        )
+    return _Found(near, kept, merged, texts)
 
 
 def _nearest_columns(distances: npt.NDArray[np.float32], ids: Int64, k: int) -> Int64:

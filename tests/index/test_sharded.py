@@ -1,7 +1,8 @@
 """A version of shards answers what the same documents answer in one folder: every option, every kind of index."""
 
 import shutil
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from knnlm.datastore.updates.revise import with_default_index, with_tuning
 from knnlm.datastore.verify import verify
 from knnlm.errors import Conflict, DatastoreCorrupt, InvalidRequest, KnnlmError, UnknownDomain, UnknownVersion
 from knnlm.evaluation.index_report import refuse_shards
+from knnlm.index import sharding
 from knnlm.index.build import build_index, remove_index
 from knnlm.index.exact import exact_neighbors
 from knnlm.index.searcher import Searcher
 from knnlm.index.sharded_searcher import ShardedSearcher, open_searcher
+from knnlm.index.sharding import ShardResult
 from knnlm.messages import Document, PassagesRequest, SearchRequest, SearchResult, Tuning
+from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel
 from tests.searching import search
@@ -142,6 +146,36 @@ def test_every_option_means_the_same(whole: Path, recipe: str, options: dict[str
         equal(expected, found)
     else:  # not rescored, exact search is a product of matrices, whose rounding depends on what is in it
         np.testing.assert_allclose(found.neighbors.distances, expected.neighbors.distances, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", ["passages", "passages of all", "excluded document", "followed", "own documents"])
+def test_shards_are_merged_a_few_at_a_time(
+    whole: Path, in_shards: Path, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "MERGED_AT_ONCE", 2)
+    request = search("toy", queries(), **{"k": 10, **OPTIONS[options]})
+    equal(open_searcher(in_shards).search(request), Searcher.open(whole).search(request))
+
+
+def test_what_is_held_of_answers_does_not_grow_with_the_shards(whole: Path) -> None:
+    shards = 3 * sharding.MERGED_AT_ONCE
+    manifest = Manifest.load(sharded(whole, shards, version="many", recipe="flat"))
+    alive: list[weakref.ref[npt.NDArray[np.float32]]] = []
+    most = 0
+
+    def answers() -> Iterator[ShardResult]:
+        nonlocal most
+        for shard in range(shards):
+            near = Neighbors(np.full((1, 4), shards - shard, np.float32), np.full((1, 4), shard, np.int32), ids[None])
+            one = ShardResult(SearchResult("toy", "many", near))
+            alive.append(weakref.ref(near.distances))
+            most = max(most, sum(r() is not None for r in alive))
+            yield one
+
+    ids = np.arange(4, dtype=np.int64)
+    found = sharding.Sharding(manifest).merge(search("toy", queries(1), 6, ids=True), answers())
+    assert found.neighbors.values.tolist() == [[shards - 1] * 4 + [shards - 2] * 2]
+    assert most <= sharding.MERGED_AT_ONCE + 1
 
 
 made: dict[tuple[Path, str], tuple[Any, Any]] = {}
