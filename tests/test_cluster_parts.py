@@ -3,13 +3,14 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from knnlm.cluster import parts
+from knnlm.cluster import parts, sources
 from knnlm.cluster.parts import Job, UnitTokens, encode_part, make_shard, part_of, placed_rows, plan, tokenize_unit
-from knnlm.cluster.sources import read_files, source_files, units
+from knnlm.cluster.sources import SourceFile, read_files, source_files, units
 from knnlm.datastore.build import build, identity_of
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.encode import plan_parts
@@ -17,9 +18,13 @@ from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
 from knnlm.datastore.shards import plan_shards
 from knnlm.datastore.text import read_documents
+from knnlm.datastore.verify import verify
 from knnlm.errors import Conflict, DatastoreCorrupt, InvalidRequest
 from knnlm.evaluation.splits import Part
-from knnlm.testing import TEXTS, ToyLanguageModel
+from knnlm.index.sharded_build import add_shard, train_shards
+from knnlm.index.table import family
+from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
+from tests.sharding import sharded
 
 
 @pytest.fixture
@@ -148,3 +153,34 @@ def test_other_documents_do_not_continue_a_build(tmp_path: Path, text: Path) -> 
     lm, unit = ToyLanguageModel(), next(units(source_files([str(text)]), 1))
     with pytest.raises(Conflict, match="other documents"):
         tokenize_unit(work.folder, 0, (replace(unit[0], stamp="0"),), Part.STORE, lm.tokenizer, 300, False)
+
+
+def test_files_are_cut_into_units_by_size_and_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_UNIT_FILES", 3)
+    files = [SourceFile(f"/{i}", str(i), size, "") for i, size in enumerate((5, 5, 1, 20, 1, 1, 1, 1))]
+    assert [[file.size for file in unit] for unit in units(files, 10)] == [[5, 5], [1], [20], [1, 1, 1], [1]]
+
+
+def test_what_two_workers_write_of_one_index_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that was given up goes on beside the one that does its work again."""
+    path = sharded(toy_datastore(tmp_path), 2)
+    folder = path / Manifest.load(path).shards[0].name
+    recipe = family("ivf4")
+    index = train_shards([folder], "ivf4", 0, path)
+    assert index.file is not None
+    trained = path / index.file
+    beside: list[Path] = []
+    add = type(recipe).add
+
+    def slow(self: Any, trained_bytes: bytes, keys: Any, building: Path, report: Any) -> Any:
+        made = add(self, trained_bytes, keys, building, report)
+        if not beside:  # another one begins while this one has not finished
+            beside.append(building)
+            building_now = building.read_bytes()
+            add_shard(folder, trained, index)
+            assert building.read_bytes() == building_now
+        return made
+
+    monkeypatch.setattr(type(recipe), "add", slow)
+    add_shard(folder, trained, index)
+    assert not [check for check in verify(folder) if check.problem]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from knnlm.cluster.parts import Done, Job, PartPlan, Place, make_shard, placed_rows, plan
-from knnlm.cluster.pool import LOCAL, Pool, connected, resources, run_tasks, stored
+from knnlm.cluster.pool import LOCAL, START_SECONDS, Pool, connected, resources, run_tasks, stored
 from knnlm.cluster.sources import source_files, units
 from knnlm.cluster.worker import Described, KeyMaker, ModelSource, add, checked, describe, tokenize, train
 from knnlm.datastore.build import check_sizes, identity_of
@@ -164,7 +164,8 @@ class _Run:
     def described(self, store: Path) -> Described:
         """The model, as one worker sees it."""
         found: list[Described] = []
-        run_tasks(describe, [(self._wanted.model, store)], lambda _, made: found.append(made), **self._needs())
+        work = [(self._wanted.model, store)]
+        run_tasks(describe, work, lambda _, made: found.append(made), **self._needs(), within=START_SECONDS)
         return found[0]
 
     def tokenized(self, space: Workspace, model: Described, files: Sequence[Any]) -> list[Sources]:
@@ -330,7 +331,9 @@ def _shards(wanted: Plan, entries: int, dim: int, bytes_per_number: int) -> int:
 
 
 def _refuse_other_shards(space: Workspace, shards: int) -> None:
-    """Shards that another number of them was begun with are made anew; the keys stay."""
+    """Shards that another number of them was begun with are made anew; the keys stay. What killed workers left goes."""
+    for draft in space.folder.glob(".shard-*"):
+        discard(draft)
     file = space.folder / ".build" / "shards"
     if file.exists() and file.read_text(encoding="utf-8") == str(shards):
         return

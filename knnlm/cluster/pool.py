@@ -41,7 +41,7 @@ def connected(address: str, processors: int | None = None) -> Iterator[None]:
     with redirect_stdout(sys.stderr):  # what Ray prints of workers that die is no output of a command
         try:
             ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as err:
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as err:
             first = str(err).strip().partition("\n")[0]
             raise Unavailable(f"no Ray cluster answers at {address!r}: {first}", param="address") from err
         try:
@@ -69,12 +69,13 @@ def stored(value: T) -> T:
 
 def run_tasks(
     function: Callable[..., T], work: Iterable[tuple[Any, ...]], on_done: Callable[[int, T], None], *, cpus: int = 1,
-    gpus: int = 0,
+    gpus: int = 0, within: float | None = None,
 ) -> None:  # fmt: skip
     """function(*arguments) of each of `work` on the cluster; on_done hears its number and what it gave.
 
-    As many at a time as the cluster has room for, and as many waiting. Raises what function raises, DatastoreError for
-    what no worker could do.
+    As many at a time as the cluster has room for, and as many waiting. within: seconds until the first of them is done,
+    None = however long it takes. Raises what function raises, DatastoreError for what no worker could do, Unavailable
+    where nothing was done within that time.
     """
     import ray
 
@@ -82,12 +83,17 @@ def run_tasks(
     limit = max(2, 2 * resources()[0] // cpus)
     rest = enumerate(work)
     running: dict[Any, int] = {}
+    until = None if within is None else time.monotonic() + within
     while True:
         while len(running) < limit and (found := next(rest, None)) is not None:
             running[task.remote(*found[1])] = found[0]
         if not running:
             return
         done, _ = ray.wait(list(running), num_returns=1, timeout=WAIT_SECONDS)
+        if done:
+            until = None
+        elif until is not None and time.monotonic() > until:
+            raise _no_worker(f"was free for {within:.0f} seconds")
         for reference in done:
             try:
                 on_done(running.pop(reference), _result(reference))
@@ -150,11 +156,7 @@ class Pool(Generic[T]):
                 if now - begun > PIECE_SECONDS:
                     ray.kill(actor)
             if not self._busy and not self._idle and now - heard > START_SECONDS:
-                raise Unavailable(
-                    f"no worker could be started for {START_SECONDS:.0f} seconds: the cluster has {resources()[0]} "
-                    f"processors and {resources()[1]} GPUs",
-                    param="workers",
-                )
+                raise _no_worker(f"could be started for {START_SECONDS:.0f} seconds")
 
     def close(self) -> None:
         import ray
@@ -175,6 +177,15 @@ class Pool(Generic[T]):
             return
         self._deaths = 0
         self._idle.append(actor)
+
+
+def _no_worker(what: str) -> Unavailable:
+    processors, gpus, _ = resources()
+    return Unavailable(
+        f"no worker {what}: the cluster has {processors} processors and {gpus} GPUs, which others may have taken "
+        "(`ray status`)",
+        param="workers",
+    )
 
 
 class _WorkerDied(Exception):

@@ -45,11 +45,13 @@ def source_files(sources: Sequence[str]) -> list[SourceFile]:
 def units(files: Sequence[SourceFile], unit_bytes: int = UNIT_BYTES) -> Iterator[tuple[SourceFile, ...]]:
     """Consecutive files that are tokenized together; the same for the same files."""
     unit: list[SourceFile] = []
+    size = 0
     for file in files:
-        if unit and (sum(f.size for f in unit) + file.size > unit_bytes or len(unit) >= MAX_UNIT_FILES):
+        if unit and (size + file.size > unit_bytes or len(unit) >= MAX_UNIT_FILES):
             yield tuple(unit)
-            unit = []
+            unit, size = [], 0
         unit.append(file)
+        size += file.size
     if unit:
         yield tuple(unit)
 

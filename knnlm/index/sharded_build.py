@@ -5,6 +5,7 @@ and done again: what is finished stays. First every shard gets the new index bes
 it; then the shards let go of what it replaced. Killed at any moment, the version is what it was or has the new index.
 """
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,9 @@ def add_shard(folder: Path, trained: Path, index: IndexRecord) -> Added:
     chosen, manifest = family(index.recipe), Manifest.load(folder)
     mine = next((i for i in manifest.indexes if (i.recipe, i.trained) == (index.recipe, index.trained)), None)
     if mine is None:
-        building = folder / ".index.building"
-        building.unlink(missing_ok=True)
+        building = (
+            folder / f".index.{secrets.token_hex(4)}.building"
+        )  # another worker may be at it, or what is left of it
         keys = open_array(folder / KEYS, (manifest.entries, manifest.key_dim), manifest.key_dtype)
         parameters = chosen.add(trained.read_bytes(), keys, building, _silent)
         files = named(building)
@@ -95,6 +97,8 @@ def settle(folders: Sequence[Path], default: str, kept: Sequence[str]) -> None:
             if other.recipe not in kept:
                 without_index(folder, other.recipe)
         remove_unnamed(folder)
+        for leftover in folder.glob(".index.*.building"):
+            leftover.unlink()
 
 
 def share_parameters(folders: Sequence[Path], index: IndexRecord) -> None:
