@@ -64,7 +64,8 @@ def main() -> None:
 def measure(prepared: Prepared, shards: list[int], calls: int, recipe: str) -> None:
     import ray
 
-    from knnlm.cluster.applications import Applications, ShardOptions
+    from knnlm.cluster.applications import Applications
+    from knnlm.cluster.registry import ShardOptions
     from knnlm.cluster.serving import open_version
 
     ray.init(address="local", num_cpus=PROCESSES, include_dashboard=False, log_to_driver=False, namespace="knnlm")

@@ -63,13 +63,14 @@ def status(address: AddressOption = "auto", as_json: JsonOption = False) -> None
     applications = Applications(address)
     applications.connect()
     rows = []
-    for name in applications.names():
-        spec, (domain, _, version) = applications.spec(name), name.partition("@")
+    registry = applications.registry
+    for name in registry.names():
+        spec, (domain, _, version) = registry.spec(name), name.partition("@")
         if spec is not None:
             answering = applications.replicas(name)
             counts = tuple(answering.get(deployment(number), 0) for number in range(len(spec.sizes)))
             bounds = (spec.options.min_replicas, spec.options.max_replicas)
-            rows.append(Row(domain, version, len(counts), counts, *bounds, applications.gateways(name), spec.path))
+            rows.append(Row(domain, version, len(counts), counts, *bounds, registry.holders(name), spec.path))
     applications.close()
     if as_json:
         print_json([asdict(row) for row in rows])
@@ -104,7 +105,7 @@ def scale(
         raise InvalidRequest(f"--max-replicas must be at least {replicas}, got {most}", param="max_replicas")
     applications = Applications(address)
     applications.connect()
-    there = applications.names()
+    there = applications.registry.names()
     names = [n for n in there if n == f"{domain}@{version}" or (version is None and n.startswith(f"{domain}@"))]
     if not names:
         wanted = domain if version is None else f"{domain}@{version}"

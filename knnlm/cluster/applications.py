@@ -1,21 +1,18 @@
 """Versions of domains as applications of Ray Serve: `<domain>@<version>`, one deployment per shard.
 
 Ray places, restarts and scales the replicas of each shard. What is deployed, and which gateways need it, is written in
-the cluster's own key-value store: any gateway may deploy, and what is there is used as it is. A gateway that is done
-with a version deletes its application, unless another gateway holds it or the store says that the version is current.
+the cluster's own key-value store: any gateway may deploy, and what is there is used as it is. Gateways delete the
+applications that none of them holds any more (registry.py), unless the store says that the version is current.
 
 All methods block. Nothing of Ray's is opened to the outside: no HTTP proxy of Serve is started.
 """
 
-import hashlib
-import json
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +22,13 @@ from ray.exceptions import RayError
 from ray.experimental import internal_kv
 from ray.serve.exceptions import RayServeException
 
+from knnlm.cluster.registry import SCALE, Registry, Spec
 from knnlm.cluster.shard import ShardReplica
-from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.layout import Checksums
-from knnlm.datastore.manifest import Manifest
-from knnlm.errors import DatastoreError, KnnlmError, NotFound, Unavailable
+from knnlm.errors import DatastoreError, NotFound, Unavailable
 
 NAMESPACE = "knnlm"
-SPECS, LEASES = "application/", "lease/"  # prefixes of keys: the application; the application and who holds it
-LEASE_SECONDS = 60.0  # a gateway that does not renew its lease for this long is gone
-RENEW_SECONDS = 10.0
+RENEW_SECONDS = 10.0  # between two renewals of leases
+SWEEP_SECONDS = 60.0  # between two looks for applications that no gateway holds
 LOOK_SECONDS = 1.0
 LOAD_SECONDS = 1800.0  # the longest that a version may take until every shard answers
 MAX_ONGOING = 4  # calls that a replica is given at once: one is searched, others are unpacked or wait
@@ -42,59 +36,6 @@ HEALTH_PERIOD_SECONDS, HEALTH_TIMEOUT_SECONDS = 3.0, 15.0
 LOG = logging.getLogger(__name__)
 
 FAILURES = (RayError, RayServeException, ConnectionError)  # what Ray raises when a part of it does not answer
-
-
-@dataclass(frozen=True)
-class ShardOptions:
-    """How shards are opened and how many replicas each has. index, resident, device, max_candidates, check: as in
-    Searcher.open. min_replicas, max_replicas: per shard; where they differ, Serve adds replicas while one has more than
-    target_requests at a time. cpus: that Ray reserves for one. replicas_per_node: of one shard at most, None = any."""
-
-    index: str | None = None
-    resident: bool = False
-    device: str = "cpu"
-    max_candidates: int | None = None
-    check: Checksums = "none"
-    min_replicas: int = 1
-    max_replicas: int = 1
-    target_requests: float = 2.0
-    cpus: float = 1.0
-    replicas_per_node: int | None = None
-
-    @property
-    def opening(self) -> dict[str, Any]:  # Any: of the fields' types
-        """The options of Searcher.open."""
-        return {name: value for name, value in asdict(self).items() if name not in SCALE}
-
-
-SCALE = ("min_replicas", "max_replicas", "target_requests", "cpus", "replicas_per_node")
-
-
-@dataclass(frozen=True)
-class Spec:
-    """An application. path: the version's folder, the same on every node. sizes: bytes of each shard's files. content:
-    the checksum of what shards answer from; another one makes Serve replace the replicas one by one."""
-
-    path: str
-    sizes: Sequence[int]
-    content: str
-    options: ShardOptions
-
-    @classmethod
-    def of(cls, path: Path, manifest: Manifest, options: ShardOptions) -> "Spec":
-        parts = [Manifest.load(path / shard.name) for shard in manifest.shards] or [manifest]
-        sizes = [sum(record.bytes for record in part.files.values()) for part in parts]
-        answered_from = [manifest.content, [index.model_dump() for index in manifest.indexes], options.opening]
-        content = hashlib.sha256(json.dumps(answered_from).encode()).hexdigest()
-        return cls(str(path), sizes, content, options)
-
-    @classmethod
-    def parse(cls, text: bytes) -> "Spec":
-        fields = json.loads(text)
-        return cls(**{**fields, "options": ShardOptions(**fields["options"])})
-
-    def text(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
 
 
 def deployment(number: int) -> str:
@@ -107,10 +48,11 @@ class Applications:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._me = uuid.uuid4().hex
-        self._held: dict[str, Spec] = {}
+        self.registry = Registry(_RayValues())
+        self._held: dict[str, Spec] = {}  # what is deployed again should it vanish
         self._replicas: Mapping[str, Mapping[str, int]] = {}  # by application and deployment, those that answer
         self._lock = threading.Lock()
+        self._leaving = threading.Event()
         self._ended = threading.Event()
         self._watcher: threading.Thread | None = None
 
@@ -129,75 +71,83 @@ class Applications:
                 self._start_serve()
                 self._look()
             except (*FAILURES, RuntimeError, ValueError) as err:
-                raise Unavailable(f"no Ray cluster answers at {self._address}: {_first_line(err)}") from err
+                raise Unavailable(f"no Ray cluster answers at {self._address}: {first_line(err)}") from err
             self._watcher = threading.Thread(target=self._watch, name="applications", daemon=True)
             self._watcher.start()
 
     def close(self) -> None:
         """Leave the cluster; applications stay as they are."""
+        self.leave()
         self._ended.set()
         if self._watcher is not None:
             self._watcher.join()
             ray.shutdown()
 
+    def leave(self) -> None:
+        """Wait no longer for what is being deployed: `hold` raises Unavailable."""
+        self._leaving.set()
+
     def hold(self, name: str, spec: Spec) -> Spec:
         """Deploy the application, unless it is there already, and wait until every shard has a replica. What is there
-        keeps its number of replicas; of what was there before, a shard may have none.
+        keeps its number of replicas; of what was there before, a shard may have none. `release` once for every call.
 
-        Raises DatastoreError with Ray's words when a shard cannot be opened, or for an application of another store.
+        Raises DatastoreError with Ray's words when a shard cannot be opened, or for an application of another store;
+        what others use of it stays then.
         """
         self.connect()
+        self.registry.take(name)
         try:
-            self._put_lease(name)
-            known = self.spec(name)
-            if known is not None and known.path != spec.path:
-                raise DatastoreError(
-                    f"application {name} on this Ray cluster serves {known.path}, not {spec.path}: give each store a "
-                    "cluster, or other names to its domains"
-                )
-            if known is not None:
-                scale = {option: getattr(known.options, option) for option in SCALE}
-                spec = replace(spec, options=replace(spec.options, **scale))
-            there = known == spec and name in self._look()
-            if not there:
-                self._deploy(name, spec)
-            with self._lock:
-                self._held[name] = spec
-            if not there:
-                self._wait(name, new=known is None)
+            self.registry.renew()  # before looking at what is there, or it might be deleted meanwhile
+            return self._deployed(name, spec)
         except BaseException as err:
-            with self._lock:
-                self._held.pop(name, None)
+            if self.registry.give_up(name):
+                with suppress(*FAILURES):  # it runs out
+                    self.registry.withdraw(name)
             if isinstance(err, FAILURES):
-                raise Unavailable(f"the Ray cluster does not deploy {name}: {_first_line(err)}") from err
+                raise Unavailable(f"the Ray cluster does not deploy {name}: {first_line(err)}") from err
+            raise
+
+    def _deployed(self, name: str, spec: Spec) -> Spec:
+        known = self.registry.spec(name)
+        if known is not None and known.path != spec.path:
+            raise DatastoreError(
+                f"application {name} on this Ray cluster serves {known.path}, not {spec.path}: give each store a "
+                "cluster, or other names to its domains"
+            )
+        if known is not None:
+            scale = {option: getattr(known.options, option) for option in SCALE}
+            spec = replace(spec, options=replace(spec.options, **scale))
+        status = serve.status().applications.get(name)
+        if known != spec or status is None or status.status == "DEPLOY_FAILED":
+            self._deploy(name, spec)
+        with self._lock:
+            former = self._held.get(name)
+            self._held[name] = spec
+        try:
+            self._wait(name, spec, known)
+        except BaseException:
+            with self._lock:
+                self._held.pop(name)
+                if former is not None:
+                    self._held[name] = former
             raise
         return spec
 
     def release(self, name: str) -> None:
         """Hold it no longer, and delete what no gateway needs any more."""
-        with self._lock:
-            spec = self._held.pop(name, None)
-        if spec is None:
+        if not self.registry.give_up(name):
             return
+        with self._lock:
+            spec = self._held.pop(name)
         with suppress(*FAILURES):  # a cluster that does not answer: its other gateways do it
-            internal_kv._internal_kv_del(f"{LEASES}{name}/{self._me}", namespace=NAMESPACE)
-            self._sweep(Path(spec.path).parent.parent)
-
-    def spec(self, name: str) -> Spec | None:
-        """What is deployed under the name."""
-        text = internal_kv._internal_kv_get(SPECS + name, namespace=NAMESPACE)
-        return None if text is None else Spec.parse(text)
-
-    def names(self) -> list[str]:
-        """The applications that were deployed here, in alphabetical order."""
-        keys = internal_kv._internal_kv_list(SPECS, namespace=NAMESPACE)
-        return sorted(key.decode().removeprefix(SPECS) for key in keys)
+            self.registry.withdraw(name)
+            self._sweep(spec.store)
 
     def scale(self, name: str, least: int, most: int) -> Spec:
         """Change the bounds of the replicas of every shard, under load. Raises NotFound for what is not deployed."""
-        spec = self.spec(name)
+        spec = self.registry.spec(name)
         if spec is None:
-            known = ", ".join(self.names()) or "none"
+            known = ", ".join(self.registry.names()) or "none"
             raise NotFound(f"no application {name} on this cluster; there are: {known}", param="domain")
         spec = replace(spec, options=replace(spec.options, min_replicas=least, max_replicas=most))
         self._deploy(name, spec)
@@ -216,41 +166,47 @@ class Applications:
 
     def _deploy(self, name: str, spec: Spec) -> None:
         """The same of the same content changes nothing; other numbers of replicas leave the running ones alone."""
-        internal_kv._internal_kv_put(SPECS + name, spec.text(), namespace=NAMESPACE)
+        self.registry.write(name, spec)
         self._start_serve()  # or run_many would, with a proxy on every node
         target = serve.RunTarget(_graph(spec), name=name, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
 
-    def _wait(self, name: str, *, new: bool) -> None:
-        """new: nobody used the application before, so that it is deleted when it does not come up."""
+    def _wait(self, name: str, spec: Spec, known: Spec | None) -> None:
+        """Until every shard answers as `spec` says. known: what was deployed before; it is deployed again when another
+        one fails. What fails and is nobody else's is deleted, or Serve would not try it again."""
         until = time.monotonic() + LOAD_SECONDS
-        while time.monotonic() < until and not self._ended.wait(LOOK_SECONDS / 4):
+        problem = f"{name} was not ready within {LOAD_SECONDS:g} s: has the cluster room for all its shards?"
+        while time.monotonic() < until:
             status = serve.status().applications.get(name)
-            if status is not None and status.status == "RUNNING":
+            if status is not None and _is_ready(status, spec, known):
                 self._look()
                 return
             if status is not None and status.status == "DEPLOY_FAILED":
                 problems = [one.message for one in status.deployments.values() if one.message]
-                if new:
-                    self._delete(name)
-                raise DatastoreError(f"{name} cannot be served by the cluster: {' '.join(problems) or status.message}")
-        if new:
+                problem = f"{name} cannot be served by the cluster: {' '.join(problems) or status.message}"
+                break
+            if self._leaving.wait(LOOK_SECONDS / 4):
+                raise Unavailable(f"{name} was being deployed when this gateway ended")
+        if known is not None and known.content != spec.content:
+            self._deploy(name, known)
+        elif self.registry.holders(name) == 1:
             self._delete(name)
-        raise DatastoreError(
-            f"{name} was not ready within {LOAD_SECONDS:g} s: has the cluster room for all its shards?"
-        )
+        raise DatastoreError(problem)
 
     def _watch(self) -> None:
-        renewed = 0.0
+        renewed = swept = time.monotonic()
         while not self._ended.wait(LOOK_SECONDS):
             try:
                 found = self._look()
                 with self._lock:
                     held = dict(self._held)
                 if time.monotonic() - renewed > RENEW_SECONDS:
-                    for name in held:
-                        self._put_lease(name)
                     renewed = time.monotonic()
+                    self.registry.renew()
+                if time.monotonic() - swept > SWEEP_SECONDS:  # of gateways that died
+                    swept = time.monotonic()
+                    for store in {spec.store for spec in held.values()}:
+                        self._sweep(store)
                 for name in held.keys() - found.keys():  # Serve was shut down, or lost what it knew
                     LOG.warning("application %s is gone: deployed again", name)
                     self._deploy(name, held[name])
@@ -264,31 +220,42 @@ class Applications:
         }
         return self._replicas
 
-    def _put_lease(self, name: str) -> None:
-        now = f"{time.time():.0f}".encode()  # compared by other machines: on the calendar
-        internal_kv._internal_kv_put(f"{LEASES}{name}/{self._me}", now, namespace=NAMESPACE)
-
-    def gateways(self, name: str) -> int:
-        """How many gateways hold the application."""
-        keys = internal_kv._internal_kv_list(f"{LEASES}{name}/", namespace=NAMESPACE)
-        renewed = [internal_kv._internal_kv_get(key, namespace=NAMESPACE) for key in keys]
-        return sum(at is not None and time.time() - float(at) < LEASE_SECONDS for at in renewed)
-
     def _sweep(self, store: Path) -> None:
-        """Delete the applications of this store that no gateway holds and whose version is not current."""
-        catalog = Catalog(store)
-        for name in self.names():
-            spec = self.spec(name)
-            domain, _, version = name.partition("@")
-            if spec is None or Path(spec.path).parent.parent != store or self.gateways(name):
-                continue
-            with suppress(KnnlmError):  # a store that cannot be read does not say that it may go
-                if not (store / domain).is_dir() or catalog.current(domain) != version:
-                    self._delete(name)
+        """Delete the applications of this store that nobody needs."""
+        for name in self.registry.unneeded(store):
+            self._delete(name)
 
     def _delete(self, name: str) -> None:
-        internal_kv._internal_kv_del(SPECS + name, namespace=NAMESPACE)
+        self.registry.erase(name)
         serve.delete(name, _blocking=False)
+
+
+class _RayValues:
+    """The key-value store of Ray's head: KeyValues."""
+
+    def get(self, key: str) -> bytes | None:
+        value: bytes | None = internal_kv._internal_kv_get(key, namespace=NAMESPACE)
+        return value
+
+    def put(self, key: str, value: bytes) -> None:
+        internal_kv._internal_kv_put(key, value, namespace=NAMESPACE)
+
+    def delete(self, key: str) -> None:
+        internal_kv._internal_kv_del(key, namespace=NAMESPACE)
+
+    def keys(self, prefix: str) -> list[str]:
+        return [key.decode() for key in internal_kv._internal_kv_list(prefix, namespace=NAMESPACE)]
+
+
+def _is_ready(status: Any, spec: Spec, known: Spec | None) -> bool:  # Any: serve's ApplicationStatusOverview
+    """Whether the application can be searched as `spec` says. UNHEALTHY: it ran, and lost replicas since. One that is
+    deployed for the first time is ready when each shard has one replica, of however many."""
+    if status.status == "RUNNING":
+        return True
+    replaced = known is not None and known.content != spec.content  # then a replica may be one of the former content
+    answering = [one.replica_states.get("RUNNING", 0) for one in status.deployments.values()]
+    complete = len(answering) == len(spec.sizes) and all(answering)
+    return not replaced and (status.status == "UNHEALTHY" or (status.status == "DEPLOYING" and complete))
 
 
 def _graph(spec: Spec) -> Any:  # Any: serve.Application
@@ -326,5 +293,6 @@ def _serve_options(spec: Spec, number: int) -> dict[str, Any]:  # Any: as Serve 
     }
 
 
-def _first_line(err: BaseException) -> str:
+def first_line(err: BaseException) -> str:
+    """What is worth showing of Ray's errors, which have pages."""
     return (str(err) or type(err).__name__).strip().splitlines()[0][:300]

@@ -4,7 +4,8 @@ What a gateway opens instead of a Searcher, with the same answers. All methods b
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import ray
 from ray import serve
 
 from knnlm.clients.failures import rebuild
-from knnlm.cluster.applications import FAILURES, Applications, ShardOptions, Spec, deployment
+from knnlm.cluster.applications import FAILURES, Applications, deployment, first_line
+from knnlm.cluster.registry import ShardOptions, Spec
 from knnlm.cluster.shard import unpack
 from knnlm.datastore.manifest import Manifest
 from knnlm.errors import DatastoreError, DeadlineExceeded, KnnlmError, Unavailable
@@ -24,9 +26,10 @@ from knnlm.v1 import datastore_pb2
 from knnlm.wire.protos import from_proto, to_proto
 
 SECONDS = 60.0  # that a search may take where its caller says nothing
-ATTEMPT_SECONDS = 15.0  # that one replica may take before another one is asked
+ATTEMPT_SECONDS = 15.0  # that the first replica may take before another one is asked, which may take twice as long
 SLICE_SECONDS = 0.25  # how often it is looked whether anybody may still answer
-PAUSE_SECONDS = 0.05  # before the next try
+MAX_FAILURES = 8  # of replicas that one request may meet: it may be what kills them
+PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.05, 2.0  # before the next try, twice as long each time: 5 s of all together
 INLINE_BYTES = 90_000  # a larger request to several shards lies in the object store once
 
 
@@ -47,13 +50,16 @@ def open_version(applications: Applications, path: Path, options: ShardOptions) 
 @dataclass
 class _Call:
     """One method of one shard's deployment that is being asked. request: bytes, or a reference to them in Ray's object
-    store. attempt: when the present one began, on time.monotonic. response: serve.handle.DeploymentResponse."""
+    store. response: serve.handle.DeploymentResponse of the present attempt, which began at `begun` on time.monotonic;
+    None between two. late, failures: attempts that took too long, and that a replica did not survive."""
 
     number: int
     method: str
     request: Any
     response: Any = None
-    attempt: float = 0.0
+    begun: float = 0.0
+    late: int = 0
+    failures: int = 0
 
 
 class ClusterSearcher:
@@ -93,12 +99,22 @@ class ClusterSearcher:
                 number: to_proto(part, datastore_pb2.SearchRequest).SerializeToString()
                 for number, part in enumerate(parts)
             }
-        found = [_result(*answer) for answer in self._ask("search", asked).values()]
-        merging = time.perf_counter()
-        merged = self._sharding.merge(request, found)
-        timings = {stage: max(one.result.timings.get(stage, 0.0) for one in found) for stage in merged.timings}
-        timings["shards"] = max(0.0, merging - begun - sum(timings.values()))
-        timings["merge"] = time.perf_counter() - merging
+        timings: dict[str, float] = {}
+        waited = begun
+
+        def answers() -> Iterator[ShardResult]:
+            nonlocal waited
+            for _, header, body in asking:
+                one = _result(header, body)
+                for stage, seconds in one.result.timings.items():
+                    timings[stage] = max(timings.get(stage, 0.0), seconds)
+                waited = time.perf_counter()
+                yield one
+
+        with closing(self._ask("search", asked)) as asking:
+            merged = self._sharding.merge(request, answers())
+        timings["shards"] = max(0.0, waited - begun - sum(timings.values()))
+        timings["merge"] = time.perf_counter() - waited
         return replace(merged, timings=timings)
 
     def passages(self, request: PassagesRequest) -> Sequence[Passage]:
@@ -108,7 +124,8 @@ class ClusterSearcher:
             number: to_proto(part, datastore_pb2.GetPassagesRequest).SerializeToString()
             for number, part in self._sharding.split_lookup(request).items()
         }
-        found = {number: _passages(body) for number, (_, body) in self._ask("passages", asked).items()}
+        with closing(self._ask("passages", asked)) as answers:
+            found = {number: _passages(body) for number, _, body in answers}
         return self._sharding.merge_lookup(request, found)
 
     def info(self, versions: Sequence[str], state: str = "ready") -> DomainInfo:
@@ -136,9 +153,9 @@ class ClusterSearcher:
             self._closed = True
             self._applications.release(self._name)
 
-    def _ask(self, method: str, requests: Mapping[int, bytes]) -> dict[int, tuple[dict[str, Any], bytes]]:
-        """Header and body (Any: JSON) of what each of the shards answers to its request. Raises the error that one of
-        them answers with."""
+    def _ask(self, method: str, requests: Mapping[int, bytes]) -> Generator[tuple[int, dict[str, Any], bytes]]:
+        """Ask all these shards at once; number, header (Any: JSON) and body of what each of them answers, in their
+        order. No answer is held here once the next one is asked for. Raises the error that one of them answers with."""
         deadline = outgoing_deadline() or time.monotonic() + SECONDS
         stored: dict[int, Any] = {}  # references, by the identity of what they refer to: equal requests are stored once
         calls = []
@@ -146,17 +163,24 @@ class ClusterSearcher:
             for number, request in requests.items():
                 if len(request) > INLINE_BYTES and len(requests) > 1 and id(request) not in stored:
                     stored[id(request)] = ray.put(request)
-                calls.append(self._begin(_Call(number, method, stored.get(id(request), request))))
-            return {call.number: _checked(self._finish(call, deadline)) for call in calls}
+                call = _Call(number, method, stored.get(id(request), request))
+                calls.append(call)
+                with suppress(*FAILURES):  # begun again below
+                    self._begin(call)
+            for call in calls:
+                yield call.number, *_checked(self._finish(call, deadline))
         finally:
             for call in calls:
-                if call.response is not None:
-                    call.response.cancel()
+                self._abandon(call)
 
-    def _begin(self, call: _Call) -> _Call:
-        call.attempt = time.monotonic()
+    def _begin(self, call: _Call) -> None:
+        call.begun = time.monotonic()
         call.response = getattr(self._handles[call.number], call.method).remote(call.request)
-        return call
+
+    def _abandon(self, call: _Call) -> None:
+        if call.response is not None:
+            call.response.cancel()
+            call.response = None
 
     def _finish(self, call: _Call, deadline: float) -> bytes:
         """The answer of whichever replica gives it. Searching twice does no harm: a replica that dies or hangs is no
@@ -166,20 +190,27 @@ class ClusterSearcher:
             if left <= 0:
                 raise DeadlineExceeded(f"{self._shard(call.number)} did not answer in time")
             try:
+                if call.response is None:
+                    self._begin(call)
                 answer: bytes = call.response.result(timeout_s=min(left, SLICE_SECONDS))
                 call.response = None
                 return answer
             except TimeoutError:
                 self._refuse_missing(call.number)
-                if time.monotonic() - call.attempt < ATTEMPT_SECONDS:
-                    continue
-                call.response.cancel()
+                if time.monotonic() - call.begun >= ATTEMPT_SECONDS * 2**call.late:
+                    self._abandon(call)
+                    call.late += 1  # the next one may take longer, or a long search would be begun again and again
             except ray.exceptions.RayTaskError as err:
                 raise KnnlmError(f"{self._shard(call.number)} failed: {err.cause!r}") from err
-            except FAILURES:
+            except FAILURES as err:
+                call.response = None
                 self._refuse_missing(call.number)
-                time.sleep(min(PAUSE_SECONDS, left))
-            self._begin(call)
+                call.failures += 1
+                if call.failures >= MAX_FAILURES:
+                    raise Unavailable(
+                        f"{self._shard(call.number)} failed {MAX_FAILURES} times: {first_line(err)}", param="domain"
+                    ) from err
+                time.sleep(min(PAUSE_SECONDS * 2 ** (call.failures - 1), MAX_PAUSE_SECONDS, left))
 
     def _refuse_missing(self, number: int) -> None:
         if not self.replicas()[number]:
@@ -196,8 +227,8 @@ class ClusterSearcher:
         """Of one replica of each shard together; nothing while a shard does not answer."""
         if self.problems():
             return Memory("none", 0, "mapped", 0)
-        answers = self._ask("describe", dict.fromkeys(range(len(self._handles)), b"")).values()
-        each = [Memory(**header["memory"]) for header, _ in answers]
+        with closing(self._ask("describe", dict.fromkeys(range(len(self._handles)), b""))) as answers:
+            each = [Memory(**header["memory"]) for _, header, _ in answers]
         sizes = {name: sum(getattr(memory, name) for memory in each) for name in ("index_bytes", "keys_bytes")}
         return replace(each[0], **sizes)
 

@@ -34,7 +34,8 @@ def unpack(answer: bytes) -> tuple[dict[str, Any], bytes]:  # Any: JSON
 
 
 class ShardReplica:
-    """Works on one call at a time; further ones wait in threads. A KnnlmError becomes a header with `error`."""
+    """Works on one call at a time; further ones wait in threads, and are not begun when their caller has left
+    meanwhile. A KnnlmError becomes a header with `error`."""
 
     def __init__(self, path: str, number: int, opening: Mapping[str, Any], others: Sequence[object] = ()) -> None:
         """path: the version's folder. number: of the shard; 0 of a version without shards. opening: the options of
@@ -51,20 +52,28 @@ class ShardReplica:
     async def search(self, request: bytes) -> bytes:
         """request: a SearchRequest of this shard's entries. Answers a SearchResponse; header: `unknown`, the documents
         to exclude that it does not have."""
-        return await asyncio.to_thread(self._answered, self._search, request)
+        return await self._answer(self._search, request)
 
     async def passages(self, request: bytes) -> bytes:
         """request: a GetPassagesRequest of this shard's entries. Answers a GetPassagesResponse."""
-        return await asyncio.to_thread(self._answered, self._passages, request)
+        return await self._answer(self._passages, request)
 
     async def describe(self, request: bytes) -> bytes:  # noqa: ARG002  as the others are asked
         """Answers no body; header: `memory`, the fields of messages.Memory."""
         return pack({"memory": vars(self._shard.searcher.memory)})
 
-    def _answered(self, work: Callable[[bytes], bytes], request: bytes) -> bytes:
+    async def _answer(self, work: Callable[[bytes], bytes], request: bytes) -> bytes:
+        left = threading.Event()
+        try:
+            return await asyncio.to_thread(self._answered, work, request, left)
+        except asyncio.CancelledError:  # the thread goes on, but finds that nobody waits
+            left.set()
+            raise
+
+    def _answered(self, work: Callable[[bytes], bytes], request: bytes, left: threading.Event) -> bytes:
         try:
             with self._working:
-                return work(request)
+                return b"" if left.is_set() else work(request)
         except KnnlmError as err:
             return pack({"error": {"code": err.code, "message": err.message, "param": err.param}})
 

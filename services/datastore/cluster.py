@@ -35,7 +35,7 @@ class ClusterOpener:
         knnlm.cluster.serving.open_version."""
         del memory_limit
         applications = self.connect()
-        from knnlm.cluster.applications import ShardOptions
+        from knnlm.cluster.registry import ShardOptions
         from knnlm.cluster.serving import open_version
 
         settings = self._settings
@@ -52,6 +52,11 @@ class ClusterOpener:
             replicas_per_node=settings.shard_replicas_per_node,
         )
         return open_version(applications, path, options)
+
+    def leave(self) -> None:
+        """Wait no longer for versions that are being deployed; does not block."""
+        if self._applications is not None:
+            self._applications.leave()
 
     def close(self) -> None:
         """Leave the cluster; the applications of current versions stay."""

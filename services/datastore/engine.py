@@ -106,6 +106,8 @@ class Engine:
         return self._pool.problems()
 
     async def close(self) -> None:
+        if self._cluster is not None:
+            self._cluster.leave()
         if self._watching is not None:
             self._watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):

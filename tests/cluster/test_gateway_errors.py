@@ -1,0 +1,271 @@
+"""What a gateway does when Ray answers late, fails or is busy with the same: moments that a real cluster is rarely in.
+
+Ray is installed, but none runs: Serve's state and its replicas are in this process.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from knnlm.cluster.registry import Registry, ShardOptions, Spec
+from knnlm.cluster.shard import ShardReplica
+from knnlm.datastore.manifest import Manifest
+from knnlm.errors import DatastoreError, KnnlmError, Unavailable
+from knnlm.index.searcher import Searcher
+from knnlm.messages import SearchRequest
+from knnlm.options import SearchOptions
+from knnlm.testing import toy_datastore
+from tests.cluster.gateways import same
+from tests.sharding import sharded
+from tests.test_cluster_registry import Clock, Values
+
+NAME = "law@v1"
+SPEC = Spec("/store/law/v1", [10, 10], "content", ShardOptions())
+
+
+@dataclass
+class Serve:
+    """ray.serve as knnlm.cluster.applications uses it. outcome: the status of what is deployed next."""
+
+    outcome: str = "RUNNING"
+    known: dict[str, Any] = field(default_factory=dict)
+    deployed: list[Spec] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
+
+    RunTarget = SimpleNamespace
+
+    def put(self, status: str, *replicas: int) -> None:
+        shards = {
+            f"shard-{n}": SimpleNamespace(message="no such file", replica_states={"RUNNING": count})
+            for n, count in enumerate(replicas or (0, 0))
+        }
+        self.known[NAME] = SimpleNamespace(status=status, message="", deployments=shards)
+
+    def start(self, **_: Any) -> None: ...
+
+    def status(self) -> Any:
+        return SimpleNamespace(applications=dict(self.known))
+
+    def run_many(self, targets: Sequence[Any], **_: Any) -> None:
+        self.deployed += [target.target for target in targets]
+        self.put(self.outcome)
+
+    def delete(self, name: str, **_: Any) -> None:
+        self.deleted.append(name)
+        self.known.pop(name, None)
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
+    from knnlm.cluster import applications
+
+    fake = Serve()
+    monkeypatch.setattr(applications, "serve", fake)
+    monkeypatch.setattr(applications, "_graph", lambda spec: spec)
+    monkeypatch.setattr(applications, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(applications.Applications, "connect", lambda _: None)
+    fake.RunTarget = lambda spec, **more: SimpleNamespace(target=spec, **more)  # type: ignore[assignment]
+    return fake
+
+
+@pytest.fixture
+def new(serve: Serve) -> Callable[[], Any]:
+    """Another gateway's view of the cluster: Applications."""
+    from knnlm.cluster.applications import Applications
+
+    del serve
+    values = Values()
+
+    def made() -> Any:
+        one = Applications("nowhere")
+        one.registry = Registry(values, Clock())
+        return one
+
+    return made
+
+
+def test_a_second_gateway_waits_for_what_the_first_is_deploying(serve: Serve, new: Callable[[], Any]) -> None:
+    serve.outcome = "DEPLOYING"
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(new().hold, NAME, SPEC)
+        while not serve.deployed:
+            time.sleep(0.01)
+        second = pool.submit(new().hold, NAME, SPEC)
+        time.sleep(0.3)
+        assert not first.done()
+        assert not second.done()  # or it would answer from shards that nobody has opened
+        serve.put("DEPLOYING", 1, 1)
+        assert first.result(60) == second.result(60) == SPEC
+    assert serve.deployed == [SPEC]
+
+
+def test_what_cannot_replace_a_version_leaves_the_former_one(serve: Serve, new: Callable[[], Any]) -> None:
+    one = new()
+    one.hold(NAME, SPEC)
+    serve.outcome = "DEPLOY_FAILED"
+    for _ in range(2):  # and is not taken for good when it is asked for again
+        with pytest.raises(DatastoreError, match="no such file"):
+            one.hold(NAME, replace(SPEC, content="another index"))
+    assert serve.deployed[-1] == one.registry.spec(NAME) == SPEC
+    assert not serve.deleted
+    assert one.registry.holders(NAME) == 1
+
+
+def test_what_cannot_be_opened_is_deleted_by_the_last_that_wants_it(serve: Serve, new: Callable[[], Any]) -> None:
+    serve.outcome = "DEPLOY_FAILED"
+    first, second = new(), new()
+    second.registry.take(NAME)
+    second.registry.renew()
+    with pytest.raises(DatastoreError):
+        first.hold(NAME, SPEC)
+    assert not serve.deleted
+    second.registry.give_up(NAME)
+    second.registry.withdraw(NAME)
+    with pytest.raises(DatastoreError):
+        first.hold(NAME, SPEC)
+    assert serve.deleted == [NAME]
+    assert first.registry.holders(NAME) == 0
+
+
+def test_a_gateway_that_ends_while_a_version_is_deployed_deletes_nothing(serve: Serve, new: Callable[[], Any]) -> None:
+    serve.outcome = "DEPLOYING"
+    one = new()
+    with ThreadPoolExecutor() as pool:
+        held = pool.submit(one.hold, NAME, SPEC)
+        while not serve.deployed:
+            time.sleep(0.01)
+        one.leave()
+        with pytest.raises(Unavailable, match="when this gateway ended"):
+            held.result(60)
+    assert not serve.deleted
+    assert one.registry.holders(NAME) == 0
+
+
+def test_a_version_that_was_opened_anew_is_held_when_the_former_opening_is_closed(
+    serve: Serve, new: Callable[[], Any]
+) -> None:
+    one = new()
+    one.hold(NAME, SPEC)
+    one.hold(NAME, SPEC)
+    one.release(NAME)
+    assert one.registry.holders(NAME) == 1
+    one.release(NAME)
+    assert one.registry.holders(NAME) == 0
+    assert serve.deleted == [NAME]  # the store does not know it
+
+
+# ---- searches
+
+
+@dataclass
+class Replica:
+    """A handle of Serve's to one replica that is in this process. trouble: what an attempt does, by its number."""
+
+    shard: ShardReplica
+    trouble: Callable[[int], float] = lambda _: 0.0
+    attempts: int = 0
+
+    @property
+    def search(self) -> "Replica":
+        return self
+
+    @property
+    def describe(self) -> Any:
+        return SimpleNamespace(remote=lambda _: Response(asyncio.run(self.shard.describe(b"")), 0.0))
+
+    def remote(self, request: bytes) -> "Response":
+        self.attempts += 1
+        seconds = self.trouble(self.attempts)
+        return Response(asyncio.run(self.shard.search(request)), time.monotonic() + seconds)
+
+
+@dataclass
+class Response:
+    answer: bytes
+    ready: float
+
+    def result(self, timeout_s: float) -> bytes:
+        left = self.ready - time.monotonic()
+        threading.Event().wait(min(max(left, 0.0), timeout_s))
+        if left > timeout_s:
+            raise TimeoutError
+        return self.answer
+
+    def cancel(self) -> None: ...
+
+
+@dataclass
+class Searching:
+    searcher: Any
+    replicas: list[Replica]
+    whole: Searcher
+    request: SearchRequest
+
+
+@pytest.fixture
+def searching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Searching:
+    from knnlm.cluster import serving
+
+    whole = toy_datastore(tmp_path)
+    path = sharded(whole, 3)
+    manifest = Manifest.load(path)
+    replicas = [Replica(ShardReplica(str(path), number, {})) for number in range(3)]
+    monkeypatch.setattr("ray.serve.get_deployment_handle", lambda name, **_: replicas[int(name.split("-")[1])])
+    monkeypatch.setattr(serving, "PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(serving, "SLICE_SECONDS", 0.01)
+    monkeypatch.setattr(serving, "ATTEMPT_SECONDS", 0.05)
+    there: Any = SimpleNamespace(replicas=lambda _: {f"shard-{n}": 1 for n in range(3)})
+    queries = np.random.default_rng(0).standard_normal((3, 16)).astype(np.float32)
+    return Searching(
+        serving.ClusterSearcher(there, "application", manifest, None), replicas, Searcher.open(whole),
+        SearchRequest(manifest.domain, queries, SearchOptions(k=5), ids=True),
+    )  # fmt: skip
+
+
+def test_what_serve_raises_when_it_is_asked_is_no_error_of_the_caller(searching: Searching) -> None:
+    from ray.serve.exceptions import RayServeException
+
+    def trouble(attempt: int) -> float:
+        if attempt < 3:
+            raise RayServeException("no controller")
+        return 0.0
+
+    searching.replicas[1].trouble = trouble
+    assert same(searching.searcher.search(searching.request), searching.whole.search(searching.request))
+
+
+def test_a_request_that_every_replica_dies_of_ends(searching: Searching) -> None:
+    from ray.exceptions import ActorDiedError
+
+    from knnlm.cluster.serving import MAX_FAILURES
+
+    def trouble(_: int) -> float:
+        raise ActorDiedError
+
+    searching.replicas[1].trouble = trouble
+    with pytest.raises(Unavailable, match=r"shard 1 of 3 .* failed 8 times"):
+        searching.searcher.search(searching.request)
+    assert searching.replicas[1].attempts == MAX_FAILURES + 1
+
+
+def test_a_search_that_takes_long_is_finished(searching: Searching) -> None:
+    searching.replicas[2].trouble = lambda _: 0.3  # six times what the first attempt may take
+    found = searching.searcher.search(searching.request)
+    assert same(found, searching.whole.search(searching.request))
+    assert searching.replicas[2].attempts <= 4
+    assert set(found.timings) >= {"shards", "merge"}
+
+
+def test_what_a_shard_refuses_is_the_callers_error(searching: Searching) -> None:
+    with pytest.raises(KnnlmError) as refused:
+        searching.searcher.search(replace(searching.request, queries=searching.request.queries[:, :3]))
+    assert refused.value.param == "queries"
