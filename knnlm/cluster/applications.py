@@ -157,10 +157,6 @@ class Applications:
         """How many replicas answer, by the names of deployments, as of the last second."""
         return self._replicas.get(name, {})
 
-    def look(self) -> None:
-        """Bring `replicas` up to date."""
-        self._look()
-
     def _start_serve(self) -> None:
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
 

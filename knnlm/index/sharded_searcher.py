@@ -20,7 +20,7 @@ __all__ = ["OpenedSearcher", "Shard", "ShardedSearcher", "open_searcher"]
 
 
 class Shard:
-    """One shard of a version, opened: a ShardSearching."""
+    """One shard of a version, opened."""
 
     def __init__(self, searcher: Searcher) -> None:
         self.searcher = searcher

@@ -8,7 +8,6 @@ once and a query visits the same lists in each of them. Where the shards are is 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,7 @@ from knnlm.index.requests import check_lookup, check_version
 from knnlm.messages import Passage, PassagesRequest, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
 
-__all__ = ["ShardResult", "ShardSearching", "Sharding"]
+__all__ = ["ShardResult", "Sharding"]
 
 HALF = np.uint64(32)
 LOW = np.uint64(0xFFFFFFFF)
@@ -34,13 +33,6 @@ class ShardResult:
 
     result: SearchResult
     unknown_documents: tuple[str, ...] = ()
-
-
-class ShardSearching(Protocol):
-    """One opened shard, as knnlm.index.sharded_searcher.Shard. It raises as `Searching` does."""
-
-    def search(self, request: SearchRequest) -> ShardResult: ...
-    def passages(self, request: PassagesRequest) -> Sequence[Passage]: ...
 
 
 class Sharding:
