@@ -92,7 +92,7 @@ def scale(
     replicas: Annotated[int, typer.Argument(min=1, help="Replicas that each shard is to have, at least.")],
     max_replicas: MaxReplicas = None,
     version: Annotated[
-        str | None, typer.Option(help="Of this version alone; by default of all that are served.")
+        str | None, typer.Option(help="Scale this version alone; by default all that are served.")
     ] = None,
     address: AddressOption = "auto",
     as_json: JsonOption = False,

@@ -68,7 +68,6 @@ class Applications:
                     address=self._address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False,
                     ignore_reinit_error=True,
                 )  # fmt: skip
-                self._start_serve()
                 self._look()
             except (*FAILURES, RuntimeError, ValueError) as err:
                 raise Unavailable(f"no Ray cluster answers at {self._address}: {first_line(err)}") from err
@@ -157,13 +156,10 @@ class Applications:
         """How many replicas answer, by the names of deployments, as of the last second."""
         return self._replicas.get(name, {})
 
-    def _start_serve(self) -> None:
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
-
     def _deploy(self, name: str, spec: Spec) -> None:
         """The same of the same content changes nothing; other numbers of replicas leave the running ones alone."""
         self.registry.write(name, spec)
-        self._start_serve()  # or run_many would, with a proxy on every node
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})  # run_many would with proxies
         target = serve.RunTarget(_graph(spec), name=name, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
 
@@ -199,7 +195,7 @@ class Applications:
                 if time.monotonic() - renewed > RENEW_SECONDS:
                     renewed = time.monotonic()
                     self.registry.renew()
-                if time.monotonic() - swept > SWEEP_SECONDS:  # of gateways that died
+                if time.monotonic() - swept > SWEEP_SECONDS:  # what gateways that died had held
                     swept = time.monotonic()
                     for store in {spec.store for spec in held.values()}:
                         self._sweep(store)
@@ -290,5 +286,5 @@ def _serve_options(spec: Spec, number: int) -> dict[str, Any]:  # Any: as Serve 
 
 
 def first_line(err: BaseException) -> str:
-    """What is worth showing of Ray's errors, which have pages."""
+    """The first line of an error of Ray's, which have pages."""
     return (str(err) or type(err).__name__).strip().splitlines()[0][:300]

@@ -30,10 +30,10 @@ from knnlm.datastore.workspace import Workspace, workspace
 from knnlm.errors import Conflict, DatastoreCorrupt, InvalidRequest
 from knnlm.evaluation.splits import Part
 
-SHARD_BYTES = 64 << 30  # of keys and values, where neither their number nor their size was asked for
+SHARD_BYTES = 64 << 30  # keys and values of one shard, where neither their number nor their size was asked for
 PART_ENTRIES = 16_384
 MAX_TRAINING_CPUS = 16
-VALUE_BYTES = 8  # of an entry's value and token
+VALUE_BYTES = 8  # an entry's value and token
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class _Run:
         return found[0]
 
     def tokenized(self, space: Workspace, model: Described, files: Sequence[Any]) -> list[Sources]:
-        """Of every unit, in order."""
+        """The counts of every unit, in order."""
         cut = list(units(files))
         found: dict[int, Sources] = {}
         clock, tokens, entries = Clock(), 0, 0

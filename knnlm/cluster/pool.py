@@ -18,10 +18,10 @@ from knnlm.errors import DatastoreError, KnnlmError, Unavailable
 
 T = TypeVar("T")
 
-ATTEMPTS = 4  # of one piece of work, each by another worker
+ATTEMPTS = 4  # workers that may die of one piece of work
 WAIT_SECONDS = 1.0  # between two looks at the clock
 START_SECONDS = 900.0  # until the first worker answers: a large model takes minutes to load
-PIECE_SECONDS = 3600.0  # that one piece may take before its worker is ended and another one tries
+PIECE_SECONDS = 3600.0  # the longest that a piece may take: then its worker is ended and another one tries
 LOCAL = "local"
 
 

@@ -25,10 +25,10 @@ from knnlm.transport.context import outgoing_deadline
 from knnlm.v1 import datastore_pb2
 from knnlm.wire.protos import from_proto, to_proto
 
-SECONDS = 60.0  # that a search may take where its caller says nothing
-ATTEMPT_SECONDS = 15.0  # that the first replica may take before another one is asked, which may take twice as long
+SEARCH_SECONDS = 60.0  # the longest that a search may take where its caller says nothing
+ATTEMPT_SECONDS = 15.0  # until another replica is asked, which may take twice as long
 SLICE_SECONDS = 0.25  # how often it is looked whether anybody may still answer
-MAX_FAILURES = 8  # of replicas that one request may meet: it may be what kills them
+MAX_FAILURES = 8  # replicas that may die of one request: it may be what kills them
 PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.05, 2.0  # before the next try, twice as long each time: 5 s of all together
 INLINE_BYTES = 90_000  # a larger request to several shards lies in the object store once
 
@@ -156,7 +156,7 @@ class ClusterSearcher:
     def _ask(self, method: str, requests: Mapping[int, bytes]) -> Generator[tuple[int, dict[str, Any], bytes]]:
         """Ask all these shards at once; number, header (Any: JSON) and body of what each of them answers, in their
         order. No answer is held here once the next one is asked for. Raises the error that one of them answers with."""
-        deadline = outgoing_deadline() or time.monotonic() + SECONDS
+        deadline = outgoing_deadline() or time.monotonic() + SEARCH_SECONDS
         stored: dict[int, Any] = {}  # references, by the identity of what they refer to: equal requests are stored once
         calls = []
         try:
@@ -224,7 +224,7 @@ class ClusterSearcher:
         return f"shard {number} of {len(self._handles)} of {self.manifest.domain} {self.manifest.version}"
 
     def _measured(self) -> Memory:
-        """Of one replica of each shard together; nothing while a shard does not answer."""
+        """The memory of one replica of each shard together; none while a shard does not answer."""
         if self.problems():
             return Memory("none", 0, "mapped", 0)
         with closing(self._ask("describe", dict.fromkeys(range(len(self._handles)), b""))) as answers:

@@ -15,7 +15,7 @@ from knnlm.errors import InvalidRequest
 from knnlm.messages import Document
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*://")
-UNIT_BYTES = 16 << 20  # of files that one task tokenizes, and one file at least
+UNIT_BYTES = 16 << 20  # files that one task tokenizes, and one file at least
 MAX_UNIT_FILES = 4096
 
 

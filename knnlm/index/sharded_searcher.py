@@ -98,7 +98,7 @@ class ShardedSearcher:
 
     @property
     def index(self) -> Index:
-        """That of the first shard, whose options and defaults are those of all."""
+        """The index of the first shard, whose options and defaults are those of all."""
         return self._shards[0].searcher.index
 
     @property

@@ -22,8 +22,8 @@ from knnlm.neighbors import Neighbors
 
 __all__ = ["ShardResult", "Sharding"]
 
-HALF = np.uint64(32)
-LOW = np.uint64(0xFFFFFFFF)
+COLUMN_BITS = np.uint64(32)
+COLUMN_MASK = np.uint64(0xFFFFFFFF)
 MERGED_AT_ONCE = 16  # answers of shards that are held side by side, however many shards there are
 
 
@@ -188,10 +188,10 @@ def _nearest_columns(distances: npt.NDArray[np.float32], ids: Int64, k: int) -> 
 
     Distances that are not negative are ordered as their bits are: one number holds a distance and a column.
     """
-    pairs = (np.maximum(distances, np.float32(0)) + np.float32(0)).view(np.uint32).astype(np.uint64) << HALF
+    pairs = (np.maximum(distances, np.float32(0)) + np.float32(0)).view(np.uint32).astype(np.uint64) << COLUMN_BITS
     pairs |= np.arange(distances.shape[1], dtype=np.uint64)
-    pairs[ids < 0] |= ~LOW
+    pairs[ids < 0] |= ~COLUMN_MASK
     if k < pairs.shape[1]:
         pairs = np.partition(pairs, k, axis=1)[:, :k] if k else pairs[:, :0]
     pairs.sort(axis=1)
-    return (pairs & LOW).astype(np.int64)
+    return (pairs & COLUMN_MASK).astype(np.int64)

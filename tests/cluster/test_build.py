@@ -104,7 +104,7 @@ class Driver:
         self.kill()
 
     def until(self, phase: str, entries: int) -> None:
-        """Read what it says until it has so many entries of a phase."""
+        """Read what it says until a phase has this many entries."""
         for said in self._said():
             if said[0] == phase and said[1] >= entries:
                 return
