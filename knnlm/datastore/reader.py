@@ -253,16 +253,17 @@ def load_shard(path: Path, manifest: Manifest, shard: ShardRecord) -> Manifest:
     """The manifest of one shard of the version in folder `path`. Raises DatastoreCorrupt when it is missing, damaged or
     not the shard that was published."""
     found = Manifest.load(path / shard.name)
-    same = ("domain", "version", "model", "key_function", "windows", "key_dim", "key_dtype")
-    if found.format_version != FORMAT_VERSION or any(getattr(found, n) != getattr(manifest, n) for n in same):
+    if found.format_version != FORMAT_VERSION or (found.domain, found.version) != (manifest.domain, manifest.version):
         raise DatastoreCorrupt(
             f"{path / shard.name} is a part of {found.domain} {found.version}, "
             f"expected a shard of {manifest.domain} {manifest.version}"
         )
-    for name in ("entries", "documents", "tokens", "content"):
-        if getattr(found, name) != getattr(shard, name):
+    alike = [(name, manifest) for name in ("model", "key_function", "windows", "key_dim", "key_dtype")]
+    own = [(name, shard) for name in ("entries", "documents", "tokens", "content")]
+    for name, expected in [*alike, *own]:
+        if getattr(found, name) != getattr(expected, name):
             raise DatastoreCorrupt(
-                f"{path / shard.name} has {name} {getattr(found, name)}, the version says {getattr(shard, name)}"
+                f"{path / shard.name} has {name} {getattr(found, name)}, the version says {getattr(expected, name)}"
             )
     return found
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from knnlm.datastore.layout import Checksums
 from knnlm.datastore.manifest import IndexRecord, Manifest
-from knnlm.datastore.reader import Datastore
+from knnlm.datastore.reader import Datastore, load_shard
 from knnlm.errors import DatastoreCorrupt
 from knnlm.index.contract import Index
 from knnlm.index.requests import check_request
@@ -29,10 +29,11 @@ class Shard:
     def open(cls, path: Path, manifest: Manifest, number: int, *, index: str | None = None, **options: Any) -> Self:
         """Shard `number` of the version in folder `path`, whose manifest this is. index, options: as in Searcher.open.
 
-        Raises as Searcher.open does; DatastoreCorrupt when its index is not the one that the version has.
+        Raises as Searcher.open does; DatastoreCorrupt when it, or its index, is not what the version has.
         """
         folder, wanted = path / manifest.shards[number].name, manifest.index_of(index)
-        found = next((i for i in Manifest.load(folder).indexes if _alike(i, wanted)), None)
+        mine = load_shard(path, manifest, manifest.shards[number])
+        found = next((i for i in mine.indexes if _alike(i, wanted)), None)
         if found is None and wanted.file is not None:
             raise DatastoreCorrupt(
                 f"{folder} has no index {wanted.recipe} of what was trained for {manifest.domain} {manifest.version}: "

@@ -25,7 +25,7 @@ from knnlm.index import sharding
 from knnlm.index.build import build_index, remove_index
 from knnlm.index.exact import exact_neighbors
 from knnlm.index.searcher import Searcher
-from knnlm.index.sharded_searcher import ShardedSearcher, open_searcher
+from knnlm.index.sharded_searcher import Shard, ShardedSearcher, open_searcher
 from knnlm.index.sharding import ShardResult
 from knnlm.messages import Document, PassagesRequest, SearchRequest, SearchResult, Tuning
 from knnlm.neighbors import Neighbors
@@ -299,6 +299,19 @@ def test_another_shard_in_its_place_is_refused(in_shards: Path, tmp_path: Path) 
     shutil.copytree(path / "shard-00001", path / "shard-00002")
     with pytest.raises(DatastoreCorrupt, match=r"shard-00002 has (entries|documents|tokens|content)"):
         open_searcher(path)
+    with pytest.raises(DatastoreCorrupt, match=r"shard-00002 has (entries|documents|tokens|content)"):
+        Shard.open(path, Manifest.load(path), 2)  # as a node of a cluster does, which sees no other shard
+
+
+def test_what_a_shard_of_another_model_differs_in_is_named(in_shards: Path, tmp_path: Path) -> None:
+    path = damaged(in_shards, tmp_path)
+    mine = Manifest.load(path / "shard-00001")
+    mine.model_copy(update={"model": mine.model.model_copy(update={"weights_sha256": "f" * 64})}).save(
+        path / "shard-00001"
+    )
+    for opening in (lambda: open_searcher(path), lambda: Shard.open(path, Manifest.load(path), 1)):
+        with pytest.raises(DatastoreCorrupt, match=r"shard-00001 has model .*ffff.*, the version says"):
+            opening()
 
 
 def test_verify_reads_every_byte_of_every_shard(in_shards: Path, tmp_path: Path) -> None:
