@@ -18,6 +18,7 @@ from knnlm.neighbors import TokenMasses, stacked
 from knnlm.options import CacheOptions
 from knnlm.rules import CACHE_GATE, FIXED, GATE, KNN_GATE, Weighing, part_of, rule
 from knnlm.sources import Plan, Services, computed
+from knnlm.tuned import tuned_weighing
 
 NAME = "cache"
 INLINE_PRODUCTS = 64  # products of two numbers made in the time that `computed` counts for one number
@@ -141,17 +142,21 @@ class CacheKind:
 
     async def resolve(self, options: CacheOptions, services: Services) -> Plan:
         """See knnlm.sources.SourceKind."""
-        tunings = [(info.tuning, used) for info, used in zip(services.infos, services.used, strict=True)]
-        tuned, beside = next(((t.cache, used) for t, used in tunings if t and t.cache), ({}, None))
+        domains = [(i.tuning.cache, i, u) for i, u in zip(services.infos, services.used, strict=True) if i.tuning]
+        tuned, info, beside = next((found for found in domains if found[0]), ({}, None, None))
         lmbda = _value("lambda", options.lmbda, tuned)
         theta = _value("theta", options.theta, tuned)
         size = _value("size", options.size, {"size": DEFAULT_SIZE, **tuned})
         if options.size is None and options.max_size is not None:
             size = min(size, options.max_size)
+        try:
+            CacheOptions(lmbda, theta, int(size))  # what was tuned is checked as if it were asked for
+        except InvalidRequest as err:
+            raise InvalidRequest(f"{err.message} for the cache", param=f"cache.{err.param}") from err
         weighing = Weighing(FIXED, {"lambda": lmbda}, asked=options.lmbda is not None)
         together = beside is not None and beside.weighing == Weighing(GATE, part_of(tuned, KNN_GATE))
-        if together and options.lmbda is None and options.theta is None:
-            weighing = Weighing(GATE, part_of(tuned, CACHE_GATE))
+        if info is not None and together and options.lmbda is None and options.theta is None:
+            weighing = tuned_weighing(info.domain, GATE, part_of(tuned, CACHE_GATE), info.key_dim)
         return Plan((CacheSource(theta, int(size), weighing),))
 
 

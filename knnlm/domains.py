@@ -32,6 +32,7 @@ from knnlm.pointers import searched_by_pointers
 from knnlm.protocols import DatastoreClient
 from knnlm.rules import FIXED, GATE, KNN_GATE, Weighing, part_of, rule
 from knnlm.sources import Plan, Services, UsedDomain, computed, together
+from knnlm.tuned import tuned_weighing
 
 
 @dataclass(frozen=True)
@@ -350,19 +351,18 @@ def _weighing(options: DomainOptions, asked: str | None, info: DomainInfo, *, be
     if tuning is None:
         raise _untuned("lambda", info.domain)
     if beside_cache and asked in (None, GATE) and (gate := part_of(tuning.cache, KNN_GATE)):
-        return Weighing(GATE, gate)
+        return tuned_weighing(info.domain, GATE, gate, info.key_dim)
     name = asked or tuning.rule
     if name == FIXED:
-        return Weighing(
-            FIXED, {"lambda": tuning.cache.get("knn_lambda", tuning.lmbda) if beside_cache else tuning.lmbda}
-        )
+        lmbda = tuning.cache.get("knn_lambda", tuning.lmbda) if beside_cache else tuning.lmbda
+        return tuned_weighing(info.domain, FIXED, {"lambda": lmbda}, info.key_dim)
     if name != tuning.rule:
         raise InvalidRequest(
             f"domain {info.domain} was tuned for the rule {tuning.rule}, it has no parameters for {name}: "
             f"run `knnlm tune {info.domain} --rule {name}`",
             param="rule",
         )
-    return Weighing(name, tuning.parameters)
+    return tuned_weighing(info.domain, name, tuning.parameters, info.key_dim)
 
 
 def _tuned_search(tuning: Tuning | None, asked: SearchOptions, index: str) -> SearchOptions:

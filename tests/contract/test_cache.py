@@ -196,3 +196,34 @@ def test_the_client_takes_it_as_a_record_or_as_json() -> None:
     body = routes.score("a", knn=asked).body
     assert body is not None
     assert body["knn"]["reuse"] == {"ahead": 2}
+
+
+async def test_a_tuning_that_does_not_fit_is_no_internal_error(store: Path) -> None:
+    """Manifests can be edited: every route says which domain's tuning is at fault, and explicit weights still serve."""
+    tuned = {"lambda": 0.2, "theta": 0.4, "size": 7.0, "knn_lambda": 0.15, **GATES}
+    wrong: list[dict[str, Any]] = [  # Any: fields of a tuning
+        {"cache": {**tuned, "gate.linear": [1.0]}},
+        {"cache": {**tuned, "knn_gate.linear": 1.0}},
+        {"cache": {**tuned, "knn_gate.hidden": [0.1] * 11}},
+        {"cache": {"lambda": 0.2, "theta": 0.4, "knn_lambda": [0.1, 0.2]}},
+        {"cache": {"lambda": 0.2, "theta": 0.4, "size": 0.0}},
+        {"rule": "gate_lm", "parameters": {"bias": 0.0, "linear": [1.0] * 5}},
+        {"rule": "gate_lm", "parameters": {"bias": 0.0, "linear": [1.0] * 2, "gain": [1.0], "skip_below": 0.0}},
+    ]
+    prompt = [256, *TEXT[:20].encode()]
+    for fields in wrong:
+        with_tuning(Catalog(store).path("cat", "v1"), replace(TUNING, **fields))
+        asked: dict[str, Any] = {"cache": {}} if "cache" in fields else {}  # Any: JSON
+        async with system(store) as s:
+            answers = [
+                await s.client.post(f"/v1/{route}", json={"model": "toy+cat", **asked, **body})
+                for route, body in (
+                    ("score", {"text": TEXT}), ("next_token", {"text": "ab"}), ("explain", {"text": TEXT}),
+                    ("completions", {"prompt": prompt, "max_tokens": 2}),
+                )
+            ]  # fmt: skip
+            await s.post("/v1/score", {"text": TEXT, **BODY})
+        for answer in answers:
+            error = answer.json()["error"]
+            assert answer.status_code in (400, 409), error
+            assert "the tuning of domain cat has" in error["message"] or error["param"] == "cache.size", error
