@@ -20,10 +20,11 @@ from experiments import page, plan
 from experiments.experiment import Experiment
 from experiments.lab import Lab, Learner
 from experiments.memories import Memory, folder
-from experiments.records import Record, load, save
+from experiments.records import NotARecord, Record, load, save
 from experiments.scale import SCALES, Scale
 from experiments.table import NAMES, experiment
 from experiments.texts import Texts, find_texts
+from knnlm.errors import ModelError
 
 FOLDER = ROOT / "build" / "paper"
 
@@ -43,8 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     texts = find_texts(options.text)
     records = options.out / "records"
     text = " --text FOLDER" if options.text else ""
-    run_all(experiments, scale, texts, options.out, records, model=options.model, said=text, again=options.again)
-    page.write(records, options.out)
+    try:
+        run_all(experiments, scale, texts, options.out, records, model=options.model, said=text, again=options.again)
+    except ModelError as err:  # that --model names, or the hub does not give
+        raise SystemExit(err.message) from err
+    try:
+        page.write(records, options.out)
+    except NotARecord as err:  # of another experiment: those that ran have theirs
+        raise SystemExit(str(err)) from err
     print(f"{options.out / 'paper.md'}: what came out, of {texts.source}")
     return 0
 
@@ -106,7 +113,11 @@ def _kept(path: Path, scale: Scale, texts: Texts, lab: Lab) -> Record | None:
     """The record of `path` where it is of this very commit, scale, text and model."""
     if not path.is_file() or commit().endswith("+"):
         return None
-    record = load(path)
+    try:
+        record = load(path)
+    except NotARecord as err:
+        print(f"   {err}", flush=True)
+        return None
     same = (record.commit, record.scale, record.texts, record.model_sha256)
     return record if same == (commit(), scale.name, {c.name: c.sha256 for c in texts.all}, lab.base_sha256) else None
 

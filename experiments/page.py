@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments.figures import draw
-from experiments.records import Cell, Record, Table, load_all
+from experiments.records import Cell, NotARecord, Record, Table, load_all
 from experiments.table import NAMES, experiment
 from experiments.verdicts import Outcome
 
@@ -42,7 +42,10 @@ def main(arguments: Sequence[str], folder: Path) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments report", description=__doc__)
     parser.add_argument("--into", type=Path, default=folder, help="where to write (default build/paper)")
     options = parser.parse_args(arguments)
-    write(folder / "records", options.into)
+    try:
+        write(folder / "records", options.into)
+    except NotARecord as err:
+        raise SystemExit(str(err)) from err
     print(options.into / "paper.md")
     return 0
 

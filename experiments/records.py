@@ -9,7 +9,7 @@ from typing import Any
 from experiments.verdicts import Outcome, Verdict
 from knnlm.datastore.files import write_atomic
 
-__all__ = ["Cell", "Chart", "Findings", "Line", "Record", "Table", "load", "load_all", "save"]
+__all__ = ["Cell", "Chart", "Findings", "Line", "NotARecord", "Record", "Table", "load", "load_all", "save"]
 
 Cell = str | float | int | None
 
@@ -86,6 +86,10 @@ class Record:
     extra: Mapping[str, Any] = field(default_factory=dict)  # Any: JSON
 
 
+class NotARecord(Exception):
+    """A file that is damaged, or was written by another version of this program."""
+
+
 def save(record: Record, folder: Path) -> Path:
     """Write it to `folder`, replacing a former one at once."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,8 +100,15 @@ def save(record: Record, folder: Path) -> Path:
 
 
 def load(path: Path) -> Record:
-    """Raises KeyError, TypeError or ValueError for what is no record."""
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    """Raises NotARecord, naming the file."""
+    try:
+        return _record(json.loads(path.read_text(encoding="utf-8")))
+    except (AttributeError, KeyError, TypeError, ValueError) as err:
+        problem = f"{type(err).__name__}: {err}"
+        raise NotARecord(f"{path} is no record ({problem}): remove it, or run {path.stem} again") from err
+
+
+def _record(raw: dict[str, Any]) -> Record:  # Any: JSON
     found = raw.pop("findings")
     findings = Findings(
         tuple(Table(t["title"], tuple(t["columns"]), tuple(map(tuple, t["rows"]))) for t in found["tables"]),

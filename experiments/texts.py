@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks.harness import ROOT
 from demo import corpus
 from knnlm.datastore.text import read_documents
+from knnlm.errors import InvalidRequest
 from knnlm.evaluation.splits import Part, part_of
 from knnlm.messages import Document
 
@@ -114,7 +115,10 @@ def _corpus(name: str, store: Sequence[Document], tune: Sequence[Document], repo
 
 def _domains(folder: Path) -> Iterator[Corpus]:
     for file in sorted(folder.rglob("*.jsonl")):
-        documents = list(read_documents([file]))
+        try:
+            documents = list(read_documents([file]))
+        except InvalidRequest as err:
+            raise SystemExit(err.message) from err
         if len(documents) >= MIN_DOCUMENTS and {part_of(d.id) for d in documents} >= set(Part) - {Part.ALL}:
             yield of_documents(file.parent.name if file.stem == "docs" else file.stem, documents)
 
@@ -123,7 +127,10 @@ def _wikitext(folder: Path) -> Corpus | None:
     files = [sorted(folder.rglob(f"wiki.{part}*.tokens")) for part in ("train", "valid", "test")]
     if not all(files):
         return None
-    return _corpus(WIKITEXT, *(list(_articles(found[0])) for found in files))
+    try:
+        return _corpus(WIKITEXT, *(list(_articles(found[0])) for found in files))
+    except UnicodeDecodeError as err:
+        raise SystemExit(f"{folder}: wiki.*.tokens are not UTF-8: {err}") from err
 
 
 def _articles(file: Path) -> Iterator[Document]:

@@ -12,7 +12,7 @@ from experiments import page, plan
 from experiments.experiment import Need
 from experiments.figures import draw
 from experiments.lab import BASE, Lab, Sight
-from experiments.records import load, load_all, save
+from experiments.records import NotARecord, load, load_all, save
 from experiments.scale import SCALES
 from experiments.table import NAMES, experiment
 from experiments.texts import Texts, find_texts
@@ -38,6 +38,43 @@ def test_an_experiment_gives_a_record(name: str, lab: Lab, tmp_path: Path) -> No
         files = draw(chart, tmp_path / chart.name)
         assert all(file.stat().st_size > 1000 for file in files)
         assert files[0].read_bytes() == draw(chart, tmp_path / "again")[0].read_bytes()
+
+
+@pytest.mark.parametrize("content", ["", '{"findings": ', "[]", '{"a": 1}', '{"findings": {"tables": 3}}', "\xff"])
+def test_a_damaged_record_is_named_and_its_experiment_runs_again(
+    content: str, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "records").mkdir()
+    path = tmp_path / "records" / "knn_table1.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(NotARecord, match=r"knn_table1\.json is no record"):
+        load(path)
+    with pytest.raises(SystemExit, match=r"knn_table1\.json is no record"):
+        page.main([], tmp_path)
+    monkeypatch.setattr(runner, "commit", lambda: "abc")  # nothing that was not committed
+    assert runner._kept(path, lab.scale, lab.texts, lab) is None
+
+
+def test_a_page_of_no_records_says_so(tmp_path: Path) -> None:
+    assert page.main([], tmp_path) == 0
+    assert "No experiment has been run." in (tmp_path / "paper.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "found neither"),
+        ({"one.jsonl": b'{"id": "a", "text": "hello"}\n'}, "found neither"),
+        ({"bad.jsonl": b'{"id":\n'}, r"bad\.jsonl, line 1 is not JSON"),
+        ({f"wiki.{part}.tokens": b"\xff = a = \n" for part in ("train", "valid", "test")}, "not UTF-8"),
+        ({f"wiki.{part}.tokens": b" \n" for part in ("train", "valid", "test")}, "too few documents"),
+    ],
+)
+def test_text_that_is_none_is_named(files: dict[str, bytes], message: str, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        find_texts(tmp_path)
 
 
 def with_models(needs: Sequence[Need]) -> set[Need]:
