@@ -30,7 +30,9 @@ OUT_OF_REACH = """## Out of reach at this size
 Question answering and the nine tasks of Memory Decoder (Tables 2 and 5) need a model that can answer: one of four
 million parameters cannot. At full size they run through lm-eval against the server:
 
-    knnlm build CORPUS --store store --domain facts --model MODEL
+    knnlm build facts CORPUS --store store --model MODEL
+    knnlm memory targets facts --store store --model MODEL
+    knnlm memory train facts HELD_OUT --store store --model MODEL --out FOLDER
     knnlm serve --model MODEL --store store --memory facts=FOLDER
     lm_eval --model local-completions --tasks nq_open,sst2,cb,rte,ag_news \\
         --model_args model=MODEL~facts,base_url=http://127.0.0.1:8000/v1/completions,tokenizer=MODEL

@@ -2,7 +2,7 @@
 
 Numbers of one text depend on each other, so every test draws whole documents again, with replacement, the same ones for
 everything that is compared (a paired bootstrap over documents). A claim holds where the 95 % interval lies on its side,
-does not hold where it lies on the other, and is within noise where it holds zero.
+does not hold where it lies on the other, and is within noise where it holds zero, or where there are few documents.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ __all__ = [
 
 DRAWS = 2000
 LEVEL = 0.95
+MIN_DOCUMENTS = 6  # with fewer, too few different draws are possible for an interval to mean anything
 NATS = "nats per token"
 
 Floats = npt.NDArray[np.float64]
@@ -79,7 +80,7 @@ def falls(claim: str, losses: Sequence[Floats], documents: Ints) -> Verdict:
     outcome = Outcome.FAILS if risen or low > 0 else Outcome.HOLDS if high < 0 else Outcome.NOISE
     value = float((losses[-1] - losses[0]).mean())
     test = "last less first, and no step rises; paired bootstrap over documents"
-    return Verdict(claim, outcome, value, low, high, NATS, test)
+    return Verdict(claim, _decided(outcome, documents), value, low, high, NATS, test)
 
 
 def valley(claim: str, losses: Floats, documents: Ints, at: Sequence[float]) -> Verdict:
@@ -95,7 +96,7 @@ def valley(claim: str, losses: Floats, documents: Ints, at: Sequence[float]) -> 
     value, low, high = found[nearest]
     outcome = by_interval(low, high) if 0 < best < len(losses) - 1 else Outcome.FAILS
     test = f"lowest at {at[best]:g} less the lower of both ends; paired bootstrap over documents"
-    return Verdict(claim, outcome, value, low, high, NATS, test)
+    return Verdict(claim, _decided(outcome, documents), value, low, high, NATS, test)
 
 
 def optimum(losses: Floats, documents: Ints, at: Sequence[float]) -> tuple[float, float, float]:
@@ -112,7 +113,8 @@ def further_right(
     difference = _drawn_optima(first, documents, at) - _drawn_optima(second, documents, at)
     low, high = map(float, np.quantile(difference[1:], _edges(LEVEL)))
     test = "optimum less optimum, both found anew in each draw; paired bootstrap over documents"
-    return Verdict(claim, by_interval(-high, -low), float(difference[0]), low, high, unit, test)
+    outcome = _decided(by_interval(-high, -low), documents)
+    return Verdict(claim, outcome, float(difference[0]), low, high, unit, test)
 
 
 def exact(claim: str, found: Sequence[float], expected: Sequence[float], tolerance: float) -> Verdict:
@@ -149,7 +151,12 @@ def ratio(part: Floats, whole: Floats, documents: Ints) -> tuple[float, float, f
 def _below(claim: str, differences: Floats, documents: Ints, unit: str, what: str) -> Verdict:
     value, low, high = interval(differences, documents)
     test = f"{what}, paired bootstrap over {len(np.unique(documents))} documents"
-    return Verdict(claim, by_interval(low, high), value, low, high, unit, test)
+    return Verdict(claim, _decided(by_interval(low, high), documents), value, low, high, unit, test)
+
+
+def _decided(outcome: Outcome, documents: Ints) -> Outcome:
+    """The outcome, where there are documents enough to draw from."""
+    return outcome if len(np.unique(documents)) >= MIN_DOCUMENTS else Outcome.NOISE
 
 
 def _drawn_optima(losses: Floats, documents: Ints, at: Sequence[float]) -> Floats:

@@ -37,6 +37,15 @@ def test_a_difference_that_documents_disagree_about_is_noise() -> None:
     assert higher("x", base + difference, base, DOCUMENTS).outcome is Outcome.NOISE
 
 
+def test_a_few_documents_decide_nothing() -> None:
+    one, base = np.zeros(len(DOCUMENTS), np.int64), 3 + NOISE
+    five = DOCUMENTS % 5
+    for documents, outcome in ((one, Outcome.NOISE), (five, Outcome.NOISE), (DOCUMENTS % 6, Outcome.HOLDS)):
+        assert lower("x", base - 0.1, base, documents).outcome is outcome
+        assert falls("x", [base, base - 0.1], documents).outcome is outcome
+        assert valley("x", np.stack([base, base - 0.1, base]), documents, [0, 0.5, 1]).outcome is outcome
+
+
 def test_a_ratio_is_that_of_the_means_and_its_interval_holds_it() -> None:
     whole = 1 + 0.1 * PER_DOCUMENT
     value, low, high = ratio(0.4 * whole, whole, DOCUMENTS)
