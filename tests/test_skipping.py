@@ -36,9 +36,9 @@ def gate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 def tuned(skip_below: float) -> Tuning:
     """skip_below: of the weight, from which the expected gain rises and falls here."""
     with np.errstate(divide="ignore"):
-        logit = np.nan_to_num(np.log(skip_below) - np.log(LARGEST_LAMBDA - min(skip_below, LARGEST_LAMBDA)))
+        logit = np.log(skip_below) - np.log(LARGEST_LAMBDA - min(skip_below, LARGEST_LAMBDA))
     linear = np.ravel(GATE["linear"]).tolist()
-    parameters = {**GATE, GAIN: (3.0, -1.0, 1.5, 0.0, 0.0, 0.0, *linear[2:]), SKIP_BELOW: float(logit) - 1e-9}
+    parameters = {**GATE, GAIN: (3.0, -1.0, 1.5, 0.0, 0.0, 0.0, *linear[2:]), SKIP_BELOW: float(np.clip(logit, -1e9, 1e9)) - 1e-9}
     return replace(TUNING, rule="gate_lm", parameters=parameters)
 
 

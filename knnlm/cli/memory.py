@@ -156,27 +156,29 @@ def train(
     from knnlm.datastore.catalog import Catalog
     from knnlm.datastore.manifest import Manifest
     from knnlm.datastore.text import read_documents
-    from knnlm.evaluation.memory_training import MlpSizes, train_memory
+    from knnlm.evaluation.memory_training import MlpSizes, check_kind, train_memory
     from knnlm.evaluation.splits import select
     from knnlm.lm.distillation import DistilSettings
     from knnlm.memory.targets import Targets
 
     path = version_folder(Catalog(store), domain, version)
+    check_kind(kind)
     if not 0 < epochs < math.inf:
         raise InvalidRequest(f"epochs must be > 0, got {epochs}", param="epochs")
     for name, value in (("evaluations", evaluations), ("batch_entries", batch_entries)):
         if value < 1:
             raise InvalidRequest(f"{name} must be at least 1, got {value}", param=name)
+    settings = DistilSettings(  # refused before anything is read
+        steps=1, beta=beta, batch_entries=batch_entries, pass_tokens=pass_tokens, learning_rate=learning_rate,
+        warmup_steps=warmup_steps, weight_decay=weight_decay, evaluate_steps=1, seed=seed,
+    )  # fmt: skip
     manifest = Manifest.load(path)
     folder = out or MEMORIES / domain
     taught = targets or (MEMORIES / f"{domain}-{path.name}.targets" if beta else None)
     entries = manifest.live_entries if taught is None else Targets.open(taught).manifest.entries
     steps = math.ceil(epochs * entries / batch_entries)
-    settings = DistilSettings(
-        steps=steps, beta=beta, batch_entries=batch_entries, pass_tokens=pass_tokens, learning_rate=learning_rate,
-        warmup_steps=min(warmup_steps, steps // 4), weight_decay=weight_decay,
-        evaluate_steps=math.ceil(steps / evaluations), seed=seed,
-    )  # fmt: skip
+    warmup_steps, tried = min(warmup_steps, steps // 4), math.ceil(steps / evaluations)
+    settings = replace(settings, steps=steps, warmup_steps=warmup_steps, evaluate_steps=tried)
     chosen = list(select(read_documents(sources), parse_part(part)))
     named = {n: v for n, v in (("hidden", hidden), ("layers", layers), ("bottleneck", bottleneck)) if v is not None}
     sizes = replace(MlpSizes.fitting(manifest), **named) if named else None

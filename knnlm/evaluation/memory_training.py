@@ -72,6 +72,12 @@ class MlpSizes:
         return 2 * (layers + self.bottleneck * self.hidden + vocab_size * (self.bottleneck + 1)) + 8 * key_dim
 
 
+def check_kind(kind: str) -> None:
+    """Raises InvalidRequest for a kind of memory that there is not."""
+    if kind not in KINDS:
+        raise InvalidRequest(f"kind must be one of {', '.join(KINDS)}, got {kind!r}", param="kind")
+
+
 def train_memory(
     store: str | Path,
     domain: str,
@@ -183,8 +189,7 @@ def _check(
     out: Path,
 ) -> Targets | None:
     """The targets to train on. Everything that can be refused before a model is loaded is refused here."""
-    if kind not in KINDS:
-        raise InvalidRequest(f"kind must be one of {', '.join(KINDS)}, got {kind!r}", param="kind")
+    check_kind(kind)
     if out.exists():
         raise Conflict(f"{out} exists already: remove it, or name another folder", param="out")
     if kind == "mlp" and start is not None:
