@@ -37,8 +37,8 @@ def tuned(skip_below: float) -> Tuning:
     """skip_below: of the weight, from which the expected gain rises and falls here."""
     with np.errstate(divide="ignore"):
         logit = np.log(skip_below) - np.log(LARGEST_LAMBDA - min(skip_below, LARGEST_LAMBDA))
-    linear = np.ravel(GATE["linear"]).tolist()
-    parameters = {**GATE, GAIN: (3.0, -1.0, 1.5, 0.0, 0.0, 0.0, *linear[2:]), SKIP_BELOW: float(np.clip(logit, -1e9, 1e9)) - 1e-9}
+    linear, below = np.ravel(GATE["linear"]).tolist(), float(np.clip(logit, -1e9, 1e9)) - 1e-9
+    parameters = {**GATE, GAIN: (3.0, -1.0, 1.5, 0.0, 0.0, 0.0, *linear[2:]), SKIP_BELOW: below}
     return replace(TUNING, rule="gate_lm", parameters=parameters)
 
 
