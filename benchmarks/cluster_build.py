@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def write(prepared: Prepared, folder: Path, entries: int) -> Path:
-    """Documents for at least so many entries, in FILES files."""
+    """Write documents with at least `entries` entries to FILES files in the folder, and return it."""
     folder.mkdir()
     lm = LanguageModel.load(str(prepared.model), device="cpu")
     texts = list(documents(prepared.path, lm.tokenizer, entries))
@@ -73,7 +73,7 @@ def write(prepared: Prepared, folder: Path, entries: int) -> Path:
 
 
 def apart(model: Path, text: Path, workers: int) -> tuple[float, int]:
-    """(tokens/s, bytes) of a process of its own that builds; on a cluster with so many workers, or alone with 0."""
+    """Tokens/s and peak bytes of a new process that builds, on a cluster with `workers` workers, or alone with 0."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_build, args=(model, text, workers, sender))

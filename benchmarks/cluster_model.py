@@ -85,7 +85,7 @@ def drawn(model: Model, measured: dict[str, Any], out: Path) -> None:  # Any: JS
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    scanned = model.scan / min(PROBED, measured["entries"])  # of one visited entry
+    scanned = model.scan / min(PROBED, measured["entries"])  # seconds for each visited entry
     with rc_context({"svg.hashsalt": "knnlm", "svg.fonttype": "none"}):
         drawing = Figure(figsize=(7, 4), layout="constrained")
         axes = drawing.add_subplot()
@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measured", type=Path, default=MODEL)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "scale.svg")
-    options, _ = parser.parse_known_args()  # of `python -m benchmarks`: --size and others
+    options, _ = parser.parse_known_args()  # others, as --size, are given by `python -m benchmarks`
     if not options.measured.is_file():
         print(f"no {options.measured}: `python -m benchmarks.cluster_serving` writes it; nothing is drawn")
         return

@@ -32,7 +32,7 @@ from knnlm.options import SearchOptions
 from tests.sharding import sharded
 
 BATCH, K = 64, 1024
-# of Ray: a cluster on loopback, one thread for each replica, nothing sent anywhere
+# what Ray reads: a cluster on loopback, one thread for each replica, nothing sent anywhere
 ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -112,8 +112,8 @@ def _called(runner: asyncio.Runner, client: GrpcDatastore) -> Callable[[SearchRe
 
 
 def _work(prepared: Prepared, shards: int, program: Callable[[], object], calls: int) -> dict[str, float]:
-    """Of the replicas of one version: seconds of the processor for a batch, all together, and bytes of one replica,
-    those that are its own and those that it shares (libraries, and its mapped files)."""
+    """Processor seconds that all replicas of one version take for a batch, and the bytes of one replica: its own, and
+    those that it shares (libraries, and its mapped files)."""
     pids = _pids(f"ServeReplica:{prepared.domain}@s{shards}:")
     before = sum(map(_cpu_seconds, pids))
     for _ in range(calls):

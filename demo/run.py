@@ -114,7 +114,7 @@ def _build() -> None:
 
 
 def _train_memory() -> None:
-    """Of the current version of its domain, unless it is there."""
+    """Train the memory of its domain's current version, unless it is there."""
     folder, domain = services.MEMORY, services.MEMORY.name
     if folder.is_dir() and MemoryManifest.open(folder).store.stale(Catalog(services.STORE)) is None:
         CONSOLE.print(f"  memory {domain} is there")

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(err.message) from err
     try:
         page.write(records, options.out)
-    except NotARecord as err:  # of another experiment: those that ran have theirs
+    except NotARecord as err:  # another experiment's record is damaged; those that ran have theirs
         raise SystemExit(str(err)) from err
     print(f"{options.out / 'paper.md'}: what came out, of {texts.source}")
     return 0

@@ -33,5 +33,5 @@ def line(name: str, x: Sequence[float], losses: Sequence[Floats], documents: Int
 
 
 def perplexity(loss: Floats) -> float:
-    """Of losses in nats."""
+    """The perplexity of losses in nats."""
     return float(np.exp(loss.mean()))

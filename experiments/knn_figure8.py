@@ -30,7 +30,7 @@ def memorising(corpus: str, scale: Scale) -> Learner:
 
 
 def needs(texts: Texts, scale: Scale) -> list[Need]:
-    """That model, and the base beside a datastore of the same part."""
+    """The memorising model, and the base beside a datastore of the same part."""
     name = texts.main.name
     return [memorising(name, scale), Sight(BASE, name, share=scale.memorised_share)]
 

@@ -84,7 +84,7 @@ class Seen:
         return target_log_probs(Neighbors(near.distances[:, :k], near.values[:, :k]), self.targets, temperature)
 
     def observations(self, k: int | None = None) -> Observations:
-        """For knnlm.evaluation.tuning."""
+        """What knnlm.evaluation.tuning fits to."""
         near = Neighbors(self.neighbors.distances[:, :k], self.neighbors.values[:, :k])
         return Observations(
             self.held.lm_log_probs, self.targets, near, self.held.documents, self.held.statistics, self.documents

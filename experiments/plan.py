@@ -46,7 +46,7 @@ def steps(experiments: Sequence[tuple[str, Experiment]], texts: Texts, scale: Sc
 
 
 def table(planned: Iterable[Step], scale: Scale) -> str:
-    """For people: a line per step, and the sums."""
+    """A line for each step and one of the sums, to be read by people."""
     lines, seconds, disk, memory = [], 0.0, 0.0, 0.0
     for number, step in enumerate(planned, start=1):
         lines.append(f"{number:3}  {step.what:<66} {_duration(step.seconds):>9} {step.disk / 1e9:>8.2f} GB disk")

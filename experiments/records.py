@@ -120,7 +120,7 @@ def _record(raw: dict[str, Any]) -> Record:  # Any: JSON
 
 
 def load_all(folder: Path, names: Sequence[str]) -> list[Record]:
-    """Those of `names` that are there, in this order."""
+    """The records of `names` that are there, in this order."""
     return [load(folder / f"{name}.json") for name in names if (folder / f"{name}.json").is_file()]
 
 

@@ -125,7 +125,7 @@ def exact(claim: str, found: Sequence[float], expected: Sequence[float], toleran
 
 
 def by_interval(low: float, high: float) -> Outcome:
-    """Of the claim that a number whose interval this is lies below zero."""
+    """The outcome of the claim that a number with this interval lies below zero."""
     return Outcome.HOLDS if high < 0 else Outcome.FAILS if low > 0 else Outcome.NOISE
 
 

@@ -70,7 +70,7 @@ class LmStatistics:
     keys: npt.NDArray[np.floating] | None = None
 
     def at(self, rows: slice | npt.NDArray[Any]) -> "LmStatistics":  # Any: numbers of rows, or whether each counts
-        """Those of some of the positions."""
+        """The statistics at some of the positions."""
         keys = None if self.keys is None else self.keys[rows]
         return LmStatistics(self.entropy[rows], self.largest_log_prob[rows], keys)
 

@@ -332,7 +332,7 @@ class Mixer:
     async def before(
         self, contexts: Sequence[Ids], wanted: Sequence[int], timings: Timings, *, cache: bool = False
     ) -> list[Keys | None]:
-        """For each context the keys of the places before its next token, (b, d) of at most as many as are wanted; None
+        """The keys (b, d) of the places before each context's next token, of at most as many as are wanted; None
         where none are. Equal contexts are asked about once. cache: as in ForwardRequest. Raises as `forward`."""
         found: list[Keys | None] = [None] * len(contexts)
         distinct: dict[tuple[bytes, int], list[int]] = {}

@@ -73,7 +73,7 @@ class Observed:
 
 
 def part_of(parameters: Parameters, prefix: str) -> Parameters:
-    """Those whose names begin with the prefix, without it."""
+    """The parameters whose names begin with the prefix, which is taken off."""
     return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
 
 

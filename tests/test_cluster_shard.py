@@ -42,3 +42,17 @@ async def test_what_nobody_waits_for_is_not_begun(tmp_path: Path, monkeypatch: p
     assert header == {"unknown": []}
     unpack(await replica.search(packed))
     assert len(searched) == 2
+
+
+async def test_memory_that_ends_is_no_fault_of_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = ShardReplica(str(toy_datastore(tmp_path)), 0, {})
+
+    def ends(request: bytes) -> bytes:
+        raise MemoryError("8 GiB")
+
+    monkeypatch.setattr(replica, "_search", ends)
+    header, body = unpack(await replica.search(b""))
+    assert header == {
+        "error": {"code": "unavailable", "message": "memory ended while the shard worked: 8 GiB", "param": None}
+    }
+    assert body == b""

@@ -45,9 +45,10 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="gRPC port of the gateway; 0: a free one.")] = 9002,
 ) -> int:
     """Serve the domains of a store from the cluster: a datastore service that has every shard searched by a node."""
+    most = _most(replicas, max_replicas)
     given = {
         "STORE": str(store.absolute()), "CLUSTER": address, "HOST": host, "PORT": port, "GRPC_PORT": grpc_port,
-        "SHARD_MIN_REPLICAS": replicas, "SHARD_MAX_REPLICAS": max(replicas, max_replicas or replicas),
+        "SHARD_MIN_REPLICAS": replicas, "SHARD_MAX_REPLICAS": most,
     }  # fmt: skip
     with ServiceGroup(home(), variables_of("DATASTORE", given)) as group:
         group.start("datastore")
@@ -98,11 +99,9 @@ def scale(
     as_json: JsonOption = False,
 ) -> None:
     """Change how many replicas the shards of a domain have, while they answer."""
+    most = _most(replicas, max_replicas)
     from knnlm.cluster.applications import Applications
 
-    most = replicas if max_replicas is None else max_replicas
-    if most < replicas:
-        raise InvalidRequest(f"--max-replicas must be at least {replicas}, got {most}", param="max_replicas")
     applications = Applications(address)
     applications.connect()
     there = applications.registry.names()
@@ -120,3 +119,10 @@ def scale(
         return
     for name in names:
         print(f"{name}: {replicas} to {most} replicas of each shard")
+
+
+def _most(replicas: int, max_replicas: int | None) -> int:
+    """The largest number of replicas. Raises InvalidRequest for one below the least."""
+    if max_replicas is not None and max_replicas < replicas:
+        raise InvalidRequest(f"--max-replicas must be at least {replicas}, got {max_replicas}", param="max_replicas")
+    return replicas if max_replicas is None else max_replicas

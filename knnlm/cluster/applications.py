@@ -187,6 +187,7 @@ class Applications:
 
     def _watch(self) -> None:
         renewed = swept = time.monotonic()
+        told = False  # one outage is one warning
         while not self._ended.wait(LOOK_SECONDS):
             try:
                 found = self._look()
@@ -202,8 +203,11 @@ class Applications:
                 for name in held.keys() - found.keys():  # Serve was shut down, or lost what it knew
                     LOG.warning("application %s is gone: deployed again", name)
                     self._deploy(name, held[name])
-            except Exception:
-                LOG.warning("the Ray cluster does not tell its state", exc_info=True)
+                told = False
+            except Exception:  # the thread's edge: Ray says in many ways that it is away
+                if not told:
+                    LOG.warning("the Ray cluster does not tell its state", exc_info=True)
+                told = True
 
     def _look(self) -> Mapping[str, Mapping[str, int]]:
         self._replicas = {

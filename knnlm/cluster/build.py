@@ -297,7 +297,7 @@ class _Run:
 
 
 def _parts_of(shards: Sequence[ShardPlan], parts: Iterator[PartPlan]) -> Iterator[list[PartPlan]]:
-    """For every shard the parts that have some of its entries."""
+    """The parts that have some entries of each shard."""
     mine: list[PartPlan] = []
     for shard in shards:
         lo, hi = shard.entries

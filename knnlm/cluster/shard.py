@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from knnlm.datastore.manifest import Manifest
-from knnlm.errors import KnnlmError
+from knnlm.errors import KnnlmError, Unavailable
 from knnlm.index.searcher import Searcher
 from knnlm.index.sharded_searcher import Shard
 from knnlm.messages import PassagesRequest, PassagesResult, SearchRequest
@@ -74,8 +74,10 @@ class ShardReplica:
         try:
             with self._working:
                 return b"" if left.is_set() else work(request)
+        except MemoryError as err:
+            return _refused(Unavailable(f"memory ended while the shard worked: {err}"))
         except KnnlmError as err:
-            return pack({"error": {"code": err.code, "message": err.message, "param": err.param}})
+            return _refused(err)
 
     def _search(self, request: bytes) -> bytes:
         asked = from_proto(SearchRequest, datastore_pb2.SearchRequest.FromString(request))
@@ -87,3 +89,7 @@ class ShardReplica:
         asked = from_proto(PassagesRequest, datastore_pb2.GetPassagesRequest.FromString(request))
         found = PassagesResult(asked.domain, asked.version, self._shard.passages(asked))
         return pack({}, to_proto(found, datastore_pb2.GetPassagesResponse).SerializeToString())
+
+
+def _refused(err: KnnlmError) -> bytes:
+    return pack({"error": {"code": err.code, "message": err.message, "param": err.param}})

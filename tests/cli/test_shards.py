@@ -102,3 +102,9 @@ def test_what_to_install_is_said_where_ray_is_missing(
     monkeypatch.setitem(sys.modules, "ray", missing)
     answer = knnlm("cluster", "build", "new", corpus)
     assert (answer.code, "pip install 'knnlm[cluster]'" in answer.err) == (1, True)
+
+
+@pytest.mark.parametrize("command", [("serve", "--replicas", 3), ("scale", "toy", 3)])
+def test_fewer_replicas_at_most_than_at_least_are_refused(knnlm: Knnlm, store: Path, command: tuple[str, ...]) -> None:
+    answer = knnlm("cluster", *command, "--max-replicas", 1)
+    assert (answer.code, "--max-replicas must be at least 3, got 1" in answer.err) == (2, True)
