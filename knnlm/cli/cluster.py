@@ -91,15 +91,13 @@ def build(
         ModelSource(model, device, dtype, key_function), version, parse_part(part), context_length, min_context, bos,
         key_dtype, batch_tokens, index=FLAT if index == NO_INDEX else index, shards=shards, shard_bytes=shard_bytes,
     )  # fmt: skip
-    catalog = Catalog(store)
     try:
         with showing() as on_progress:
             path, reasons = run(
-                sources, catalog, domain, wanted, Workers(address, workers, worker_cpus), on_progress=on_progress
-            )
+                sources, Catalog(store), domain, wanted, Workers(address, workers, worker_cpus), activate=activate,
+                on_progress=on_progress,
+            )  # fmt: skip
     except (KnnlmError, KeyboardInterrupt):
         remark("stopped: the same command continues where it was")
         raise
-    if activate:
-        catalog.activate(domain, path.name)
     print_built(path, reasons, active=activate, as_json=as_json)

@@ -1,71 +1,42 @@
 """`knnlm cluster build`: a version of shards, made by the workers of a Ray cluster.
 
-Phases: files to tokens, tokens to keys, keys to shards, one training, an index for each shard, verification. Workers
-read and write the build's folder, which every node sees; what goes through Ray is where things are. Each piece of work
-is done or not done on disk, so whoever dies, the same command goes on and loses the pieces that were being made. This
-process holds the lock, plans, and publishes by one rename.
+Workers read and write the build's folder, which every node sees; what goes through Ray is where things are. Each piece
+of work is done or not done on disk, so whoever dies, the same command goes on and loses the pieces being made.
+This process holds the lock, plans, publishes by one rename, and activates.
 """
 
 import hashlib
+import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from knnlm.cluster.parts import Done, Job, PartPlan, Place, make_shard, placed_rows, plan
-from knnlm.cluster.pool import LOCAL, START_SECONDS, Pool, connected, resources, run_tasks, stored
-from knnlm.cluster.sources import source_files, units
-from knnlm.cluster.worker import Described, KeyMaker, ModelSource, add, checked, describe, tokenize, train
-from knnlm.datastore.build import check_sizes, identity_of
+from pydantic import ValidationError
+
+from knnlm.cluster.parts import Job, Place, placed_rows
+from knnlm.cluster.phases import Phases
+from knnlm.cluster.plan import Plan, Workers, check
+from knnlm.cluster.pool import connected
+from knnlm.cluster.sources import SourceFile, source_files
+from knnlm.cluster.worker import Described
+from knnlm.datastore.build import identity_of
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.corpus import Sources
 from knnlm.datastore.files import discard, disk_errors, write_atomic
 from knnlm.datastore.layout import TOKENIZER, TOKENS, FileRecord, Record, shard_name
-from knnlm.datastore.manifest import FLAT, IndexRecord, Manifest
-from knnlm.datastore.progress import Clock, Progress, Report, silent
+from knnlm.datastore.manifest import IndexRecord, Manifest
+from knnlm.datastore.progress import Progress, Report, silent
 from knnlm.datastore.shards import MAX_SHARDS, ShardPlan, plan_shards, sharded_manifest
-from knnlm.datastore.workspace import Workspace, workspace
-from knnlm.errors import Conflict, DatastoreCorrupt, InvalidRequest
-from knnlm.evaluation.splits import Part
+from knnlm.datastore.workspace import Identity, Workspace, workspace
+from knnlm.errors import Conflict, DatastoreCorrupt, InvalidRequest, UnknownDomain, UnknownVersion
+
+__all__ = ["Plan", "Workers", "build"]
 
 SHARD_BYTES = 64 << 30  # keys and values of one shard, where neither their number nor their size was asked for
-PART_ENTRIES = 16_384
-MAX_TRAINING_CPUS = 16
 VALUE_BYTES = 8  # an entry's value and token
-
-
-@dataclass(frozen=True)
-class Workers:
-    """address: of the cluster, "local" for one in this process. count: how many hold the model, None = one for each
-    GPU, where there is none for each `cpus` processors. processors: that a cluster in this process says it has, None =
-    as many as there are."""
-
-    address: str = LOCAL
-    count: int | None = None
-    cpus: int = 2
-    processors: int | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be built, as `knnlm.datastore.build.build` takes it; index: auto, a recipe, or flat. shards or
-    shard_bytes: how many, or how large at most, by their keys and values."""
-
-    model: ModelSource
-    version: str | None = None
-    part: Part = Part.ALL
-    context_length: int | None = None
-    min_context: int | None = None
-    bos: str = "document"
-    key_dtype: str = "float16"
-    batch_tokens: int = 8192
-    part_entries: int = PART_ENTRIES
-    index: str = "auto"
-    seed: int = 0
-    shards: int | None = None
-    shard_bytes: int | None = None
+PUBLISHED = ".published.json"  # in a version, until the command that made it has ended
 
 
 def build(
@@ -75,16 +46,18 @@ def build(
     wanted: Plan,
     workers: Workers,
     *,
+    activate: bool = False,
     on_progress: Report | None = None,
 ) -> tuple[Path, list[str]]:
-    """Publish the documents of `sources` as a version of `domain` and return its folder, and why it has this index; it
-    is not activated.
+    """Publish the documents of `sources` as a version of `domain` and return its folder, and why it has this index.
+    activate: make it current.
 
     Entries, their order and their keys are those of knnlm.datastore.build.build with the same model, on the same
     hardware. Raises as that does, as reading documents and building indexes do; Unavailable when there is no cluster or
-    no worker can be started. After every error and every kill, the same call goes on.
+    no worker can be started. After every error and every kill, the same call goes on; one that was published and
+    perhaps not activated yet is not built again.
     """
-    _check(wanted, workers)
+    check(wanted, workers)
     report = on_progress or silent
     target = catalog.folder(domain, catalog.next_version(domain) if wanted.version is None else wanted.version)
     catalog = Catalog(catalog.store.absolute())
@@ -94,217 +67,83 @@ def build(
         catalog.store.mkdir(parents=True, exist_ok=True)
     report(Progress("start", 0, 0, 0, 0.0))
     with connected(workers.address, workers.processors):
-        run = _Run(wanted, workers, report)
+        run = Phases(wanted, workers, report)
         model = run.described(catalog.store)
         identity = identity_of(model.info, wanted.context_length, wanted.min_context, wanted.bos, wanted.key_dtype)
-        with workspace(target, identity) as space:
-            if (space.folder / TOKENS).exists():
-                raise Conflict(f"{space.folder} was begun by `knnlm build`: continue with that, or remove the folder")
-            sources_of = run.tokenized(space, model, files)
-            job = Job(space.folder, identity, tuple(s.tokens for s in sources_of), wanted.batch_tokens)
-            total = _total(sources_of)
-            if not total.entries:
-                space.abandon()
-                raise InvalidRequest("no document with a token to predict: expected at least one", param="documents")
-            number = _shards(wanted, total.entries, identity.key_dim, 2 if identity.key_dtype == "float16" else 4)
-            shards, places = _planned(job, number, total.entries)
-            _refuse_other_shards(space, number)
-            space.check_sources(total.sha256)
-            if space.state.sources is None:
-                space.complete_sources(total)
-            run.encoded(job, total.entries)
-            run.sharded(job, shards, places, model.tokenizer, {"domain": domain, "version": target.name}, total.entries)
-            folders = [space.folder / shard_name(n) for n in range(number)]
-            write_atomic(space.folder / TOKENIZER, model.tokenizer.encode())
-            index, reasons = run.indexed(space.folder, folders, total.entries, identity.key_dim)
-            run.verified(folders, total.entries)
-            report(Progress("publish", total.entries, total.entries, 0, 0.0))
-            _publish(space, folders, index, target)
+        asked = _asked(wanted, identity, files)
+        published = _published(catalog, domain, wanted.version, asked)
+        if published is None:
+            reasons = _made(run, target, model, identity, files, asked)
+        else:
+            target, reasons = published
+    if activate:
+        catalog.activate(domain, target.name)
+    with disk_errors(target):
+        discard(target / ".build")
+        (target / PUBLISHED).unlink(missing_ok=True)
     return target, reasons
 
 
-def _check(wanted: Plan, workers: Workers) -> None:
-    check_sizes(batch_tokens=wanted.batch_tokens, part_entries=wanted.part_entries, worker_cpus=workers.cpus)
-    for name, value in (
-        ("shards", wanted.shards), ("shard_bytes", wanted.shard_bytes), ("workers", workers.count)
-    ):  # fmt: skip
-        if value is not None:
-            check_sizes(**{name: value})
-    if wanted.shards is not None and wanted.shard_bytes is not None:
-        raise InvalidRequest("expected either shards or shard_bytes, not both", param="shards")
-    if wanted.index not in ("auto", FLAT):
-        from knnlm.index.table import family
+def _made(
+    run: Phases, target: Path, model: Described, identity: Identity, files: Sequence[SourceFile], asked: str
+) -> list[str]:
+    """All phases: publish the version `target` and return why it has this index."""
+    with workspace(target, identity) as space:
+        if (space.folder / TOKENS).exists():
+            raise Conflict(f"{space.folder} was begun by `knnlm build`: continue with that, or remove the folder")
+        sources_of = run.tokenized(space, model, files)
+        job = Job(space.folder, identity, tuple(s.tokens for s in sources_of), run.wanted.batch_tokens)
+        total = _total(sources_of)
+        if not total.entries:
+            space.abandon()
+            raise InvalidRequest("no document with a token to predict: expected at least one", param="documents")
+        number = _shards(run.wanted, total.entries, identity.key_dim, 2 if identity.key_dtype == "float16" else 4)
+        shards, places = _planned(job, number, total.entries)
+        _refuse_other_shards(space, number)
+        space.check_sources(total.sha256)
+        if space.state.sources is None:
+            space.complete_sources(total)
+        run.encoded(job, total.entries)
+        names = {"domain": target.parent.name, "version": target.name}
+        run.sharded(job, shards, places, model.tokenizer, names, total.entries)
+        folders = [space.folder / shard_name(n) for n in range(number)]
+        write_atomic(space.folder / TOKENIZER, model.tokenizer.encode())
+        index, reasons = run.indexed(space.folder, folders, total.entries, identity.key_dim)
+        run.verified(folders, total.entries)
+        run.report(Progress("publish", total.entries, total.entries, 0, 0.0))
+        made = Published(asked=asked, reasons=tuple(reasons))
+        write_atomic(space.folder / PUBLISHED, made.model_dump_json().encode())
+        _publish(space, folders, index, target)
+    return reasons
 
-        family(wanted.index)
+
+class Published(Record):
+    """.published.json in a version whose command has not ended. asked: what it was given; reasons: for its index."""
+
+    asked: str
+    reasons: tuple[str, ...]
 
 
-class Trained(Record):
-    """trained.json: what was learned, and of what."""
+def _asked(wanted: Plan, identity: Identity, files: Sequence[SourceFile]) -> str:
+    """A digest of what makes a version: the model, the files, and all that was asked for but its name."""
+    plan = {name: value for name, value in asdict(wanted).items() if name not in ("model", "version")}
+    given = [identity.model_dump(mode="json"), [asdict(file) for file in files], plan]
+    return hashlib.sha256(json.dumps(given).encode()).hexdigest()
 
-    identity: str
-    index: IndexRecord
 
-
-class _Run:
-    """The phases of one build, each on the whole cluster."""
-
-    def __init__(self, wanted: Plan, workers: Workers, report: Report) -> None:
-        self._wanted = wanted
-        self._workers = workers
-        self._report = report
-        processors, gpus, self._node_cpus = resources()
-        self._gpus = gpus if wanted.model.device != "cpu" else 0
-        if not self._gpus and workers.cpus > self._node_cpus:
-            raise InvalidRequest(
-                f"worker_cpus must be at most {self._node_cpus}, as the largest node has, got {workers.cpus}",
-                param="worker_cpus",
-            )
-        self._size = workers.count or self._gpus or max(1, processors // workers.cpus)
-
-    def described(self, store: Path) -> Described:
-        """The model, as one worker sees it."""
-        found: list[Described] = []
-        work = [(self._wanted.model, store)]
-        run_tasks(describe, work, lambda _, made: found.append(made), **self._needs(), within=START_SECONDS)
-        return found[0]
-
-    def tokenized(self, space: Workspace, model: Described, files: Sequence[Any]) -> list[Sources]:
-        """The counts of every unit, in order."""
-        cut = list(units(files))
-        found: dict[int, Sources] = {}
-        clock, tokens, entries = Clock(), 0, 0
-
-        def done(number: int, made: Sources) -> None:
-            nonlocal tokens, entries
-            found[number] = made
-            tokens, entries = tokens + made.tokens, entries + made.entries
-            self._report(Progress("tokenize", entries, 0, tokens, clock.seconds, detail=f"{len(found)} of {len(cut)}"))
-
-        parse_special = space.state.identity.windows.parse_special
-        once = stored(model)
-        work = ((space.folder, n, unit, self._wanted.part, once, parse_special) for n, unit in enumerate(cut))
-        run_tasks(tokenize, work, done)
-        extra = space.folder / ".build" / "units" / f"{len(cut):05d}"
-        if extra.exists():
-            raise Conflict(f"{space.folder} was begun with more documents: continue it with them, or remove the folder")
-        return [found[number] for number in range(len(cut))]
-
-    def encoded(self, job: Job, entries: int) -> None:
-        tokens: Counter[str] = Counter()
-        clock, done_entries, resumed = Clock(), 0, 0
-
-        def done(planned: PartPlan, made: Done) -> None:
-            nonlocal done_entries, resumed
-            del planned
-            done_entries += made.entries
-            resumed += made.entries if made.resumed else 0
-            tokens[made.node] += made.tokens
-            rates = [f"{node} {count / max(clock.seconds, 1e-9):,.0f}/s" for node, count in sorted(tokens.items())]
-            fed = sum(tokens.values())
-            self._report(
-                Progress("encode", done_entries, entries, fed, clock.seconds, resumed, detail=", ".join(rates))
-            )
-
-        pool: Pool[Done] = Pool(lambda: self._actor(KeyMaker, self._wanted.model, job), self._size)
+def _published(catalog: Catalog, domain: str, version: str | None, asked: str) -> tuple[Path, list[str]] | None:
+    """The version, by default the domain's last one, when a command that was given the same made it and did not end."""
+    with suppress(UnknownDomain, UnknownVersion):
+        path = catalog.path(domain, catalog.versions(domain)[-1] if version is None else version)
+        file = path / PUBLISHED
         try:
-            pool.run(plan(job, self._wanted.part_entries), done)
-        finally:
-            pool.close()
-
-    def sharded(
-        self, job: Job, shards: Sequence[ShardPlan], places: Sequence[Place], tokenizer: str, names: dict[str, str],
-        entries: int,
-    ) -> None:  # fmt: skip
-        clock, done_entries, resumed = Clock(), 0, 0
-
-        def done(number: int, made: Done) -> None:
-            nonlocal done_entries, resumed
-            del number
-            done_entries += made.entries
-            resumed += made.entries if made.resumed else 0
-            self._report(Progress("shards", done_entries, entries, 0, clock.seconds, resumed))
-
-        parts = _parts_of(shards, plan(job, self._wanted.part_entries))
-        work = (
-            (job, shard, place, mine, tokenizer, names)
-            for shard, place, mine in zip(shards, places, parts, strict=True)
-        )
-        run_tasks(make_shard, work, done)
-
-    def indexed(self, folder: Path, folders: Sequence[Path], entries: int, dim: int) -> tuple[IndexRecord, list[str]]:
-        """The index of all shards, and why this one."""
-        from knnlm.index.build import suiting
-        from knnlm.index.sharded_build import Added, joined, settle, share_parameters
-
-        choice = suiting(entries, dim, self._wanted.index, str(folder))
-        index = self._trained(folder, folders, choice.recipe)
-        clock, done_entries, parts = Clock(), 0, {}
-
-        def done(number: int, made: Any) -> None:
-            nonlocal done_entries
-            parts[number] = Added(*made)
-            done_entries += Manifest.load(folders[number]).entries
-            self._report(Progress("index", done_entries, entries, 0, clock.seconds, detail=choice.recipe))
-
-        if index.file is not None:
-            path = folder / index.file
-            run_tasks(add, ((shard, path, index) for shard in folders), done)
-            index = joined([parts[number] for number in range(len(folders))], index)
-            share_parameters(folders, index)
-        settle(folders, index.recipe, [index.recipe])
-        return index, list(choice.reasons)
-
-    def _trained(self, folder: Path, folders: Sequence[Path], recipe: str) -> IndexRecord:
-        """What all shards' indexes begin with; what an earlier run learned of the same keys is taken."""
-        file, identity = folder / ".build" / "trained.json", f"{recipe} {self._wanted.seed} {len(folders)}"
-        if file.exists():
-            found = Trained.model_validate_json(file.read_bytes())
-            name = found.index.file
-            if found.identity == identity and (name is None or (folder / name).exists()):
-                return found.index
-        self._report(Progress("train", 0, 0, 0, 0.0, detail=recipe))
-        trained: list[IndexRecord] = []
-        cpus = max(1, min(self._node_cpus, MAX_TRAINING_CPUS))
-        work = [(list(folders), recipe, self._wanted.seed, folder)]
-        run_tasks(train, work, lambda _, made: trained.append(made), cpus=cpus)
-        write_atomic(file, Trained(identity=identity, index=trained[0]).model_dump_json().encode())
-        return trained[0]
-
-    def verified(self, folders: Sequence[Path], entries: int) -> None:
-        clock, done_entries = Clock(), 0
-        problems: list[str] = []
-
-        def done(number: int, found: list[str]) -> None:
-            nonlocal done_entries
-            done_entries += Manifest.load(folders[number]).entries
-            problems.extend(found)
-            if found:
-                discard(folders[number])
-            self._report(Progress("verify", done_entries, entries, 0, clock.seconds))
-
-        run_tasks(checked, ((shard,) for shard in folders), done)
-        if problems:
-            raise DatastoreCorrupt(f"{problems[0]}: the same command makes that shard again")
-
-    def _actor(self, kind: type, *arguments: Any) -> Any:
-        import ray
-
-        needs = {f"num_{name}": number for name, number in self._needs().items()}
-        return ray.remote(max_restarts=0, scheduling_strategy="SPREAD", **needs)(kind).remote(*arguments)
-
-    def _needs(self) -> dict[str, int]:
-        return {"gpus": 1, "cpus": 1} if self._gpus else {"cpus": self._workers.cpus}
-
-
-def _parts_of(shards: Sequence[ShardPlan], parts: Iterator[PartPlan]) -> Iterator[list[PartPlan]]:
-    """The parts that have some entries of each shard."""
-    mine: list[PartPlan] = []
-    for shard in shards:
-        lo, hi = shard.entries
-        mine = [part for part in mine if part.hi > lo]
-        while not mine or mine[-1].hi < hi:
-            mine.append(next(parts))
-        yield list(mine)
+            found = Published.model_validate_json(file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as err:
+            raise DatastoreCorrupt(f"{file} is damaged; remove it to build another version: {err}") from err
+        return (path, list(found.reasons)) if found.asked == asked else None
+    return None
 
 
 def _planned(job: Job, shards: int, entries: int) -> tuple[list[ShardPlan], list[Place]]:

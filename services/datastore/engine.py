@@ -174,7 +174,7 @@ class Engine:
         while True:
             await asyncio.sleep(self._settings.watch_interval_s)
             try:
-                await self._pool.follow()
+                await self._pool.look()
             except Exception:  # noqa: BLE001  the edge of a task that must outlive a bad moment of the file system
                 event(LOG, "watching_failed", logging.ERROR)
 

@@ -4,6 +4,10 @@ A domain's CURRENT file says which version is wanted. The new version is opened 
 reference is rebound: searches in flight finish on the old one, and callers that pin it are answered for a while longer.
 A version that cannot be opened, or for which there is no memory, changes nothing but the domain's state. Blocking work
 runs in threads, all else in the event loop.
+
+Opening may take half an hour and holds up no other switch, of the same domain or of another. None undoes one that was
+asked for later: an activation that is overtaken is refused, and of what the store asked for, only what CURRENT names
+when it is open answers.
 """
 
 import asyncio
@@ -11,12 +15,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
+from itertools import count as counting
 from pathlib import Path
 
 from prometheus_client import Counter, Gauge, Histogram
 
 from knnlm.datastore.catalog import Catalog
-from knnlm.errors import DatastoreError, KnnlmError, NotFound, Unavailable, UnknownDomain, UnknownVersion
+from knnlm.errors import Conflict, DatastoreError, KnnlmError, NotFound, Unavailable, UnknownDomain, UnknownVersion
 from knnlm.messages import DomainInfo, Memory
 from services.datastore.loaded import Loaded, Opener, Stamp, stamp_of
 from services.datastore.settings import DatastoreSettings
@@ -25,6 +30,7 @@ from services.runtime.observability import Metrics, event
 LOG = logging.getLogger(__name__)
 LOAD_SECONDS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 RETRY_AFTER_S = 30.0  # a version that could not be opened is tried again
+MAX_OPENINGS = 3  # versions that are opened at once, each in a thread; one where their memory is limited together
 
 
 class Pool:
@@ -38,8 +44,13 @@ class Pool:
         self._retired: list[tuple[str, Loaded]] = []
         self._places: dict[str, list[tuple[str, str]]] = {}  # by domain, labels of its memory
         self._failed: dict[str, tuple[Stamp | None, float, KnnlmError]] = {}
-        self._loading: dict[str, str] = {}
-        self._switching = asyncio.Lock()  # one change at a time: two would race for the same memory
+        self._turns = counting(1)  # the order in which switches were asked for
+        self._switched: dict[str, int] = {}  # by domain, the turn of the one that was done last
+        self._switching = asyncio.Lock()  # held to write CURRENT and rebind, never while a version is opened
+        self._opening: dict[tuple[str, Stamp], asyncio.Task[Loaded]] = {}
+        self._following: dict[tuple[str, Stamp], asyncio.Task[None]] = {}  # switches that the store asked for
+        shared = settings.max_memory_bytes is not None and not settings.cluster
+        self._openings = asyncio.Semaphore(1 if shared else MAX_OPENINGS)
         self._loads = Counter(
             "knnlm_domain_loads_total", "Versions opened, by domain and result.", ["domain", "result"],
             registry=metrics.registry,
@@ -120,39 +131,55 @@ class Pool:
             except KnnlmError:  # removed a moment ago, and still served
                 versions = [loaded.version]
             state = "ready"
-            if domain in self._loading:
-                state = f"loading {self._loading[domain]}"
+            loading = [stamp[0] for name, stamp in self._opening if name == domain]
+            if loading:
+                state = f"loading {loading[-1]}"
             elif domain in self._failed:
                 state = f"stale: {self._reason(domain)}"
             return loaded.searcher.info(versions, state)
 
     async def activate(self, domain: str, version: str, instead_of: str | None = None) -> DomainInfo:
         """Open the version, make it current on disk, answer from it. Raises NotFound or DatastoreError; Conflict when
-        another version than `instead_of` has become current. Then nothing has changed."""
+        another version than `instead_of` has become current, or the domain was switched by who asked later. Then
+        nothing has changed."""
         if self._settings.domains and domain not in self._settings.domains:
             raise UnknownDomain(f"domain {domain[:80]!r} is not served here", param="domain")
-        async with self._switching:
-            path = await asyncio.to_thread(self._catalog.path, domain, version)
-            loaded = await self._opened(domain, path)
-            with loaded.lease():  # it may be a retired one, about to be let go
-                try:
+        turn = next(self._turns)
+        path = await asyncio.to_thread(self._catalog.path, domain, version)
+        loaded = await self._opened(domain, path)
+        with loaded.lease():  # it may be a retired one, about to be let go
+            try:
+                async with self._switching:
+                    if self._switched.get(domain, 0) > turn:
+                        raise Conflict(
+                            f"version {version} of domain {domain} is open, but not activated: meanwhile the domain "
+                            f"was switched to {self._current[domain].version} by who asked later",
+                            param="version",
+                        )
                     await asyncio.to_thread(self._catalog.activate, domain, version, instead_of)
-                except BaseException:
-                    if loaded is not self._current.get(domain) and (domain, loaded) not in self._retired:
-                        self._retire(domain, loaded)  # opened for nothing: its memory is given back
-                    raise
-                self._rebind(domain, loaded)
+                    self._rebind(domain, loaded, turn)
+            finally:
+                self._let_unused_go(domain, loaded)
         return await self.describe(domain)
 
     async def follow(self) -> None:
-        """Look at the store once: open what is new, drop what is gone, let go of what nobody needs any more."""
+        """Look at the store once, and wait for the switches that it asks for."""
+        await self.look()
+        await asyncio.gather(*self._following.values())
+        await self._let_go(grace=self._settings.grace_s)
+
+    async def look(self) -> None:
+        """Look at the store once: begin to open what is new, drop what is gone, let go of what nobody needs any
+        more."""
         wanted = await asyncio.to_thread(self._wanted)
         for domain, stamp in wanted.items():
             loaded = self._current.get(domain)
             if loaded is not None and loaded.stamp == stamp:
                 self._failed.pop(domain, None)  # what could not be opened is no longer wanted
-            elif stamp is not None and self._worth_trying(domain, stamp):
-                await self._switch(domain)
+            elif stamp is not None and (domain, stamp) not in self._following and self._worth_trying(domain, stamp):
+                task = asyncio.create_task(self._switch(domain, stamp))
+                self._following[domain, stamp] = task
+                task.add_done_callback(lambda _, key=(domain, stamp): self._following.pop(key))  # type: ignore[misc]
         for domain in [name for name in self._current if name not in wanted]:
             await self._drop(domain)
         self._failed = {domain: failure for domain, failure in self._failed.items() if domain in wanted}
@@ -160,7 +187,8 @@ class Pool:
         self._show_replicas()
 
     async def close(self) -> None:
-        """Let go of everything. No search may run any more."""
+        """Let go of everything, also of what is being opened once it is. No search may run any more."""
+        await asyncio.gather(*self._following.values(), *self._opening.values(), return_exceptions=True)
         for domain in list(self._current):
             self._retire(domain, self._current.pop(domain))
         await self._let_go(grace=0.0)
@@ -192,21 +220,24 @@ class Pool:
         failure = self._failed.get(domain)
         return failure is None or failure[0] != stamp or time.monotonic() - failure[1] > RETRY_AFTER_S
 
-    async def _switch(self, domain: str) -> None:
-        async with self._switching:
-            try:
-                # asked again: an activation may have been faster
-                stamp = await asyncio.to_thread(self._current_stamp, domain)
-                loaded = self._current.get(domain)
-                if stamp is None or (loaded is not None and loaded.stamp == stamp):
-                    return
-                path = await asyncio.to_thread(self._catalog.path, domain, stamp[0])
-            except NotFound:
-                return  # removed meanwhile
-            try:
-                self._rebind(domain, await self._opened(domain, path))
-            except (KnnlmError, OSError) as err:
-                self._note_failure(domain, stamp, err if isinstance(err, KnnlmError) else DatastoreError(str(err)))
+    async def _switch(self, domain: str, stamp: Stamp) -> None:
+        """Open what CURRENT names, and answer from it if CURRENT names it still."""
+        turn = next(self._turns)
+        try:
+            path = await asyncio.to_thread(self._catalog.path, domain, stamp[0])
+        except NotFound:
+            return  # removed meanwhile
+        try:
+            loaded = await self._opened(domain, path)
+        except (KnnlmError, OSError) as err:
+            self._note_failure(domain, stamp, err if isinstance(err, KnnlmError) else DatastoreError(str(err)))
+            return
+        with loaded.lease(), contextlib.suppress(UnknownDomain):  # removed meanwhile
+            async with self._switching:
+                now = await asyncio.to_thread(self._current_stamp, domain)
+                if now is not None and now[0] == loaded.version:
+                    self._rebind(domain, loaded, turn)
+        self._let_unused_go(domain, loaded)
 
     async def _drop(self, domain: str) -> None:
         """Stop serving a domain that was not in the store, unless it is there now: it may just have been activated."""
@@ -225,18 +256,32 @@ class Pool:
         stamp = await asyncio.to_thread(stamp_of, path)
         for name, loaded in [*self._current.items(), *self._retired]:
             if name == domain and loaded.stamp == stamp:
-                return loaded
-        self._loading[domain] = path.name
-        try:
-            with self._load_seconds.labels(domain).time():
-                return await asyncio.to_thread(self._load, path)
-        finally:
-            del self._loading[domain]
+                return loaded  # without a pause: the caller takes a lease first
+        if (domain, stamp) not in self._opening:
+            task = asyncio.create_task(self._open_anew(domain, path))
+            self._opening[domain, stamp] = task
+            task.add_done_callback(lambda _: self._opening.pop((domain, stamp)))
+        return await asyncio.shield(self._opening[domain, stamp])
 
-    def _rebind(self, domain: str, loaded: Loaded) -> None:
+    async def _open_anew(self, domain: str, path: Path) -> Loaded:
+        async with self._openings:
+            with self._load_seconds.labels(domain).time():
+                loaded = await asyncio.to_thread(self._load, path)
+            self._retired.append((domain, loaded))  # its memory counts; retired_at is None: it is not let go
+            return loaded
+
+    def _let_unused_go(self, domain: str, loaded: Loaded) -> None:
+        """What was opened and does not answer gives its memory back."""
+        if loaded is not self._current.get(domain) and loaded.retired_at is None:
+            loaded.retired_at = time.monotonic()
+
+    def _rebind(self, domain: str, loaded: Loaded, turn: int = 0) -> None:
+        """turn: of the switch that this ends."""
         old = self._current.get(domain)
         self._current[domain] = loaded
         self._failed.pop(domain, None)
+        if old is None or old.version != loaded.version:
+            self._switched[domain] = max(turn, self._switched.get(domain, 0))
         if old is loaded:
             return
         loaded.retired_at = None

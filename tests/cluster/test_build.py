@@ -35,13 +35,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # a driver of its own, that can be killed; it says how far it is, a line for each piece of work
 DRIVER = """
-import json, sys
+import json, os, shutil, signal, sys
 from pathlib import Path
 from knnlm.cluster.build import Plan, Workers, build
 from knnlm.cluster.worker import ModelSource
 from knnlm.datastore.catalog import Catalog
 
-model, text, store, address, workers, part_entries = sys.argv[1:]
+model, text, store, address, workers, part_entries, dies_at = sys.argv[1:]
 plan = Plan(
     ModelSource(model, "cpu", "float32", "ffn_input"), context_length=48, min_context=16, batch_tokens=512,
     part_entries=int(part_entries), index="ivf16,sq8", shards=3,
@@ -50,7 +50,15 @@ def say(*what):
     print(json.dumps(what), flush=True, file=sys.__stdout__)
 def on_progress(p):
     say(p.phase, p.entries_done, p.entries_resumed, p.detail)
-path, _ = build([text], Catalog(store), "toy", plan, Workers(address, int(workers), 1), on_progress=on_progress)
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+if dies_at == "published":  # the renamed folder still holds what only the build needed
+    shutil.rmtree = lambda path, *rest, **_: die() if str(path).endswith("v1/.build") else None
+if dies_at == "activation":
+    Catalog.activate = die
+path, _ = build(
+    [text], Catalog(store), "toy", plan, Workers(address, int(workers), 1), activate=True, on_progress=on_progress
+)
 say("done", str(path))
 """
 
@@ -91,8 +99,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
 class Driver:
     """A process that builds."""
 
-    def __init__(self, given: Given, store: Path, address: str, workers: int = 2) -> None:
-        arguments = map(str, (given.model, given.text, store, address, workers, PART_ENTRIES))
+    def __init__(self, given: Given, store: Path, address: str, workers: int = 2, dies_at: str = "") -> None:
+        arguments = map(str, (given.model, given.text, store, address, workers, PART_ENTRIES, dies_at))
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed with the process
         command = [sys.executable, "-c", DRIVER, *arguments]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=ROOT)
@@ -117,6 +125,10 @@ class Driver:
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._errors.close()
+
+    def until_it_dies(self) -> None:
+        assert list(self._said())
+        assert self._process.wait(60) == -signal.SIGKILL, self._error()
 
     def _error(self) -> str:
         self._errors.seek(0)
@@ -181,6 +193,7 @@ def test_the_same_as_one_process(cluster: Any, given: Given, tmp_path: Path) -> 
     assert len({said[3].partition(" ")[0] for said in encode}) >= 1
     assert encode[-1][1] == manifest.entries
     assert not encode[-1][2]
+    assert Catalog(tmp_path).current("toy") == path.name
     equal(path, given)
 
 
@@ -208,6 +221,23 @@ def test_a_killed_driver_goes_on_and_loses_no_finished_part(cluster: Any, given:
         path, encode = driver.finish()
     assert finished >= 1500
     assert encode[-1][2] == finished
+    equal(path, given)
+
+
+def test_a_driver_killed_between_publishing_and_activation_activates_what_is_complete(
+    cluster: Any, given: Given, tmp_path: Path
+) -> None:
+    catalog = Catalog(tmp_path)
+    for dies_at in ("published", "activation"):
+        with Driver(given, tmp_path, cluster.address, dies_at=dies_at) as driver:
+            driver.until_it_dies()
+        assert catalog.versions("toy") == ["v1"]
+        assert catalog.current("toy") is None
+    with Driver(given, tmp_path, cluster.address) as driver:
+        path, encode = driver.finish()
+    assert not encode  # nothing was made again
+    assert catalog.versions("toy") == ["v1"]
+    assert catalog.current("toy") == path.name == "v1"
     equal(path, given)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from knnlm.datastore.catalog import Catalog
-from knnlm.errors import Conflict
+from knnlm.errors import Conflict, UnknownVersion
 from knnlm.index.searcher import Searcher
 from knnlm.testing import TEXTS, toy_datastore
 from services.datastore.loaded import Opener
@@ -115,4 +115,125 @@ async def test_a_change_that_came_too_late_is_not_served_and_holds_no_memory(sto
     await pool.follow()
     assert pool.get("toy", None).version == "v3"
     assert sorted(opener.closed) == ["toy/v1", "toy/v2"]
+    await pool.close()
+
+
+class Held:
+    """Opens searchers; those of versions in `gates` when their gate is opened, so that a test decides what is open
+    first. opened: in the order in which it ended."""
+
+    def __init__(self, *held: str) -> None:
+        self.gates = {name: threading.Event() for name in held}
+        self.begun: list[str] = []
+        self.opened: list[str] = []
+
+    def __call__(self, path: Path, memory_limit: int | None) -> Searcher:
+        name = f"{path.parent.name}/{path.name}"
+        self.begun.append(name)
+        if name in self.gates:
+            assert self.gates[name].wait(20)
+        self.opened.append(name)
+        return opened(path, memory_limit)
+
+    async def until_begun(self, name: str) -> None:
+        async with asyncio.timeout(20):
+            while name not in self.begun:  # noqa: ASYNC110  in a thread
+                await asyncio.sleep(0.01)
+
+
+async def test_other_domains_and_a_rollback_switch_while_a_version_is_opened(store: Path) -> None:
+    toy_datastore(store, domain="other")
+    toy_datastore(store, domain="other", version="v2", texts=TEXTS[:2], activate=False)
+    opener = Held("toy/v2")
+    pool = pool_of(store, opener)
+    Catalog(store).activate("toy", "v2")
+    await pool.look()
+    await opener.until_begun("toy/v2")
+    assert (await pool.describe("toy")).state == "loading v2"
+    assert (await pool.activate("other", "v2")).version == "v2"  # by who asks a gateway
+    Catalog(store).activate("other", "v1")  # and by who changes the store
+    await pool.look()
+    async with asyncio.timeout(20):
+        while pool.get("other", None).version != "v1":  # noqa: ASYNC110  opened by a task
+            await asyncio.sleep(0.01)
+    Catalog(store).activate("toy", "v1")  # nobody wants v2 any more
+    opener.gates["toy/v2"].set()
+    await pool.follow()
+    await pool.close()
+    assert opener.opened == ["other/v1", "toy/v1", "other/v2", "toy/v2"]
+
+
+async def test_what_current_names_no_more_when_it_is_open_never_answers(store: Path) -> None:
+    opener = Held("toy/v2")
+    pool = pool_of(store, opener, grace_s=0.0)
+    Catalog(store).activate("toy", "v2")
+    await pool.look()
+    await opener.until_begun("toy/v2")
+    Catalog(store).activate("toy", "v1")
+    opener.gates["toy/v2"].set()
+    await pool.follow()
+    assert pool.get("toy", None).version == "v1"
+    await pool.follow()
+    with pytest.raises(UnknownVersion):
+        pool.get("toy", "v2")  # and its memory is given back
+    await pool.close()
+
+
+async def test_an_activation_that_a_later_one_overtook_is_refused(store: Path) -> None:
+    toy_datastore(store, version="v3", texts=TEXTS[:1], activate=False)
+    opener = Held("toy/v2", "toy/v3")
+    pool = pool_of(store, opener)
+    slow = asyncio.create_task(pool.activate("toy", "v2"))
+    await opener.until_begun("toy/v2")
+    quick = asyncio.create_task(pool.activate("toy", "v3"))
+    await opener.until_begun("toy/v3")
+    opener.gates["toy/v3"].set()
+    assert (await quick).version == "v3"
+    opener.gates["toy/v2"].set()
+    with pytest.raises(Conflict, match=r"v2 of domain toy is open, but not activated: .* switched to v3"):
+        await slow
+    assert Catalog(store).current("toy") == pool.get("toy", None).version == "v3"
+    await pool.close()
+
+
+async def test_activations_take_effect_in_the_order_in_which_they_were_asked_for(store: Path) -> None:
+    toy_datastore(store, version="v3", texts=TEXTS[:1], activate=False)
+    opener = Held("toy/v2", "toy/v3")
+    pool = pool_of(store, opener)
+    first = asyncio.create_task(pool.activate("toy", "v2"))
+    await opener.until_begun("toy/v2")
+    second = asyncio.create_task(pool.activate("toy", "v3"))
+    await opener.until_begun("toy/v3")
+    opener.gates["toy/v2"].set()
+    assert (await first).version == "v2"
+    opener.gates["toy/v3"].set()
+    assert (await second).version == "v3"
+    await pool.close()
+
+
+async def test_a_version_that_two_ask_for_is_opened_once(store: Path) -> None:
+    opener = Held("toy/v2")
+    pool = pool_of(store, opener)
+    asked = [asyncio.create_task(pool.activate("toy", "v2")) for _ in range(2)]
+    Catalog(store).activate("toy", "v2")
+    await pool.look()
+    await opener.until_begun("toy/v2")
+    await asyncio.sleep(0.05)
+    opener.gates["toy/v2"].set()
+    assert [info.version for info in await asyncio.gather(*asked)] == ["v2", "v2"]
+    await pool.follow()
+    assert opener.opened == ["toy/v1", "toy/v2"]
+    await pool.close()
+
+
+async def test_versions_that_share_a_limit_of_memory_are_opened_one_after_another(store: Path) -> None:
+    toy_datastore(store, version="v3", texts=TEXTS[:1], activate=False)
+    opener = Held("toy/v2")
+    pool = pool_of(store, opener, max_memory_bytes=1 << 30)
+    asked = [asyncio.create_task(pool.activate("toy", version)) for version in ("v2", "v3")]
+    await opener.until_begun("toy/v2")
+    await asyncio.sleep(0.1)
+    assert opener.begun == ["toy/v1", "toy/v2"]
+    opener.gates["toy/v2"].set()
+    assert [info.version for info in await asyncio.gather(*asked)] == ["v2", "v3"]
     await pool.close()

@@ -1,0 +1,60 @@
+"""What a cluster is to build, and with whom."""
+
+from dataclasses import dataclass
+
+from knnlm.cluster.pool import LOCAL
+from knnlm.cluster.worker import ModelSource
+from knnlm.datastore.build import check_sizes
+from knnlm.datastore.manifest import FLAT
+from knnlm.errors import InvalidRequest
+from knnlm.evaluation.splits import Part
+
+PART_ENTRIES = 16_384
+
+
+@dataclass(frozen=True)
+class Workers:
+    """address: of the cluster, "local" for one in this process. count: how many hold the model, None = one for each
+    GPU, where there is none for each `cpus` processors. processors: that a cluster in this process says it has, None =
+    as many as there are."""
+
+    address: str = LOCAL
+    count: int | None = None
+    cpus: int = 2
+    processors: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be built, as `knnlm.datastore.build.build` takes it; index: auto, a recipe, or flat. shards or
+    shard_bytes: how many, or how large at most, by their keys and values."""
+
+    model: ModelSource
+    version: str | None = None
+    part: Part = Part.ALL
+    context_length: int | None = None
+    min_context: int | None = None
+    bos: str = "document"
+    key_dtype: str = "float16"
+    batch_tokens: int = 8192
+    part_entries: int = PART_ENTRIES
+    index: str = "auto"
+    seed: int = 0
+    shards: int | None = None
+    shard_bytes: int | None = None
+
+
+def check(wanted: Plan, workers: Workers) -> None:
+    """Raises InvalidRequest, naming the parameter, for what can be refused before any work."""
+    check_sizes(batch_tokens=wanted.batch_tokens, part_entries=wanted.part_entries, worker_cpus=workers.cpus)
+    for name, value in (
+        ("shards", wanted.shards), ("shard_bytes", wanted.shard_bytes), ("workers", workers.count)
+    ):  # fmt: skip
+        if value is not None:
+            check_sizes(**{name: value})
+    if wanted.shards is not None and wanted.shard_bytes is not None:
+        raise InvalidRequest("expected either shards or shard_bytes, not both", param="shards")
+    if wanted.index not in ("auto", FLAT):
+        from knnlm.index.table import family
+
+        family(wanted.index)
