@@ -76,7 +76,11 @@ BosOption = Annotated[
 KeyDtypeOption = Annotated[str, typer.Option("--key-dtype", help="float16 or float32.")]
 KeyFunctionOption = Annotated[
     str,
-    typer.Option("--key-function", help="ffn_input, attention_input or model_output; each also with _before_norm."),
+    typer.Option(
+        "--key-function",
+        help="ffn_input, attention_input or model_output; each also with _before_norm; the first two with @-2 are "
+        "those of the last layer but one.",
+    ),
 ]
 BatchTokensOption = Annotated[int, typer.Option("--batch-tokens", help="Tokens in the model at once.")]
 RecipeOption = Annotated[

@@ -1,4 +1,5 @@
-"""The table of architectures: where each key is found in a model's last layer, and what it means there.
+"""The table of architectures: where each key is found in a model's last layer, and what it means there. The same
+tensor of an earlier layer is named by counting from the end: `ffn_input@-2` is that of the last layer but one.
 
 A new architecture is one row at the end of this file. Its tests are a tiny config in tests/lm/tiny_models.py and its
 last layer written out by hand in tests/lm/test_capture.py; every test of the table then runs over it too.
@@ -7,8 +8,9 @@ A row is chosen by `config.model_type`; rows that share one are told apart by `w
 one without the language-model head; -1 is the last layer. Nothing here runs a model: knnlm/lm/capture.py does.
 """
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from knnlm.errors import InvalidRequest, ModelError, UnknownArchitecture
@@ -24,6 +26,9 @@ KEY_FUNCTIONS = (
     "model_output",
     "model_output_before_norm",
 )
+
+IN_A_LAYER = KEY_FUNCTIONS[:4]  # what a layer gives to the next is the next one's attention_input_before_norm
+EARLIER = re.compile(r"-([2-9]|[1-9][0-9]{1,2})")  # the last layer has one name
 
 Masks = Literal["causal", "window", "by layer type", "own"]
 
@@ -69,14 +74,17 @@ class Architecture:
 
     def site(self, key_function: str) -> Site:
         """Raises InvalidRequest for a name that is no key function, ModelError where this architecture has none."""
-        if key_function not in KEY_FUNCTIONS:
+        name, at, layer = key_function.partition("@")
+        if name not in KEY_FUNCTIONS or (at and (name not in IN_A_LAYER or not EARLIER.fullmatch(layer))):
             raise InvalidRequest(
-                f"key_function must be one of {', '.join(KEY_FUNCTIONS)}, got {key_function!r}", param="key_function"
+                f"key_function must be one of {', '.join(KEY_FUNCTIONS)}, or one of the first {len(IN_A_LAYER)} with "
+                f"@-2, @-3 and so on for an earlier layer, got {key_function!r}",
+                param="key_function",
             )
-        found = self.keys[key_function]
+        found = self.keys[name]
         if isinstance(found, Refusal):
-            raise ModelError(f"{self.name} has no {key_function}: {found.reason}", param="key_function")
-        return found
+            raise ModelError(f"{self.name} has no {name}: {found.reason}", param="key_function")
+        return replace(found, module=found.module.replace(".-1", f".{layer}")) if at else found
 
 
 def find(config: Config) -> Architecture:

@@ -148,7 +148,12 @@ def _recorded(module: nn.Module, site: Site, *, last: bool = False) -> Iterator[
 def _module(base: nn.Module, site: Site) -> nn.Module:
     found: Any = base
     for part in site.module.split("."):
-        found = found[int(part)] if isinstance(found, nn.ModuleList) else getattr(found, part, None)
+        if isinstance(found, nn.ModuleList):
+            if -int(part) > len(found):
+                raise ModelError(f"{site.module}: this model has {len(found)} layers", param="key_function")
+            found = found[int(part)]
+        else:
+            found = getattr(found, part, None)
     if not isinstance(found, nn.Module):
         raise ModelError(f"{type(base).__name__} has no module {site.module!r}")
     return found

@@ -43,6 +43,17 @@ def test_a_name_that_is_no_key_function_is_refused_with_the_names_that_are() -> 
     assert caught.value.param == "key_function"
 
 
+@pytest.mark.parametrize("layer", ["@-1", "@", "@1", "@-02", "@-2 ", "@-1000", "@-2@-2"])
+def test_an_earlier_layer_is_named_in_one_way(layer: str) -> None:
+    with pytest.raises(InvalidRequest, match="with @-2, @-3 and so on for an earlier layer"):
+        TABLE[0].site(f"ffn_input{layer}")
+
+
+def test_the_models_output_is_that_of_the_last_layer() -> None:
+    with pytest.raises(InvalidRequest, match="one of the first 4"):
+        TABLE[0].site("model_output@-2")
+
+
 def test_an_unknown_architecture_lists_the_known_ones_and_how_to_add_one() -> None:
     with pytest.raises(UnknownArchitecture) as caught:
         find(SimpleNamespace(model_type="mamba"))

@@ -165,6 +165,25 @@ def test_keys_equal_the_last_layer_run_by_hand(tiny: Tiny) -> None:
         assert_close(keys, expected[key_function], key_function)
 
 
+def test_keys_of_an_earlier_layer_equal_that_layer_run_by_hand(tiny: Tiny) -> None:
+    layers, attention, _, _, run, _ = REFERENCES[tiny.name]
+    base, input_ids = tiny.plain.base_model, ids()
+    layer = base.get_submodule(layers)[0]
+    _, attended, answer = observe(tiny.plain, layer.get_submodule(attention), input_ids)
+    with torch.no_grad():
+        stage, _ = run(layer, answer.hidden_states[0], attended)
+    names = ("attention_input_before_norm", "attention_input", "ffn_input_before_norm", "ffn_input")
+    for name, expected in zip(names, stage, strict=True):
+        if not isinstance(tiny.row.keys[name], Refusal):
+            assert_close(captured(tiny, f"{name}@-2", input_ids), expected, name)
+            with torch.no_grad():
+                alone = capture_keys(tiny.lm._model.base_model, tiny.row.site(f"{name}@-2"), input_ids)
+            assert_close(alone, expected, name)
+    with pytest.raises(ModelError, match=r"layers?\.-3|h\.-3") as caught:
+        captured(tiny, "ffn_input@-3", input_ids)
+    assert "this model has 2 layers" in caught.value.message
+
+
 def test_ffn_and_attention_keys_are_what_their_first_linear_map_reads(tiny: Tiny) -> None:
     layers, _, first_of_attention, first_of_ffn, _, _ = REFERENCES[tiny.name]
     layer, input_ids = tiny.plain.base_model.get_submodule(layers)[1], ids()

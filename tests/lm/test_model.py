@@ -231,7 +231,7 @@ def test_a_request_is_checked_against_the_models_own_limits(llama: Tiny) -> None
 def test_every_key_function_can_be_loaded(llama: Tiny) -> None:
     tokens, positions = sequences((12,)), [np.arange(12)]
     ids = torch.from_numpy(tokens[0].astype(np.int64))[None]
-    for name in KEY_FUNCTIONS:
+    for name in (*KEY_FUNCTIONS, "ffn_input@-2"):
         lm = LanguageModel.load(str(llama.folder), device="cpu", key_function=name)
         assert (lm.info.key_function, lm.info.key_dim) == (name, tiny_models.WIDTH)
         with torch.no_grad():
