@@ -74,8 +74,8 @@ $(VENV)/.cluster: $(STAMP)
 bench: $(STAMP) ## every benchmark at the small size, one after another; ends with a JSON line per figure
 	@$(BIN)/python -m benchmarks
 
-paper: $(STAMP) ## the papers' tables and figures at a small size; ends with a page in build/paper
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m experiments
+paper: $(STAMP) ## the papers' tables and figures at a small size; ends with a page in build/paper; TEXT=FOLDER: of that text
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m experiments $(if $(TEXT),--text $(TEXT))
 
 check: $(STAMP) proto-check ## style, types, layers, generated code
 	@$(BIN)/ruff check .

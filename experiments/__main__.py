@@ -22,8 +22,9 @@ from experiments.lab import Lab, Learner
 from experiments.memories import Memory, folder
 from experiments.records import NotARecord, Record, load, save
 from experiments.scale import SCALES, Scale
+from experiments.sizes import fitted, sizes_of
 from experiments.table import NAMES, experiment
-from experiments.texts import Texts, find_texts
+from experiments.texts import DOCSTRINGS, Texts, find_texts
 from knnlm.errors import ModelError
 
 FOLDER = ROOT / "build" / "paper"
@@ -37,13 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = list(dict.fromkeys(options.names)) or list(NAMES)
     experiments = [(name, experiment(name)) for name in names]
     scale = SCALES[options.scale]
+    if options.model is not None:
+        try:
+            sizes = sizes_of(options.model)
+        except ModelError as err:
+            raise SystemExit(err.message) from err
+        print(sizes.line)
+        scale = fitted(scale, sizes)
     if options.plan:
         texts = plan.NOMINAL if options.text is None and scale.name == "full" else find_texts(options.text)
         print(plan.table(plan.steps(experiments, texts, scale), scale))
         return 0
     texts = find_texts(options.text)
     records = options.out / "records"
-    text = " --text FOLDER" if options.text else ""
+    text = "" if options.text is None else " --text docstrings" if texts.source == DOCSTRINGS else " --text FOLDER"
     try:
         run_all(experiments, scale, texts, options.out, records, model=options.model, said=text, again=options.again)
     except ModelError as err:  # that --model names, or the hub does not give
@@ -132,7 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all by default")
     parser.add_argument("--scale", choices=SCALES, default="small", help="sizes, see scale.py (default small)")
-    parser.add_argument("--text", type=Path, help="folder with wiki.*.tokens and .jsonl files of domains")
+    parser.add_argument(
+        "--text", type=Path, help="folder with wiki.*.tokens and .jsonl files of domains, or docstrings"
+    )
     parser.add_argument("--model", help="Hugging Face folder or hub id (default: the scale's)")
     parser.add_argument("--plan", action="store_true", help="say what would be done, with time and memory; do nothing")
     parser.add_argument("--again", action="store_true", help="run also what was run at this commit")

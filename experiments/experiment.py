@@ -21,7 +21,8 @@ Need = Sight | Learner | Memory
 class Experiment:
     """title: what it is about. paper: where it stands there. needs: what it asks the lab for, which is made before it,
     and what a plan is reckoned from. run: mixes it. about: the docstring of its file: what the paper found, and what
-    must hold here. made: seconds of its own work beyond mixing, at a scale; 0 mostly."""
+    must hold here. made: seconds of its own work beyond mixing, at a scale; 0 mostly. quotes: whether its tables hold
+    passages of the text, which not everybody may publish."""
 
     title: str
     paper: str
@@ -29,3 +30,4 @@ class Experiment:
     needs: Callable[[Texts, Scale], Sequence[Need]]
     run: Callable[[Lab], Findings]
     made: Callable[[Scale], float] = lambda _scale: 0.0
+    quotes: bool = False

@@ -108,4 +108,6 @@ def _clean(text: str) -> str:
     return "".join(f"\\{c}" if c in "*_`<>[]" else c for c in text.replace("\n", " ⏎ "))
 
 
-EXPERIMENT = Experiment("What retrieval finds", f"{KNN_LM}, Figure 6 and Tables 6 to 9", __doc__, needs, run)
+EXPERIMENT = Experiment(
+    "What retrieval finds", f"{KNN_LM}, Figure 6 and Tables 6 to 9", __doc__, needs, run, quotes=True
+)

@@ -85,7 +85,7 @@ def folder(lab: Lab, memory: Memory) -> Path:
     epochs = scale.epochs * (MLP_EPOCHS if memory.mlp else 1.0)
     steps = max(1, round(epochs * Manifest.load(version).live_entries / scale.batch_tokens))
     settings = DistilSettings(
-        steps=steps, beta=memory.beta, batch_entries=scale.batch_tokens, pass_tokens=scale.batch_tokens,
+        steps=steps, beta=memory.beta, batch_entries=scale.batch_tokens, pass_tokens=scale.pass_tokens,
         learning_rate=scale.learning_rate, warmup_steps=steps // 10, evaluate_steps=max(1, steps // 4),
     )  # fmt: skip
     start = None

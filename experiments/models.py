@@ -80,6 +80,7 @@ def train(
     stream = np.concatenate(documents)
     context = min(scale.context, (len(stream) - 1) // 2)
     rows = max(1, scale.batch_tokens // context)
+    passed = max(1, scale.pass_tokens // context)
     steps = max(1, round(epochs * len(stream) / (rows * context)))
     peak = scale.learning_rate * (SCRATCH_RATE if learner.layers else 1.0)
     work = out.with_name(out.name + ".work")
@@ -96,10 +97,12 @@ def train(
 
     def loss(step: int) -> Iterator[torch.Tensor]:
         starts = next(starts for number, starts in batches if number == step)
-        ids = torch.from_numpy(stream[starts[:, None] + offsets].astype(np.int64)).to(device)  # (rows, context + 1)
-        with mixed_precision(device):
-            logits = student.module(input_ids=ids[:, :-1]).logits
-        yield torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        for part in np.split(starts, range(passed, len(starts), passed)):
+            ids = torch.from_numpy(stream[part[:, None] + offsets].astype(np.int64)).to(device)  # (.., context + 1)
+            with mixed_precision(device):
+                logits = student.module(input_ids=ids[:, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+            yield loss * (len(part) / len(starts))
 
     def rate(step: int) -> float:
         warm = (step + 1) / max(1.0, WARM_SHARE * steps)

@@ -3,7 +3,8 @@
     python -m experiments report [--into FOLDER]
 
 Writes FOLDER/paper.md and FOLDER/paper/ with the records and their figures; by default in build/paper. The summary is
-FOLDER/paper/summary.md, where there is one.
+FOLDER/paper/summary.md, where there is one. A page elsewhere is to be published: it is refused where it would show
+passages of text from a folder; docstrings it may show.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 from experiments.figures import draw
 from experiments.records import Cell, NotARecord, Record, Table, load_all
 from experiments.table import NAMES, experiment
+from experiments.texts import DOCSTRINGS
 from experiments.verdicts import Outcome
 
 __all__ = ["main", "render", "write"]
@@ -45,11 +47,23 @@ def main(arguments: Sequence[str], folder: Path) -> int:
     parser.add_argument("--into", type=Path, default=folder, help="where to write (default build/paper)")
     options = parser.parse_args(arguments)
     try:
+        if options.into != folder:
+            _refuse_passages(load_all(folder / "records", NAMES))
         write(folder / "records", options.into)
     except NotARecord as err:
         raise SystemExit(str(err)) from err
     print(options.into / "paper.md")
     return 0
+
+
+def _refuse_passages(records: Sequence[Record]) -> None:
+    """Raises SystemExit where a page to publish would hold passages of text that came from a folder."""
+    for record in records:
+        if experiment(record.name).quotes and record.source != DOCSTRINGS:
+            raise SystemExit(
+                f"{record.name} shows passages of {record.source}: to publish the page run "
+                f"`python -m experiments {record.name} --scale {record.scale} --text docstrings` before"
+            )
 
 
 def write(records: Path, into: Path) -> None:

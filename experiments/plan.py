@@ -20,6 +20,10 @@ NEIGHBOR_BYTES = 12  # distance, value and id
 VALUE_BYTES = 4
 TARGET_BYTES = 400  # of an entry, about
 ADAM_BYTES = 16  # of a parameter: weight, gradient and two moments in float32
+WEIGHT_BYTES = 4  # of a parameter, where a model only reads
+LOGIT_BYTES = 10  # of a token of the vocabulary, for each token of a pass: in bfloat16, in float32, and its gradient
+ACTIVATION_BYTES = 34  # of a dimension of a layer, for each token of a pass (Korthikanti et al. 2022, arXiv 2205.05198)
+READ_ROWS = 256  # positions whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,9 @@ def table(planned: Iterable[Step], scale: Scale) -> str:
     return "\n".join([
         *lines,
         f"in all {_duration(seconds)}, {disk / 1e9:.2f} GB of disk, {memory / 1e9:.2f} GB of memory at most, "
-        f"on {scale.machine}; model {scale.model or 'the bundled one'}, {scale.store_tokens:,} entries each, "
-        f"windows {scale.context}/{scale.min_context}, k {scale.k}",
+        f"on {scale.machine}; model {scale.model or 'the bundled one'} ({scale.base_parameters / 1e6:,.0f}M "
+        f"parameters, keys of {scale.key_dim:,}, vocabulary {scale.vocabulary:,}), {scale.store_tokens:,} entries "
+        f"each, windows {scale.context}/{scale.min_context}, k {scale.k}",
     ])  # fmt: skip
 
 
@@ -71,13 +76,16 @@ def _made(need: Need, scale: Scale) -> list[tuple[object, Step]]:
     k = need.k or scale.k
     whose = f"{need.learner.name}, {need.corpus}, {need.key_function}"
     held_out = "long stretches of held-out text" if need.long else "held-out text"
+    reading = WEIGHT_BYTES * (scale.base_parameters + READ_ROWS * scale.vocabulary)
+    searched = 4 * size * scale.key_dim if scale.index == "flat" else size * 80
     store = Step(
         f"build the datastore of {whose}: {size:,} entries", size * reread / scale.read_rate,
-        size * (2 * scale.key_dim + VALUE_BYTES), 4 * size * scale.key_dim if scale.index == "flat" else size * 80,
+        size * (2 * scale.key_dim + VALUE_BYTES), max(reading, searched),
     )  # fmt: skip
     read = Step(
-        f"read {held_out} of {whose}: {held:,} tokens", held * reread / scale.read_rate, held * 4 * scale.key_dim, 0
-    )
+        f"read {held_out} of {whose}: {held:,} tokens", held * reread / scale.read_rate, held * 4 * scale.key_dim,
+        reading,
+    )  # fmt: skip
     share = f", {need.share:g} of the documents in order {need.draw}" if need.share < 1 else ""
     search = Step(
         f"search and fit {held_out} of {whose}, k {k}{share}: {held:,} queries", held * need.share / scale.search_rate,
@@ -97,8 +105,8 @@ def _remembered(memory: Memory, scale: Scale) -> list[tuple[object, Step]]:
     tokens = round(scale.epochs * size * (MLP_EPOCHS if memory.mlp else 1))
     trained = Step(
         f"train memory {memory.name}: {tokens:,} tokens",
-        tokens / scale.trained_rate / (MLP_RATE if memory.mlp else 1), 2 * scale.base_parameters,
-        ADAM_BYTES * scale.base_parameters, memory,
+        tokens / scale.trained_rate / (MLP_RATE if memory.mlp else 1), 2 * scale.base_parameters, _training(scale),
+        memory,
     )  # fmt: skip
     return [*([(("targets", memory.teacher, memory.corpus), targets)] if memory.beta else []), (memory, trained)]
 
@@ -106,14 +114,19 @@ def _remembered(memory: Memory, scale: Scale) -> list[tuple[object, Step]]:
 def _trained(learner: Learner, scale: Scale) -> tuple[object, Step]:
     epochs = scale.epochs if learner.epochs is None else learner.epochs
     tokens = round(epochs * learner.share * scale.store_tokens)
-    parameters = scale.base_parameters
     return learner, Step(
         f"train {learner.name}: {tokens:,} tokens",
         tokens / scale.trained_rate,
-        2 * parameters,
-        ADAM_BYTES * parameters,
+        2 * scale.base_parameters,
+        _training(scale),
         learner,
     )
+
+
+def _training(scale: Scale) -> float:
+    """Bytes of training one model of the base's size."""
+    of_token = LOGIT_BYTES * scale.vocabulary + ACTIVATION_BYTES * scale.layers * scale.key_dim
+    return ADAM_BYTES * scale.base_parameters + min(scale.batch_tokens, scale.pass_tokens) * of_token
 
 
 def _duration(seconds: float) -> str:

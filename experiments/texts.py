@@ -18,10 +18,11 @@ from knnlm.errors import InvalidRequest
 from knnlm.evaluation.splits import Part, part_of
 from knnlm.messages import Document
 
-__all__ = ["WIKITEXT", "Corpus", "Texts", "find_texts", "of_documents"]
+__all__ = ["DOCSTRINGS", "WIKITEXT", "Corpus", "Texts", "find_texts", "of_documents"]
 
 SHARED = ROOT.parent / "shared" / "data"  # text that may lie beside a checkout
 WIKITEXT = "wikitext103"
+DOCSTRINGS = "docstrings of installed packages"
 PREFERRED = ("recipes", "peps", "movie_reviews")  # domains with the most to find come first
 MAX_DOMAINS = 2  # more would show the same again
 ARTICLE = re.compile(r"^ = [^=].*[^=] = $")
@@ -71,15 +72,16 @@ class Texts:
 
 
 def find_texts(folder: Path | None = None) -> Texts:
-    """What `folder` holds; without one, what lies beside the checkout, or else docstrings of installed packages.
+    """What `folder` holds; without one, what lies beside the checkout, or else docstrings of installed packages,
+    which the name "docstrings" asks for.
 
     Raises SystemExit for a folder that holds neither WikiText-103 nor a domain.
     """
     if folder is None and SHARED.is_dir():
         folder = SHARED
-    if folder is None:
+    if folder is None or (folder == Path("docstrings") and not folder.exists()):
         found = [of_documents(f"docstrings of {name}", _docstrings(name)) for name in corpus.DOMAINS]
-        return Texts("docstrings of installed packages", tuple(found), None)
+        return Texts(DOCSTRINGS, tuple(found), None)
     if not folder.is_dir():
         raise SystemExit(f"--text {folder}: no such folder")
     domains = list(_domains(folder))

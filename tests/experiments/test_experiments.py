@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.harness import ROOT
 from experiments import __main__ as runner
-from experiments import page, plan
+from experiments import page, plan, sizes
 from experiments.experiment import Need
 from experiments.figures import draw
 from experiments.lab import BASE, Lab, Sight
@@ -16,6 +17,7 @@ from experiments.records import NotARecord, load, load_all, save
 from experiments.scale import SCALES
 from experiments.table import NAMES, experiment
 from experiments.texts import Texts, find_texts
+from knnlm.lm.model import LanguageModel
 
 SLOW = {"knn_figure2", "knn_figure8", "knn_probes", "knn_table3", "knn_table5"}  # more models, datastores or searches
 
@@ -53,6 +55,17 @@ def test_a_damaged_record_is_named_and_its_experiment_runs_again(
         page.main([], tmp_path)
     monkeypatch.setattr(runner, "commit", lambda: "abc")  # nothing that was not committed
     assert runner._kept(path, lab.scale, lab.texts, lab) is None
+
+
+def test_passages_of_a_folder_are_not_published_and_docstrings_are(tmp_path: Path) -> None:
+    record = load(ROOT / "docs" / "paper" / "knn_examples.json")
+    save(record, tmp_path / "records")
+    assert page.main(["--into", str(tmp_path / "docs")], tmp_path) == 0
+    save(replace(record, source="my own text"), tmp_path / "records")
+    with pytest.raises(SystemExit, match="shows passages of my own text"):
+        page.main(["--into", str(tmp_path / "other")], tmp_path)
+    assert not (tmp_path / "other").exists()
+    assert page.main([], tmp_path) == 0  # at home it is seen
 
 
 def test_a_page_of_no_records_says_so(tmp_path: Path) -> None:
@@ -106,6 +119,51 @@ def test_a_plan_says_steps_time_and_memory_and_does_nothing(capsys: pytest.Captu
     whole = plan.steps([(name, experiment(name)) for name in NAMES], plan.NOMINAL, SCALES["full"])
     assert len({step.what for step in whole}) == len(whole)  # each thing once
     assert all(step.seconds > 0 for step in whole)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, list[float]]:
+    """What a plan says, and the GB of disk of its steps."""
+    assert runner.main(["knn_table4", "--scale", "full", "--plan", *arguments]) == 0
+    said = capsys.readouterr().out
+    return said, [float(line.split()[-3]) for line in said.splitlines() if line.endswith("GB disk")]
+
+
+def test_a_plan_is_reckoned_with_the_model_that_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((ROOT / "models" / "pocket" / "config.json").read_text())
+    config |= {"hidden_size": 512, "vocab_size": 5000, "head_dim": 64, "num_attention_heads": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))  # and no weights: none are needed
+    default, gigabytes = planned(capsys)
+    assert "vocabulary 50,257" in default
+    said, smaller = planned(capsys, "--model", str(tmp_path))
+    assert "from its config.json" in said
+    assert "keys of 512, vocabulary 5,000" in said
+    assert smaller[0] == pytest.approx(103_227_021 * (2 * 512 + 4) / 1e9, abs=0.01)
+    assert gigabytes[0] == pytest.approx(103_227_021 * (2 * 1024 + 4) / 1e9, abs=0.01)
+    assert f"windows {config['max_position_embeddings']}/" in said  # a context of 1,024 does not fit
+
+    def away(*_: object) -> str:
+        raise OSError("away")
+
+    monkeypatch.setattr(sizes, "hf_hub_download", away)
+    said, _ = planned(capsys, "--model", "meta-llama/Llama-3.1-8B")
+    assert "8,000M parameters, 32 layers of width 4,096, vocabulary 128,256" in said
+    assert "assumed by its name" in said
+    with pytest.raises(SystemExit, match="its name does not say how many parameters"):
+        planned(capsys, "--model", "someone/something")
+    with pytest.raises(SystemExit, match="no model folder"):
+        planned(capsys, "--model", "./nothing")
+
+
+def test_the_sizes_of_a_scale_are_those_of_its_model() -> None:
+    found = sizes.sizes_of(str(ROOT / "models" / "pocket"))
+    for name in ("toy", "small"):
+        assert sizes.fitted(SCALES[name], replace(found, name="")) == replace(SCALES[name], model="")
+    lm = LanguageModel.load(str(ROOT / "models" / "pocket"))
+    assert (found.width, found.vocabulary, found.context) == (
+        lm.info.key_dim, lm.info.vocab_size, lm.info.context_length,
+    )  # fmt: skip
 
 
 def test_unknown_experiments_and_folders_without_text_are_refused(tmp_path: Path) -> None:
