@@ -19,7 +19,7 @@ def verify(
 ) -> None:
     """Read every byte of a datastore and compare it with its manifest. Exit code 1 when one is damaged."""
     from knnlm.datastore.catalog import Catalog
-    from knnlm.datastore.verify import verify as run
+    from knnlm.index.verify import verify as run
 
     if everything == (domain is not None) or (everything and version is not None):
         raise InvalidRequest("expected either a domain or --all", param="domain")

@@ -89,15 +89,13 @@ class ClusterSearcher:
         """
         self._refuse_closed()
         begun = time.perf_counter()
-        same = request.exclude_entries is None and request.follow is None  # then every shard is asked the same
         parts = self._sharding.split(request)
-        if same:
-            packed = to_proto(parts[0], datastore_pb2.SearchRequest).SerializeToString()
+        if request.exclude_entries is None and request.follow is None:  # then every shard is asked the same
+            packed = to_proto(parts[0].request, datastore_pb2.SearchRequest).SerializeToString()
             asked = dict.fromkeys(range(len(parts)), packed)
         else:
             asked = {
-                number: to_proto(part, datastore_pb2.SearchRequest).SerializeToString()
-                for number, part in enumerate(parts)
+                part.shard: to_proto(part.request, datastore_pb2.SearchRequest).SerializeToString() for part in parts
             }
         timings: dict[str, float] = {}
         waited = begun
@@ -112,7 +110,7 @@ class ClusterSearcher:
                 yield one
 
         with closing(self._ask("search", asked)) as asking:
-            merged = self._sharding.merge(request, answers())
+            merged = self._sharding.merge(request, parts, answers())
         timings["shards"] = max(0.0, waited - begun - sum(timings.values()))
         timings["merge"] = time.perf_counter() - waited
         return replace(merged, timings=timings)

@@ -12,7 +12,6 @@ from knnlm.cluster.parts import Done, Job, PartPlan, UnitTokens, encode_part, to
 from knnlm.cluster.sources import SourceFile
 from knnlm.datastore.corpus import Sources
 from knnlm.datastore.manifest import IndexRecord
-from knnlm.datastore.verify import verify
 from knnlm.errors import DatastoreError, DatastoreMismatch, ModelError
 from knnlm.evaluation.splits import Part
 from knnlm.messages import ModelInfo, differs
@@ -112,6 +111,8 @@ def add(folder: Path, trained: Path, index: IndexRecord) -> tuple[IndexRecord, n
 
 def checked(folder: Path) -> list[str]:
     """What is wrong with a shard; every byte of it is read."""
+    from knnlm.index.verify import verify
+
     return [f"{folder.name}/{check.name} {check.problem}" for check in verify(folder) if check.problem is not None]
 
 

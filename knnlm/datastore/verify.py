@@ -31,7 +31,8 @@ def verify(path: Path) -> Iterator[Check]:
     First the manifest, then the checksum of every file, files that are not listed, and, when all of them are sound,
     what they say about one another, segment by segment: the values are the tokens they stand for, the documents cover
     the tokens, keys are finite, the counts agree; and that removed documents exist. Without a valid manifest nothing
-    else can be checked. Of a version of shards: all of this for every shard, and that it is the one that was published.
+    else can be checked. Of a version of shards: all of this for every shard, and that it is the one that was
+    published and no copy of another. Indexes are opened by knnlm.index.verify.
     """
     try:
         manifest = Manifest.load(path)
@@ -76,8 +77,10 @@ def _relations(path: Path) -> Iterator[Check]:
     yield _checked(f"{TOKENIZER}: is the model's", partial(_tokenizer_problem, datastore))
 
 
-def _shard_problem(path: Path, manifest: Manifest, shard: ShardRecord) -> None:
+def _shard_problem(path: Path, manifest: Manifest, shard: ShardRecord) -> str | None:
     load_shard(path, manifest, shard)
+    twin = next(other for other in manifest.shards if other.content == shard.content)
+    return None if twin is shard else f"holds the same documents and keys as {twin.name}"
 
 
 def _checked(name: str, check: Callable[[], str | None]) -> Check:

@@ -89,6 +89,11 @@ class Index(ABC):
         the index and of the keys are read again and again. None where it does not group them."""
         return None
 
+    def made_of(self, keys: Float32, entries: Int64) -> npt.NDArray[np.bool_] | None:
+        """(m,) whether what it keeps of entries (m,) is what keys (m, d) give; None where it cannot say."""
+        del keys, entries
+        return None
+
     def warm(self) -> None:
         """Bring what is mapped into memory, so that the first searches do not wait for the disk."""
         return

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 
 from knnlm.datastore.files import CHUNK
 from knnlm.datastore.manifest import FLAT
@@ -35,6 +36,7 @@ __all__ = ["MIN_TRAINING_KEYS", "FaissFamily", "FaissIndex", "faiss_message"]
 ENOUGH_ENTRIES = 1 << 62  # entries
 # FAISS itself samples down to 256 points per centroid and warns below 39
 MIN_TRAINING_KEYS = 1 << 16
+SAME_CODE = 1e-6  # of a vector's squared length: what the rounding of a pre-transform changes at most
 PAGE = 4096  # bytes that a map brings in at once, at least
 
 
@@ -153,6 +155,8 @@ class FaissFamily(Family):
             raise DatastoreCorrupt(f"{file} is not an index: {faiss_message(err)}") from err
         if (index.ntotal, index.d) != keys.shape:
             raise DatastoreCorrupt(f"{file} holds {(index.ntotal, index.d)} keys, expected {keys.shape}")
+        if index.metric_type != faiss.METRIC_L2:
+            raise DatastoreCorrupt(f"{file} has FAISS's metric {index.metric_type}, expected {faiss.METRIC_L2} (L2)")
         return self.opened(index, file, parameters, mapped)
 
     def _flags(self, resident: bool) -> int:
@@ -192,6 +196,16 @@ class FaissIndex(Index):
         del options
         distances, ids = self._index.search(queries, k)
         return distances, ids
+
+    def made_of(self, keys: Float32, entries: Int64) -> npt.NDArray[np.bool_] | None:
+        coded = faiss.downcast_index(self._index.storage) if isinstance(self._index, faiss.IndexHNSW) else self._index
+        if not isinstance(coded, faiss.IndexFlatCodes):
+            return None
+        codes = coded.codes
+        kept = faiss.rev_swig_ptr(codes.data(), codes.size()).view(np.uint8).reshape(coded.ntotal, coded.code_size)
+        here, wanted = coded.sa_decode(kept[entries]), coded.sa_decode(coded.sa_encode(self.project(keys)))
+        same: npt.NDArray[np.bool_] = ((here - wanted) ** 2).sum(axis=1) <= SAME_CODE * (wanted**2).sum(axis=1)
+        return same
 
     def is_a(self, kind: type) -> bool:
         """Whether what searches, behind the pre-transform, is of this class of FAISS."""

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 
 from knnlm.errors import DatastoreCorrupt, InvalidRequest
 from knnlm.index.codecs import Codec, codec, codec_names
@@ -154,6 +155,17 @@ class IvfIndex(FaissIndex):
         lists = self._index.invlists
         parts = [faiss.rev_swig_ptr(lists.get_ids(i), lists.list_size(i)) for i in range(self._nlist)]
         return np.concatenate([np.array(part, np.int64) for part in parts])
+
+    def made_of(self, keys: Float32, entries: Int64) -> npt.NDArray[np.bool_]:
+        """Whether they lie in the list that their keys are nearest to, or in the next one."""
+        lists = self._index.invlists
+        _, nearest = self._quantizer.search(self.project(keys), min(2, self._nlist))
+        there = np.zeros(nearest.shape, np.bool_)
+        for number in np.unique(nearest[nearest >= 0]).tolist():
+            here = nearest == number
+            ids = faiss.rev_swig_ptr(lists.get_ids(number), lists.list_size(number))
+            there[here] = np.isin(np.broadcast_to(entries[:, None], nearest.shape)[here], ids)
+        return np.asarray(there.any(axis=1))
 
     @property
     def memory_bytes(self) -> int:

@@ -9,7 +9,7 @@ from knnlm.index.contract import Index
 from knnlm.messages import PassagesRequest, SearchRequest
 from knnlm.options import SEARCH_OPTIONS
 
-__all__ = ["check_lookup", "check_request", "check_version", "rescoring"]
+__all__ = ["check_lookup", "check_queries", "check_request", "check_version", "rescoring"]
 
 
 def rescoring(request: SearchRequest, index: Index) -> bool:
@@ -20,7 +20,7 @@ def rescoring(request: SearchRequest, index: Index) -> bool:
 def check_request(request: SearchRequest, manifest: Manifest, index: Index, recipe: str) -> None:
     """Raises InvalidRequest, naming the parameter; UnknownDomain or UnknownVersion when another version is meant."""
     check_version(request.domain, request.version, manifest)
-    _check_queries(request.queries, manifest.key_dim)
+    check_queries(request.queries, manifest.key_dim)
     options = request.options
     for name, option in SEARCH_OPTIONS.items():
         if option.requires and getattr(options, name) is not None and name not in index.efforts:
@@ -64,7 +64,8 @@ def _check_not_negative(name: str, number: int) -> None:
         raise InvalidRequest(f"{name} must be >= 0, got {number}", param=name)
 
 
-def _check_queries(queries: npt.NDArray[np.floating], dim: int) -> None:
+def check_queries(queries: npt.NDArray[np.floating], dim: int) -> None:
+    """Raises InvalidRequest for queries that are not (n, dim) finite numbers in float16 or float32."""
     if queries.dtype not in (np.float32, np.float16):
         raise InvalidRequest(f"queries must be float32 or float16, got {queries.dtype.name}", param="queries")
     if queries.ndim != 2 or queries.shape[1] != dim:

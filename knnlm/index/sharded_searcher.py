@@ -121,7 +121,7 @@ class ShardedSearcher:
         """Raises as Searcher.search does."""
         check_request(request, self.manifest, self.index, self.recipe)
         parts = self._sharding.split(request)
-        return self._sharding.merge(request, (s.search(part) for s, part in zip(self._shards, parts, strict=True)))
+        return self._sharding.merge(request, parts, (self._shards[part.shard].search(part.request) for part in parts))
 
     def passages(self, request: PassagesRequest) -> list[Passage]:
         """Raises as Searcher.passages does."""

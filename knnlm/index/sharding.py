@@ -8,6 +8,7 @@ once and a query visits the same lists in each of them. Where the shards are is 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +17,11 @@ from knnlm.datastore.manifest import Manifest
 from knnlm.errors import InvalidRequest
 from knnlm.index.contract import MISSING_DISTANCE, Int64
 from knnlm.index.exclusion import check_exclusion, check_follow
-from knnlm.index.requests import check_lookup, check_version
+from knnlm.index.requests import check_lookup, check_queries, check_version
 from knnlm.messages import Passage, PassagesRequest, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
 
-__all__ = ["ShardResult", "Sharding"]
+__all__ = ["ShardRequest", "ShardResult", "Sharding"]
 
 COLUMN_BITS = np.uint64(32)
 COLUMN_MASK = np.uint64(0xFFFFFFFF)
@@ -33,6 +34,15 @@ class ShardResult:
 
     result: SearchResult
     unknown_documents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardRequest:
+    """What one shard is asked: all queries, or those of `rows` (m,), ascending."""
+
+    shard: int
+    request: SearchRequest
+    rows: Int64 | None = None
 
 
 class Sharding:
@@ -51,9 +61,13 @@ class Sharding:
     def entries(self) -> int:
         return int(self.first_entries[-1])
 
-    def split(self, request: SearchRequest) -> list[SearchRequest]:
+    def split(self, request: SearchRequest) -> list[ShardRequest]:
         """What each shard is asked. Raises InvalidRequest, naming the field, for entries that do not exist, and
-        UnknownDomain or UnknownVersion; the rest is checked by the shards."""
+        UnknownDomain or UnknownVersion; the rest is checked by the shards.
+
+        Of entries to follow, a shard gets its own and their queries; one that has none is not asked, but for the first
+        one and where documents are named: each knows its own.
+        """
         check_version(request.domain, request.version, self._manifest)
         check_exclusion(request)
         check_follow(request)
@@ -64,18 +78,40 @@ class Sharding:
             wrong = given[(given < -1) | (given >= self.entries)]
             if len(wrong):
                 raise InvalidRequest(f"{name} must lie in [-1, {self.entries}), got {wrong[0]}", param=name)
+        if request.follow is not None:
+            return self._split_followed(replace(request, ids=True), request.follow)
         return [
-            replace(
-                request,
-                ids=True,
-                exclude_entries=self._local(request.exclude_entries, shard),
-                follow=self._local(request.follow, shard),
-            )
+            ShardRequest(shard, replace(request, ids=True, exclude_entries=self._local(request.exclude_entries, shard)))
             for shard in range(len(self))
         ]
 
-    def merge(self, request: SearchRequest, answers: Iterable[ShardResult]) -> SearchResult:
-        """The answer to `request` of what the shards answered to `split(request)`, in their order.
+    def _split_followed(self, request: SearchRequest, follow: Int64) -> list[ShardRequest]:
+        check_queries(request.queries, self._manifest.key_dim)
+        rows, columns = np.nonzero(follow >= 0)
+        entries = follow[rows, columns]
+        owners = self._owners(entries)
+        order = np.argsort(owners, kind="stable")  # by shard, then by query
+        ends = np.searchsorted(owners[order], np.arange(len(self) + 1))
+        asked = []
+        for shard, (start, end) in enumerate(pairwise(ends.tolist())):
+            if start == end and shard and not request.options.exclude_documents:
+                continue
+            mine = order[start:end]
+            queries, firsts, counts = np.unique(rows[mine], return_index=True, return_counts=True)
+            local = np.full((len(queries), counts.max(initial=0)), -1, np.int64)
+            columns = np.arange(len(mine)) - np.repeat(firsts, counts)
+            local[np.repeat(np.arange(len(queries)), counts), columns] = entries[mine] - self.first_entries[shard]
+            excluded = None if request.exclude_entries is None else request.exclude_entries[queries]
+            part = replace(
+                request, queries=request.queries[queries], follow=local, exclude_entries=self._local(excluded, shard)
+            )
+            asked.append(ShardRequest(shard, part, queries))
+        return asked
+
+    def merge(
+        self, request: SearchRequest, asked: Sequence[ShardRequest], answers: Iterable[ShardResult]
+    ) -> SearchResult:
+        """The answer to `request` of what the shards answered to `asked`, which is `split(request)`, in their order.
 
         Answers are taken one by one, and at most MERGED_AT_ONCE of them are held. Of equal distances the lower entry
         comes first, as in one index. timings: of all shards together. Raises InvalidRequest for an excluded document
@@ -86,12 +122,14 @@ class Sharding:
             k = min(k, request.follow.shape[1])
         unknown = set(request.options.exclude_documents)
         timings: dict[str, float] = {}
-        held: list[_Found] = []
-        for shard, answer in enumerate(answers):
+        n = len(request.queries)
+        held = [] if request.follow is None else [_found_nothing(n, k, request.passages)]  # shards answer less than k
+        for part, answer in zip(asked, answers, strict=True):
             unknown.intersection_update(answer.unknown_documents)
             for stage, seconds in answer.result.timings.items():
                 timings[stage] = timings.get(stage, 0.0) + seconds
-            held.append(self._found(shard, answer.result))
+            found = self._found(part.shard, answer.result)
+            held.append(found if part.rows is None else _spread(found, part.rows, n))
             if len(held) == MERGED_AT_ONCE:
                 held = [_nearest(held, k, request.passages)]
         for name in request.options.exclude_documents:
@@ -157,6 +195,20 @@ class _Found:
     values: npt.NDArray[np.int32]
     ids: Int64
     passages: Sequence[Sequence[Passage]]
+
+
+def _found_nothing(n: int, columns: int, passages: int) -> _Found:
+    shape = (n, columns)
+    distances, values = np.full(shape, MISSING_DISTANCE, np.float32), np.full(shape, -1, np.int32)
+    return _Found(distances, values, np.full(shape, -1, np.int64), [()] * n if passages else [])
+
+
+def _spread(found: _Found, rows: Int64, n: int) -> _Found:
+    """What was found for the queries of `rows` as what was found for all n."""
+    whole = _found_nothing(n, found.ids.shape[1], 0)
+    whole.distances[rows], whole.values[rows], whole.ids[rows] = found.distances, found.values, found.ids
+    by_row = dict(zip(rows.tolist(), found.passages, strict=False))  # of none, where none were asked for
+    return replace(whole, passages=[by_row.get(row, ()) for row in range(n)])
 
 
 def _nearest(found: Sequence[_Found], k: int, passages: int) -> _Found:

@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker("cluster")
-            item.add_marker(pytest.mark.filterwarnings("default"))  # Ray's own are none of our business
+            item.add_marker(pytest.mark.filterwarnings("ignore"))  # Ray's own are none of our business
 
 
 @pytest.fixture(scope="session")

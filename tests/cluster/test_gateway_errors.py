@@ -163,6 +163,36 @@ def test_a_version_that_was_opened_anew_is_held_when_the_former_opening_is_close
     assert serve.deleted == [NAME]  # the store does not know it
 
 
+def test_a_cluster_that_is_away_is_told_once_each_time(
+    serve: Serve, new: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks = []
+    away = threading.Event()
+
+    def status() -> Any:
+        looks.append(away.is_set())
+        if away.is_set():
+            raise ConnectionError("no head")
+        return SimpleNamespace(applications={})
+
+    monkeypatch.setattr(serve, "status", status)
+    one = new()
+    watcher = threading.Thread(target=one._watch)
+    watcher.start()
+    try:
+        for _ in range(2):
+            for state in (away.set, away.clear):
+                state()
+                seen = len(looks)
+                while len(looks) < seen + 10:
+                    time.sleep(0.01)
+    finally:
+        one._ended.set()
+        watcher.join(60)
+    assert sum(looks) >= 16
+    assert [record.message for record in caplog.records] == ["the Ray cluster does not tell its state"] * 2
+
+
 # ---- searches
 
 
@@ -241,6 +271,16 @@ def test_what_serve_raises_when_it_is_asked_is_no_error_of_the_caller(searching:
 
     searching.replicas[1].trouble = trouble
     assert same(searching.searcher.search(searching.request), searching.whole.search(searching.request))
+
+
+def test_only_shards_that_have_entries_to_follow_are_asked(searching: Searching) -> None:
+    first, middle = 0, searching.whole.manifest.entries // 2
+    follow = np.array([[middle, -1], [-1, middle + 1], [-1, -1]], np.int64)
+    for entry, attempts in ((middle, [1, 1, 0]), (first, [2, 2, 0])):
+        follow[2, 0] = entry
+        request = replace(searching.request, follow=follow)
+        assert same(searching.searcher.search(request), searching.whole.search(request))
+        assert [replica.attempts for replica in searching.replicas] == attempts
 
 
 def test_a_request_that_every_replica_dies_of_ends(searching: Searching) -> None:

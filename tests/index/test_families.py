@@ -14,7 +14,7 @@ from knnlm.datastore.verify import verify
 from knnlm.errors import InvalidRequest
 from knnlm.index.build import build_index
 from knnlm.index.codecs import CODECS
-from knnlm.index.contract import Family, Index
+from knnlm.index.contract import Family, Index, to_float32
 from knnlm.index.ivf import IvfIndex
 from knnlm.index.searcher import Searcher
 from knnlm.index.table import FAMILIES, family
@@ -231,6 +231,19 @@ def test_verify_covers_the_index(made: Made) -> None:
     assert [c.name for c in verify(made.path) if c.problem is not None] == [file.name]
     file.write_bytes(data)
     assert [c for c in verify(made.path) if c.problem is not None] == []
+
+
+def test_an_index_says_whether_it_is_of_these_keys(made: Made) -> None:
+    searcher = made.open()
+    keys, rows = to_float32(searcher.datastore.keys), np.arange(0, N, 7)
+    agreeing = searcher._index.made_of(keys[rows], rows)
+    if agreeing is None:
+        assert made.recipe == "flat" or made.recipe.startswith("faiss:") or made.recipe.endswith("fs")
+        return
+    assert agreeing.mean() > 0.95
+    other = searcher._index.made_of(keys[::-1][rows], rows)
+    assert other is not None
+    assert other.mean() < 0.7
 
 
 def bytes_per_key(recipe: str) -> float:

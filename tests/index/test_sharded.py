@@ -1,5 +1,6 @@
 """A version of shards answers what the same documents answer in one folder: every option, every kind of index."""
 
+import re
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
@@ -7,26 +8,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.manifest import Manifest
+from knnlm.datastore.manifest import Manifest, ShardRecord
 from knnlm.datastore.reader import Datastore
 from knnlm.datastore.updates.compact import compact
 from knnlm.datastore.updates.documents import add, remove
-from knnlm.datastore.updates.revise import with_default_index, with_tuning
+from knnlm.datastore.updates.revise import with_default_index, with_index, with_tuning
 from knnlm.datastore.verify import verify
 from knnlm.errors import Conflict, DatastoreCorrupt, InvalidRequest, KnnlmError, UnknownDomain, UnknownVersion
 from knnlm.evaluation.index_report import refuse_shards
 from knnlm.index import sharding
 from knnlm.index.build import build_index, remove_index
 from knnlm.index.exact import exact_neighbors
+from knnlm.index.files import named, remove_unnamed
 from knnlm.index.searcher import Searcher
 from knnlm.index.sharded_searcher import Shard, ShardedSearcher, open_searcher
 from knnlm.index.sharding import ShardResult
+from knnlm.index.table import family
+from knnlm.index.verify import verify as verify_with_indexes
 from knnlm.messages import Document, PassagesRequest, SearchRequest, SearchResult, Tuning
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
@@ -173,9 +178,49 @@ def test_what_is_held_of_answers_does_not_grow_with_the_shards(whole: Path) -> N
             yield one
 
     ids = np.arange(4, dtype=np.int64)
-    found = sharding.Sharding(manifest).merge(search("toy", queries(1), 6, ids=True), answers())
+    whole_request = search("toy", queries(1), 6, ids=True)
+    cut = sharding.Sharding(manifest)
+    found = cut.merge(whole_request, cut.split(whole_request), answers())
     assert found.neighbors.values.tolist() == [[shards - 1] * 4 + [shards - 2] * 2]
     assert most <= sharding.MERGED_AT_ONCE + 1
+
+
+@pytest.mark.parametrize("more", [{}, {"passages": 4, "passage_tokens": 2}, {"exclude_documents": ("d3", "d40")}])
+@pytest.mark.parametrize(("columns", "share"), [(1, 0.3), (7, 1.0), (40, 0.5), (3, 0.0)])
+def test_following_entries_finds_what_one_index_does(
+    whole: Path, in_shards: Path, columns: int, share: float, more: dict[str, Any]
+) -> None:
+    """share: of the places that name an entry; the others are -1."""
+    one, rng = Searcher.open(whole), np.random.default_rng(columns)
+    follow = np.stack([rng.choice(one.manifest.entries, columns, replace=False) for _ in range(12)])
+    follow[rng.random(follow.shape) >= share] = -1
+    own = rng.integers(-1, one.manifest.entries, 12)
+    for fields in ({}, {"exclude_entries": own}, {"exclude_entries": own, "exclude_own_documents": True}):
+        request = search("toy", queries(), 10, ids=True, follow=follow, **fields, **more)
+        equal(open_searcher(in_shards).search(request), one.search(request))
+
+
+def test_a_shard_is_sent_its_own_entries_to_follow_alone(in_shards: Path) -> None:
+    manifest = Manifest.load(in_shards)
+    cut = sharding.Sharding(manifest)
+    ends = cut.first_entries.tolist()
+    follow = np.full((12, 9), -1, np.int64)
+    follow[3, 2], follow[3, 7], follow[5, 1] = ends[1], ends[2] - 1, ends[1] + 5  # all of shard 1
+    follow[8, 0] = ends[3]
+    request = search("toy", queries(), 10, follow=follow, exclude_entries=np.arange(12))
+    first, second, last = cut.split(request)
+    assert [part.shard for part in (first, second, last)] == [0, 1, 3]
+    assert first.request.follow is not None
+    assert first.request.follow.shape == (0, 0)
+    assert second.rows is not None
+    assert second.rows.tolist() == [3, 5]
+    assert second.request.follow is not None
+    assert second.request.follow.tolist() == [[0, ends[2] - 1 - ends[1]], [5, -1]]
+    np.testing.assert_array_equal(second.request.queries, request.queries[[3, 5]])
+    assert last.request.follow is not None
+    assert last.request.follow.tolist() == [[0]]
+    named = cut.split(search("toy", queries(), 10, follow=follow, exclude_documents=("d3",)))
+    assert [part.shard for part in named] == [0, 1, 2, 3]  # each knows its own documents
 
 
 made: dict[tuple[Path, str], tuple[Any, Any]] = {}
@@ -244,6 +289,11 @@ def test_exact_search_passes_over_all_shards(whole: Path, in_shards: Path) -> No
         (lambda r: replace(r, follow=np.full((12, 1), 99_999, np.int64)), InvalidRequest, "follow must lie"),
         (lambda r: replace(r, follow=np.full((12, 2), 5, np.int64)), InvalidRequest, "names an entry twice"),
         (lambda r: replace(r, queries=r.queries[:, :3]), InvalidRequest, "queries must have shape"),
+        (
+            lambda r: replace(r, queries=r.queries * np.inf, follow=np.full((12, 1), -1, np.int64)),
+            InvalidRequest,
+            "query 0 is not finite",
+        ),
         (lambda r: replace(r, domain="other"), UnknownDomain, "asked for domain 'other'"),
         (lambda r: replace(r, version="v9"), UnknownVersion, "version 'v9' was asked for"),
         (lambda r: replace(r, options=SearchOptions(k=3, ef_search=9)), InvalidRequest, "ef_search means nothing"),
@@ -281,6 +331,71 @@ def test_what_it_holds_and_says_is_of_all_shards(whole: Path, in_shards: Path) -
 
 def damaged(path: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(path, tmp_path / path.name))
+
+
+def with_forged_index(folder: Path, made: Callable[[Path], None]) -> None:
+    """Give a shard the index that `made` writes, under a manifest that vouches for it."""
+    index = Manifest.load(folder).index
+    made(folder / "forged")
+    files = named(folder / "forged")
+    with_index(folder, index.model_copy(update={"file": next(iter(files))}), files)
+    remove_unnamed(folder)
+
+
+def problems(path: Path) -> dict[str, str]:
+    return {check.name: check.problem for check in verify_with_indexes(path) if check.problem}
+
+
+@pytest.mark.parametrize("recipe", ["ivf24", "pca8,ivf24+fp16", "hnsw8", "sq8"])
+def test_verify_finds_an_index_of_other_keys(whole: Path, tmp_path: Path, recipe: str) -> None:
+    path = damaged(sharded(whole, 2, version=f"forged-{recipe[:3]}", recipe=recipe), tmp_path)
+    assert not problems(path)
+    trained = (path / str(Manifest.load(path).index.file)).read_bytes()
+    folders = [path / shard.name for shard in Manifest.load(path).shards]
+    keys = Datastore.open(folders[1]).keys
+    with_forged_index(folders[1], lambda file: void(family(recipe).add(trained, keys[::-1], file, lambda *_: None)))
+    ((name, problem),) = problems(path).items()
+    assert name == f"shard-00001/index {recipe}: is of these keys"
+    assert "is not built from keys.npy" in problem
+
+
+def void(made: object) -> None:
+    del made
+
+
+def test_verify_finds_the_index_of_another_shard(in_shards: Path, tmp_path: Path) -> None:
+    path = damaged(in_shards, tmp_path)
+    one, other = path / "shard-00001", path / "shard-00002"
+    theirs = (other / str(Manifest.load(other).index.file)).read_bytes()
+    with_forged_index(one, lambda file: void(file.write_bytes(theirs)))
+    ((name, problem),) = problems(path).items()
+    assert name == "shard-00001/index ivf24: is of these keys"
+    assert re.search(r"holds \(\d+, 16\) keys, expected", problem)
+
+
+def test_verify_finds_an_entry_that_is_twice_in_an_index(in_shards: Path, tmp_path: Path) -> None:
+    path = damaged(in_shards, tmp_path)
+    folder = path / "shard-00001"
+    index: Any = faiss.read_index(str(folder / str(Manifest.load(folder).index.file)))
+    ids = next(
+        faiss.rev_swig_ptr(index.invlists.get_ids(n), index.invlists.list_size(n))
+        for n in range(index.nlist) if index.invlists.list_size(n) > 1
+    )  # fmt: skip
+    ids[1] = ids[0]
+    with_forged_index(folder, lambda file: faiss.write_index(index, str(file)))
+    assert list(problems(path).values()) == [f"does not hold each of the entries [0, {index.ntotal}) once"]
+
+
+def test_verify_finds_a_shard_that_is_a_copy_of_another(in_shards: Path, tmp_path: Path) -> None:
+    path = damaged(in_shards, tmp_path)
+    shutil.rmtree(path / "shard-00002")
+    shutil.copytree(path / "shard-00001", path / "shard-00002")
+    manifest = Manifest.load(path)
+    shards = list(manifest.shards)
+    shards[2] = ShardRecord.of(2, Manifest.load(path / "shard-00002"))
+    counts = {name: sum(getattr(s, name) for s in shards) for name in ("entries", "documents", "tokens")}
+    manifest.model_copy(update={"shards": tuple(shards), **counts}).save(path)
+    assert problems(path) == {"shard-00002: is what was published": "holds the same documents and keys as shard-00001"}
 
 
 def test_a_missing_shard_is_named(in_shards: Path, tmp_path: Path) -> None:
