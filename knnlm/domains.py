@@ -22,7 +22,6 @@ from knnlm.messages import (
     PassagesRequest,
     SearchRequest,
     SearchResult,
-    Tuning,
     differs,
     required,
 )
@@ -33,6 +32,7 @@ from knnlm.protocols import DatastoreClient
 from knnlm.rules import FIXED, GATE, KNN_GATE, Weighing, part_of, rule
 from knnlm.sources import Plan, Services, UsedDomain, computed, together
 from knnlm.tuned import tuned_weighing
+from knnlm.tuning_records import Tuning
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ FREE_TOKENS = 2000  # in each bucket, from which on a farther one may have a lar
 PRIOR_TOKENS = 200  # tokens that say what all together say, added to those of each bucket
 BUCKET_FOLDS = 4  # parts of the documents, each of which judges how many buckets the others should have
 HIDDEN = 8  # units of the network of a gate
-# before the names of parameters of gates that were fitted together, in knnlm.messages.Tuning.cache
+# before the names of parameters of gates that were fitted together, in knnlm.tuning_records.Tuning.cache
 KNN_GATE, CACHE_GATE = "knn_gate.", "gate."
 # the expected gain of retrieval, in nats, by what is known before a search; and below which there is none
 GAIN, SKIP_BELOW = "gain", "skip_below"

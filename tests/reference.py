@@ -14,8 +14,9 @@ from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.updates.revise import with_tuning
 from knnlm.index.searcher import Searcher
 from knnlm.lm.model import LanguageModel
-from knnlm.messages import Document, Tuning
+from knnlm.messages import Document
 from knnlm.pipeline import Pipeline
+from knnlm.tuning_records import Tuning
 from tests.traffic import Ask
 
 __all__ = ["CONTEXTS", "POCKET", "licence_store", "questions"]

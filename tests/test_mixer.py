@@ -19,13 +19,13 @@ from knnlm.messages import (
     PassagesRequest,
     SearchRequest,
     SearchResult,
-    Tuning,
 )
 from knnlm.mixer import Mixer
 from knnlm.neighbors import Neighbors
 from knnlm.options import SEARCH_OPTIONS, DomainOptions, KnnOptions, SearchOptions
 from knnlm.scoring import BATCHES_UNDER_WAY
 from knnlm.testing import ToyLanguageModel
+from knnlm.tuning_records import Tuning
 
 T = TypeVar("T")
 TOY = ToyLanguageModel()

@@ -11,9 +11,10 @@ from typer.main import get_command
 from knnlm.cli.main import app
 from knnlm.domains import used_domain
 from knnlm.errors import InvalidRequest
-from knnlm.messages import DomainInfo, SearchRequest, Tuning
+from knnlm.messages import DomainInfo, SearchRequest
 from knnlm.options import SEARCH_OPTIONS, DomainOptions, KnnOptions, SearchOptions
 from knnlm.testing import ToyLanguageModel
+from knnlm.tuning_records import Tuning
 from knnlm.v1 import datastore_pb2
 from knnlm.wire import jsonable
 from knnlm.wire.protos import from_proto, to_proto

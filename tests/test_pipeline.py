@@ -16,11 +16,12 @@ from knnlm.evaluation.splits import encode
 from knnlm.generation import GenerationOptions
 from knnlm.index.searcher import Searcher
 from knnlm.local import LocalDatastore, LocalLanguageModel
-from knnlm.messages import Document, ForwardRequest, SearchRequest, Tuning
+from knnlm.messages import Document, ForwardRequest, SearchRequest
 from knnlm.options import DomainOptions, KnnOptions, SearchOptions
 from knnlm.pipeline import Context, Pipeline
 from knnlm.sampling import SamplingOptions
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
+from knnlm.tuning_records import Tuning
 
 TEXT = "the dog sat on the mat and the cat looked at the log, " * 2  # longer than one window of the toy
 

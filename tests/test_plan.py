@@ -9,10 +9,11 @@ import pytest
 
 from knnlm.decoding import mix_evidence
 from knnlm.errors import DatastoreMismatch, InvalidRequest, KnnlmError, UnknownDomain, UnknownVersion
-from knnlm.messages import DomainInfo, ForwardRequest, ForwardResult, Tuning
+from knnlm.messages import DomainInfo, ForwardRequest, ForwardResult
 from knnlm.mixer import Mixer
 from knnlm.options import DomainOptions, KnnOptions
 from knnlm.rules import LARGEST_LAMBDA
+from knnlm.tuning_records import Tuning
 from tests.test_mixer import TEXT, TOY, TUNING, BruteForce, Lm, knn
 from tests.toys import COUNTS, LEVEL, CountOptions, CountSource, counts, level  # noqa: F401  fixtures
 

@@ -9,12 +9,13 @@ import pytest
 from knnlm.errors import Unavailable
 from knnlm.generation import GenerationOptions, Generator
 from knnlm.joined import JoinedSearches
-from knnlm.messages import SearchRequest, SearchResult, Tuning
+from knnlm.messages import SearchRequest, SearchResult
 from knnlm.mixer import Mixer
 from knnlm.options import DomainOptions, KnnOptions
 from knnlm.prompts import score_prompt
 from knnlm.rules import GAIN, LARGEST_LAMBDA, SKIP_BELOW
 from knnlm.sampling import SamplingOptions
+from knnlm.tuning_records import Tuning
 from tests.test_mixer import TEXT, TOY, TUNING, BruteForce, Lm, knn
 
 TOKENS = TOY.tokenizer.encode(TEXT)

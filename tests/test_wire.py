@@ -25,15 +25,13 @@ from knnlm.messages import (
     Passage,
     PassagesRequest,
     PassagesResult,
-    RuleQuality,
-    SearchQuality,
     SearchRequest,
     SearchResult,
     TrainedMemory,
-    Tuning,
 )
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
+from knnlm.tuning_records import RuleQuality, SearchQuality, Tuning
 from knnlm.v1 import common_pb2, datastore_pb2, lm_pb2
 from knnlm.wire import array_to_tensor, jsonable, protos
 from knnlm.wire.protos import from_proto, to_proto

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from knnlm.evaluation.cache_fit import CacheFit
     from knnlm.evaluation.search_settings import Tuned
-    from knnlm.messages import RuleQuality, SearchQuality
+    from knnlm.tuning_records import RuleQuality, SearchQuality
 
 
 def tune(

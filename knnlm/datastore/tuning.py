@@ -6,8 +6,8 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, Valid
 
 from knnlm.datastore.layout import Count, Record, first_problem
 from knnlm.errors import InvalidRequest
-from knnlm.messages import RuleQuality, SearchQuality, Tuning
 from knnlm.options import SEARCH_OPTIONS, SearchOptions
+from knnlm.tuning_records import RuleQuality, SearchQuality, Tuning
 
 
 def _known_options(values: dict[str, bool | int | float]) -> dict[str, bool | int | float]:
@@ -26,7 +26,7 @@ AskedOptions = Annotated[dict[str, bool | int | float], AfterValidator(_known_op
 
 
 class QualityRecord(Record):
-    """messages.SearchQuality, as it is stored."""
+    """tuning_records.SearchQuality, as it is stored."""
 
     name: str
     search: AskedOptions
@@ -39,7 +39,7 @@ class QualityRecord(Record):
 
 
 class RuleRecord(Record):
-    """messages.RuleQuality, as it is stored."""
+    """tuning_records.RuleQuality, as it is stored."""
 
     name: str
     perplexity: float
@@ -50,7 +50,7 @@ class RuleRecord(Record):
 
 
 class TuningRecord(Record):
-    """messages.Tuning, as it is stored. Of the fields after `documents` only what differs from the default."""
+    """tuning_records.Tuning, as it is stored. Of the fields after `documents` only what differs from the default."""
 
     temperature: float = Field(gt=0)
     lmbda: float = Field(ge=0, le=1)

@@ -20,9 +20,10 @@ from knnlm.evaluation.rule_choice import FOLDS, compare_together
 from knnlm.evaluation.splits import encode, sample
 from knnlm.evaluation.tuning import RELATIVE_TOLERANCE, golden_section
 from knnlm.evidence import Evidence
-from knnlm.messages import Document, RuleQuality
+from knnlm.messages import Document
 from knnlm.neighbors import Neighbors
 from knnlm.rules import CACHE_GATE, GATE, KNN_GATE, LOOKING, Observed, Parameters
+from knnlm.tuning_records import RuleQuality
 from knnlm.weights import fit_gates, fit_weights
 
 THETAS = 2.0 ** np.arange(-3, 11)  # over the mean squared norm of the keys
@@ -37,7 +38,7 @@ class CacheFit:
 
     Perplexities of the held-out tokens: of the LM, with the cache alone, with retrieval alone at one lambda, with both.
     compared: one weight for each of both beside a gate for each, on documents that neither was fitted to; empty where
-    that could not be. gates: the parameters of these, as knnlm.messages.Tuning names them, where they were chosen.
+    that could not be. gates: the parameters of these, as tuning_records.Tuning names them, where they were chosen.
     """
 
     lmbda: float
@@ -53,7 +54,7 @@ class CacheFit:
 
     @property
     def parameters(self) -> Parameters:
-        """The parameters as knnlm.messages.Tuning stores them."""
+        """The parameters as knnlm.tuning_records.Tuning stores them."""
         beside = {} if self.knn_lambda is None else {"knn_lambda": self.knn_lambda}
         return {"lambda": self.lmbda, "theta": self.theta, "size": float(self.size), **beside, **self.gates}
 

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from knnlm.errors import InvalidRequest
 from knnlm.evaluation.tuning import Observations, losses, seen
-from knnlm.messages import RuleQuality
 from knnlm.mixture import Component, mix
 from knnlm.rules import FIXED, GATE, RULES, Observed, Weighing, shared
+from knnlm.tuning_records import RuleQuality
 from knnlm.weights import fit_gates, fit_weights
 
 FOLDS = 5  # parts of the documents, each measured with what was fitted to the others

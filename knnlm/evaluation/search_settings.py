@@ -26,11 +26,12 @@ from knnlm.evaluation.tuning import Fit, Observations, Point, fit, smallest_k, w
 from knnlm.index.contract import Index
 from knnlm.index.exact import exact_neighbors
 from knnlm.index.sharded_searcher import OpenedSearcher, open_searcher
-from knnlm.messages import Document, SearchQuality, SearchRequest, Tuning
+from knnlm.messages import Document, SearchRequest
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
 from knnlm.rules import AUTO, FIXED, GATE, check_skip
 from knnlm.rules import rule as known_rule
+from knnlm.tuning_records import SearchQuality, Tuning
 
 KS = (64, 256, 1024)
 QUALITIES: Mapping[str, float] = {"exact": 5e-4, "balanced": 3e-3, "fast": 1e-2}  # share of perplexity

@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 from knnlm.domains import knn_evidence
 from knnlm.errors import InvalidRequest
-from knnlm.messages import LmStatistics, Tuning
+from knnlm.messages import LmStatistics
 from knnlm.mixture import Component, mix
 from knnlm.neighbors import Neighbors
 from knnlm.rules import FIXED, Observed, Weighing, decides_early, rule, skipping
+from knnlm.tuning_records import Tuning
 
 GRID = 2.0 ** np.arange(-10, 11)  # temperatures to try, as multiples of the scale
 GOLDEN_STEPS = 16  # narrows two grid steps (a factor of 4) to a relative width of 6e-4

@@ -8,8 +8,8 @@ from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
 from knnlm.evaluation import cache_fit
 from knnlm.lm.model import LanguageModel
-from knnlm.messages import RuleQuality
 from knnlm.rules import RULES
+from knnlm.tuning_records import RuleQuality
 from knnlm.wire.jsonable import to_json
 from tests.cli.conftest import Knnlm
 from tests.toys import LEVEL, level

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from knnlm.datastore.updates.revise import with_tuning
-from knnlm.messages import Tuning
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
+from knnlm.tuning_records import Tuning
 from services.aggregator.app import service as aggregator_service
 from services.aggregator.settings import AggregatorSettings
 from services.datastore.app import service as datastore_service

@@ -9,9 +9,10 @@ from pydantic import ValidationError
 from knnlm.datastore.manifest import IndexRecord, Manifest
 from knnlm.datastore.tuning import TuningRecord
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreIncomplete
-from knnlm.messages import Document, RuleQuality, SearchQuality, Tuning
+from knnlm.messages import Document
 from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore
+from knnlm.tuning_records import RuleQuality, SearchQuality, Tuning
 from tests.grown import grow
 
 # As the first program of this format version wrote it, when a version had one index

@@ -23,10 +23,11 @@ from knnlm.datastore.updates.revise import with_tuning
 from knnlm.index.build import build_index
 from knnlm.index.compact import compact
 from knnlm.index.searcher import Searcher
-from knnlm.messages import Document, SearchRequest, Tuning
+from knnlm.messages import Document, SearchRequest
 from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel
 from knnlm.tokenizer import Tokenizer
+from knnlm.tuning_records import Tuning
 from tests.datastore.growing import live, sound
 from tests.grown import some_documents
 

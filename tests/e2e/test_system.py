@@ -22,8 +22,9 @@ from knnlm.datastore.updates.revise import with_tuning
 from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
 from knnlm.lm.model import LanguageModel
-from knnlm.messages import Document, Tuning
+from knnlm.messages import Document
 from knnlm.pipeline import Pipeline
+from knnlm.tuning_records import Tuning
 from tests.services.processes import Running, process
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 from knnlm.evaluation.plots import tuning_page, write_tuning_page
 from knnlm.evaluation.tuning import Fit, Point
-from knnlm.messages import Tuning
+from knnlm.tuning_records import Tuning
 
 
 def a_fit(curve: tuple[Point, ...]) -> Fit:

@@ -18,8 +18,8 @@ from knnlm.index.build import build_index
 from knnlm.index.contract import Index
 from knnlm.index.exact import exact_neighbors
 from knnlm.index.searcher import Searcher
-from knnlm.messages import SearchQuality
 from knnlm.options import SearchOptions
+from knnlm.tuning_records import SearchQuality
 from tests.index.helpers import datastore
 
 ENTRIES, DIM, QUERIES = 6000, 32, 1000

@@ -16,10 +16,11 @@ from knnlm.datastore.updates.revise import with_tuning
 from knnlm.errors import DatastoreCorrupt, DatastoreMismatch, InvalidRequest, KnnlmError, UnknownDomain, UnknownVersion
 from knnlm.index.build import build_index
 from knnlm.index.searcher import Searcher
-from knnlm.messages import PassagesRequest, SearchRequest, Tuning
+from knnlm.messages import PassagesRequest, SearchRequest
 from knnlm.neighbors import Neighbors, merge
 from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore
+from knnlm.tuning_records import Tuning
 from tests.index.helpers import brute_force, clustered, datastore
 from tests.searching import search
 

@@ -32,10 +32,11 @@ from knnlm.index.sharded_searcher import Shard, ShardedSearcher, open_searcher
 from knnlm.index.sharding import ShardResult
 from knnlm.index.table import family
 from knnlm.index.verify import verify as verify_with_indexes
-from knnlm.messages import Document, PassagesRequest, SearchRequest, SearchResult, Tuning
+from knnlm.messages import Document, PassagesRequest, SearchRequest, SearchResult
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel
+from knnlm.tuning_records import Tuning
 from tests.searching import search
 from tests.sharding import sharded
 

@@ -11,7 +11,7 @@ from knnlm.datastore.layout import FileRecord
 from knnlm.datastore.manifest import IndexRecord, Manifest
 from knnlm.datastore.tuning import TuningRecord
 from knnlm.errors import Conflict, InvalidRequest
-from knnlm.messages import Tuning
+from knnlm.tuning_records import Tuning
 
 
 def with_tuning(path: Path, tuning: Tuning) -> Manifest:

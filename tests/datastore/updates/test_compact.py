@@ -18,9 +18,10 @@ from knnlm.errors import Conflict, DatastoreCorrupt, InvalidRequest, UnknownVers
 from knnlm.index.build import build_index
 from knnlm.index.compact import compact
 from knnlm.index.searcher import Searcher
-from knnlm.messages import Document, DomainChange, SearchRequest, Tuning
+from knnlm.messages import Document, DomainChange, SearchRequest
 from knnlm.options import SearchOptions
 from knnlm.testing import ToyLanguageModel, toy_datastore
+from knnlm.tuning_records import Tuning
 from tests.datastore.growing import folder, forget, grow, listed, live, sound, toy_catalog
 
 SETTINGS = {"context_length": 24, "min_context": 8, "key_dtype": "float32"}

@@ -24,9 +24,10 @@ from knnlm.errors import (
     UnknownVersion,
 )
 from knnlm.index.compact import compact
-from knnlm.messages import Document, DomainChange, Tuning
+from knnlm.messages import Document, DomainChange
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 from knnlm.tokenizer import Tokenizer
+from knnlm.tuning_records import Tuning
 from tests.datastore.growing import NEW, folder, forget, grow, listed, live, sound, toy_catalog
 
 

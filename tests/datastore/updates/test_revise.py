@@ -9,8 +9,8 @@ from knnlm.datastore.layout import FileRecord
 from knnlm.datastore.manifest import IndexRecord, Manifest
 from knnlm.datastore.updates.revise import with_default_index, with_index, with_tuning, without_index
 from knnlm.errors import Conflict, InvalidRequest
-from knnlm.messages import Tuning
 from knnlm.testing import toy_datastore
+from knnlm.tuning_records import Tuning
 from tests.datastore.test_manifest import GOLDEN
 
 TUNING = Tuning(temperature=2.5, lmbda=0.25, k=64, lm_perplexity=20.0, knn_perplexity=15.5, tokens=1000, documents=3)

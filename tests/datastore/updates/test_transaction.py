@@ -22,8 +22,9 @@ from knnlm.errors import (
     Conflict,
     KnnlmError,
 )
-from knnlm.messages import Document, DomainChange, ForwardRequest, ForwardResult, Tuning
+from knnlm.messages import Document, DomainChange, ForwardRequest, ForwardResult
 from knnlm.testing import ToyLanguageModel, toy_datastore
+from knnlm.tuning_records import Tuning
 from tests.datastore.growing import NEW, folder, forget, grow, listed, live, sound, toy_catalog
 
 
