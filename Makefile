@@ -68,7 +68,7 @@ test-cluster: $(VENV)/.cluster ## several Ray nodes on this machine: builds and 
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m cluster tests/cluster
 
 $(VENV)/.cluster: $(STAMP)
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e '.[cluster]'
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e '.[cluster]' 'moto[s3,server]==5.2.5'
 	@touch $@
 
 bench: $(STAMP) ## every benchmark at the small size, one after another; ends with a JSON line per figure

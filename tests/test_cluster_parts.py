@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from knnlm.cluster import parts, sources
+from knnlm.cluster.objects import below, discard_objects, make_folder
 from knnlm.cluster.parts import Job, UnitTokens, encode_part, make_shard, part_of, placed_rows, plan, tokenize_unit
 from knnlm.cluster.sources import SourceFile, read_files, source_files, units
 from knnlm.datastore.build import build, identity_of
@@ -85,9 +86,19 @@ def test_parts_are_those_of_one_process_read_from_where_they_begin(tmp_path: Pat
         assert len(tokens[row.start : row.start + row.tokens]) == row.tokens
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-def test_shards_are_what_one_process_builds(tmp_path: Path, text: Path, shards: int) -> None:
+def elsewhere(work: Job, folder: Path) -> Job:
+    """The same with its parts at a URL."""
+    pytest.importorskip("pyarrow")
+    url = folder.as_uri()
+    make_folder(url, "parts_at")
+    return replace(work, parts_at=url)
+
+
+@pytest.mark.parametrize(("shards", "at_url"), [(1, False), (3, False), (3, True)])
+def test_shards_are_what_one_process_builds(tmp_path: Path, text: Path, shards: int, at_url: bool) -> None:
     lm, work = ToyLanguageModel(), job(tmp_path / "work", text)
+    if at_url:
+        work = elsewhere(work, tmp_path / "objects")
     whole = Datastore.open(
         build(
             read_documents([text]),
@@ -118,15 +129,24 @@ def test_shards_are_what_one_process_builds(tmp_path: Path, text: Path, shards: 
         assert opened.manifest.model == whole.manifest.model
         keys.append(opened.keys)
     np.testing.assert_array_equal(np.concatenate(keys), whole.keys)
+    if work.parts_at is not None:
+        assert len(list((tmp_path / "objects").iterdir())) == 2 * len(planned)
+        assert not list((work.folder / parts.PARTS).glob("*.npy"))
+        discard_objects(work.parts_at)
+        discard_objects(work.parts_at)  # a command that was killed in it does it again
+        assert not (tmp_path / "objects").exists()
 
 
-def test_a_damaged_part_is_found_and_made_again(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("at_url", [False, True])
+def test_a_damaged_part_is_found_and_made_again(tmp_path: Path, text: Path, at_url: bool) -> None:
     lm, work = ToyLanguageModel(), job(tmp_path / "work", text)
     (work.folder / parts.PARTS).mkdir(parents=True)
+    file = work.folder / parts.PARTS / "00001.keys.npy"
+    if at_url:
+        work, file = elsewhere(work, tmp_path / "objects"), tmp_path / "objects" / "00001.keys"
     planned = list(plan(work, 20))
     for each in planned:
         encode_part(lm, work, UnitTokens(work), each, "node")
-    file = work.folder / parts.PARTS / "00001.keys.npy"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
@@ -141,8 +161,23 @@ def test_a_damaged_part_is_found_and_made_again(tmp_path: Path, text: Path) -> N
         False,
         True,
     ]
+    file.unlink()
+    with pytest.raises(DatastoreCorrupt, match=r"00001\.keys"):
+        make_shard(work, shard, rows[0].place, planned, lm.tokenizer.json, names)
+    assert not encode_part(lm, work, UnitTokens(work), planned[1], "node").resumed
     make_shard(work, shard, rows[0].place, planned, lm.tokenizer.json, names)
     Manifest.load(work.folder / "shard-00000")
+
+
+def test_options_of_a_url_stay_behind_what_it_names(tmp_path: Path) -> None:
+    assert below("s3://bucket/folder/?scheme=http", "a/b.txt") == "s3://bucket/folder/a/b.txt?scheme=http"
+    assert below("file:///folder", "a") == "file:///folder/a"
+    (tmp_path / "file").touch()
+    pytest.importorskip("pyarrow")
+    for wrong in ("nowhere", (tmp_path / "file").as_uri()):
+        with pytest.raises(InvalidRequest) as caught:
+            make_folder(wrong, "parts_at")
+        assert caught.value.param == "parts_at"
 
 
 def test_other_documents_do_not_continue_a_build(tmp_path: Path, text: Path) -> None:

@@ -61,6 +61,10 @@ def build(
         typer.Option(help="Workers with the model; by default one for each GPU, or as processors allow."),
     ] = None,
     worker_cpus: Annotated[int, typer.Option(help="Processors for each worker, where there is no GPU.")] = 2,
+    parts_at: Annotated[
+        str | None,
+        typer.Option(help="Folder in an object store (URL) for keys until they are in shards; by default the store."),
+    ] = None,
     part: PartOption = "all",
     context_length: BuildContextOption = None,
     min_context: BuildMinContextOption = None,
@@ -84,12 +88,13 @@ def build(
     if ":/" in str(store):
         raise InvalidRequest(
             f"store {str(store)!r} is an object store: the store is a folder that every node sees at the same path "
-            "(a disk they share, a bucket that is mounted); sources may be URLs",
+            "(a disk they share, a bucket that is mounted); sources and --parts-at may be URLs",
             param="store",
         )
     wanted = Plan(
         ModelSource(model, device, dtype, key_function), version, parse_part(part), context_length, min_context, bos,
         key_dtype, batch_tokens, index=FLAT if index == NO_INDEX else index, shards=shards, shard_bytes=shard_bytes,
+        parts_at=parts_at,
     )  # fmt: skip
     try:
         with showing() as on_progress:

@@ -32,6 +32,7 @@ SWEEP_SECONDS = 60.0  # between two looks for applications that no gateway holds
 LOOK_SECONDS = 1.0
 LOAD_SECONDS = 1800.0  # the longest that a version may take until every shard answers
 MAX_ONGOING = 4  # calls that a replica is given at once: one is searched, others are unpacked or wait
+LOOK_BACK_SECONDS = 30.0  # over which Serve averages the requests of a replica, at most
 HEALTH_PERIOD_SECONDS, HEALTH_TIMEOUT_SECONDS = 3.0, 15.0
 LOG = logging.getLogger(__name__)
 
@@ -274,8 +275,13 @@ def _serve_options(spec: Spec, number: int) -> dict[str, Any]:  # Any: as Serve 
         resources["memory"] = spec.sizes[number]
     scale: dict[str, Any] = {"num_replicas": options.min_replicas}
     if options.min_replicas != options.max_replicas:
-        bounds = {"min_replicas": options.min_replicas, "max_replicas": options.max_replicas}
-        scale = {"autoscaling_config": {**bounds, "target_ongoing_requests": options.target_requests}}
+        bounds = {
+            name: getattr(options, name)
+            for name in ("min_replicas", "max_replicas", "upscale_delay_s", "downscale_delay_s")
+        }
+        bounds["target_ongoing_requests"] = options.target_requests
+        bounds["look_back_period_s"] = min(LOOK_BACK_SECONDS, max(1.0, options.upscale_delay_s))
+        scale = {"autoscaling_config": bounds}
     if options.replicas_per_node is not None:
         scale["max_replicas_per_node"] = options.replicas_per_node
     return {

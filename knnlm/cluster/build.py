@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from knnlm.cluster.objects import below, discard_objects, make_folder
 from knnlm.cluster.parts import Job, Place, placed_rows
 from knnlm.cluster.phases import Phases
 from knnlm.cluster.plan import Plan, Workers, check
@@ -78,7 +79,10 @@ def build(
             target, reasons = published
     if activate:
         catalog.activate(domain, target.name)
+    parts_at = _parts_at(wanted, target)
     with disk_errors(target):
+        if parts_at is not None:
+            discard_objects(parts_at)
         discard(target / ".build")
         (target / PUBLISHED).unlink(missing_ok=True)
     return target, reasons
@@ -92,7 +96,8 @@ def _made(
         if (space.folder / TOKENS).exists():
             raise Conflict(f"{space.folder} was begun by `knnlm build`: continue with that, or remove the folder")
         sources_of = run.tokenized(space, model, files)
-        job = Job(space.folder, identity, tuple(s.tokens for s in sources_of), run.wanted.batch_tokens)
+        units, parts_at = tuple(s.tokens for s in sources_of), _parts_at(run.wanted, target)
+        job = Job(space.folder, identity, units, run.wanted.batch_tokens, parts_at)
         total = _total(sources_of)
         if not total.entries:
             space.abandon()
@@ -103,6 +108,8 @@ def _made(
         space.check_sources(total.sha256)
         if space.state.sources is None:
             space.complete_sources(total)
+        if parts_at is not None:
+            make_folder(parts_at, "parts_at")
         run.encoded(job, total.entries)
         names = {"domain": target.parent.name, "version": target.name}
         run.sharded(job, shards, places, model.tokenizer, names, total.entries)
@@ -126,7 +133,7 @@ class Published(Record):
 
 def _asked(wanted: Plan, identity: Identity, files: Sequence[SourceFile]) -> str:
     """A digest of what makes a version: the model, the files, and all that was asked for but its name."""
-    plan = {name: value for name, value in asdict(wanted).items() if name not in ("model", "version")}
+    plan = {name: value for name, value in asdict(wanted).items() if name not in ("model", "version", "parts_at")}
     given = [identity.model_dump(mode="json"), [asdict(file) for file in files], plan]
     return hashlib.sha256(json.dumps(given).encode()).hexdigest()
 
@@ -144,6 +151,12 @@ def _published(catalog: Catalog, domain: str, version: str | None, asked: str) -
             raise DatastoreCorrupt(f"{file} is damaged; remove it to build another version: {err}") from err
         return (path, list(found.reasons)) if found.asked == asked else None
     return None
+
+
+def _parts_at(wanted: Plan, target: Path) -> str | None:
+    """The URL of the folder that the parts of a version lie in; nothing else does."""
+    name = f"{target.parent.name}-{target.name}.parts"
+    return None if wanted.parts_at is None else below(wanted.parts_at, name)
 
 
 def _planned(job: Job, shards: int, entries: int) -> tuple[list[ShardPlan], list[Place]]:

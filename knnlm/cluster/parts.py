@@ -1,7 +1,8 @@
 """The work of a build in pieces that any worker may do, or do again: files in the folder of the build.
 
     .build/units/00012/     some files of documents, tokenized: tokens.npy, documents.jsonl, unit.json
-    .build/parts/00034.*    keys and values of consecutive entries, and what says that they are complete
+    .build/parts/00034.*    keys and values of consecutive entries, here or as objects elsewhere, and what says that
+                            they are complete
     shard-00001/            a shard, complete when it has a manifest
 
 Parts are those of `knnlm build`: the same windows together in the same batches, whatever files and shards they come
@@ -11,6 +12,7 @@ from and go to, so that keys are bit-equal. Whatever appears under its name is w
 import hashlib
 import secrets
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
+from knnlm.cluster.objects import below, read_object, write_object
 from knnlm.cluster.sources import SourceFile, read_files
 from knnlm.datastore.arrays import ArrayWriter, open_array
 from knnlm.datastore.corpus import Sources, write_corpus
@@ -50,12 +53,14 @@ class UnitRecord(Record):
 
 @dataclass(frozen=True)
 class Job:
-    """One build, as every worker is told it. units: of each its tokens, in order."""
+    """One build, as every worker is told it. units: of each its tokens, in order. parts_at: the URL of the folder that
+    parts lie in, None = with the build; their records always do."""
 
     folder: Path
     identity: Identity
     units: tuple[int, ...] = ()
     batch_tokens: int = 8192
+    parts_at: str | None = None
 
     @property
     def bos_token_id(self) -> int | None:
@@ -195,16 +200,37 @@ class UnitTokens:
         return self._open[1][part.start - first : part.stop - first]
 
 
-class PartRows:
-    """An array of the rows of one part, in a file of its own."""
+class PartRows(ABC):
+    """An array of the rows of one part, in a file or an object of its own. lo: the number of the first row."""
 
-    def __init__(self, path: Path, lo: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        self._path = path
+    def __init__(self, lo: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         self._lo = lo
         self._shape = shape
         self._dtype = np.dtype(dtype)
 
+    @abstractmethod
     def write(self, lo: int, rows: npt.NDArray[Any]) -> None:  # Any: float16, float32 or int32
+        """All rows, which begin at `lo`."""
+
+    @abstractmethod
+    def read(self) -> npt.NDArray[Any]:
+        """Raises DatastoreCorrupt where they are missing or of another size."""
+
+    def sha256(self, lo: int, hi: int) -> str:
+        """Empty where the rows are missing or damaged: no digest is."""
+        try:
+            rows = self.read()
+        except DatastoreCorrupt:
+            return ""
+        return hashlib.sha256(rows[lo - self._lo : hi - self._lo].data).hexdigest()
+
+
+class FileRows(PartRows):
+    def __init__(self, path: Path, lo: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+        super().__init__(lo, shape, dtype)
+        self._path = path
+
+    def write(self, lo: int, rows: npt.NDArray[Any]) -> None:
         del lo
         draft = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
         with ArrayWriter(draft, self._shape, self._dtype) as writer:
@@ -213,29 +239,40 @@ class PartRows:
             draft.replace(self._path)
             sync_folder(self._path.parent)
 
-    def sha256(self, lo: int, hi: int) -> str:
-        """Empty where the file is missing or damaged: no digest is."""
-        try:
-            rows = open_array(self._path, self._shape, self._dtype)
-        except DatastoreCorrupt:
-            return ""
-        return hashlib.sha256(rows[lo - self._lo : hi - self._lo].data).hexdigest()
+    def read(self) -> npt.NDArray[Any]:
+        return open_array(self._path, self._shape, self._dtype)
 
 
-def part_keys(job: Job, planned: PartPlan) -> PartRows:
-    shape = (planned.hi - planned.lo, job.identity.key_dim)
-    file = job.folder / PARTS / f"{planned.number:05d}.keys.npy"
-    return PartRows(file, planned.lo, shape, np.dtype(job.identity.key_dtype).newbyteorder("<"))
+class ObjectRows(PartRows):
+    def __init__(self, url: str, lo: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+        super().__init__(lo, shape, dtype)
+        self._url = url
+
+    def write(self, lo: int, rows: npt.NDArray[Any]) -> None:
+        del lo
+        write_object(self._url, rows.astype(self._dtype, copy=False))
+
+    def read(self) -> npt.NDArray[Any]:
+        return read_object(self._url, self._shape, self._dtype)
+
+
+def part_rows(job: Job, planned: PartPlan, kind: str) -> PartRows:
+    """kind: "keys" or "values"."""
+    entries = planned.hi - planned.lo
+    shape, dtype = ((entries, job.identity.key_dim), job.identity.key_dtype) if kind == "keys" else ((entries,), "i4")
+    name, stored = f"{planned.number:05d}.{kind}", np.dtype(dtype).newbyteorder("<")
+    if job.parts_at is not None:
+        return ObjectRows(below(job.parts_at, name), planned.lo, shape, stored)
+    return FileRows(job.folder / PARTS / f"{name}.npy", planned.lo, shape, stored)
 
 
 def encode_part(lm: LanguageModel, job: Job, tokens: UnitTokens, planned: PartPlan, node: str) -> Done:
     """Make a part's keys, unless that was done. Raises as `Encoder.finish` does."""
-    values = job.folder / PARTS / f"{planned.number:05d}.values.npy"
     encoder = Encoder(
         lm,
         tokens,
-        part_keys(job, planned),
-        PartRows(values, planned.lo, (planned.hi - planned.lo,), "<i4"),
+        part_rows(job, planned, "keys"),
+        part_rows(job, planned, "values"),
         key_dtype=job.identity.key_dtype,
         batch_tokens=job.batch_tokens,
         records=job.folder / PARTS,
@@ -292,13 +329,11 @@ def _keys(job: Job, shard: ShardPlan, parts: Sequence[PartPlan]) -> Iterator[npt
     lo, hi = shard.entries
     for part in parts:
         record = job.folder / PARTS / f"{part.number:05d}.json"
-        rows = part_keys(job, part)
         found = PartRecord.model_validate_json(record.read_bytes())
-        if found.keys_sha256 != rows.sha256(part.lo, part.hi):
+        keys = part_rows(job, part, "keys").read()
+        if found.keys_sha256 != hashlib.sha256(keys.data).hexdigest():
             record.unlink()
             raise DatastoreCorrupt(f"{record} does not say what its keys are: the same command makes the part again")
-        shape = (part.hi - part.lo, job.identity.key_dim)
-        keys = open_array(job.folder / PARTS / f"{part.number:05d}.keys.npy", shape, job.identity.key_dtype)
         yield keys[max(lo - part.lo, 0) : hi - part.lo]
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from knnlm.cluster.objects import located
 from knnlm.cluster.pool import LOCAL
 from knnlm.cluster.worker import ModelSource
 from knnlm.datastore.build import check_sizes
@@ -27,7 +28,8 @@ class Workers:
 @dataclass(frozen=True)
 class Plan:
     """What is to be built, as `knnlm.datastore.build.build` takes it; index: auto, a recipe, or flat. shards or
-    shard_bytes: how many, or how large at most, by their keys and values."""
+    shard_bytes: how many, or how large at most, by their keys and values. parts_at: the URL of a folder that holds keys
+    until they are in shards, None = the build's own."""
 
     model: ModelSource
     version: str | None = None
@@ -42,6 +44,7 @@ class Plan:
     seed: int = 0
     shards: int | None = None
     shard_bytes: int | None = None
+    parts_at: str | None = None
 
 
 def check(wanted: Plan, workers: Workers) -> None:
@@ -54,6 +57,8 @@ def check(wanted: Plan, workers: Workers) -> None:
             check_sizes(**{name: value})
     if wanted.shards is not None and wanted.shard_bytes is not None:
         raise InvalidRequest("expected either shards or shard_bytes, not both", param="shards")
+    if wanted.parts_at is not None:
+        located(wanted.parts_at, "parts_at")
     if wanted.index not in ("auto", FLAT):
         from knnlm.index.table import family
 

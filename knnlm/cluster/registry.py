@@ -29,8 +29,9 @@ LEASE_SECONDS = 60.0  # a gateway that does not renew its lease for this long is
 @dataclass(frozen=True)
 class ShardOptions:
     """How shards are opened and how many replicas each has. index, resident, device, max_candidates, check: as in
-    Searcher.open. min_replicas, max_replicas: per shard; where they differ, Serve adds replicas while one has more than
-    target_requests at a time. cpus: that Ray reserves for one. replicas_per_node: of one shard at most, None = any."""
+    Searcher.open. min_replicas, max_replicas: per shard; where they differ, Serve adds replicas when one has had more
+    than target_requests at a time for upscale_delay_s, and takes them away after fewer for downscale_delay_s. cpus:
+    that Ray reserves for one. replicas_per_node: of one shard at most, None = any."""
 
     index: str | None = None
     resident: bool = False
@@ -40,6 +41,8 @@ class ShardOptions:
     min_replicas: int = 1
     max_replicas: int = 1
     target_requests: float = 2.0
+    upscale_delay_s: float = 30.0
+    downscale_delay_s: float = 600.0
     cpus: float = 1.0
     replicas_per_node: int | None = None
 
@@ -49,7 +52,10 @@ class ShardOptions:
         return {name: value for name, value in asdict(self).items() if name not in SCALE}
 
 
-SCALE = ("min_replicas", "max_replicas", "target_requests", "cpus", "replicas_per_node")
+SCALE = (
+    "min_replicas", "max_replicas", "target_requests", "upscale_delay_s", "downscale_delay_s", "cpus",
+    "replicas_per_node",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,16 @@ Files are cut into units that are tokenized in parallel. What a file was is its 
 nothing is read twice only to see that it is the same.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from knnlm.cluster.objects import URL, below, located
 from knnlm.datastore.text import check_suffix, files_of, read_opened
 from knnlm.errors import InvalidRequest
 from knnlm.messages import Document
 
-URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 UNIT_BYTES = 16 << 20  # files that one task tokenizes, and one file at least
 MAX_UNIT_FILES = 4096
 
@@ -59,11 +58,12 @@ def units(files: Sequence[SourceFile], unit_bytes: int = UNIT_BYTES) -> Iterator
 def read_files(files: Sequence[SourceFile]) -> Iterator[Document]:
     """The documents of files, which any node can read. Raises as read_documents does."""
     for file in files:
+        where = file.where.partition("?")[0] if URL.match(file.where) else file.where
         try:
             with _opened(file.where) as opened:
-                yield from read_opened(opened, name=file.name, where=file.where)
+                yield from read_opened(opened, name=file.name, where=where)
         except OSError as err:
-            raise InvalidRequest(f"{file.where} cannot be read: {err.strerror or err}", param="sources") from err
+            raise InvalidRequest(f"{where} cannot be read: {err.strerror or err}", param="sources") from err
 
 
 def _local(path: Path) -> list[SourceFile]:
@@ -75,7 +75,9 @@ def _local(path: Path) -> list[SourceFile]:
 
 
 def _at_url(url: str) -> list[SourceFile]:
-    system, path, fs = _file_system(url)
+    from pyarrow import fs
+
+    system, path = located(url, "sources")
     found = system.get_file_info(path)
     if found.type == fs.FileType.File:
         check_suffix(path)
@@ -91,7 +93,7 @@ def _at_url(url: str) -> list[SourceFile]:
                 check_suffix(name)
             except InvalidRequest:  # as in a local folder: other files are none of ours
                 continue
-            files.append(_file(f"{url.rstrip('/')}/{name}", name, info))
+            files.append(_file(below(url, name), name, info))
     if not files:
         raise InvalidRequest(f"no file of documents in {url}", param="sources")
     return files
@@ -103,17 +105,6 @@ def _file(url: str, name: str, info: Any) -> SourceFile:  # Any: pyarrow has no 
 
 def _opened(where: str) -> Any:  # Any: a file of ours or of pyarrow
     if URL.match(where):
-        system, path, _ = _file_system(where)
+        system, path = located(where, "sources")
         return system.open_input_file(path)
     return Path(where).open("rb")
-
-
-def _file_system(url: str) -> tuple[Any, str, Any]:  # Any: pyarrow has no types
-    """The file system of a URL, the path in it, and pyarrow.fs."""
-    from pyarrow import ArrowException, fs
-
-    try:
-        system, path = fs.FileSystem.from_uri(url)
-    except (ArrowException, ValueError) as err:
-        raise InvalidRequest(f"{url} is no address that can be read: {err}", param="sources") from err
-    return system, path, fs

@@ -48,6 +48,8 @@ class ClusterOpener:
             min_replicas=settings.shard_min_replicas,
             max_replicas=settings.shard_max_replicas,
             target_requests=settings.shard_target_requests,
+            upscale_delay_s=settings.shard_upscale_delay_s,
+            downscale_delay_s=settings.shard_downscale_delay_s,
             cpus=settings.shard_cpus,
             replicas_per_node=settings.shard_replicas_per_node,
         )

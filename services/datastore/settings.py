@@ -71,6 +71,12 @@ class DatastoreSettings(GrpcSettings):
     shard_target_requests: float = Field(
         2.0, gt=0, description="batches at a time beyond which a replica of a shard gets another one beside it"
     )
+    shard_upscale_delay_s: float = Field(
+        30.0, ge=0, description="how long there are more batches than that before a replica of a shard is added"
+    )
+    shard_downscale_delay_s: float = Field(
+        600.0, ge=0, description="how long there are fewer before a replica of a shard is taken away"
+    )
     shard_cpus: float = Field(1.0, ge=0, description="processors that Ray reserves for a replica of a shard")
     shard_replicas_per_node: int | None = Field(
         None, ge=1, description="replicas of one shard on one node of the cluster at most; none: any number"

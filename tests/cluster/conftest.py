@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 
+# for the server that stands for an object store
+os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_EC2_METADATA_DISABLED="true")
 HERE = Path(__file__).parent
 STORE_BYTES = 100 << 20  # of each node's object store
 # a cluster on loopback addresses, and nothing that is sent anywhere
 os.environ.update(
-    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", RAY_worker_niceness="0"
+    RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S="0.5",
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+    RAY_USAGE_STATS_ENABLED="0",
+    OMP_NUM_THREADS="1",
+    RAY_worker_niceness="0",
 )
 
 

@@ -70,6 +70,12 @@ def replica_pids(application: str, shard: int | None = None) -> list[int]:
     return sorted(found)
 
 
+def answering(running: Running, domain: str) -> list[int]:
+    """How many replicas of each shard answer, as the gateway knows it."""
+    counts = re.findall(rf'knnlm_shard_replicas{{domain="{domain}",shard="\d+"}} (\d+)', get(running, "metrics"))
+    return [int(count) for count in counts]
+
+
 def kill(pids: Sequence[int]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):  # it ended meanwhile
@@ -95,8 +101,11 @@ class Load:
 
 
 @asynccontextmanager
-async def load(target: str, asked: SearchRequest, expected: dict[str, SearchResult]) -> AsyncIterator[Load]:
-    """Callers that ask without a pause until the block is left, each answer compared with that of its version."""
+async def load(
+    target: str, asked: SearchRequest, expected: dict[str, SearchResult], *, callers: int = CALLERS, pause: float = 0.0
+) -> AsyncIterator[Load]:
+    """Callers that ask until the block is left, with a pause (seconds) after every answer; each is compared
+    with that of its version."""
     seen, ended = Load(), asyncio.Event()
 
     async def ask(datastore: GrpcDatastore) -> None:
@@ -110,14 +119,15 @@ async def load(target: str, asked: SearchRequest, expected: dict[str, SearchResu
                 await asyncio.sleep(0.05)
                 continue
             seen.answers[result.version] = seen.answers.get(result.version, 0) + 1
+            await asyncio.sleep(pause)
 
     async with GrpcDatastore(target) as datastore:
-        callers = [asyncio.create_task(ask(datastore)) for _ in range(CALLERS)]
+        tasks = [asyncio.create_task(ask(datastore)) for _ in range(callers)]
         try:
             yield seen
         finally:
             ended.set()
-            await asyncio.gather(*callers)
+            await asyncio.gather(*tasks)
 
 
 def same(one: SearchResult, other: SearchResult) -> bool:

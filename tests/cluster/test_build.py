@@ -41,10 +41,10 @@ from knnlm.cluster.build import Plan, Workers, build
 from knnlm.cluster.worker import ModelSource
 from knnlm.datastore.catalog import Catalog
 
-model, text, store, address, workers, part_entries, dies_at = sys.argv[1:]
+model, text, store, address, workers, part_entries, dies_at, parts_at = sys.argv[1:]
 plan = Plan(
     ModelSource(model, "cpu", "float32", "ffn_input"), context_length=48, min_context=16, batch_tokens=512,
-    part_entries=int(part_entries), index="ivf16,sq8", shards=3,
+    part_entries=int(part_entries), index="ivf16,sq8", shards=3, parts_at=parts_at or None,
 )
 def say(*what):
     print(json.dumps(what), flush=True, file=sys.__stdout__)
@@ -99,8 +99,13 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
 class Driver:
     """A process that builds."""
 
-    def __init__(self, given: Given, store: Path, address: str, workers: int = 2, dies_at: str = "") -> None:
-        arguments = map(str, (given.model, given.text, store, address, workers, PART_ENTRIES, dies_at))
+    def __init__(
+        self, given: Given, store: Path, address: str, workers: int = 2, dies_at: str = "", text: str = "",
+        parts_at: str = "",
+    ) -> None:  # fmt: skip
+        """dies_at: "published" or "activation". text: a URL of the given text. parts_at: that of a folder."""
+        given_or_url = text or given.text
+        arguments = map(str, (given.model, given_or_url, store, address, workers, PART_ENTRIES, dies_at, parts_at))
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed with the process
         command = [sys.executable, "-c", DRIVER, *arguments]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=ROOT)
@@ -239,6 +244,54 @@ def test_a_driver_killed_between_publishing_and_activation_activates_what_is_com
     assert catalog.versions("toy") == ["v1"]
     assert catalog.current("toy") == path.name == "v1"
     equal(path, given)
+
+
+@pytest.fixture
+def bucket(given: Given) -> Iterator[tuple[Any, str]]:
+    """An S3 server in this process with the given text; pyarrow's file system there, and what ends its URLs."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow import fs
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        place = "{}:{}".format(*server.get_host_and_port())
+        system = fs.S3FileSystem(endpoint_override=place, scheme="http", allow_bucket_creation=True)
+        system.create_dir("corpus/text")
+        for file in given.text.iterdir():
+            with system.open_output_stream(f"corpus/text/{file.name}") as stream:
+                stream.write(file.read_bytes())
+        yield system, f"?endpoint_override={place}&scheme=http"
+    finally:
+        server.stop()
+
+
+def test_text_and_parts_lie_in_an_object_store(
+    cluster: Any, given: Given, tmp_path: Path, bucket: tuple[Any, str]
+) -> None:
+    from pyarrow import fs
+
+    system, options = bucket
+
+    def objects(folder: str) -> list[str]:
+        found = system.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
+        return [info.base_name for info in found if info.type == fs.FileType.File]
+
+    text, parts_at = f"s3://corpus/text{options}", f"s3://corpus/parts{options}"
+    with Driver(given, tmp_path, cluster.address, text=text, parts_at=parts_at) as driver:
+        driver.until("encode", 1500)
+    time.sleep(2)  # its workers end with it
+    parts = tmp_path / "toy" / ".v1.building" / ".build" / "parts"
+    finished = sum(r["hi"] - r["lo"] for r in (json.loads(file.read_bytes()) for file in parts.glob("*.json")))
+    assert not list(parts.glob("*.npy"))
+    assert {f"{file.stem}.keys" for file in parts.glob("*.json")} <= set(objects("corpus/parts/toy-v1.parts"))
+    with Driver(given, tmp_path, cluster.address, text=text, parts_at=parts_at) as driver:
+        path, encode = driver.finish()
+    assert finished >= 1500
+    assert encode[-1][2] == finished
+    equal(path, given)
+    assert not objects("corpus/parts")
+    assert len(objects("corpus/text")) == len(list(given.text.iterdir()))
 
 
 def test_a_node_that_is_lost_is_done_without(cluster: Any, given: Given, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from knnlm.neighbors import neighbor_log_probs
 from knnlm.options import DomainOptions, KnnOptions, SearchOptions
 from knnlm.testing import TEXTS, ToyLanguageModel, toy_datastore
 from tests.cluster.gateways import (
+    answering,
     eventually,
     gateway,
     get,
@@ -72,7 +73,11 @@ def served(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         found = Searcher.open(alike).search(request(domain))
         expected[version] = replace(found, version=version)
     flags = ("--shard-min-replicas", "2", "--shard-max-replicas", "2", "--shard-replicas-per-node", "1")
-    with gateway(store, cluster.address, *flags, "--grace-s", "1") as running:
+    scaling = (
+        "--shard-target-requests", "0.2", "--shard-upscale-delay-s", "1", "--shard-downscale-delay-s", "2",
+        "--cluster-searches", "8",
+    )  # fmt: skip
+    with gateway(store, cluster.address, *flags, *scaling, "--grace-s", "1") as running:
         yield Served(store, domain, cluster.address, running, expected)
 
 
@@ -161,20 +166,34 @@ async def test_a_second_gateway_uses_what_is_deployed_and_needs_no_first_one(ser
         assert same(await datastore.search(request(served.domain)), served.expected["v1"])
 
 
-async def test_shards_are_scaled_under_load(served: Served) -> None:
-    async with load(served.target, request(served.domain), served.expected) as seen:
-        for replicas in (1, 3, 1, 2):
-            done = await asyncio.to_thread(knnlm, "cluster", "scale", served.domain, str(replicas), *place(served))
-            assert f"{replicas} to {replicas}" in done
-            await eventually(lambda n=replicas: len(replica_pids(f"{served.domain}@v1")) == n * SHARDS)  # type: ignore[misc]
-            await more(seen)
-    assert not seen.failures
-    assert not seen.wrong
+async def test_replicas_are_scaled_by_hand_and_come_and_go_with_load(served: Served) -> None:
+    application = f"{served.domain}@v1"
+
+    async def scaled(*bounds: str) -> str:
+        return await asyncio.to_thread(knnlm, "cluster", "scale", served.domain, *bounds, *place(served))
+
+    try:
+        async with load(served.target, request(served.domain), served.expected) as busy:
+            await more(busy)
+            assert "1 to 1" in await scaled("1")
+            await eventually(lambda: len(replica_pids(application)) == SHARDS)
+            assert "1 to 3" in await scaled("1", "--max-replicas", "3")
+            await eventually(lambda: len(replica_pids(application)) == 3 * SHARDS)
+            await more(busy)
+        async with load(served.target, request(served.domain), served.expected, callers=1, pause=1.0) as calm:
+            await eventually(lambda: len(replica_pids(application)) == SHARDS)
+            await more(calm, 2)
+    finally:
+        await scaled("2")
+    for met in (busy, calm):
+        assert not met.failures
+        assert not met.wrong
 
 
 async def test_a_lost_node_fails_no_request(served: Served, cluster: Any) -> None:
     application = f"{served.domain}@v1"
     node = next(iter(cluster.worker_nodes))
+    await eventually(lambda: answering(served.running, served.domain) == [2] * SHARDS)
     try:
         async with load(served.target, request(served.domain), served.expected) as seen:
             await more(seen)
@@ -186,7 +205,7 @@ async def test_a_lost_node_fails_no_request(served: Served, cluster: Any) -> Non
         cluster.add_node(num_cpus=2, object_store_memory=100 << 20, node_ip_address="127.0.0.1")
     assert not seen.failures
     assert not seen.wrong
-    await eventually(lambda: len(replica_pids(application)) == 2 * SHARDS)
+    await eventually(lambda: answering(served.running, served.domain) == [2] * SHARDS)
 
 
 async def test_a_shard_without_a_replica_fails_by_name_and_comes_back(served: Served) -> None:

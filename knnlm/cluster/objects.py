@@ -1,0 +1,68 @@
+"""Files at URLs, in an object store or wherever else pyarrow's file systems reach."""
+
+import re
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from knnlm.errors import DatastoreCorrupt, InvalidRequest
+
+URL = re.compile(r"[a-z][a-z0-9+.-]*://")
+
+
+def located(url: str, param: str) -> tuple[Any, str]:  # Any: pyarrow has no types
+    """The file system of a URL, and the path in it. Raises InvalidRequest that names `param`."""
+    from pyarrow import ArrowException, fs
+
+    try:
+        system, path = fs.FileSystem.from_uri(url)
+    except (ArrowException, ValueError) as err:
+        raise InvalidRequest(f"{url} is no address of files: {err}", param=param) from err
+    return system, path.rstrip("/")
+
+
+def below(url: str, name: str) -> str:
+    """The URL of `name` in the folder at `url`; options after a question mark stay where they are."""
+    folder, mark, options = url.partition("?")
+    return f"{folder.rstrip('/')}/{name}{mark}{options}"
+
+
+def make_folder(url: str, param: str) -> None:
+    """Raises InvalidRequest that names `param` where nothing can be written."""
+    system, path = located(url, param)
+    try:
+        system.create_dir(path, recursive=True)
+    except OSError as err:
+        raise InvalidRequest(f"{url} cannot be written: {err}", param=param) from err
+
+
+def write_object(url: str, rows: npt.NDArray[Any]) -> None:  # Any: float16, float32 or int32
+    """The bytes of an array, in a folder that is there. Whoever is killed meanwhile leaves nothing, or something else
+    than all of them. Raises OSError."""
+    system, path = located(url, "parts_at")
+    with system.open_output_stream(path) as stream:
+        stream.write(np.ascontiguousarray(rows).data.cast("B"))
+
+
+def read_object(url: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """What `write_object` wrote. Raises DatastoreCorrupt when it is not there or has another size; OSError."""
+    system, path = located(url, "parts_at")
+    try:
+        with system.open_input_stream(path) as stream:
+            data: bytes = stream.read()
+    except FileNotFoundError as err:
+        raise DatastoreCorrupt(f"{url} is missing") from err
+    expected = np.dtype(dtype).itemsize * int(np.prod(shape))
+    if len(data) != expected:
+        raise DatastoreCorrupt(f"{url} has {len(data)} bytes, expected {expected}")
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def discard_objects(url: str) -> None:
+    """Remove the folder at `url` and all that is in it; nothing where there is none. Raises OSError."""
+    from pyarrow import fs
+
+    system, path = located(url, "parts_at")
+    if system.get_file_info(path).type == fs.FileType.Directory:
+        system.delete_dir(path)
