@@ -1,10 +1,12 @@
 """How much crosses the wire for a generated token when the vocabulary is large.
 
-    python -m benchmarks.wire_bytes [--size N] [--text PATH ...] [--tokens 256]
+    python -m benchmarks.wire_bytes [--size N] [--text PATH ...] [--tokens 256] [--memory]
 
 Bytes of all messages to and from the lm service and the datastore service, for each token of completions at temperature
 1 with retrieval, k = 1024. The model is the pocket LM with its vocabulary widened to 150,000: 5 % of every distribution
-falls on the added tokens, by Zipf's law. A whole row of it is 600,000 bytes.
+falls on the added tokens, by Zipf's law. A whole row of it is 600,000 bytes. With --memory the same model is also a
+memory beside it, and every token takes a whole row of both: only at temperature 1 would the likeliest tokens of either
+be enough, since elsewhere what the other tokens have together is no sum of the two models'.
 """
 
 import asyncio
@@ -24,7 +26,7 @@ from knnlm.lm.model import LanguageModel
 from knnlm.local import LocalDatastore, LocalLanguageModel
 from knnlm.messages import ForwardRequest, ForwardResult, ModelInfo, SearchRequest, SearchResult
 from knnlm.mixer import Mixer
-from knnlm.options import DomainOptions, KnnOptions, SearchOptions
+from knnlm.options import DomainOptions, KnnOptions, MemoryOptions, SearchOptions
 from knnlm.v1 import datastore_pb2, lm_pb2
 from knnlm.wire.protos import forward_request_to_proto, to_proto
 
@@ -102,6 +104,7 @@ class CountedDatastore(LocalDatastore):
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--tokens", type=int, default=256, help="of each completion (default 256)")
+    parser.add_argument("--memory", action="store_true", help="mix a memory with the same vocabulary, too")
     options = parser.parse_args()
     prepared = prepare(options.size, options.text)
     counted = Counted()
@@ -109,22 +112,30 @@ def main() -> None:
     model = WidenedModel(lm, counted)
     datastore = CountedDatastore(prepared.path, prepared.domain, counted)
     text = tokens_of(prepared, lm.tokenizer, COMPLETIONS * PROMPT).astype(np.int32)
-    knn = KnnOptions((DomainOptions(prepared.domain, lmbda=0.25, temperature=10.0),), SearchOptions(k=K))
+    sources: dict[str, KnnOptions | MemoryOptions] = {
+        "knn": KnnOptions((DomainOptions(prepared.domain, lmbda=0.25, temperature=10.0),), SearchOptions(k=K))
+    }
+    if options.memory:
+        sources["memory"] = MemoryOptions("twin", 0.25)
 
     async def run() -> int:
-        generator = Generator(Mixer(model, JoinedSearches(datastore), model.info), lm.tokenizer)
+        generator = Generator(
+            Mixer(model, JoinedSearches(datastore), model.info, memories={"twin": model}), lm.tokenizer
+        )
 
         async def one(i: int) -> int:
             made = GenerationOptions(max_tokens=options.tokens, ignore_eos=True)
             prompt = text[i * PROMPT : (i + 1) * PROMPT]
-            return len([new async for new in generator.generate(prompt, made, knn, seed=options.seed + i)])
+            return len([new async for new in generator.generate(prompt, made, sources, seed=options.seed + i)])
 
         return sum(await asyncio.gather(*map(one, range(COMPLETIONS))))
 
     tokens = asyncio.run(run())
+    said = ", with a memory" if options.memory else ""
     figure(
-        f"bytes on the wire for a generated token, vocabulary of {VOCABULARY:,}", counted.bytes / tokens, GOAL,
-        better="less", size=prepared.entries, k=K, tokens=tokens, whole_rows=counted.whole_rows,
+        f"bytes on the wire for a generated token, vocabulary of {VOCABULARY:,}{said}", counted.bytes / tokens,
+        None if options.memory else GOAL, better="less", size=prepared.entries, k=K, tokens=tokens,
+        whole_rows=counted.whole_rows,
     )  # fmt: skip
 
 

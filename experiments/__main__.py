@@ -27,6 +27,7 @@ from experiments.table import NAMES, experiment
 from experiments.texts import DOCSTRINGS, Texts, find_texts
 from knnlm.errors import ModelError
 
+INTERRUPTED = 128 + 2  # as of a program that SIGINT ended
 FOLDER = ROOT / "build" / "paper"
 
 
@@ -56,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_all(experiments, scale, texts, options.out, records, model=options.model, said=text, again=options.again)
     except ModelError as err:  # that --model names, or the hub does not give
         raise SystemExit(err.message) from err
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
+        return INTERRUPTED
     try:
         page.write(records, options.out)
     except NotARecord as err:  # another experiment's record is damaged; those that ran have theirs
@@ -101,6 +105,7 @@ def run_all(
 
 def _run(name: str, one: Experiment, lab: Lab, records: Path, said: str) -> Record:
     lab.asked.clear()
+    lab.made.clear()
     begun, processor = time.monotonic(), time.process_time()
     findings = one.run(lab)
     for verdict in findings.verdicts:
@@ -109,9 +114,9 @@ def _run(name: str, one: Experiment, lab: Lab, records: Path, said: str) -> Reco
         name=name, paper=one.paper, title=one.title, scale=lab.scale.name, findings=findings, commit=commit(),
         machine=machine(), command=f"python -m experiments {name} --scale {lab.scale.name}{said}", model=lab.base.name,
         model_sha256=lab.base_sha256, source=lab.texts.source, texts={c.name: c.sha256 for c in lab.texts.all}, seed=0,
-        seconds=round(time.monotonic() - begun, 1), prepared_seconds=round(sum(lab.asked.values()), 1),
+        seconds=round(time.monotonic() - begun, 1), prepared_seconds=round(sum(lab.made.values()), 1),
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        extra={"processor_seconds": round(time.process_time() - processor, 1)},
+        extra={"processor_seconds": round(time.process_time() - processor, 1), "made": dict(lab.made)},
     )  # fmt: skip
     save(record, records)
     return record

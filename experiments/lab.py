@@ -126,10 +126,11 @@ class Lab:
         self.base = loading.resolve(model or scale.model or str(MODEL))
         self.folder = folder
         self.say = say
-        self.asked: dict[Sight | Learner, float] = {}  # what was used, and the seconds that making it took once
+        self.asked: set[object] = set()  # what was used, as experiments declare their needs
+        self.made: dict[str, float] = {}  # the seconds that making what was used took once, by its name
         self._models: dict[tuple[str, str], LanguageModel] = {}
         self._views: dict[Sight, View] = {}
-        self._seconds: dict[Sight, float] = {}
+        self._trained = 0.0  # seconds in which models were trained, which a view that needs them does not count
         self._capped: dict[str, tuple[list[Document], list[int]]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -170,9 +171,24 @@ class Lab:
             self.say(f"training {learner.name}")
             vocab_size = base.info.vocab_size
             train(learner, self.base, tokens, out, self.scale, vocab_size, lambda done, of: self._step(done, of, begun))
-            self._took(out, time.monotonic() - begun)
-        self.asked[learner] = _seconds(out)
+            self.took(out, seconds := time.monotonic() - begun)
+            self._trained += seconds
+        self.use(learner, out)
         return out
+
+    def use(self, need: object, folder: Path) -> None:
+        """Note that `folder`, made for `need`, is used."""
+        self.asked.add(need)
+        self.note(folder)
+
+    def note(self, folder: Path) -> None:
+        """Note how long `folder` once took."""
+        path = folder.with_name(f"{folder.name}.seconds")
+        self.made[folder.relative_to(self.folder).as_posix()] = float(path.read_text()) if path.is_file() else 0.0
+
+    def took(self, folder: Path, seconds: float) -> None:
+        """Keep how long making `folder` took."""
+        write_atomic(folder.with_name(f"{folder.name}.seconds"), f"{seconds:.1f}".encode())
 
     def model(self, learner: Learner, key_function: str = "ffn_input") -> LanguageModel:
         """Loaded; the last few stay."""
@@ -192,7 +208,6 @@ class Lab:
         catalog = Catalog(self.folder / "stores" / f"{learner.name}-{key_function}")
         domain = corpus.replace(" ", "-")
         if domain not in catalog.domains():
-            begun = time.monotonic()
             self.say(f"building {catalog.store.name}/{domain}")
             path = build(
                 self.stored(corpus), self.model(learner, key_function), catalog, domain, version=VERSION,
@@ -200,7 +215,6 @@ class Lab:
             )  # fmt: skip
             build_index(path, self.scale.index)
             catalog.activate(domain, VERSION)
-            self._took(path.parent, time.monotonic() - begun)
         return catalog.path(domain, VERSION)
 
     def held(
@@ -236,24 +250,23 @@ class Lab:
 
     def view(self, sight: Sight) -> View:
         """Held-out tokens of a corpus beside a datastore, searched and fitted."""
-        begun = time.monotonic()
+        begun, trained = time.monotonic(), self._trained
+        out = self.folder / f"views/{_name(sight)}"
         if sight not in self._views:
-            name = f"views/{_name(sight)}"
-            path = self.folder / f"{name}.json"
+            path = out.with_name(f"{out.name}.json")
             new = not path.is_file()
             if new:
                 self.say(f"looking up {_name(sight)}")
             tune, report = (self._seen(sight, part) for part in (Part.TUNE, Part.REPORT))
             if new:
                 tuned = fit(tune.observations()).tuning
-                fitted = {"temperature": tuned.temperature, "lambda": tuned.lmbda}
-                write_atomic(path, json.dumps(fitted | {"seconds": time.monotonic() - begun}).encode())
+                self.took(out, time.monotonic() - begun - (self._trained - trained))
+                write_atomic(path, json.dumps({"temperature": tuned.temperature, "lambda": tuned.lmbda}).encode())
             raw = json.loads(path.read_text())
             while len(self._views) >= MAX_VIEWS:
                 self._views.pop(next(iter(self._views)))
             self._views[sight] = View(tune, report, raw["temperature"], raw["lambda"])
-            self._seconds[sight] = raw["seconds"]
-        self.asked[sight] = self._seconds[sight]
+        self.use(sight, out)
         return self._views[sight]
 
     def kept(self, name: str, make: Callable[[], Arrays]) -> dict[str, npt.NDArray[np.generic]]:
@@ -324,9 +337,6 @@ class Lab:
             rest = (time.monotonic() - begun) / done * (of - done)
             self.say(f"  step {done} of {of}, {rest:.0f} s left")
 
-    def _took(self, folder: Path, seconds: float) -> None:
-        write_atomic(folder.with_name(f"{folder.name}.seconds"), f"{seconds:.1f}".encode())
-
 
 def nearest(
     datastore: Datastore, queries: npt.NDArray[np.floating], k: int, rows: npt.NDArray[np.int64] | None = None
@@ -383,8 +393,3 @@ def _name(sight: Sight) -> str:
     parts += [sight.key_function] if sight.key_function != default.key_function else []
     parts += [f"k{sight.k}"] if sight.k else []
     return "-".join([*parts, *(["long"] if sight.long else [])])
-
-
-def _seconds(folder: Path) -> float:
-    path = folder.with_name(f"{folder.name}.seconds")
-    return float(path.read_text()) if path.is_file() else 0.0

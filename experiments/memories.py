@@ -67,6 +67,7 @@ class Beside:
 
 def beside(lab: Lab, memory: Memory, base: Learner = BASE) -> Beside:
     """A memory, trained where it is not there, mixed with `base`: the weight is fitted between 0 and 0.99."""
+    folder(lab, memory)
     tune, report = (_log_probs(lab, memory, part) for part in (Part.TUNE, Part.REPORT))
     lm_tune, lm = (lab.held(base, memory.corpus, p).lm_log_probs.astype(np.float64) for p in (Part.TUNE, Part.REPORT))
     weight = best_lambda(lm_tune, tune)
@@ -76,11 +77,12 @@ def beside(lab: Lab, memory: Memory, base: Learner = BASE) -> Beside:
 def folder(lab: Lab, memory: Memory) -> Path:
     """Its folder, trained where it is not there."""
     out = lab.folder / "memories" / memory.name
-    if out.exists():
-        return out
     scale = lab.scale
     version = lab.store(memory.teacher, memory.corpus)
     targets = _targets(lab, memory.teacher, memory.corpus) if memory.beta else None
+    if out.exists():
+        lab.use(memory, out)
+        return out
     lab.say(f"training memory {memory.name}")
     epochs = scale.epochs * (MLP_EPOCHS if memory.mlp else 1.0)
     steps = max(1, round(epochs * Manifest.load(version).live_entries / scale.batch_tokens))
@@ -98,11 +100,13 @@ def folder(lab: Lab, memory: Memory) -> Path:
         if step % 20 == 0:
             lab.say(f"  step {step} of {steps}, {(time.monotonic() - begun) / step * (steps - step):.0f} s left")
 
-    train_memory(
+    made = train_memory(
         version.parent.parent, version.parent.name, lab.texts.named(memory.corpus).tune,
         str(lab.weights(memory.teacher)), out, settings, kind="mlp" if memory.mlp else "decoder", targets=targets,
         start=start, max_tokens=scale.tune_tokens, on_step=told, save_seconds=30.0,
     )  # fmt: skip
+    lab.took(out, made.seconds)
+    lab.use(memory, out)
     return out
 
 
@@ -116,12 +120,15 @@ def _targets(lab: Lab, teacher: Learner, corpus: str) -> Path:
     version = lab.store(teacher, corpus)
     out = lab.folder / "memories" / f"{corpus.replace(' ', '-')}-{teacher.name}.targets"
     if not out.exists():
+        begun = time.monotonic()
         lab.say(f"making targets {out.name}")
         ks = [min(lab.scale.k, Manifest.load(version).live_entries)]
         build_targets(
             version.parent.parent, version.parent.name, str(lab.weights(teacher)), out, exclude="document", ks=ks,
             max_tokens=lab.scale.tune_tokens,
         )  # fmt: skip
+        lab.took(out, time.monotonic() - begun)
+    lab.note(out)
     return out
 
 

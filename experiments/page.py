@@ -25,19 +25,25 @@ HEAD = """# The papers' experiments
 
 What Khandelwal et al. 2020 (arXiv 1911.00172) and Cao et al. 2025 (arXiv 2508.09874) found, measured again at a small
 size. `make paper` runs all of it, `python -m experiments NAME` one; with `--scale full` it is the papers' own size, and
-`--plan` says what that takes. This page is made by `python -m experiments report` from the records in [paper/](paper/).
+`--plan` says what that takes. Without a folder of text (`make paper TEXT=FOLDER`) docstrings of installed packages
+stand for its domains and for WikiText-103. This page is made by `python -m experiments report` from the records in
+[paper/](paper/).
 """
 OUT_OF_REACH = """## Out of reach at this size
 
 Question answering and the nine tasks of Memory Decoder (Tables 2 and 5) need a model that can answer: one of four
-million parameters cannot. At full size they run through lm-eval against the server:
+million parameters cannot. At full size they run through lm-eval against the server, which tells it the tokenizer:
 
     knnlm build facts CORPUS --store store --model MODEL
     knnlm memory targets facts --store store --model MODEL
     knnlm memory train facts HELD_OUT --store store --model MODEL --out FOLDER
     knnlm serve --model MODEL --store store --memory facts=FOLDER
-    lm_eval --model local-completions --tasks nq_open,sst2,cb,rte,ag_news \\
-        --model_args model=MODEL~facts,base_url=http://127.0.0.1:8000/v1/completions,tokenizer=MODEL
+    OPENAI_API_KEY=none lm_eval run --model local-completions --tasks nq_open,longbench_hotpotqa,sst2,cb,rte \\
+        --model_args base_url=http://127.0.0.1:8000/v1/completions,model=NAME~facts,max_length=CONTEXT --batch_size 8
+
+NAME is the id that `GET /v1/models` gives, CONTEXT its `max_model_len`; `model=NAME+facts` is retrieval, `model=NAME`
+the base. Of the nine tasks lm-eval has these three, and AG News and Yahoo with its unitxt; it scores answers by their
+log-likelihood, not by that over the same answer without the question, as the paper does.
 """
 
 
@@ -83,7 +89,14 @@ def write(records: Path, into: Path) -> None:
 
 def render(records: Sequence[Record], summary: str) -> str:
     """The whole page as Markdown."""
-    parts = [HEAD, summary.strip(), _overview(records), *(_section(record) for record in records), OUT_OF_REACH]
+    parts = [
+        HEAD,
+        _about(records),
+        summary.strip(),
+        _overview(records),
+        *(_section(record) for record in records),
+        OUT_OF_REACH,
+    ]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
@@ -95,23 +108,33 @@ def _overview(records: Sequence[Record]) -> str:
         counted = Counter(v.outcome for v in record.findings.verdicts)
         rows.append((f"[{record.title}](#{_anchor(record)})", record.paper, *(counted.get(o, 0) for o in Outcome)))
     table = Table("", ("experiment", "from", *map(str, Outcome)), tuple(rows))
-    own, made = sum(r.seconds for r in records), sum(r.prepared_seconds for r in records)
-
-    def all_of(of: Callable[[Record], str]) -> str:
-        return "; ".join(sorted(set(map(of, records))))
-
-    about = (
-        f"Text: {all_of(lambda r: r.source)}. Model: {all_of(lambda r: r.model)}. Scale: {all_of(lambda r: r.scale)}. "
-        f"Machine: {all_of(lambda r: r.machine)}. Commit: {all_of(lambda r: r.commit)}. "
-        f"Peak memory: {max(r.peak_bytes for r in records) / 1e9:.1f} GB. Time: {own / 60:.0f} minutes in the "
-        f"experiments; what they need took {made / 60:.0f} more, counted for each experiment that uses it."
-    )
     how = (
         "A shape *holds* where the 95 % interval of a paired bootstrap over documents lies on its side, *does not "
         "hold* where it lies on the other side, and is *within noise* where it contains zero. Weights and temperatures "
         "are fitted on other documents than those reported on."
     )
-    return "\n\n".join(["## What came out", _markdown(table), how, about])
+    return "\n\n".join(["## What came out", _markdown(table), how])
+
+
+def _about(records: Sequence[Record]) -> str:
+    """Text, model, machine, commit, memory and time."""
+    if not records:
+        return ""
+    made: dict[str, float] = {}
+    for record in records:
+        made |= record.extra.get("made", {record.name: record.prepared_seconds})
+    (usual, _), *others = Counter(r.source for r in records).most_common()
+    texts = [usual, *(f"{text} in {', '.join(r.name for r in records if r.source == text)}" for text, _ in others)]
+
+    def all_of(of: Callable[[Record], str]) -> str:
+        return "; ".join(sorted(set(map(of, records))))
+
+    return (
+        f"Text: {'; '.join(texts)}. Model: {all_of(lambda r: r.model)}. Scale: {all_of(lambda r: r.scale)}. "
+        f"Machine: {all_of(lambda r: r.machine)}. Commit: {all_of(lambda r: r.commit)}. "
+        f"Peak memory: {max(r.peak_bytes for r in records) / 1e9:.1f} GB. Time: {sum(made.values()) / 60:.0f} minutes "
+        f"for models, datastores, searches and memories, {sum(r.seconds for r in records) / 60:.0f} in the experiments."
+    )
 
 
 def _section(record: Record) -> str:

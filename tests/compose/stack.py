@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = ("torch",)  # wheels worth handing over; all others come from the package index
+SERVICES = ("lm", "datastore", "memory", "aggregator")
 FOUND = ROOT / "build" / "compose" / "wheels"
 
 
@@ -80,7 +81,7 @@ def started(store: Path, work: Path, environment: dict[str, str]) -> Iterator[St
     with _wheels_served() as options:
         override = work / "wheels.yml"
         build = {"build": {"network": "host"}}
-        override.write_text(json.dumps({"services": dict.fromkeys(("lm", "datastore", "aggregator"), build)}))
+        override.write_text(json.dumps({"services": dict.fromkeys(SERVICES, build)}))
         given = {"KNNLM_STORE_DIR": str(store), "KNNLM_STORE_USER": f"{os.getuid()}:{os.getgid()}", **environment}
         stack = Stack([ROOT / "docker-compose.yml", override], {**given, "PIP_OPTIONS": options})
         stack.compose("down", "--volumes", "--remove-orphans")

@@ -1,6 +1,10 @@
 """Every experiment at toy size: a record with tables, verdicts and figures, from what it said it needs."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +112,32 @@ def test_the_same_again_and_continued_from_half_gives_the_same_numbers(texts: Te
         record = runner._run("knn_table4", experiment("knn_table4"), lab, tmp_path / name, "")
         found.append(json.dumps(record.findings.tables[0].rows))
     assert found[0] == found[1]
+
+
+def run_interrupted(out: Path, after: str | None) -> int:
+    """Two experiments in a process of their own, with SIGINT once it says `after`; its status."""
+    command = [
+        sys.executable, "-m", "experiments", "knn_table4", "mem_table7", "--scale", "toy", "--text", "docstrings",
+        "--out", str(out),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if after is not None and line.startswith(after):
+                process.send_signal(signal.SIGINT)
+    return process.returncode
+
+
+@pytest.mark.slow
+def test_what_ctrl_c_interrupts_is_continued_to_the_same_numbers(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_interrupted(whole, None) == 0
+    for after in ("building", "training", "making targets", "training memory"):
+        assert run_interrupted(parts, after) == runner.INTERRUPTED, after
+    assert run_interrupted(parts, None) == 0
+    for name in ("knn_table4", "mem_table7"):
+        assert load(whole / "records" / f"{name}.json").findings == load(parts / "records" / f"{name}.json").findings
 
 
 def test_a_plan_says_steps_time_and_memory_and_does_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from knnlm import build, read_documents
+from knnlm import build, read_documents, train_memory
 from knnlm.datastore.updates.revise import with_tuning
+from knnlm.lm.distillation import DistilSettings
 from tests.cli.test_serve import serving
 from tests.reference import POCKET, ROOT, TUNING
 
@@ -51,7 +52,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         pytest.fail("there is no .venv-clients: `make test-clients` makes it")
     folder = tmp_path_factory.mktemp("foreign")
     with_tuning(build(folder / "store", "manual", read_documents([ROOT / "docs" / "api.md"]), str(POCKET)), TUNING)
-    with serving(POCKET, folder / "store", folder, "--device", "cpu") as running:
+    settings = DistilSettings(steps=2, beta=0.0, batch_entries=512)
+    held_out = read_documents([ROOT / "docs" / "clients.md"])
+    train_memory(folder / "store", "manual", held_out, str(POCKET), folder / "facts", settings, device="cpu")
+    flags = ("--device", "cpu", "--memory", f"facts={folder / 'facts'}")
+    with serving(POCKET, folder / "store", folder, *flags) as running:
         url = running.line(lambda line: line.startswith("ready: ")).split()[1]
         body = {"model": "pocket+manual", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
         answer: Any = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
