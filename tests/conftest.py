@@ -2,8 +2,10 @@
 passes again; `make test-all` explores. Files that take longest begin first, so that none is left over at the end."""
 
 import asyncio
+import gc
 import inspect
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -17,6 +19,25 @@ LONGEST = ("test_readme", "cli/test_serve", "e2e/", "datastore/test_bounded", "s
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((i for i, part in enumerate(LONGEST) if part in item.nodeid), len(LONGEST)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported stays until the end: no need to look through it, here and whenever a test makes garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_disks() -> Iterator[None]:
+    """The file system's own cache outlives a process that is killed, and no test takes power from the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -20,6 +20,6 @@ def service(settings: AggregatorSettings) -> Service:
         settings=settings,
         core=core,
         metrics=metrics,
-        routers=[routes(core, settings), page_routes(files)],
+        routers=[*routes(core, settings), page_routes(files)],
         public=frozenset(files),
     )

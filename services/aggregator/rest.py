@@ -30,8 +30,11 @@ OTHER_BYTES = 1 << 16  # a body without its texts and token ids
 OTHER_VALUES = 1 << 13  # domains and their fields, documents to leave out, ...
 
 
-def routes(core: AggregatorCore, settings: AggregatorSettings) -> APIRouter:
-    """settings: those that bound what a request holds; a body that holds more is not even parsed."""
+def routes(core: AggregatorCore, settings: AggregatorSettings) -> tuple[APIRouter, APIRouter]:
+    """The routes that are asked most, which are tried first, and the others.
+
+    settings: those that bound what a request holds; a body that holds more is not even parsed.
+    """
     router = APIRouter(route_class=bounded(settings.max_body_bytes, 4 * MAX_DOCUMENTS, "4 for each document"))
     content = max(ESCAPED_BYTES * settings.max_text_bytes, TOKEN_BYTES * settings.max_score_tokens)
     texts = APIRouter(
@@ -125,10 +128,7 @@ def routes(core: AggregatorCore, settings: AggregatorSettings) -> APIRouter:
     add_completion_routes(texts, core)
     for prefix in ("", "/v1"):
         _add_tokenizer_routes(texts, core, prefix)
-    first = APIRouter()
-    first.include_router(texts)  # routes are tried in their order, and these are asked most
-    first.include_router(router)
-    return first
+    return texts, router
 
 
 def _add_tokenizer_routes(router: APIRouter, core: AggregatorCore, prefix: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -36,10 +37,12 @@ def build_app(service: Service, admission: Admission) -> ASGIApp:
             HTTPException: _answer_http,
             Exception: _answer_internal,
         },
-        responses={"default": {"description": "Any error", "content": {"application/json": {"schema": _ERROR_SCHEMA}}}},
+        responses=_ANY_ERROR,
     )
-    for router in service.routers:
-        app.include_router(router)
+    for route in (route for router in service.routers for route in router.routes):
+        if isinstance(route, APIRoute):
+            route.responses = _ANY_ERROR | route.responses
+        app.routes.append(route)  # include_router would build each route again, when the first request comes
     _add_standard_routes(app, service, admission.readiness)
     return HttpMiddleware(app, service, admission)
 
@@ -59,6 +62,9 @@ _ERROR_SCHEMA = {
             },
         }
     },
+}
+_ANY_ERROR: dict[int | str, dict[str, Any]] = {  # Any: JSON
+    "default": {"description": "Any error", "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
 }
 
 

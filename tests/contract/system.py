@@ -1,6 +1,7 @@
 """The three services in one process, over a store of toys, and a client of the aggregator."""
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -39,13 +40,15 @@ class System:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Path:
-    """Domains cat (two versions, tuned), dog (tuned) and raw (not tuned)."""
-    with_tuning(toy_datastore(tmp_path, domain="cat"), TUNING)
-    with_tuning(toy_datastore(tmp_path, domain="cat", version="v2", texts=TEXTS[1:2], activate=False), TUNING)
-    with_tuning(toy_datastore(tmp_path, domain="dog", texts=TEXTS[3:]), replace(TUNING, lmbda=0.2))
-    toy_datastore(tmp_path, domain="raw", texts=TEXTS[:1])
-    return tmp_path
+def store(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Domains cat (two versions, tuned), dog (tuned) and raw (not tuned). Built once, and each test has a copy."""
+    built = tmp_path_factory.getbasetemp() / "toys"
+    if not built.exists():
+        with_tuning(toy_datastore(built, domain="cat"), TUNING)
+        with_tuning(toy_datastore(built, domain="cat", version="v2", texts=TEXTS[1:2], activate=False), TUNING)
+        with_tuning(toy_datastore(built, domain="dog", texts=TEXTS[3:]), replace(TUNING, lmbda=0.2))
+        toy_datastore(built, domain="raw", texts=TEXTS[:1])
+    return Path(shutil.copytree(built, tmp_path, dirs_exist_ok=True))
 
 
 @asynccontextmanager

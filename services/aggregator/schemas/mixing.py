@@ -1,5 +1,6 @@
 """What /v1/next_token and /v1/score take and give. Unknown fields are refused: nothing is accepted and ignored."""
 
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -266,9 +267,13 @@ class ScoreResponse(BaseModel):
 
 def with_sources(schema: type[Asking]) -> type[Asking]:
     """The request with a field for every row of knnlm.sources.SOURCES that it does not have yet."""
+    others = [(name, source_kind(name).options) for name in SOURCES if name not in schema.model_fields]
+    return _with_fields(schema, tuple(others)) if others else schema
+
+
+@cache  # pydantic takes longer over these classes than FastAPI over all routes
+def _with_fields(schema: type[Asking], records: tuple[tuple[str, type], ...]) -> type[Asking]:
     fields: dict[str, Any] = {}  # Any: types as pydantic annotates them
-    for name in SOURCES:
-        if name not in schema.model_fields:
-            options = option_fields(f"{name.title()}Options", source_kind(name).options, public=True)
-            fields[name] = (options | None, None)
-    return create_model(schema.__name__, __base__=schema, **fields) if fields else schema
+    for name, record in records:
+        fields[name] = (option_fields(f"{name.title()}Options", record, public=True) | None, None)
+    return create_model(schema.__name__, __base__=schema, **fields)
