@@ -10,11 +10,19 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("fixed", max_examples=60, derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
-LONGEST = ("test_readme", "cli/test_serve", "e2e/", "datastore/test_bounded", "services/test_processes", "no_secret_is")
+LONGEST = (
+    "test_readme",
+    "cli/test_serve",
+    "e2e/",
+    "datastore/test_bounded",
+    "services/test_processes",
+    "no_secret_is",
+    "experiments/",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,6 +37,7 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(20_000)
         gc.enable()
 
 

@@ -89,7 +89,7 @@ def test_two_logistic_parameters_are_those_of_a_dense_grid() -> None:
     assert best - 1e-3 < found < best + 1e-3
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 60), hidden=st.sampled_from([0, 2]), start=st.floats(0, LARGEST))
 def test_it_is_never_worse_than_where_it_starts(seed: int, n: int, hidden: int, start: float) -> None:
     inputs, ratio = data(seed, n)
@@ -153,7 +153,7 @@ def test_one_gate_alone_has_the_loss_of_one_and_several_that_of_the_mixture_they
     assert found == pytest.approx(joint_loss(weights, sources), rel=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 60), hidden=st.sampled_from([0, 2]), most=st.floats(0, 0.33))
 def test_gates_together_are_never_worse_than_the_weights_they_begin_with(
     seed: int, n: int, hidden: int, most: float

@@ -38,7 +38,7 @@ from knnlm.wire.protos import from_proto, to_proto
 from knnlm.wire.records import Record, fields_of
 from tests.searching import search
 
-QUICK = settings(max_examples=40, deadline=None)
+QUICK = settings(max_examples=25, deadline=None)
 ENCODINGS = ("list", "base64")
 
 

@@ -20,7 +20,7 @@ from services.aggregator.core import AggregatorCore
 from tests.contract.system import TUNING, System, system
 from tests.services.waiting import until
 
-STREAMS, TOGETHER = 400, 100
+STREAMS, TOGETHER = 120, 40
 BODY: dict[str, Any] = {
     "prompt": "the cat", "model": "toy+cat", "max_tokens": 200, "stream": True, "ignore_eos": True, "temperature": 0,
     "logprobs": 0,
@@ -66,7 +66,7 @@ def inflight(running: System) -> float | None:
 
 
 async def test_streams_that_are_left_leave_nothing_behind(tmp_path: Path) -> None:
-    async with served(tmp_path) as (running, lm, core), httpx.AsyncClient(base_url=url(running)) as client:
+    async with served(tmp_path) as (running, lm, core), httpx.AsyncClient(base_url=url(running), timeout=60) as client:
 
         async def abandoned(number: int) -> None:
             async with client.stream("POST", "/v1/completions", json=BODY | {"n": 1 + number % 3}) as response:
@@ -92,7 +92,7 @@ async def test_streams_that_are_left_leave_nothing_behind(tmp_path: Path) -> Non
 
 
 async def test_a_client_that_leaves_is_in_one_more_round_at_most(tmp_path: Path) -> None:
-    async with served(tmp_path) as (running, lm, _), httpx.AsyncClient(base_url=url(running)) as client:
+    async with served(tmp_path) as (running, lm, _), httpx.AsyncClient(base_url=url(running), timeout=60) as client:
         whole = asyncio.create_task(client.post("/v1/completions", json=BODY | {"stream": False}, timeout=60))
         async with client.stream("POST", "/v1/completions", json=BODY) as response:
             async for _line in response.aiter_lines():

@@ -65,7 +65,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def system(store: Path) -> Iterator[System]:
     with ExitStack() as stack:
         lm = stack.enter_context(process("lm", "--model", str(POCKET), "--device", "cpu"))
-        datastore = stack.enter_context(process("datastore", "--store", str(store)))
+        datastore = stack.enter_context(process("datastore", "--store", str(store), "--watch-interval-s", "0.1"))
         flags = ["--lm-target", lm.grpc, "--datastore-target", datastore.grpc]
         aggregator = stack.enter_context(process("aggregator", *flags))
         services = {"aggregator": aggregator, "lm": lm, "datastore": datastore}

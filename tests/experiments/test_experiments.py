@@ -23,7 +23,10 @@ from experiments.table import NAMES, experiment
 from experiments.texts import Texts, find_texts
 from knnlm.lm.model import LanguageModel
 
-SLOW = {"knn_figure2", "knn_figure8", "knn_probes", "knn_table3", "knn_table5"}  # more models, datastores or searches
+SLOW = {  # more models, datastores or searches
+    "knn_figure2", "knn_figure4", "knn_figure5", "knn_figure7", "knn_figure8", "knn_probes", "knn_table3", "knn_table5",
+    "mem_figure4", "mem_table3", "mem_table8", "mem_table9", "mem_table19",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,7 @@ def with_models(needs: Sequence[Need]) -> set[Need]:
     return {*needs, *(need.learner for need in needs if isinstance(need, Sight))}
 
 
+@pytest.mark.slow
 def test_the_same_again_and_continued_from_half_gives_the_same_numbers(texts: Texts, tmp_path: Path) -> None:
     found = []
     for name in ("first", "second"):

@@ -93,7 +93,6 @@ def cases(draw: st.DrawFn) -> tuple[Float32, Float32, int, Exclusion]:
     return keys, queries, draw(st.integers(1, 50)), excluding(own, sorted(shared))
 
 
-@settings(max_examples=150, deadline=None)
 @given(cases())
 def test_it_is_as_if_the_rest_were_all_there_is(case: tuple[Float32, Float32, int, Exclusion]) -> None:
     keys, queries, k, exclusion = case
@@ -104,7 +103,6 @@ def test_it_is_as_if_the_rest_were_all_there_is(case: tuple[Float32, Float32, in
     assert (distances.dtype.name, ids.dtype.name) == ("float32", "int64")
 
 
-@settings(max_examples=100, deadline=None)
 @given(cases())
 def test_the_answer_to_a_query_does_not_depend_on_the_others(case: tuple[Float32, Float32, int, Exclusion]) -> None:
     keys, queries, k, exclusion = case

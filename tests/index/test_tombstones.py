@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from knnlm.index.exclusion import Exclusion, without
 from knnlm.index.tombstones import NO_TOMBSTONES, Tombstones
@@ -39,7 +39,6 @@ def test_nothing_is_not_removed() -> None:
     assert not NO_TOMBSTONES.holds(np.array([[0, -1]])).any()
 
 
-@settings(max_examples=100, deadline=None)
 @given(cases())
 def test_removed_entries_are_left_out_however_near_they_lie(case: tuple[Float32, Float32, int, Exclusion]) -> None:
     """All that is shared counts as removed, of which only the expected number is asked for at first."""

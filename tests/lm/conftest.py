@@ -1,6 +1,7 @@
 """Every tiny model once per run: saved, loaded through LanguageModel, and beside it the plain model of transformers."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ class Tiny:
     plain: Any
 
 
-def build(name: str, folder: Path) -> Tiny:
+@cache
+def build(name: str, parent: Path) -> Tiny:
+    """Once per process, whichever files ask for it and however they are ordered."""
+    folder = parent / name
     config = tiny_models.CONFIGS[name]()
     tiny_models.save(tiny_models.random_model(config), folder)
     attention = "sdpa" if getattr(config, "alibi", False) else "eager"
@@ -40,10 +44,10 @@ def build(name: str, folder: Path) -> Tiny:
 @pytest.fixture(scope="session", params=tiny_models.CONFIGS)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Each tiny model in turn."""
-    return build(request.param, tmp_path_factory.mktemp(request.param))
+    return build(request.param, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """One of them, for what does not depend on the architecture."""
-    return build("llama", tmp_path_factory.mktemp("llama"))
+    return build("llama", tmp_path_factory.getbasetemp())

@@ -1,4 +1,4 @@
-"""Memories trained in seconds: what they gain, what they continue, what is refused."""
+"""Memories trained in seconds: what they gain, what they are made of, what is refused."""
 
 import json
 import math
@@ -20,10 +20,9 @@ from knnlm.datastore.reader import Datastore
 from knnlm.datastore.updates.documents import remove
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreMismatch, InvalidRequest, ModelError
 from knnlm.evaluation.collect import HeldOut, observe
-from knnlm.evaluation.memory_targets import build_targets
 from knnlm.evaluation.memory_training import MlpSizes, train_memory
 from knnlm.evaluation.splits import encode
-from knnlm.lm.distillation import DistilSettings, Tried
+from knnlm.lm.distillation import DistilSettings
 from knnlm.lm.model import LanguageModel
 from knnlm.memories import MLP_FILE
 from knnlm.memory.examples import Examples
@@ -33,37 +32,9 @@ from knnlm.memory.targets import Targets
 from knnlm.messages import Document, ForwardRequest
 from tests.lm import tiny_models
 from tests.memory.conftest import World
+from tests.memory.trained import MLP, SETTINGS, Step, decoder, mlp, run
 
-SETTINGS = DistilSettings(
-    steps=24, batch_entries=600, pass_tokens=400, learning_rate=1e-2, warmup_steps=4, evaluate_steps=6
-)
-MLP = MlpSizes(hidden=48, layers=2, bottleneck=16)
-
-
-class Stopped(Exception):
-    pass
-
-
-def run(world: World, out: Path, settings: DistilSettings = SETTINGS, **options: Any) -> MemoryManifest:  # Any: as it
-    given = {"targets": None if settings.beta == 0 else world.targets, "device": "cpu", **options}
-    if given.get("kind") == "mlp":
-        given.setdefault("sizes", MLP)
-    return train_memory(world.store, "law", world.held_out, str(world.model), out, settings, **given)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("trained")
-
-
-@pytest.fixture(scope="module")
-def decoder(world: World, folder: Path) -> tuple[Path, MemoryManifest]:
-    return folder / "decoder", run(world, folder / "decoder")
-
-
-@pytest.fixture(scope="module")
-def mlp(world: World, folder: Path) -> tuple[Path, MemoryManifest]:
-    return folder / "mlp", run(world, folder / "mlp", kind="mlp")
+__all__ = ["decoder", "mlp"]
 
 
 def observed(world: World, model: Path, documents: list[Document]) -> HeldOut:
@@ -162,53 +133,6 @@ def test_without_targets_it_learns_from_the_text_alone(world: World, tmp_path: P
     assert made.targets is None
     assert made.tune.mixture_loss < 0.9 * made.tune.lm_loss
     assert made.excess == pytest.approx(made.train_loss)  # the floor of cross-entropy to one token is 0
-
-
-class Step:
-    """Stops a run after so many steps; remembers all."""
-
-    def __init__(self, last: int = 1 << 30) -> None:
-        self.last = last
-        self.steps: list[int] = []
-        self.losses: list[float] = []
-        self.tried: list[Tried] = []
-
-    def __call__(self, step: int, loss: float, excess: float, tried: Tried | None) -> None:
-        assert excess >= 0
-        if step > self.last:
-            raise Stopped
-        self.steps.append(step)
-        self.losses.append(loss)
-        self.tried += [tried] if tried else []
-
-
-@pytest.mark.parametrize(("kind", "last"), [("decoder", 8), ("mlp", 12)])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(world: World, tmp_path: Path, kind: str, last: int) -> None:
-    whole, first, rest = Step(), Step(last), Step()
-    made = run(world, tmp_path / "whole", kind=kind, on_step=whole)
-    with pytest.raises(Stopped):
-        run(world, tmp_path / "out", kind=kind, on_step=first, save_seconds=0)
-    assert not (tmp_path / "out").exists()
-    again = run(world, tmp_path / "out", kind=kind, on_step=rest)
-    assert first.steps + rest.steps == whole.steps == list(range(1, 25))
-    assert first.losses + rest.losses == whole.losses
-    assert first.tried + rest.tried == whole.tried
-    assert again.tune == made.tune
-    assert {n: f.sha256 for n, f in again.files.items()} == {n: f.sha256 for n, f in made.files.items()}
-
-
-def test_dropout_is_continued_too(world: World, tmp_path: Path) -> None:
-    start = tmp_path / "start"
-    shutil.copytree(world.model, start)
-    config = json.loads((start / "config.json").read_text())
-    (start / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
-    settings = DistilSettings(**{**vars(SETTINGS), "steps": 6})
-    whole, first, rest = Step(), Step(3), Step()
-    run(world, tmp_path / "whole", settings, start=str(start), on_step=whole)
-    with pytest.raises(Stopped):
-        run(world, tmp_path / "out", settings, start=str(start), on_step=first, save_seconds=0)
-    run(world, tmp_path / "out", settings, start=str(start), on_step=rest)
-    assert first.losses + rest.losses == whole.losses
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(world: World, tmp_path: Path) -> None:
@@ -361,15 +285,6 @@ def test_documents_of_the_store_are_not_chosen_by(world: World, tmp_path: Path) 
         train_memory(world.store, "law", stored, str(world.model), tmp_path / "o", SETTINGS, targets=world.targets)
 
 
-def test_an_unfinished_run_is_not_continued_as_another(world: World, tmp_path: Path) -> None:
-    with pytest.raises(Stopped):
-        run(world, tmp_path / "out", on_step=Step(2))
-    with pytest.raises(Conflict, match=r"unfinished run with beta 0\.5, this one has 0\.25"):
-        run(world, tmp_path / "out", DistilSettings(**{**vars(SETTINGS), "beta": 0.25}))
-    with pytest.raises(Conflict, match="unfinished run with kind 'decoder'"):
-        run(world, tmp_path / "out", kind="mlp")
-
-
 def test_a_damaged_mlp_is_refused(mlp: tuple[Path, MemoryManifest], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(mlp[0], broken)
@@ -392,33 +307,3 @@ def test_a_damaged_mlp_is_refused(mlp: tuple[Path, MemoryManifest], tmp_path: Pa
         Mlp.load(broken)
     with pytest.raises(DatastoreCorrupt, match=r"mlp\.safetensors has 100 bytes"):
         MemoryManifest.open(broken)
-
-
-def test_what_was_fitted_is_not_fitted_again_when_targets_are_continued(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments: list[Any] = [world.store, "law", str(world.model), tmp_path / "out"]
-    options: dict[str, Any] = {"ks": [8, 64], "max_tokens": 500, "part_entries": 500}
-    with monkeypatch.context() as patch:
-        patch.setattr("knnlm.memory.making._merge", lambda *_: (_ for _ in ()).throw(Stopped))
-        with pytest.raises(Stopped):
-            build_targets(*arguments, **options)
-    arguments[2] = "no model is asked again"
-    made = build_targets(*arguments, **options)
-    assert made.settings.k in (8, 64)
-    assert made.fit is not None
-    assert made.fit.documents > 1
-    whole = build_targets(world.store, "law", str(world.model), tmp_path / "whole", **options)
-    assert (whole.fit, whole.shape, whole.settings) == (made.fit, made.shape, made.settings)
-
-
-def test_weights_kept_by_a_run_that_was_killed_before_its_state_was_saved_do_no_harm(
-    world: World, tmp_path: Path
-) -> None:
-    with pytest.raises(Stopped):
-        run(world, tmp_path / "out", on_step=Step(13))
-    assert (tmp_path / ".out.building/best.safetensors").exists()
-    assert not (tmp_path / ".out.building/state.safetensors").exists()
-    whole, again = run(world, tmp_path / "whole"), run(world, tmp_path / "out")
-    assert whole.tune == again.tune
-    assert whole.files == again.files

@@ -13,7 +13,7 @@ from tests.faults.knocking import MODULES, codes, datastore, lm, random_messages
 from tests.faults.messages import SEEDS, hostile_tensors, methods
 from tests.faults.reading import bounded
 
-COUNT = 600
+COUNT = 450
 
 
 def test_every_rpc_has_a_message_to_begin_with() -> None:

@@ -96,7 +96,7 @@ def repeated(store: Path, name: str, expected: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_disk_operation_the_former_version_answers_and_the_same_change_continues(
     killer: Killer, whole: dict[str, tuple[Path, dict[str, bytes]]], tmp_path: Path, name: str, stride: int
 ) -> None:
