@@ -67,8 +67,8 @@ $(CLIENTS)/.installed: tests/foreign/requirements.txt tests/foreign/package.json
 test-cluster: $(VENV)/.cluster ## several Ray nodes on this machine: builds and searches while workers and nodes are killed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m cluster tests/cluster
 
-$(VENV)/.cluster: $(STAMP)
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e '.[cluster]' 'moto[s3,server]==5.2.5'
+$(VENV)/.cluster: tests/cluster/requirements.txt $(STAMP)
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e '.[cluster]' -r tests/cluster/requirements.txt
 	@touch $@
 
 bench: $(STAMP) ## every benchmark at the small size, one after another; ends with a JSON line per figure
