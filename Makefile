@@ -32,8 +32,9 @@ up: $(STAMP) ## start the services with what `make demo` built
 down: ## stop the services
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m demo.services down; else echo "nothing is installed, so nothing runs"; fi
 
+# three workers for two cores: each waits now and then, for a service it started or for the clock
 test: $(STAMP) ## the tests: offline, on CPU
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not faults and not compose and not page and not clients and not cluster"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not faults and not compose and not page and not clients and not cluster"
 
 test-all: $(STAMP) ## the tests that take longer, too
 	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not faults and not compose and not page and not clients and not cluster"
