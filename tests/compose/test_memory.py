@@ -82,7 +82,7 @@ def test_the_model_with_its_memory_is_listed_and_answers_as_in_process(stack: St
     for weight, probs in expected.items():
         for token, p in distribution(weight).items():
             assert p == pytest.approx(float(probs[token]), abs=CLOSE)
-    assert np.abs(expected[1.0] - expected[0.0]).max() > 100 * CLOSE  # it learnt something
+    assert np.abs(expected[1.0] - expected[0.0]).max() > 20 * CLOSE  # it learnt something
     assert stack.metric(container, 8001, "knnlm_lm_tokens_total") > before
     scored = asked("/v1/score", text=PROMPT, model=f"pocket~{NAME}")
     assert scored.status_code == 200, scored.text
