@@ -3,8 +3,9 @@
     python -m benchmarks.generation [--size N] [--text PATH ...] [--rounds 5]
 
 Prompts of 40 tokens from the held-out text, 96 tokens generated, temperature 1, k = 1024. `generate` has the same
-prompts and number of tokens, samples as well, and uses its own cache of keys and values. The same two threads for it,
-the lm service and the datastore service; all share the processor's cores with the aggregator and the caller.
+prompts and number of tokens, samples as well, and uses its own cache of keys and values. One more completion is greedy,
+with steps begun ahead (`reuse.ahead` 2), beside a greedy `generate`. The same two threads for it, the lm service and
+the datastore service; all share the processor's cores with the aggregator and the caller.
 """
 
 import asyncio
@@ -54,6 +55,7 @@ class Measure:
             str(prepared.model), dtype=torch.float32, local_files_only=True
         )
         self._knn: Body = {"knn": {"domain": prepared.domain, "k": K}}
+        self._ahead: Body = {"knn": {"domain": prepared.domain, "k": K, "reuse": {"ahead": 2}}}
         self._url = running.aggregator.http
         self._text = text
         self._runner = runner
@@ -74,6 +76,8 @@ class Measure:
             "generate, one": self._plain(1),
             "one completion, LM alone": self._many(1, {}),
             "one completion, retrieval": self._many(1, self._knn),
+            "generate, one, greedy": self._plain(1, greedy=True),
+            "one completion, retrieval, greedy, steps ahead": self._many(1, {**self._ahead, "temperature": 0}),
         }
         rates = interleave(programs, 2.0, self._rounds)
         table(["", "tokens/s"], [[name, f"{rate.median:,.0f}"] for name, rate in rates.items()])
@@ -83,11 +87,16 @@ class Measure:
             ("16 completions with retrieval / generate, batch of 16", rates["16 completions, retrieval"], 0.6),
         ):
             self._figure(f"generated tokens/s: {name}", rate.over(together), goal, tokens_per_s=round(rate.median))
-        one = rates["one completion, retrieval"]
-        self._figure(
-            "generated tokens/s: one completion with retrieval / generate of one", one.over(alone), 0.6,
-            tokens_per_s=round(one.median),
-        )  # fmt: skip
+        greedy = rates["generate, one, greedy"]
+        for name, rate, beside in (
+            ("one completion with retrieval / generate of one", rates["one completion, retrieval"], alone),
+            (
+                "one greedy completion with retrieval and reuse.ahead 2 / greedy generate of one",
+                rates["one completion, retrieval, greedy, steps ahead"],
+                greedy,
+            ),
+        ):
+            self._figure(f"generated tokens/s: {name}", rate.over(beside), 0.6, tokens_per_s=round(rate.median))
 
     def _context(self) -> None:
         """Seconds from the first token to the last, so that the prompt's own pass does not count."""
@@ -149,14 +158,14 @@ class Measure:
         prompt: list[int] = self._text[start : start + length].tolist()
         return prompt
 
-    def _plain(self, count: int) -> Callable[[], int]:
+    def _plain(self, count: int, *, greedy: bool = False) -> Callable[[], int]:
         ids = torch.tensor([self._prompt(i, PROMPT) for i in range(count)])
         mask = torch.ones_like(ids)
 
         def program() -> int:
             self._model.generate(
-                ids, attention_mask=mask, do_sample=True, top_k=0, min_new_tokens=GENERATED, max_new_tokens=GENERATED,
-                pad_token_id=0,
+                ids, attention_mask=mask, min_new_tokens=GENERATED, max_new_tokens=GENERATED, pad_token_id=0,
+                **({"do_sample": False} if greedy else {"do_sample": True, "top_k": 0}),
             )  # fmt: skip
             return count * GENERATED
 
