@@ -36,19 +36,25 @@ Ids = npt.NDArray[np.int64]
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--rounds", type=int, default=5, help="of every way in turn (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="of every way in turn (default 5); 0: perplexities only")
     parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens that are scored (default 4096)")
     options = parser.parse_args()
     prepared = prepare(options.size, options.text)
     tokenizer_json = (prepared.model / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = Tokenizer(tokenizer_json, bos_token_id=None, eos_token_id=None)
     text = tokens_of(prepared, tokenizer, max(options.tokens, 64 * STRIDE))
+    if options.rounds:
+        timed(prepared, text, options.rounds)
+    followed(prepared, text[: options.tokens])
+
+
+def timed(prepared: Prepared, text: Ids, rounds: int) -> None:
+    """Tokens per second through the services, greedy and sampled."""
     with system(prepared.store, prepared.model, FOLDER / "logs") as running, asyncio.Runner() as runner:
         for temperature in (0.0, 1.0):
             caller = OneAtATime(prepared, running, text, runner, temperature)
-            ahead(caller, options.rounds)
-            pointers(caller, options.rounds)
-    followed(prepared, text[: options.tokens])
+            ahead(caller, rounds)
+            pointers(caller, rounds)
 
 
 class OneAtATime:
