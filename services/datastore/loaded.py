@@ -77,7 +77,7 @@ class Loaded:
         self.memory = self.searcher.memory
         self.held_bytes = self.searcher.held_bytes  # in this process's own memory
         self.leases = 0
-        self.retired_at: float | None = None  # by time.monotonic
+        self.retired_at = 0.0  # by time.monotonic, when it last ceased to answer
         self._searches = searches
         self._searching = threading.Semaphore(searches)
 

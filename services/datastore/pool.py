@@ -5,32 +5,31 @@ reference is rebound: searches in flight finish on the old one, and callers that
 A version that cannot be opened, or for which there is no memory, changes nothing but the domain's state. Blocking work
 runs in threads, all else in the event loop.
 
-Opening may take half an hour and holds up no other switch, of the same domain or of another. None undoes one that was
-asked for later: an activation that is overtaken is refused, and of what the store asked for, only what CURRENT names
-when it is open answers.
+Opening may take half an hour. Meanwhile other versions are opened, unless they would take the same memory, and one that
+is loaded is switched to at once. An activation is refused when the domain was switched after it was asked for; what the
+store asked for answers only if CURRENT still names it when it is open.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import count as counting
 from pathlib import Path
 
-from prometheus_client import Counter, Gauge, Histogram
-
 from knnlm.datastore.catalog import Catalog
 from knnlm.errors import Conflict, DatastoreError, KnnlmError, NotFound, Unavailable, UnknownDomain, UnknownVersion
-from knnlm.messages import DomainInfo, Memory
+from knnlm.messages import DomainInfo
 from services.datastore.loaded import Loaded, Opener, Stamp, stamp_of
 from services.datastore.settings import DatastoreSettings
+from services.datastore.version_metrics import VersionMetrics
 from services.runtime.observability import Metrics, event
 
 LOG = logging.getLogger(__name__)
-LOAD_SECONDS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 RETRY_AFTER_S = 30.0  # a version that could not be opened is tried again
-MAX_OPENINGS = 3  # versions that are opened at once, each in a thread; one where their memory is limited together
+MAX_OPENINGS = 3  # versions that are opened at once, each in a thread; one where each would count on the same memory
 
 
 class Pool:
@@ -42,35 +41,17 @@ class Pool:
         self._open = open_searcher
         self._current: dict[str, Loaded] = {}
         self._retired: list[tuple[str, Loaded]] = []
-        self._places: dict[str, list[tuple[str, str]]] = {}  # by domain, labels of its memory
         self._failed: dict[str, tuple[Stamp | None, float, KnnlmError]] = {}
         self._turns = counting(1)  # the order in which switches were asked for
         self._switched: dict[str, int] = {}  # by domain, the turn of the one that was done last
+        self._asked: Counter[tuple[str, str]] = Counter()  # switches under way, by domain and version
         self._switching = asyncio.Lock()  # held to write CURRENT and rebind, never while a version is opened
         self._opening: dict[tuple[str, Stamp], asyncio.Task[Loaded]] = {}
         self._following: dict[tuple[str, Stamp], asyncio.Task[None]] = {}  # switches that the store asked for
-        shared = settings.max_memory_bytes is not None and not settings.cluster
+        loaded = settings.memory == "resident" or settings.device != "cpu" or settings.max_memory_bytes is not None
+        shared = loaded and not settings.cluster
         self._openings = asyncio.Semaphore(1 if shared else MAX_OPENINGS)
-        self._loads = Counter(
-            "knnlm_domain_loads_total", "Versions opened, by domain and result.", ["domain", "result"],
-            registry=metrics.registry,
-        )  # fmt: skip
-        self._load_seconds = Histogram(
-            "knnlm_domain_load_seconds", "From opening a version to having it warm.", ["domain"],
-            buckets=LOAD_SECONDS, registry=metrics.registry,
-        )  # fmt: skip
-        self._entries = Gauge(
-            "knnlm_domain_entries", "Entries served, and of which version.", ["domain", "version"],
-            registry=metrics.registry,
-        )  # fmt: skip
-        self._replicas = Gauge(
-            "knnlm_shard_replicas", "Replicas that answer, of each shard that a cluster serves.", ["domain", "shard"],
-            registry=metrics.registry,
-        )  # fmt: skip
-        self._memory = Gauge(
-            "knnlm_domain_memory_bytes", "Size of index and keys, and where they lie: resident, mapped or device.",
-            ["domain", "part", "place"], registry=metrics.registry,
-        )  # fmt: skip
+        self._metrics = VersionMetrics(metrics)
 
     def load(self) -> None:
         """Open every domain's current version; blocks. A domain that was asked for by name must be there and sound."""
@@ -79,7 +60,7 @@ class Pool:
                 version = self._catalog.current(domain)
                 if version is None:
                     raise UnknownVersion(f"domain {domain} has no current version: activate one", param="version")
-                with self._load_seconds.labels(domain).time():
+                with self._metrics.opening(domain):
                     loaded = self._load(self._catalog.path(domain, version))
                 self._rebind(domain, loaded)
             except KnnlmError as err:
@@ -140,26 +121,24 @@ class Pool:
 
     async def activate(self, domain: str, version: str, instead_of: str | None = None) -> DomainInfo:
         """Open the version, make it current on disk, answer from it. Raises NotFound or DatastoreError; Conflict when
-        another version than `instead_of` has become current, or the domain was switched by who asked later. Then
+        another version than `instead_of` has become current, or a switch that was asked for later is done. Then
         nothing has changed."""
         if self._settings.domains and domain not in self._settings.domains:
             raise UnknownDomain(f"domain {domain[:80]!r} is not served here", param="domain")
         turn = next(self._turns)
         path = await asyncio.to_thread(self._catalog.path, domain, version)
-        loaded = await self._opened(domain, path)
-        with loaded.lease():  # it may be a retired one, about to be let go
-            try:
-                async with self._switching:
-                    if self._switched.get(domain, 0) > turn:
-                        raise Conflict(
-                            f"version {version} of domain {domain} is open, but not activated: meanwhile the domain "
-                            f"was switched to {self._current[domain].version} by who asked later",
-                            param="version",
-                        )
-                    await asyncio.to_thread(self._catalog.activate, domain, version, instead_of)
-                    self._rebind(domain, loaded, turn)
-            finally:
-                self._let_unused_go(domain, loaded)
+        with self._asking(domain, version):
+            loaded = await self._opened(domain, path)
+            async with self._switching:
+                if self._switched.get(domain, 0) > turn:
+                    raise Conflict(
+                        f"version {version} of domain {domain} is open, but not activated: meanwhile the domain was "
+                        f"switched to {self._current[domain].version}, which was asked for later",
+                        param="version",
+                    )
+                await asyncio.to_thread(self._catalog.activate, domain, version, instead_of)
+                self._switched[domain] = turn
+                self._rebind(domain, loaded)
         return await self.describe(domain)
 
     async def follow(self) -> None:
@@ -184,7 +163,7 @@ class Pool:
             await self._drop(domain)
         self._failed = {domain: failure for domain, failure in self._failed.items() if domain in wanted}
         await self._let_go(grace=self._settings.grace_s)
-        self._show_replicas()
+        self._metrics.replicas(self._current)
 
     async def close(self) -> None:
         """Let go of everything, also of what is being opened once it is. No search may run any more."""
@@ -227,17 +206,25 @@ class Pool:
             path = await asyncio.to_thread(self._catalog.path, domain, stamp[0])
         except NotFound:
             return  # removed meanwhile
-        try:
-            loaded = await self._opened(domain, path)
-        except (KnnlmError, OSError) as err:
-            self._note_failure(domain, stamp, err if isinstance(err, KnnlmError) else DatastoreError(str(err)))
-            return
-        with loaded.lease(), contextlib.suppress(UnknownDomain):  # removed meanwhile
+        with self._asking(domain, stamp[0]):
+            try:
+                loaded = await self._opened(domain, path)
+            except (KnnlmError, OSError) as err:
+                self._note_failure(domain, stamp, err if isinstance(err, KnnlmError) else DatastoreError(str(err)))
+                return
             async with self._switching:
-                now = await asyncio.to_thread(self._current_stamp, domain)
-                if now is not None and now[0] == loaded.version:
-                    self._rebind(domain, loaded, turn)
-        self._let_unused_go(domain, loaded)
+                with contextlib.suppress(UnknownDomain):  # removed meanwhile
+                    self._answer_from(loaded, domain, await asyncio.to_thread(self._current_stamp, domain), turn)
+
+    def _answer_from(self, loaded: Loaded, domain: str, wanted: Stamp | None, turn: int) -> None:
+        """wanted: what CURRENT names now. A version whose manifest was rewritten while it was opened answers until it
+        is opened again, but not in place of the rewritten one."""
+        current = self._current.get(domain)
+        if wanted is None or wanted[0] != loaded.version or (current is not None and current.stamp == wanted):
+            return
+        if current is None or current.version != loaded.version:
+            self._switched[domain] = max(turn, self._switched.get(domain, 0))
+        self._rebind(domain, loaded)
 
     async def _drop(self, domain: str) -> None:
         """Stop serving a domain that was not in the store, unless it is there now: it may just have been activated."""
@@ -247,16 +234,26 @@ class Pool:
                 return
             event(LOG, "domain_removed", domain=domain)
             gone = self._current.pop(domain)
+            self._switched.pop(domain, None)
             self._retire(domain, gone)
-            self._entries.remove(domain, gone.version)
-            self._show_memory(domain, None)
+            self._metrics.replaced(domain, gone.version)
+            self._metrics.removed(domain)
+
+    @contextlib.contextmanager
+    def _asking(self, domain: str, version: str) -> Iterator[None]:
+        """Inside, the version is not let go once it is open, although it does not answer yet."""
+        self._asked[domain, version] += 1
+        try:
+            yield
+        finally:
+            self._asked[domain, version] -= 1
 
     async def _opened(self, domain: str, path: Path) -> Loaded:
         """A version that is already in memory, or a new one."""
         stamp = await asyncio.to_thread(stamp_of, path)
         for name, loaded in [*self._current.items(), *self._retired]:
             if name == domain and loaded.stamp == stamp:
-                return loaded  # without a pause: the caller takes a lease first
+                return loaded
         if (domain, stamp) not in self._opening:
             task = asyncio.create_task(self._open_anew(domain, path))
             self._opening[domain, stamp] = task
@@ -265,33 +262,22 @@ class Pool:
 
     async def _open_anew(self, domain: str, path: Path) -> Loaded:
         async with self._openings:
-            with self._load_seconds.labels(domain).time():
+            with self._metrics.opening(domain):
                 loaded = await asyncio.to_thread(self._load, path)
-            self._retired.append((domain, loaded))  # its memory counts; retired_at is None: it is not let go
+            self._retire(domain, loaded)  # its memory counts, and is given back if no switch ends with it
             return loaded
 
-    def _let_unused_go(self, domain: str, loaded: Loaded) -> None:
-        """What was opened and does not answer gives its memory back."""
-        if loaded is not self._current.get(domain) and loaded.retired_at is None:
-            loaded.retired_at = time.monotonic()
-
-    def _rebind(self, domain: str, loaded: Loaded, turn: int = 0) -> None:
-        """turn: of the switch that this ends."""
+    def _rebind(self, domain: str, loaded: Loaded) -> None:
         old = self._current.get(domain)
         self._current[domain] = loaded
         self._failed.pop(domain, None)
-        if old is None or old.version != loaded.version:
-            self._switched[domain] = max(turn, self._switched.get(domain, 0))
         if old is loaded:
             return
-        loaded.retired_at = None
         self._retired = [(name, other) for name, other in self._retired if other is not loaded]
         if old is not None:
             self._retire(domain, old)
-            self._entries.remove(domain, old.version)  # one series for each domain, whatever the number of versions
-        self._loads.labels(domain, "ok").inc()
-        self._entries.labels(domain, loaded.version).set(loaded.searcher.info([]).entries)
-        self._show_memory(domain, loaded.memory)
+            self._metrics.replaced(domain, old.version)
+        self._metrics.serves(domain, loaded)
         event(LOG, "serving", domain=domain, version=loaded.version, replaced=None if old is None else old.version)
 
     def _room(self) -> int | None:
@@ -299,22 +285,6 @@ class Pool:
         most = self._settings.max_memory_bytes
         versions = [*self._current.values(), *(loaded for _, loaded in self._retired)]
         return None if most is None else most - sum(loaded.held_bytes for loaded in versions)
-
-    def _show_replicas(self) -> None:
-        self._replicas.clear()
-        for domain, loaded in self._current.items():
-            for shard, count in loaded.replicas.items():
-                self._replicas.labels(domain, str(shard)).set(count)
-
-    def _show_memory(self, domain: str, memory: Memory | None) -> None:
-        for labels in self._places.pop(domain, []):
-            self._memory.remove(domain, *labels)
-        if memory is None:
-            return
-        parts = (("index", memory.index, memory.index_bytes), ("keys", memory.keys, memory.keys_bytes))
-        for part, place, size in parts:
-            self._memory.labels(domain, part, place).set(size)
-        self._places[domain] = [(part, place) for part, place, _ in parts]
 
     def _retire(self, domain: str, loaded: Loaded) -> None:
         loaded.retired_at = time.monotonic()
@@ -325,7 +295,7 @@ class Pool:
         over = [
             (domain, loaded)
             for domain, loaded in self._retired
-            if not loaded.leases and loaded.retired_at is not None and now - loaded.retired_at >= grace
+            if not loaded.leases and not self._asked[domain, loaded.version] and now - loaded.retired_at >= grace
         ]
         self._retired = [pair for pair in self._retired if pair not in over]
         for domain, loaded in over:
@@ -338,5 +308,5 @@ class Pool:
 
     def _note_failure(self, domain: str, stamp: Stamp | None, err: KnnlmError) -> None:
         self._failed[domain] = (stamp, time.monotonic(), err)
-        self._loads.labels(domain, "failed").inc()
+        self._metrics.failed(domain)
         event(LOG, "cannot_serve", logging.WARNING, domain=domain, version=stamp and stamp[0], reason=err.message)

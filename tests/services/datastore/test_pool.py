@@ -226,10 +226,112 @@ async def test_a_version_that_two_ask_for_is_opened_once(store: Path) -> None:
     await pool.close()
 
 
-async def test_versions_that_share_a_limit_of_memory_are_opened_one_after_another(store: Path) -> None:
+async def test_an_activation_of_what_answers_already_overtakes_one_that_is_being_opened(store: Path) -> None:
+    opener = Held("toy/v2")
+    pool = pool_of(store, opener)
+    slow = asyncio.create_task(pool.activate("toy", "v2"))
+    await opener.until_begun("toy/v2")
+    assert (await pool.activate("toy", "v1")).version == "v1"  # whoever asked for v2 thinks better of it
+    opener.gates["toy/v2"].set()
+    with pytest.raises(Conflict, match="switched to v1, which was asked for later"):
+        await slow
+    assert Catalog(store).current("toy") == pool.get("toy", None).version == "v1"
+    await pool.close()
+
+
+async def test_a_domain_that_was_removed_meanwhile_comes_back_with_what_is_activated(store: Path) -> None:
+    toy_datastore(store, version="v3", texts=TEXTS[:1], activate=False)
+    toy_datastore(store, domain="other")
+    opener = Held("toy/v2")
+    pool = pool_of(store, opener)
+    slow = asyncio.create_task(pool.activate("toy", "v2"))
+    await opener.until_begun("toy/v2")
+    await pool.activate("toy", "v3")
+    (store / "toy").rename(store / ".toy")
+    await pool.look()
+    assert [info.domain for info in await pool.list()] == ["other"]
+    (store / "toy").mkdir()
+    (store / ".toy" / "v2").rename(store / "toy" / "v2")
+    opener.gates["toy/v2"].set()
+    assert (await slow).version == "v2"
+    await pool.close()
+
+
+async def test_the_version_of_an_activation_that_was_cancelled_is_let_go(store: Path) -> None:
+    opener = Counting()
+    pool = pool_of(store, opener, grace_s=0.0)
+    asked = asyncio.create_task(pool.activate("toy", "v2"))
+    await asyncio.to_thread(opener.entered.wait, 20)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    opener.go.set()
+    async with asyncio.timeout(20):
+        while opener.closed != ["toy/v2"]:
+            await pool.look()
+            await asyncio.sleep(0.01)
+    assert pool.get("toy", None).version == "v1"
+    await pool.close()
+
+
+async def test_a_version_that_is_about_to_answer_is_not_let_go(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opener = Counting()
+    opener.go.set()
+    pool = pool_of(store, opener, grace_s=0.0)
+    entered, go = threading.Event(), threading.Event()
+    activate = Catalog.activate
+
+    def slowly(self: Catalog, domain: str, version: str, instead_of: str | None = None) -> None:
+        entered.set()
+        go.wait(20)
+        activate(self, domain, version, instead_of)
+
+    monkeypatch.setattr(Catalog, "activate", slowly)
+    asked = asyncio.create_task(pool.activate("toy", "v2"))
+    await asyncio.to_thread(entered.wait, 20)
+    await pool.look()
+    assert opener.closed == []
+    go.set()
+    assert (await asked).version == "v2"
+    await pool.close()
+
+
+async def test_a_manifest_that_was_rewritten_meanwhile_is_not_undone_by_the_former(store: Path) -> None:
+    begun, gate = threading.Event(), threading.Event()
+    opened_v2: list[Searcher] = []
+
+    def opener(path: Path, memory_limit: int | None) -> Searcher:
+        searcher = opened(path, memory_limit)
+        if path.name == "v2":
+            opened_v2.append(searcher)
+            if len(opened_v2) == 1:
+                begun.set()
+                assert gate.wait(20)
+        return searcher
+
+    pool = pool_of(store, opener)
+    Catalog(store).activate("toy", "v2")
+    await pool.look()
+    await asyncio.to_thread(begun.wait, 20)
+    manifest = store / "toy" / "v2" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes())  # as tuning does
+    await pool.look()
+    async with asyncio.timeout(20):
+        while pool.get("toy", None).version != "v2":  # noqa: ASYNC110  opened by a task
+            await asyncio.sleep(0.01)
+    gate.set()
+    await pool.follow()
+    assert pool.get("toy", None).searcher is opened_v2[1]
+    await pool.close()
+
+
+@pytest.mark.parametrize("settings", [{"max_memory_bytes": 1 << 30}, {"memory": "resident"}])
+async def test_versions_that_take_the_same_memory_are_opened_one_after_another(
+    store: Path, settings: dict[str, Any]
+) -> None:
     toy_datastore(store, version="v3", texts=TEXTS[:1], activate=False)
     opener = Held("toy/v2")
-    pool = pool_of(store, opener, max_memory_bytes=1 << 30)
+    pool = pool_of(store, opener, **settings)
     asked = [asyncio.create_task(pool.activate("toy", version)) for version in ("v2", "v3")]
     await opener.until_begun("toy/v2")
     await asyncio.sleep(0.1)
