@@ -30,13 +30,16 @@ def verify(
         paths = [catalog.path(d, v) for d in catalog.domains() for v in catalog.versions(d)]
     results = []
     for path in paths:
-        problems = []
+        problems, remarks = [], []
         for check in run(path):
             if check.problem is not None:
                 problems.append(f"{check.name} {check.problem}")
+            elif check.remark is not None:
+                remarks.append(f"{check.name}; {check.remark}")
             if not as_json:
-                print(f"{path.parent.name} {path.name}  {check.name}  {check.problem or 'ok'}")
-        results.append({"domain": path.parent.name, "version": path.name, "problems": problems})
+                found = check.problem or "; ".join(["ok", *([check.remark] if check.remark else [])])
+                print(f"{path.parent.name} {path.name}  {check.name}  {found}")
+        results.append({"domain": path.parent.name, "version": path.name, "problems": problems, "remarks": remarks})
     if as_json:
         print_json(results)
     elif not results:

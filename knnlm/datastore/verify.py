@@ -1,7 +1,7 @@
 """Every byte of a version against its manifest, and its files against one another, in one streamed reading."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +19,12 @@ SLICE_NUMBERS = 1 << 20  # read at a time: values, or numbers of keys
 
 @dataclass(frozen=True)
 class Check:
-    """One file, or one relation between files. problem: None when all is well, else what is wrong."""
+    """One file, or one relation between files. problem: None when all is well, else what is wrong. remark: what is
+    sound, but may not be meant."""
 
     name: str
     problem: str | None
+    remark: str | None = None
 
 
 def verify(path: Path) -> Iterator[Check]:
@@ -32,7 +34,7 @@ def verify(path: Path) -> Iterator[Check]:
     what they say about one another, segment by segment: the values are the tokens they stand for, the documents cover
     the tokens, keys are finite, the counts agree; and that removed documents exist. Without a valid manifest nothing
     else can be checked. Of a version of shards: all of this for every shard, and that it is the one that was
-    published and no copy of another. Indexes are opened by knnlm.index.verify.
+    published; a remark where another one has the same content. Indexes are opened by knnlm.index.verify.
     """
     try:
         manifest = Manifest.load(path)
@@ -46,7 +48,8 @@ def verify(path: Path) -> Iterator[Check]:
         sound = sound and problem is None
         yield Check(name, problem)
     for shard in manifest.shards:
-        yield _checked(f"{shard.name}: is what was published", partial(_shard_problem, path, manifest, shard))
+        check = _checked(f"{shard.name}: is what was published", partial(_shard_problem, path, manifest, shard))
+        yield replace(check, remark=_shard_remark(manifest, shard))
         for check in verify(path / shard.name):
             yield Check(f"{shard.name}/{check.name}", check.problem)
     listed = {MANIFEST, *manifest.files, *(shard.name for shard in manifest.shards)}
@@ -77,10 +80,14 @@ def _relations(path: Path) -> Iterator[Check]:
     yield _checked(f"{TOKENIZER}: is the model's", partial(_tokenizer_problem, datastore))
 
 
-def _shard_problem(path: Path, manifest: Manifest, shard: ShardRecord) -> str | None:
+def _shard_problem(path: Path, manifest: Manifest, shard: ShardRecord) -> None:
     load_shard(path, manifest, shard)
-    twin = next(other for other in manifest.shards if other.content == shard.content)
-    return None if twin is shard else f"holds the same documents and keys as {twin.name}"
+
+
+def _shard_remark(manifest: Manifest, shard: ShardRecord) -> str | None:
+    """No damage: documents may be given twice, and cut where they begin again."""
+    first = next(other for other in manifest.shards if other.content == shard.content)
+    return None if first is shard else f"the version says that it holds the same documents and keys as {first.name}"
 
 
 def _checked(name: str, check: Callable[[], str | None]) -> Check:

@@ -163,7 +163,9 @@ def test_show_and_list_tell_every_index_and_what_it_holds_in_memory(knnlm: Knnlm
 
 
 def test_verify_passes_and_finds_one_changed_byte(knnlm: Knnlm, store: Path) -> None:
-    assert knnlm("verify", "--all", "--json").json == [{"domain": "toy", "version": "v1", "problems": []}]
+    assert knnlm("verify", "--all", "--json").json == [
+        {"domain": "toy", "version": "v1", "problems": [], "remarks": []}
+    ]
     keys = store / "toy" / "v1" / "keys.npy"
     data = bytearray(keys.read_bytes())
     data[-1] ^= 1

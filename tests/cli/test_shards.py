@@ -32,7 +32,7 @@ def test_it_is_shown_and_verified(knnlm: Knnlm, shards: Path) -> None:
     assert f"{sum(file.stat().st_size for file in files):,}" in text
     one = knnlm("show", "toy", "--version", "v1", "--entry", entries - 1, "--json").json
     assert shown["shown"] == one["shown"]
-    assert knnlm("verify", "toy", "--json").json == [{"domain": "toy", "version": "v2", "problems": []}]
+    assert knnlm("verify", "toy", "--json").json == [{"domain": "toy", "version": "v2", "problems": [], "remarks": []}]
     (shards / "shard-00001" / "values.npy").unlink()
     damaged = knnlm("verify", "toy")
     assert (damaged.code, "shard-00001/values.npy" in damaged.out) == (1, True)
