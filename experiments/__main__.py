@@ -25,7 +25,7 @@ from experiments.scale import SCALES, Scale
 from experiments.sizes import fitted, sizes_of
 from experiments.table import NAMES, experiment
 from experiments.texts import DOCSTRINGS, Texts, find_texts
-from knnlm.errors import ModelError
+from knnlm.errors import Conflict, ModelError
 
 INTERRUPTED = 128 + 2  # as of a program that SIGINT ended
 FOLDER = ROOT / "build" / "paper"
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = "" if options.text is None else " --text docstrings" if texts.source == DOCSTRINGS else " --text FOLDER"
     try:
         run_all(experiments, scale, texts, options.out, records, model=options.model, said=text, again=options.again)
-    except ModelError as err:  # that --model names, or the hub does not give
+    except (ModelError, Conflict) as err:  # a model that --model names or the hub does not give; a run beside this one
         raise SystemExit(err.message) from err
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)

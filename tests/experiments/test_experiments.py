@@ -21,6 +21,7 @@ from experiments.records import NotARecord, load, load_all, save
 from experiments.scale import SCALES
 from experiments.table import NAMES, experiment
 from experiments.texts import Texts, find_texts
+from knnlm.errors import Conflict
 from knnlm.lm.model import LanguageModel
 
 SLOW = {  # more models, datastores or searches
@@ -205,6 +206,15 @@ def test_unknown_experiments_and_folders_without_text_are_refused(tmp_path: Path
         experiment("table5")
     with pytest.raises(SystemExit, match="found neither"):
         find_texts(tmp_path)
+
+
+def test_a_run_beside_another_is_told_so_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def locked(*_given: object, **_more: object) -> None:
+        raise Conflict("another process is training this memory: memories is locked")
+
+    monkeypatch.setattr(runner, "run_all", locked)
+    with pytest.raises(SystemExit, match="another process is training this memory"):
+        runner.main(["knn_table4", "--scale", "toy", "--out", str(tmp_path)])
 
 
 def test_wikitext_is_cut_into_articles_and_keeps_its_own_parts(tmp_path: Path) -> None:
