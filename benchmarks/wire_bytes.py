@@ -5,8 +5,8 @@
 Bytes of all messages to and from the lm service and the datastore service, for each token of completions at temperature
 1 with retrieval, k = 1024. The model is the pocket LM with its vocabulary widened to 150,000: 5 % of every distribution
 falls on the added tokens, by Zipf's law. A whole row of it is 600,000 bytes. With --memory the same model is also a
-memory beside it, and every token takes a whole row of both: only at temperature 1 would the likeliest tokens of either
-be enough, since elsewhere what the other tokens have together is no sum of the two models'.
+memory beside it, and every token takes a whole row of both: at temperatures 0 and 1 alone would the likeliest tokens of
+either be enough, since elsewhere what the other tokens have together is no sum of the two models'.
 """
 
 import asyncio

@@ -27,7 +27,7 @@ from experiments.table import NAMES, experiment
 from experiments.texts import DOCSTRINGS, Texts, find_texts
 from knnlm.errors import Conflict, ModelError
 
-INTERRUPTED = 128 + 2  # as of a program that SIGINT ended
+INTERRUPTED = 128 + 2  # exit code of a program that SIGINT ended
 FOLDER = ROOT / "build" / "paper"
 
 

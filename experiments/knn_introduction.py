@@ -108,13 +108,13 @@ def wordings(first: Keys, second: Keys, drawn: Keys) -> tuple[Table, list[Verdic
 
 
 def shares(values: Ints, targets: Ints) -> Floats:
-    """(n,) the share of entries, of which `values` are stored, that store each target."""
+    """The share (n,) of entries, of which `values` are stored, that store each target."""
     counts = np.bincount(values, minlength=int(targets.max()) + 1)
     return np.asarray(counts[targets] / len(values), np.float64)
 
 
 def pair_shares(before: Ints, values: Ints, last: Ints, targets: Ints) -> Floats:
-    """(n,) of the entries behind the token `last` the share that stores the target; 0 where there is none."""
+    """The share (n,) of the entries behind the token `last` that store the target; 0 where there is none."""
     width = int(max(values.max(), targets.max())) + 1
     pairs, counts = np.unique(before.astype(np.int64) * width + values, return_counts=True)
     asked = last.astype(np.int64) * width + targets
@@ -125,7 +125,7 @@ def pair_shares(before: Ints, values: Ints, last: Ints, targets: Ints) -> Floats
 
 
 def _keys(lab: Lab, wording: int) -> Keys:
-    """(20, d) of the contexts of all facts in one wording."""
+    """Keys (20, d) of the contexts of all facts in one wording."""
     lm = lab.model(BASE)
     texts = [pair[wording].format(name) for pair, names in zip(WORDINGS, NAMES, strict=True) for name in names]
     tokens = [lm.tokenizer.encode(text) for text in texts]

@@ -51,7 +51,7 @@ class Sizes:
 
 
 def sizes_of(path_or_id: str) -> Sizes:
-    """Of a Hugging Face folder or hub id, by its config.json alone; of a hub id that cannot be had, by its name.
+    """The sizes of a Hugging Face folder or hub id, by its config.json alone; by its name where that cannot be had.
 
     Raises ModelError where there is no config.json and the name says nothing, or the config cannot be used.
     """

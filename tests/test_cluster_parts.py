@@ -11,7 +11,9 @@ import pytest
 from knnlm.cluster import parts, sources
 from knnlm.cluster.objects import below, discard_objects, make_folder
 from knnlm.cluster.parts import Job, UnitTokens, encode_part, make_shard, part_of, placed_rows, plan, tokenize_unit
+from knnlm.cluster.plan import Plan
 from knnlm.cluster.sources import SourceFile, read_files, source_files, units
+from knnlm.cluster.worker import ModelSource
 from knnlm.datastore.build import build, identity_of
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.encode import plan_parts
@@ -172,6 +174,9 @@ def test_a_damaged_part_is_found_and_made_again(tmp_path: Path, text: Path, at_u
 def test_options_of_a_url_stay_behind_what_it_names(tmp_path: Path) -> None:
     assert below("s3://bucket/folder/?scheme=http", "a/b.txt") == "s3://bucket/folder/a/b.txt?scheme=http"
     assert below("file:///folder", "a") == "file:///folder/a"
+    plan_of = Plan(ModelSource("model", "cpu", "float32", "ffn_input"), parts_at="s3://bucket?scheme=http")
+    assert plan_of.parts_of("a", "b-v1") == "s3://bucket/a/b-v1.parts?scheme=http"
+    assert plan_of.parts_of("a-b", "v1") == "s3://bucket/a-b/v1.parts?scheme=http"
     (tmp_path / "file").touch()
     pytest.importorskip("pyarrow")
     for wrong in ("nowhere", (tmp_path / "file").as_uri()):

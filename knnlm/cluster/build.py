@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from knnlm.cluster.objects import below, discard_objects, make_folder
+from knnlm.cluster.objects import discard_objects, make_folder
 from knnlm.cluster.parts import Job, Place, placed_rows
 from knnlm.cluster.phases import Phases
 from knnlm.cluster.plan import Plan, Workers, check
@@ -79,7 +79,7 @@ def build(
             target, reasons = published
     if activate:
         catalog.activate(domain, target.name)
-    parts_at = _parts_at(wanted, target)
+    parts_at = wanted.parts_of(domain, target.name)
     with disk_errors(target):
         if parts_at is not None:
             discard_objects(parts_at)
@@ -96,7 +96,8 @@ def _made(
         if (space.folder / TOKENS).exists():
             raise Conflict(f"{space.folder} was begun by `knnlm build`: continue with that, or remove the folder")
         sources_of = run.tokenized(space, model, files)
-        units, parts_at = tuple(s.tokens for s in sources_of), _parts_at(run.wanted, target)
+        units = tuple(s.tokens for s in sources_of)
+        parts_at = run.wanted.parts_of(target.parent.name, target.name)
         job = Job(space.folder, identity, units, run.wanted.batch_tokens, parts_at)
         total = _total(sources_of)
         if not total.entries:
@@ -151,12 +152,6 @@ def _published(catalog: Catalog, domain: str, version: str | None, asked: str) -
             raise DatastoreCorrupt(f"{file} is damaged; remove it to build another version: {err}") from err
         return (path, list(found.reasons)) if found.asked == asked else None
     return None
-
-
-def _parts_at(wanted: Plan, target: Path) -> str | None:
-    """The URL of the folder that the parts of a version lie in; nothing else does."""
-    name = f"{target.parent.name}-{target.name}.parts"
-    return None if wanted.parts_at is None else below(wanted.parts_at, name)
 
 
 def _planned(job: Job, shards: int, entries: int) -> tuple[list[ShardPlan], list[Place]]:

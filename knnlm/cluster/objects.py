@@ -29,7 +29,7 @@ def below(url: str, name: str) -> str:
 
 
 def make_folder(url: str, param: str) -> None:
-    """Raises InvalidRequest that names `param` where nothing can be written."""
+    """Make the folder at `url`. Raises InvalidRequest that names `param` where nothing can be written."""
     system, path = located(url, param)
     try:
         system.create_dir(path, recursive=True)
@@ -38,8 +38,8 @@ def make_folder(url: str, param: str) -> None:
 
 
 def write_object(url: str, rows: npt.NDArray[Any]) -> None:  # Any: float16, float32 or int32
-    """The bytes of an array, in a folder that is there. Whoever is killed meanwhile leaves nothing, or something else
-    than all of them. Raises OSError."""
+    """Write the bytes of an array as one object, in a folder that exists. A writer that is killed leaves none, or
+    one of another size or content. Raises OSError."""
     system, path = located(url, "parts_at")
     with system.open_output_stream(path) as stream:
         stream.write(np.ascontiguousarray(rows).data.cast("B"))

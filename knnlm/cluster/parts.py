@@ -12,19 +12,18 @@ from and go to, so that keys are bit-equal. Whatever appears under its name is w
 import hashlib
 import secrets
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from knnlm.cluster.objects import below, read_object, write_object
+from knnlm.cluster.objects import below
+from knnlm.cluster.part_rows import FileRows, ObjectRows, PartRows
 from knnlm.cluster.sources import SourceFile, read_files
-from knnlm.datastore.arrays import ArrayWriter, open_array
+from knnlm.datastore.arrays import open_array
 from knnlm.datastore.corpus import Sources, write_corpus
 from knnlm.datastore.document_table import Row, rows_with_offsets
 from knnlm.datastore.encode import Encoder, Part, PartRecord, Piece, plan_parts
@@ -53,7 +52,7 @@ class UnitRecord(Record):
 
 @dataclass(frozen=True)
 class Job:
-    """One build, as every worker is told it. units: of each its tokens, in order. parts_at: the URL of the folder that
+    """What every worker knows of a build. units: the tokens of each, in order. parts_at: the URL of the folder that
     parts lie in, None = with the build; their records always do."""
 
     folder: Path
@@ -69,7 +68,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a document is told of: the line at `offset`, in bytes, of a unit's documents."""
+    """The line of a document: at `offset`, in bytes, of a unit's table of documents."""
 
     unit: int = 0
     offset: int = 0
@@ -200,64 +199,8 @@ class UnitTokens:
         return self._open[1][part.start - first : part.stop - first]
 
 
-class PartRows(ABC):
-    """An array of the rows of one part, in a file or an object of its own. lo: the number of the first row."""
-
-    def __init__(self, lo: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        self._lo = lo
-        self._shape = shape
-        self._dtype = np.dtype(dtype)
-
-    @abstractmethod
-    def write(self, lo: int, rows: npt.NDArray[Any]) -> None:  # Any: float16, float32 or int32
-        """All rows, which begin at `lo`."""
-
-    @abstractmethod
-    def read(self) -> npt.NDArray[Any]:
-        """Raises DatastoreCorrupt where they are missing or of another size."""
-
-    def sha256(self, lo: int, hi: int) -> str:
-        """Empty where the rows are missing or damaged: no digest is."""
-        try:
-            rows = self.read()
-        except DatastoreCorrupt:
-            return ""
-        return hashlib.sha256(rows[lo - self._lo : hi - self._lo].data).hexdigest()
-
-
-class FileRows(PartRows):
-    def __init__(self, path: Path, lo: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        super().__init__(lo, shape, dtype)
-        self._path = path
-
-    def write(self, lo: int, rows: npt.NDArray[Any]) -> None:
-        del lo
-        draft = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
-        with ArrayWriter(draft, self._shape, self._dtype) as writer:
-            writer.write(0, rows)
-        with disk_errors(self._path):
-            draft.replace(self._path)
-            sync_folder(self._path.parent)
-
-    def read(self) -> npt.NDArray[Any]:
-        return open_array(self._path, self._shape, self._dtype)
-
-
-class ObjectRows(PartRows):
-    def __init__(self, url: str, lo: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        super().__init__(lo, shape, dtype)
-        self._url = url
-
-    def write(self, lo: int, rows: npt.NDArray[Any]) -> None:
-        del lo
-        write_object(self._url, rows.astype(self._dtype, copy=False))
-
-    def read(self) -> npt.NDArray[Any]:
-        return read_object(self._url, self._shape, self._dtype)
-
-
 def part_rows(job: Job, planned: PartPlan, kind: str) -> PartRows:
-    """kind: "keys" or "values"."""
+    """The keys or the values of a part. kind: "keys" or "values"."""
     entries = planned.hi - planned.lo
     shape, dtype = ((entries, job.identity.key_dim), job.identity.key_dtype) if kind == "keys" else ((entries,), "i4")
     name, stored = f"{planned.number:05d}.{kind}", np.dtype(dtype).newbyteorder("<")

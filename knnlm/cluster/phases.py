@@ -32,7 +32,7 @@ class Trained(Record):
 
 
 class Phases:
-    """Those of one build."""
+    """The phases of one build."""
 
     def __init__(self, wanted: Plan, workers: Workers, report: Report) -> None:
         self.wanted = wanted

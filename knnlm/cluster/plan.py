@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from knnlm.cluster.objects import located
+from knnlm.cluster.objects import below, located
 from knnlm.cluster.pool import LOCAL
 from knnlm.cluster.worker import ModelSource
 from knnlm.datastore.build import check_sizes
@@ -15,9 +15,9 @@ PART_ENTRIES = 16_384
 
 @dataclass(frozen=True)
 class Workers:
-    """address: of the cluster, "local" for one in this process. count: how many hold the model, None = one for each
-    GPU, where there is none for each `cpus` processors. processors: that a cluster in this process says it has, None =
-    as many as there are."""
+    """The workers of a build. address: of the cluster, "local" for one in this process. count: how many hold the model,
+    None = one for each GPU, where there is none for each `cpus` processors. processors: that a cluster in this process
+    says it has, None = as many as there are."""
 
     address: str = LOCAL
     count: int | None = None
@@ -46,9 +46,13 @@ class Plan:
     shard_bytes: int | None = None
     parts_at: str | None = None
 
+    def parts_of(self, domain: str, version: str) -> str | None:
+        """The URL of the folder that holds the parts of a version and nothing else, None = the build's own."""
+        return None if self.parts_at is None else below(self.parts_at, f"{domain}/{version}.parts")
+
 
 def check(wanted: Plan, workers: Workers) -> None:
-    """Raises InvalidRequest, naming the parameter, for what can be refused before any work."""
+    """Refuse what can be refused before any work: raises InvalidRequest, naming the parameter."""
     check_sizes(batch_tokens=wanted.batch_tokens, part_entries=wanted.part_entries, worker_cpus=workers.cpus)
     for name, value in (
         ("shards", wanted.shards), ("shard_bytes", wanted.shard_bytes), ("workers", workers.count)

@@ -65,7 +65,7 @@ def _check_not_negative(name: str, number: int) -> None:
 
 
 def check_queries(queries: npt.NDArray[np.floating], dim: int) -> None:
-    """Raises InvalidRequest for queries that are not (n, dim) finite numbers in float16 or float32."""
+    """Refuse queries that are not (n, dim) finite numbers in float16 or float32: raises InvalidRequest."""
     if queries.dtype not in (np.float32, np.float16):
         raise InvalidRequest(f"queries must be float32 or float16, got {queries.dtype.name}", param="queries")
     if queries.ndim != 2 or queries.shape[1] != dim:

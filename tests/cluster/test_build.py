@@ -284,7 +284,7 @@ def test_text_and_parts_lie_in_an_object_store(
     parts = tmp_path / "toy" / ".v1.building" / ".build" / "parts"
     finished = sum(r["hi"] - r["lo"] for r in (json.loads(file.read_bytes()) for file in parts.glob("*.json")))
     assert not list(parts.glob("*.npy"))
-    assert {f"{file.stem}.keys" for file in parts.glob("*.json")} <= set(objects("corpus/parts/toy-v1.parts"))
+    assert {f"{file.stem}.keys" for file in parts.glob("*.json")} <= set(objects("corpus/parts/toy/v1.parts"))
     with Driver(given, tmp_path, cluster.address, text=text, parts_at=parts_at) as driver:
         path, encode = driver.finish()
     assert finished >= 1500
