@@ -130,27 +130,34 @@ class Pool:
         with self._asking(domain, version):
             loaded = await self._opened(domain, path)
             async with self._switching:
-                if self._switched.get(domain, 0) > turn:
+                last = max(turn, self._switched.get(domain, 0))
+                if last > turn and self._current[domain].version != version:
                     raise Conflict(
                         f"version {version} of domain {domain} is open, but not activated: meanwhile the domain was "
                         f"switched to {self._current[domain].version}, which was asked for later",
                         param="version",
                     )
                 await asyncio.to_thread(self._catalog.activate, domain, version, instead_of)
-                self._switched[domain] = turn
+                self._switched[domain] = last
                 self._rebind(domain, loaded)
         return await self.describe(domain)
 
     async def follow(self) -> None:
         """Look at the store once, and wait for the switches that it asks for."""
         await self.look()
-        await asyncio.gather(*self._following.values())
+        for error in await asyncio.gather(*self._following.values(), return_exceptions=True):
+            if isinstance(error, Exception):  # no cancellation: the store asks for another version by now
+                raise error
         await self._let_go(grace=self._settings.grace_s)
 
     async def look(self) -> None:
         """Look at the store once: begin to open what is new, drop what is gone, let go of what nobody needs any
         more."""
         wanted = await asyncio.to_thread(self._wanted)
+        for (domain, opening), task in list(self._following.items()):
+            now = wanted.get(domain)
+            if now is not None and now[0] != opening[0]:
+                task.cancel()  # what waits to be opened is then not opened at all
         for domain, stamp in wanted.items():
             loaded = self._current.get(domain)
             if loaded is not None and loaded.stamp == stamp:
@@ -255,17 +262,20 @@ class Pool:
             if name == domain and loaded.stamp == stamp:
                 return loaded
         if (domain, stamp) not in self._opening:
-            task = asyncio.create_task(self._open_anew(domain, path))
-            self._opening[domain, stamp] = task
-            task.add_done_callback(lambda _: self._opening.pop((domain, stamp)))
+            self._opening[domain, stamp] = asyncio.create_task(self._open_anew(domain, stamp, path))
         return await asyncio.shield(self._opening[domain, stamp])
 
-    async def _open_anew(self, domain: str, path: Path) -> Loaded:
-        async with self._openings:
-            with self._metrics.opening(domain):
-                loaded = await asyncio.to_thread(self._load, path)
-            self._retire(domain, loaded)  # its memory counts, and is given back if no switch ends with it
-            return loaded
+    async def _open_anew(self, domain: str, stamp: Stamp, path: Path) -> Loaded:
+        try:
+            async with self._openings:
+                if not self._asked[domain, stamp[0]]:
+                    raise Unavailable(f"version {stamp[0]} of domain {domain} is not asked for any more")
+                with self._metrics.opening(domain):
+                    loaded = await asyncio.to_thread(self._load, path)
+                self._retire(domain, loaded)  # its memory counts, and is given back if no switch ends with it
+                return loaded
+        finally:
+            del self._opening[domain, stamp]  # before another can ask for what has failed
 
     def _rebind(self, domain: str, loaded: Loaded) -> None:
         old = self._current.get(domain)

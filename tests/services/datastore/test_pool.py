@@ -332,10 +332,49 @@ async def test_versions_that_take_the_same_memory_are_opened_one_after_another(
     toy_datastore(store, version="v3", texts=TEXTS[:1], activate=False)
     opener = Held("toy/v2")
     pool = pool_of(store, opener, **settings)
-    asked = [asyncio.create_task(pool.activate("toy", version)) for version in ("v2", "v3")]
+    asked = [asyncio.create_task(pool.activate("toy", "v2"))]
     await opener.until_begun("toy/v2")
+    asked.append(asyncio.create_task(pool.activate("toy", "v3")))
     await asyncio.sleep(0.1)
     assert opener.begun == ["toy/v1", "toy/v2"]
     opener.gates["toy/v2"].set()
     assert [info.version for info in await asyncio.gather(*asked)] == ["v2", "v3"]
+    await pool.close()
+
+
+async def test_what_waits_to_be_opened_and_is_not_wanted_any_more_is_not_opened(store: Path) -> None:
+    for version in ("v3", "v4"):
+        toy_datastore(store, version=version, texts=TEXTS[:1], activate=False)
+    opener = Held("toy/v2")
+    pool = pool_of(store, opener, memory="resident")
+    for version in ("v2", "v3", "v4"):
+        Catalog(store).activate("toy", version)
+        await pool.look()
+        await opener.until_begun("toy/v2")
+    opener.gates["toy/v2"].set()
+    await pool.follow()
+    assert pool.get("toy", None).version == "v4"
+    assert opener.opened == ["toy/v1", "toy/v2", "toy/v4"]
+    await pool.close()
+
+
+async def test_an_activation_is_not_refused_for_a_later_one_of_the_same_version(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pool_of(store)
+    entered, go = threading.Event(), threading.Event()
+    path = Catalog.path
+
+    def slowly(self: Catalog, domain: str, version: str) -> Path:
+        if not entered.is_set():
+            entered.set()
+            assert go.wait(20)
+        return path(self, domain, version)
+
+    monkeypatch.setattr(Catalog, "path", slowly)
+    first = asyncio.create_task(pool.activate("toy", "v2"))
+    await asyncio.to_thread(entered.wait, 20)
+    assert (await pool.activate("toy", "v2")).version == "v2"
+    go.set()
+    assert (await first).version == "v2"
     await pool.close()
