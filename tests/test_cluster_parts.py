@@ -224,3 +224,10 @@ def test_what_two_workers_write_of_one_index_is_whole(tmp_path: Path, monkeypatc
     monkeypatch.setattr(type(recipe), "add", slow)
     add_shard(folder, trained, index)
     assert not [check for check in verify(folder) if check.problem]
+
+
+@pytest.mark.parametrize("url", ["s3://key:hunter2@bucket/folder", "s3://key:hunter2@[bucket/folder"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="parts_at") as caught:
+        make_folder(url, "parts_at")
+    assert "hunter2" not in str(caught.value)

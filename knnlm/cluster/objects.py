@@ -2,6 +2,7 @@
 
 import re
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +13,19 @@ URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
 def located(url: str, param: str) -> tuple[Any, str]:  # Any: pyarrow has no types
-    """The file system of a URL, and the path in it. Raises InvalidRequest that names `param`."""
+    """The file system of a URL, and the path in it. Raises InvalidRequest that names `param`, also for a URL with a
+    password: URLs are written down in the build's folder and shown."""
     from pyarrow import ArrowException, fs
 
+    try:
+        secret = urlsplit(url).password
+    except ValueError as err:
+        raise InvalidRequest(f"{param} is no address of files: {err}", param=param) from err
+    if secret is not None:
+        raise InvalidRequest(
+            f"{param} holds a password: give keys by the environment (AWS_ACCESS_KEY_ID) or the files that pyarrow reads",
+            param=param,
+        )
     try:
         system, path = fs.FileSystem.from_uri(url)
     except (ArrowException, ValueError) as err:

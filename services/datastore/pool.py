@@ -256,8 +256,13 @@ class Pool:
             self._asked[domain, version] -= 1
 
     async def _opened(self, domain: str, path: Path) -> Loaded:
-        """A version that is already in memory, or a new one."""
-        stamp = await asyncio.to_thread(stamp_of, path)
+        """A version that is already in memory, or a new one. Raises UnknownVersion for one that was removed."""
+        try:
+            stamp = await asyncio.to_thread(stamp_of, path)
+        except FileNotFoundError as err:
+            raise UnknownVersion(
+                f"domain {domain} has no version {path.name}: it was removed", param="version"
+            ) from err
         for name, loaded in [*self._current.items(), *self._retired]:
             if name == domain and loaded.stamp == stamp:
                 return loaded

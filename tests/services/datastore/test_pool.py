@@ -1,6 +1,7 @@
 """The pool alone: what happens between two of its steps, at moments that a running service meets now and then."""
 
 import asyncio
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -377,4 +378,22 @@ async def test_an_activation_is_not_refused_for_a_later_one_of_the_same_version(
     assert (await pool.activate("toy", "v2")).version == "v2"
     go.set()
     assert (await first).version == "v2"
+    await pool.close()
+
+
+async def test_a_version_that_is_removed_while_it_is_asked_for_is_unknown(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pool_of(store)
+    path = Catalog.path
+
+    def removed_at_once(self: Catalog, domain: str, version: str) -> Path:
+        found = path(self, domain, version)
+        shutil.rmtree(found)
+        return found
+
+    monkeypatch.setattr(Catalog, "path", removed_at_once)
+    with pytest.raises(UnknownVersion, match="toy has no version v2: it was removed"):
+        await pool.activate("toy", "v2")
+    assert pool.get("toy", None).version == "v1"
     await pool.close()
