@@ -23,7 +23,7 @@ def located(url: str, param: str) -> tuple[Any, str]:  # Any: pyarrow has no typ
         raise InvalidRequest(f"{param} is no address of files: {err}", param=param) from err
     if secret is not None:
         raise InvalidRequest(
-            f"{param} holds a password: give keys by the environment (AWS_ACCESS_KEY_ID) or the files that pyarrow reads",
+            f"{param} holds a password: give keys by the environment (AWS_ACCESS_KEY_ID) or the store's own files",
             param=param,
         )
     try:

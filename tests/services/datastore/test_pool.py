@@ -393,7 +393,7 @@ async def test_a_version_that_is_removed_while_it_is_asked_for_is_unknown(
         return found
 
     monkeypatch.setattr(Catalog, "path", removed_at_once)
-    with pytest.raises(UnknownVersion, match="toy has no version v2: it was removed"):
+    with pytest.raises(UnknownVersion, match="toy has no version v2: it is gone"):
         await pool.activate("toy", "v2")
     assert pool.get("toy", None).version == "v1"
     await pool.close()
