@@ -260,9 +260,7 @@ class Pool:
         try:
             stamp = await asyncio.to_thread(stamp_of, path)
         except FileNotFoundError as err:
-            raise UnknownVersion(
-                f"domain {domain} has no version {path.name}: it was removed", param="version"
-            ) from err
+            raise UnknownVersion(f"domain {domain} has no version {path.name}: it is gone", param="version") from err
         for name, loaded in [*self._current.items(), *self._retired]:
             if name == domain and loaded.stamp == stamp:
                 return loaded
