@@ -69,7 +69,8 @@ test-cluster: $(VENV)/.cluster ## several Ray nodes on this machine: builds and 
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m cluster tests/cluster
 
 $(VENV)/.cluster: tests/cluster/requirements.txt $(STAMP)
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e '.[cluster]' -r tests/cluster/requirements.txt
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e '.[cluster]'
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r tests/cluster/requirements.txt
 	@touch $@
 
 bench: $(STAMP) ## every benchmark at the small size, one after another; ends with a JSON line per figure
