@@ -53,6 +53,7 @@ class Applications:
         self._held: dict[str, Spec] = {}  # what is deployed again should it vanish
         self._replicas: Mapping[str, Mapping[str, int]] = {}  # by application and deployment, those that answer
         self._lock = threading.Lock()
+        self._deploying = threading.Lock()  # Serve's own deploying is not made for several threads
         self._leaving = threading.Event()
         self._ended = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -159,10 +160,13 @@ class Applications:
 
     def _deploy(self, name: str, spec: Spec) -> None:
         """The same of the same content changes nothing; other numbers of replicas leave the running ones alone."""
-        self.registry.write(name, spec)
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})  # run_many would with proxies
-        target = serve.RunTarget(_graph(spec), name=name, route_prefix=None)
-        serve.run_many([target], wait_for_applications_running=False)
+        with self._deploying:
+            self.registry.write(name, spec)
+            serve.start(
+                proxy_location="Disabled", logging_config={"log_level": "WARNING"}
+            )  # run_many would: with proxies
+            target = serve.RunTarget(_graph(spec), name=name, route_prefix=None)
+            serve.run_many([target], wait_for_applications_running=False)
 
     def _wait(self, name: str, spec: Spec, known: Spec | None) -> None:
         """Until every shard answers as `spec` says. known: what was deployed before; it is deployed again when another

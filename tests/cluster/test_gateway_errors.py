@@ -108,6 +108,29 @@ def test_a_second_gateway_waits_for_what_the_first_is_deploying(serve: Serve, ne
     assert serve.deployed == [SPEC]
 
 
+def test_applications_are_deployed_one_after_another(
+    serve: Serve, new: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from knnlm.cluster import applications
+
+    under_way, most = 0, 0
+
+    def graph(spec: Spec) -> Spec:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        time.sleep(0.2)
+        under_way -= 1
+        return spec
+
+    monkeypatch.setattr(applications, "_graph", graph)
+    one = new()
+    with ThreadPoolExecutor() as pool:  # a gateway opens several versions at once
+        assert list(pool.map(lambda _: one.hold(NAME, SPEC), range(3))) == [SPEC] * 3
+    assert len(serve.deployed) > 1
+    assert most == 1
+
+
 def test_what_cannot_replace_a_version_leaves_the_former_one(serve: Serve, new: Callable[[], Any]) -> None:
     one = new()
     one.hold(NAME, SPEC)
