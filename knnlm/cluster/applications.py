@@ -162,9 +162,8 @@ class Applications:
         """The same of the same content changes nothing; other numbers of replicas leave the running ones alone."""
         with self._deploying:
             self.registry.write(name, spec)
-            serve.start(
-                proxy_location="Disabled", logging_config={"log_level": "WARNING"}
-            )  # run_many would: with proxies
+            # run_many would start it with proxies
+            serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
             target = serve.RunTarget(_graph(spec), name=name, route_prefix=None)
             serve.run_many([target], wait_for_applications_running=False)
 
