@@ -20,9 +20,9 @@ NEIGHBOR_BYTES = 12  # distance, value and id
 VALUE_BYTES = 4
 TARGET_BYTES = 400  # of an entry, about
 ADAM_BYTES = 16  # of a parameter: weight, gradient and two moments in float32
-WEIGHT_BYTES = 4  # of a parameter, where a model only reads
-LOGIT_BYTES = 10  # of a token of the vocabulary, for each token of a pass: in bfloat16, in float32, and its gradient
-ACTIVATION_BYTES = 34  # of a dimension of a layer, for each token of a pass (Korthikanti et al. 2022, arXiv 2205.05198)
+WEIGHT_BYTES = 4  # bytes of a parameter, where a model only reads
+LOGIT_BYTES = 10  # bytes of one logit of one token of a pass: in bfloat16, in float32, and its gradient
+ACTIVATION_BYTES = 34  # bytes for each dimension, layer and token of a pass (Korthikanti et al. 2022, arXiv 2205.05198)
 READ_ROWS = 256  # positions whose logits are held at once
 
 

@@ -12,7 +12,7 @@ from knnlm.rules import Parameters, Weighing, Weights, rule
 __all__ = ["tuned_weighing"]
 
 LARGEST_PARAMETER = 1e100  # in absolute value: no product with what is observed overflows float64
-FARTHEST = 1e150  # of what is tried: beyond every parameter
+LARGEST_TRIED = 1e150  # the largest distance or statistic that a rule is tried with: beyond every parameter
 TRIED_ROWS = (1, 2)  # a parameter that is wrongly a list fits no more than one number of predictions
 
 
@@ -39,7 +39,7 @@ def tuned_weighing(domain: str, name: str, parameters: Parameters, key_dim: int)
 
 
 def _weighs(tried: Weighing, n: int, key_dim: int) -> bool:
-    far = np.linspace(0.0, FARTHEST, n)
+    far = np.linspace(0.0, LARGEST_TRIED, n)
     evidence = Evidence(np.ones(n, np.bool_), np.zeros(n), dict.fromkeys(rule(tried.rule).features, far))
     lm = LmStatistics(np.zeros(n), np.zeros(n), np.zeros((n, key_dim)))
     weights: Weights = tried.weights(evidence, lm if tried.statistics else None)

@@ -36,7 +36,7 @@ __all__ = ["MIN_TRAINING_KEYS", "FaissFamily", "FaissIndex", "faiss_message"]
 ENOUGH_ENTRIES = 1 << 62  # entries
 # FAISS itself samples down to 256 points per centroid and warns below 39
 MIN_TRAINING_KEYS = 1 << 16
-SAME_CODE = 1e-6  # of a vector's squared length: what the rounding of a pre-transform changes at most
+MAX_ROUNDING = 1e-6  # share of a vector's squared length that the rounding of a pre-transform changes, at most
 PAGE = 4096  # bytes that a map brings in at once, at least
 
 
@@ -204,7 +204,7 @@ class FaissIndex(Index):
         codes = coded.codes
         kept = faiss.rev_swig_ptr(codes.data(), codes.size()).view(np.uint8).reshape(coded.ntotal, coded.code_size)
         here, wanted = coded.sa_decode(kept[entries]), coded.sa_decode(coded.sa_encode(self.project(keys)))
-        same: npt.NDArray[np.bool_] = ((here - wanted) ** 2).sum(axis=1) <= SAME_CODE * (wanted**2).sum(axis=1)
+        same: npt.NDArray[np.bool_] = ((here - wanted) ** 2).sum(axis=1) <= MAX_ROUNDING * (wanted**2).sum(axis=1)
         return same
 
     def is_a(self, kind: type) -> bool:

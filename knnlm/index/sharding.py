@@ -207,7 +207,7 @@ def _spread(found: _Found, rows: Int64, n: int) -> _Found:
     """What was found for the queries of `rows` as what was found for all n."""
     whole = _found_nothing(n, found.ids.shape[1], 0)
     whole.distances[rows], whole.values[rows], whole.ids[rows] = found.distances, found.values, found.ids
-    by_row = dict(zip(rows.tolist(), found.passages, strict=False))  # of none, where none were asked for
+    by_row = dict(zip(rows.tolist(), found.passages, strict=False))  # passages are empty where none were asked for
     return replace(whole, passages=[by_row.get(row, ()) for row in range(n)])
 
 

@@ -17,7 +17,7 @@ from knnlm.index.table import family
 __all__ = ["Check", "verify"]
 
 SAMPLED_ENTRIES = 256
-MIN_AGREEING = 0.9  # of the sample: the last bit of a sum decides which list or code a key between two of them gets
+MIN_AGREEING = 0.9  # share of the sample: the last bit of a sum may decide between two lists or codes
 
 
 def verify(path: Path) -> Iterator[Check]:

@@ -254,6 +254,7 @@ class Pool:
             yield
         finally:
             self._asked[domain, version] -= 1
+            self._asked += Counter()  # without those that are zero
 
     async def _opened(self, domain: str, path: Path) -> Loaded:
         """A version that is already in memory, or a new one. Raises UnknownVersion for one that was removed."""

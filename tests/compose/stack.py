@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = ("torch",)  # wheels worth handing over; all others come from the package index
 SERVICES = ("lm", "datastore", "memory", "aggregator")
@@ -62,6 +64,14 @@ def run(command: list[str], environment: dict[str, str], timeout: float) -> str:
     )
     assert done.returncode == 0, f"{' '.join(command)}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout
+
+
+def need_engine() -> None:
+    """Skip the test where there is no Docker engine; fail it there when KNNLM_TEST_COMPOSE asks for one."""
+    problem = engine_problem()
+    if problem is not None:
+        assert "KNNLM_TEST_COMPOSE" not in os.environ, f"{problem}: `make test-compose` needs an engine"
+        pytest.skip(problem)
 
 
 def engine_problem() -> str | None:

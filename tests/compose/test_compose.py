@@ -5,7 +5,6 @@ Run by `make test-compose`. One story: each test leaves the stack as the next on
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.compose.stack import Stack, engine_problem, started
+from tests.compose.stack import Stack, need_engine, started
 from tests.faults.figures import percentile
 from tests.reference import licence_store, questions
 from tests.traffic import Ask, Seen, Traffic
@@ -32,10 +31,7 @@ NEW_REPLICA_S = 30  # until an added replica gets traffic
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    problem = engine_problem()
-    if problem is not None:
-        assert "KNNLM_TEST_COMPOSE" not in os.environ, f"{problem}: `make test-compose` needs an engine"
-        pytest.skip(problem)
+    need_engine()
     return licence_store(tmp_path_factory.mktemp("compose") / "store")
 
 

@@ -4,7 +4,6 @@ the language model, as it does in process; when it is stopped, what names it fai
 Run by `make test-compose`. One story: each test leaves the stack as the next one needs it.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import knnlm
 from knnlm.lm.distillation import DistilSettings
 from knnlm.messages import Document
-from tests.compose.stack import Stack, engine_problem, started
+from tests.compose.stack import Stack, need_engine, started
 from tests.reference import CLOSE, CONTEXTS, POCKET, licence_store
 
 pytestmark = pytest.mark.compose
@@ -28,10 +27,7 @@ PROMPT = CONTEXTS[0]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    problem = engine_problem()
-    if problem is not None:
-        assert "KNNLM_TEST_COMPOSE" not in os.environ, f"{problem}: `make test-compose` needs an engine"
-        pytest.skip(problem)
+    need_engine()
     return licence_store(tmp_path_factory.mktemp("memory") / "store")
 
 

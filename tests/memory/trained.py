@@ -21,7 +21,7 @@ class Stopped(Exception):
 
 
 class Step:
-    """Stops a run after so many steps; remembers all."""
+    """Remembers what a run reports, and stops it after step `last`."""
 
     def __init__(self, last: int = 1 << 30) -> None:
         self.last = last

@@ -11,6 +11,7 @@ import pytest
 from knnlm.datastore.catalog import Catalog
 from knnlm.errors import Conflict, UnknownVersion
 from knnlm.index.searcher import Searcher
+from knnlm.messages import DomainInfo
 from knnlm.testing import TEXTS, toy_datastore
 from services.datastore.loaded import Opener
 from services.datastore.pool import Pool
@@ -180,14 +181,20 @@ async def test_what_current_names_no_more_when_it_is_open_never_answers(store: P
     await pool.close()
 
 
-async def test_an_activation_that_a_later_one_overtook_is_refused(store: Path) -> None:
+async def two_activations(store: Path) -> tuple[Pool, Held, asyncio.Task[DomainInfo], asyncio.Task[DomainInfo]]:
+    """A pool that opens v2, which was asked for first, and v3; each waits to be let."""
     toy_datastore(store, version="v3", texts=TEXTS[:1], activate=False)
     opener = Held("toy/v2", "toy/v3")
     pool = pool_of(store, opener)
-    slow = asyncio.create_task(pool.activate("toy", "v2"))
+    first = asyncio.create_task(pool.activate("toy", "v2"))
     await opener.until_begun("toy/v2")
-    quick = asyncio.create_task(pool.activate("toy", "v3"))
+    second = asyncio.create_task(pool.activate("toy", "v3"))
     await opener.until_begun("toy/v3")
+    return pool, opener, first, second
+
+
+async def test_an_activation_that_a_later_one_overtook_is_refused(store: Path) -> None:
+    pool, opener, slow, quick = await two_activations(store)
     opener.gates["toy/v3"].set()
     assert (await quick).version == "v3"
     opener.gates["toy/v2"].set()
@@ -198,13 +205,7 @@ async def test_an_activation_that_a_later_one_overtook_is_refused(store: Path) -
 
 
 async def test_activations_take_effect_in_the_order_in_which_they_were_asked_for(store: Path) -> None:
-    toy_datastore(store, version="v3", texts=TEXTS[:1], activate=False)
-    opener = Held("toy/v2", "toy/v3")
-    pool = pool_of(store, opener)
-    first = asyncio.create_task(pool.activate("toy", "v2"))
-    await opener.until_begun("toy/v2")
-    second = asyncio.create_task(pool.activate("toy", "v3"))
-    await opener.until_begun("toy/v3")
+    pool, opener, first, second = await two_activations(store)
     opener.gates["toy/v2"].set()
     assert (await first).version == "v2"
     opener.gates["toy/v3"].set()
