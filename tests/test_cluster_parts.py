@@ -231,3 +231,14 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(InvalidRequest, match="parts_at") as caught:
         make_folder(url, "parts_at")
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_store_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Away:
+        @staticmethod
+        def from_uri(url: str) -> None:
+            raise OSError(f"no route to the bucket of {url}")
+
+    monkeypatch.setattr("pyarrow.fs.FileSystem", Away)
+    with pytest.raises(InvalidRequest, match="s3://bucket/folder cannot be reached: no route"):
+        make_folder("s3://bucket/folder", "parts_at")

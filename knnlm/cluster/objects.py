@@ -30,6 +30,8 @@ def located(url: str, param: str) -> tuple[Any, str]:  # Any: pyarrow has no typ
         system, path = fs.FileSystem.from_uri(url)
     except (ArrowException, ValueError) as err:
         raise InvalidRequest(f"{url} is no address of files: {err}", param=param) from err
+    except OSError as err:  # a bucket's region is asked for
+        raise InvalidRequest(f"{url} cannot be reached: {err}", param=param) from err
     return system, path.rstrip("/")
 
 

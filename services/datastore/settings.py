@@ -72,10 +72,16 @@ class DatastoreSettings(GrpcSettings):
         2.0, gt=0, description="batches at a time beyond which a replica of a shard gets another one beside it"
     )
     shard_upscale_delay_s: float = Field(
-        30.0, ge=0, description="how long there are more batches than that before a replica of a shard is added"
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="how long there are more batches than that before a replica of a shard is added",
     )
     shard_downscale_delay_s: float = Field(
-        600.0, ge=0, description="how long there are fewer before a replica of a shard is taken away"
+        600.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="how long there are fewer before a replica of a shard is taken away",
     )
     shard_cpus: float = Field(1.0, ge=0, description="processors that Ray reserves for a replica of a shard")
     shard_replicas_per_node: int | None = Field(
