@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from knnlm.datastore.verify import verify
 from knnlm.errors import Conflict, DatastoreCorrupt, DatastoreError, DatastoreIncomplete
 from knnlm.messages import Document, ForwardRequest, ForwardResult
 from knnlm.testing import TEXTS, ToyLanguageModel
+from tests.limits import file_size_limit
 
 PART = 40  # entries: several parts, some of several windows
 DOCUMENTS = [Document(str(i), text) for i, text in enumerate(TEXTS)]
@@ -285,13 +285,9 @@ def test_lock_is_released_after_an_error(tmp_path: Path) -> None:
 def test_full_disk_is_an_error_that_names_the_file_and_the_build_continues(
     whole: tuple[dict[str, bytes], int], tmp_path: Path
 ) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # keys.npy has 9408 bytes
-    try:
-        with pytest.raises(DatastoreError, match=r"cannot write .*keys\.npy: File too large"):
-            run(tmp_path, ToyLanguageModel())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    refused = pytest.raises(DatastoreError, match=r"cannot write .*keys\.npy: File too large")
+    with refused, file_size_limit(5000):  # keys.npy has 9408 bytes
+        run(tmp_path, ToyLanguageModel())
     assert Catalog(tmp_path).domains() == []
     assert contents(run(tmp_path, ToyLanguageModel())) == whole[0]
 

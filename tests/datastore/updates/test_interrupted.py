@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from knnlm.messages import Document, ForwardRequest, ForwardResult
 from knnlm.testing import ToyLanguageModel
 from tests.datastore.growing import folder, forget, grow, listed, live, sound, toy_catalog
 from tests.datastore.killing import ADDED, CHANGES, OPERATIONS, Killer
+from tests.limits import file_size_limit
 
 EXPECTED = {
     "add": ["0", "2", "3", "x", "a", "1"],
@@ -236,20 +236,17 @@ def test_a_disk_that_is_full_at_any_operation_is_an_error_and_leaves_the_former_
 
 @pytest.mark.parametrize("name", ["a", "a" * 3000])  # most bytes are of keys, or of the list of documents
 def test_a_disk_that_is_full_at_any_size_is_an_error_of_ours(tmp_path: Path, name: str) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     catalog = toy_catalog(tmp_path)
     documents = [Document(name, ADDED[0].text)]
     size = 0
     errors: list[str] = []
     while True:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
         try:
-            made = add(documents, ToyLanguageModel(), catalog, "toy", part_entries=30)
+            with file_size_limit(size):
+                made = add(documents, ToyLanguageModel(), catalog, "toy", part_entries=30)
             break
         except DatastoreError as err:
             errors.append(err.message)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert catalog.versions("toy") == ["v1"]
         size += 100
     assert len(errors) > 5
