@@ -23,13 +23,14 @@ from knnlm.domains import knn_evidence
 from knnlm.evaluation.tuning import Observations, fit
 from knnlm.index.auto_recipe import auto_recipe
 from knnlm.index.contract import Index, Keys
-from knnlm.index.rescore import rescored
+from knnlm.index.requests import Candidates
+from knnlm.index.rescore import partly_rescored, rescored
 from knnlm.index.table import family
 from knnlm.mixture import Component, mix
 from knnlm.neighbors import Neighbors
 from knnlm.options import SearchOptions
 
-K, BATCH, SPARE = 1024, 256, 8
+K, BATCH = 1024, 256
 GOAL = 1.003  # times the perplexity of exact search
 OUTLIERS, FACTOR = (7, 100, 200), 20.0
 
@@ -94,11 +95,15 @@ def neighbors(
 ) -> Neighbors:
     """As a Searcher finds them, visiting `times` as many lists."""
     options = SearchOptions.of({name: times * own for name, own in index.efforts.items()})
-    wanted = int(np.ceil(K * index.overfetch)) + SPARE
+    candidates = Candidates.of(K, options, index)
     parts = []
     for start in range(0, len(queries), BATCH):
         batch = np.ascontiguousarray(queries[start : start + BATCH])
-        distances, ids = rescored(keys, batch, index.search(batch, wanted, options)[1], K)
+        estimates, ids = index.search(batch, candidates.found, options)
+        if candidates.rescored is None:
+            distances, ids = rescored(keys, batch, ids, K)
+        else:
+            distances, ids = partly_rescored(keys, batch, estimates, ids, K, candidates.rescored)
         parts.append(Neighbors(distances, np.where(ids >= 0, values[ids], -1).astype(np.int32)))
     return joined(parts)
 

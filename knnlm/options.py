@@ -59,8 +59,9 @@ def record_of(record: type[Record], values: Mapping[str, Any]) -> Record:  # Any
 class SearchOptions:
     """How to search: k neighbors per query, found how, and which ones do not count. None: not asked for.
 
-    rescore: by the squared L2 to the stored keys (True), or not at all (False); None: to the keys as the index's
-    pre-transform reduces them, where it keeps those, else to the stored keys. overfetch: a factor on k.
+    rescore: every candidate by the squared L2 to the stored keys (True), or none (False); None: to the keys as the
+    index's pre-transform reduces them, where it keeps those, else to the stored keys, and with some indexes only the
+    nearest candidates (knnlm.index.requests.Candidates). overfetch: a factor on k; all of them are rescored.
     exclude_own_documents: with the request's exclude_entries, not that entry alone, but all of its document.
 
     Raises InvalidRequest, with the field as `param`, for a value that no search can have. Whether an index knows the
@@ -72,9 +73,9 @@ class SearchOptions:
     ef_search: int | None = option(
         int, "Candidates that a graph search keeps, for indexes that are graphs (hnsw).", minimum=1, requires="graph"
     )
-    overfetch: float | None = option(float, "Candidates per neighbor before rescoring.", minimum=1)
+    overfetch: float | None = option(float, "Candidates per neighbor, all of them rescored.", minimum=1)
     rescore: bool | None = option(
-        bool, "By distances to the stored keys, or not at all; by default to what the index keeps reduced."
+        bool, "All by distances to the stored keys, or none; by default what suits the index."
     )
     exclude_own_documents: bool = option(
         bool, "With exclude_entries: not that entry alone, but all of its document.", False, public=False

@@ -217,13 +217,13 @@ def _with_rule(tuning: Tuning, observations: Observations, rule: str, skip: floa
 def settings(index: Index) -> list[Ladder]:
     """Ways to search `index` that are worth measuring; the first is its default.
 
-    With its own, less and more effort (lists, or candidates of a graph) and more and more candidates to rescore; by the
-    stored keys, where it rescores by reduced ones; and without rescoring.
+    With its own, less and more effort (lists, or candidates of a graph) and more and more candidates to rescore; all by
+    the stored keys, where it rescores by reduced ones or only the nearest; and without rescoring.
     """
     kinds: list[tuple[dict[str, Any], bool]] = [({}, False)]  # Any: the values of search options
     for effort, own in index.efforts.items():
         kinds += [({effort: max(1, round(own * factor))}, factor > 1) for factor in EFFORTS]
-    if index.reduced is not None:
+    if index.reduced is not None or index.rescored is not None:
         kinds.append(({"rescore": True}, False))
     ladders = []
     for kind, costlier in kinds:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from knnlm.index.ivf import lists_for, visited
+from knnlm.index.ivf import RESCORED, lists_for, visited
 
 __all__ = ["Choice", "auto_recipe"]
 
@@ -51,7 +51,10 @@ def auto_recipe(entries: int, dim: int, memory_bytes: int | None = None) -> Choi
         reasons.append(
             f"codes of 4 bits for {dim // parts} dimensions each, scanned in registers, {held / 1e9:.2g} GB in memory"
         )
-    reasons.append("distances are those to the stored keys: what codes lose decides only which candidates there are")
+    near = f"of the nearest {RESCORED} " if code != "sq8" else ""
+    reasons.append(
+        f"distances {near}are those to the stored keys: what codes lose decides only which candidates there are"
+    )
     return Choice(f"{pre_transform}ivf{lists},{code}", tuple(reasons))
 
 

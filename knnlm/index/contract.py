@@ -43,7 +43,9 @@ class Index(ABC):
     """An opened index: immutable until it is closed, and safe for searches from any number of threads.
 
     efforts: the search options that say how much of it is looked at, by their names in SearchOptions, with its
-    defaults. overfetch: candidates per neighbor that rescoring should start from. exact: its distances are the squared
+    defaults. overfetch: candidates per neighbor that rescoring should start from. rescored: how many candidates, the
+    nearest by its own distances, are rescored where a search asks for nothing else; None = all. Where it is a number,
+    its own distances are ascending and do not depend on the other queries. exact: its distances are the squared
     L2 to the stored keys, whatever else is in the batch, so that rescoring adds nothing. memory: "resident", "mapped",
     "device", or "none" when it has no part of its own. reduced: (n, m) float16, keys as the index's pre-transform makes
     them; where there are such, they are what a search rescores by, unless it asks for the stored keys.
@@ -52,6 +54,7 @@ class Index(ABC):
     reduced: Keys | None = None
     efforts: Mapping[str, int] = {}
     overfetch: float = 1.0
+    rescored: int | None = None
     exact: bool = False
     memory: str
 

@@ -18,8 +18,10 @@ from knnlm.errors import DatastoreCorrupt, InvalidRequest
 from knnlm.index.codecs import Codec, codec, codec_names
 from knnlm.index.contract import Float32, Int64, Parameters
 from knnlm.index.faiss_family import FaissFamily, FaissIndex
+from knnlm.index.kernels import all_squared_distances
+from knnlm.index.parallel import in_slices
 from knnlm.index.pre_transform import PreTransform, split
-from knnlm.index.rescore import rescored
+from knnlm.index.rescore import nearest_first
 from knnlm.options import SearchOptions
 
 __all__ = ["Ivf", "default_nprobe", "list_sizes", "lists_for", "remark_on_lists", "visited"]
@@ -29,15 +31,19 @@ PQ_CENTROIDS = 256
 ENTRIES_PER_LIST = 40  # FAISS warns below 39 training points per list
 TRAINING_KEYS_PER_LIST = 64
 
-# 2 sqrt(n) lists of sqrt(n) / 2 entries, of which 48 hold 24 sqrt(n). What a search loses is, above all, the nearest
-# entries in lists that it does not visit: with half as many up to 1 % of perplexity (benchmarks/default_quality.py)
+# 2 sqrt(n) lists of sqrt(n) / 2 entries, of which 32 hold 16 sqrt(n). Half as many again changed perplexity by less
+# than 0.2 % on five sets of keys and by 0.1 % at a million (benchmarks/README.md)
 LISTS_PER_SQRT = 2  # times sqrt(n)
-VISITED_PER_SQRT = 24  # times sqrt(n), entries
-MIN_VISITED = 24_576  # entries: what 24 sqrt(n) is of a million
+VISITED_PER_SQRT = 16  # times sqrt(n), entries
+MIN_VISITED = 16_384  # entries: what 16 sqrt(n) is of a million
 QUANTIZER_EF_SEARCH = 64  # candidates among the centroids, where a graph finds the lists
 OVERSIZED = 10  # times the average list
 LARGE_SHARE = 0.2  # a list that holds this part of all entries is remarked
-SPARE_LISTS = 8  # that a matrix product may rank otherwise than true distances do
+DISTANCES_BYTES = 1 << 24  # between some queries and all centroids, in one thread at once
+# candidates: what farther ones add to p_kNN is a sum of many, which the distances of their codes give as well; with
+# 1024 neighbors perplexity changed by -1.3 to +0.11 % on five sets of keys (benchmarks/README.md)
+RESCORED = 256
+FAISS_BLAS_DIM = 16  # dimensions of one code from which on its tables are a matrix product, rounded with the batch
 FASTSCAN_IMPLEMENTATION = 11  # of FAISS's FastScan, with a reservoir of candidates: fastest at k around a thousand
 
 
@@ -97,7 +103,14 @@ class Ivf(FaissFamily):
         return tables if tables <= settings.precomputed_table_max_bytes else 0  # else FAISS does without
 
     def defaults(self, index: Any) -> Parameters:
-        return {"nprobe": default_nprobe(list_sizes(index))}
+        nprobe = {"nprobe": default_nprobe(list_sizes(index))}
+        return {**nprobe, "rescored": RESCORED} if self._ranks_truly(index) else nprobe
+
+    def _ranks_truly(self, index: Any) -> bool:
+        """Whether its own distances are good enough for far candidates, and the same in every batch: those of codes
+        whose tables FAISS makes for one query after another."""
+        narrow = self.codec.parts > 0 and index.d // self.codec.parts < FAISS_BLAS_DIM
+        return isinstance(index, faiss.IndexIVFFastScan) and narrow and not self.reduced
 
     def list_sizes(self, file: Path) -> Int64 | None:
         whole = faiss.read_index(str(file), self.flags)  # owns the lists
@@ -113,6 +126,7 @@ class Ivf(FaissFamily):
 class IvfIndex(FaissIndex):
     def __init__(self, index: Any, file: Path, parameters: Parameters, mapped: bool) -> None:
         super().__init__(index, file, parameters, mapped)
+        self.rescored = int(parameters["rescored"]) if "rescored" in parameters else None
         if not isinstance(self._index, faiss.IndexIVF):
             raise DatastoreCorrupt(f"{file} is {type(self._index).__name__}, expected IndexIVF")
         self._nlist = int(self._index.nlist)
@@ -146,10 +160,21 @@ class IvfIndex(FaissIndex):
         return distances, ids
 
     def _lists(self, centroids: Float32, queries: Float32, nprobe: int) -> tuple[Float32, Int64]:
-        """The nprobe nearest centroids of each query and their distances, by a matrix product for the whole batch and
-        then truly: its rounding depends on the batch, and must not decide which lists are visited."""
-        _, nearest = self._quantizer.search(queries, min(nprobe + SPARE_LISTS, self._nlist))
-        return rescored(centroids, queries, nearest, nprobe)
+        """The nprobe nearest centroids of each query and their distances. Not by a matrix product, whose rounding
+        depends on the batch and would decide which lists are visited."""
+        near, lists = np.empty((len(queries), nprobe), np.float32), np.empty((len(queries), nprobe), np.int64)
+        step = max(1, DISTANCES_BYTES // (12 * self._nlist))  # of float32, and a place of 8 bytes
+
+        def work(begin: int, end: int) -> None:
+            for lo in range(begin, end, step):
+                hi = min(lo + step, end)
+                distances = all_squared_distances(centroids, queries[lo:hi])
+                nearest = np.argpartition(distances, nprobe - 1, axis=1)[:, :nprobe]
+                distances = np.take_along_axis(distances, nearest, axis=1)
+                near[lo:hi], lists[lo:hi] = nearest_first(distances, nearest, nprobe)
+
+        in_slices(work, len(queries))
+        return near, lists
 
     def grouped(self) -> Int64:
         lists = self._index.invlists

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from knnlm.index.contract import MISSING_DISTANCE, Float32, Int64, Keys
 
-__all__ = ["gather", "project", "squared_distances"]
+__all__ = ["all_squared_distances", "gather", "project", "shifted", "squared_distances"]
 
 Int32 = npt.NDArray[np.int32]
 
@@ -23,6 +23,7 @@ NONE = np.empty(0, np.int32)
 ROWS_AHEAD = 4  # rows between the one that is fetched and the one that is worked on
 LINE_BYTES = 64  # bytes the processor fetches at once
 VALUES_AHEAD = 16
+POINTS_TOGETHER = 32
 # sums may be taken in any order, which then is the same for every row; infinity and NaN keep their meaning
 RELAXED = {"reassoc", "contract", "nsz"}
 
@@ -114,6 +115,39 @@ def _gather(values: Any, added: Any, ids: Any, out: Any) -> None:
 
 
 @njit(nogil=True, fastmath=RELAXED)
+def _all_squared_distances(points: Any, queries: Any, out: Any) -> None:
+    dim = queries.shape[1]
+    for begin in range(0, len(points), POINTS_TOGETHER):  # they stay in the processor's cache for all rows
+        end = min(begin + POINTS_TOGETHER, len(points))
+        for row in range(len(queries)):
+            for point in range(begin, end):
+                total = np.float32(0)
+                for i in range(dim):
+                    difference = points[point, i] - queries[row, i]
+                    total += difference * difference
+                out[row, point] = total
+
+
+@njit(nogil=True)
+def _shifted(exact: Any, estimates: Any, ids: Any, out: Any) -> None:
+    rows, columns = ids.shape
+    nearest = exact.shape[1]
+    for row in range(rows):
+        missed, count = 0.0, 0
+        for column in range(nearest // 2, nearest):
+            if ids[row, column] >= 0 and estimates[row, column] <= MISSING_DISTANCE:
+                missed += exact[row, column] - np.float64(estimates[row, column])
+                count += 1
+        shift = missed / max(count, 1)
+        for column in range(columns):
+            if column < nearest:
+                out[row, column] = exact[row, column]
+            else:
+                distance = estimates[row, column] + shift
+                out[row, column] = distance if distance <= MISSING_DISTANCE else MISSING_DISTANCE
+
+
+@njit(nogil=True, fastmath=RELAXED)
 def _project(vectors: Any, matrix: Any, offset: Any, out: Any) -> None:
     for row in range(len(vectors)):
         for j in range(len(matrix)):
@@ -136,6 +170,22 @@ def squared_distances(keys: Keys, queries: Float32, ids: Int64) -> Float32:
         _of_halves(raw.view(np.uint16), queries, ids, out)
     else:
         _of_singles(raw, queries, ids, out)
+    return out
+
+
+def all_squared_distances(points: Float32, queries: Float32) -> Float32:
+    """(n, m) squared L2 between queries (n, d) and points (m, d), each summed in one order."""
+    out = np.empty((len(queries), len(points)), np.float32)
+    _all_squared_distances(points, queries, out)
+    return out
+
+
+def shifted(exact: Float32, estimates: Float32, ids: Int64) -> Float32:
+    """(n, c): the distances `exact` (n, m) of the first m of ids (n, c), then the estimates (n, c) of the others,
+    shifted by what a row's estimates of the farther half of the m miss in the mean. What is too far for float32, or
+    NaN, is MISSING_DISTANCE."""
+    out = np.empty(ids.shape, np.float32)
+    _shifted(exact, estimates, ids, out)
     return out
 
 

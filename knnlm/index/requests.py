@@ -1,5 +1,8 @@
 """What a search may ask of an index, and a lookup of a version: checked before any work."""
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -7,14 +10,40 @@ from knnlm.datastore.manifest import Manifest
 from knnlm.errors import InvalidRequest, UnknownDomain, UnknownVersion
 from knnlm.index.contract import Index
 from knnlm.messages import PassagesRequest, SearchRequest
-from knnlm.options import SEARCH_OPTIONS
+from knnlm.options import SEARCH_OPTIONS, SearchOptions
 
-__all__ = ["check_lookup", "check_queries", "check_request", "check_version", "rescoring"]
+__all__ = ["SPARE", "Candidates", "check_lookup", "check_queries", "check_request", "check_version", "rescoring"]
+
+SPARE = 8  # candidates beyond those wanted: which one is the last must not hang on the rounding of its distance
 
 
-def rescoring(request: SearchRequest, index: Index) -> bool:
-    """Whether the distances of the answer are computed from keys, rather than those of the index itself."""
-    return not index.exact if request.options.rescore is None else request.options.rescore
+@dataclass(frozen=True)
+class Candidates:
+    """How many candidates of each query an index is asked for, beside SPARE, and how many of them, the nearest, are
+    rescored; None = all."""
+
+    wanted: int
+    rescored: int | None
+
+    @classmethod
+    def of(cls, k: int, options: SearchOptions, index: Index, *, all_rescored: bool = False) -> "Candidates":
+        """For k neighbors. all_rescored: none by the index's own distance, unless the search asks for that."""
+        if not rescoring(options, index):
+            return cls(k, 0)
+        overfetched = math.ceil(k * (index.overfetch if options.overfetch is None else options.overfetch))
+        asked = options.rescore is not None or options.overfetch is not None
+        if index.rescored is None or asked or all_rescored or overfetched <= index.rescored:
+            return cls(overfetched, None)
+        return cls(k, index.rescored)
+
+    @property
+    def found(self) -> int:
+        return self.wanted if self.rescored == 0 else self.wanted + SPARE
+
+
+def rescoring(options: SearchOptions, index: Index) -> bool:
+    """Whether distances of the answer are computed from keys, rather than those of the index itself."""
+    return not index.exact if options.rescore is None else options.rescore
 
 
 def check_request(request: SearchRequest, manifest: Manifest, index: Index, recipe: str) -> None:
@@ -25,7 +54,7 @@ def check_request(request: SearchRequest, manifest: Manifest, index: Index, reci
     for name, option in SEARCH_OPTIONS.items():
         if option.requires and getattr(options, name) is not None and name not in index.efforts:
             raise InvalidRequest(f"index {recipe} has no {option.requires}, so {name} means nothing to it", param=name)
-    if options.overfetch is not None and not rescoring(request, index):
+    if options.overfetch is not None and not rescoring(options, index):
         raise InvalidRequest("overfetch means candidates for rescoring, which is off here", param="overfetch")
     _check_not_negative("passages", request.passages)
     _check_not_negative("passage_tokens", request.passage_tokens)

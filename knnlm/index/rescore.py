@@ -7,10 +7,10 @@ answered does not depend on the queries that happen to be searched with it.
 import numpy as np
 
 from knnlm.index.contract import MISSING_DISTANCE, Float32, Int64, Keys
-from knnlm.index.kernels import squared_distances
+from knnlm.index.kernels import shifted, squared_distances
 from knnlm.index.parallel import in_slices
 
-__all__ = ["nearest_first", "rescored"]
+__all__ = ["nearest_first", "partly_rescored", "rescored"]
 
 LOW = np.uint64(0xFFFFFFFF)  # the half of a packed pair that holds the id
 HALF = np.uint64(32)
@@ -26,6 +26,29 @@ def rescored(keys: Keys, queries: Float32, candidates: Int64, k: int) -> tuple[F
 
     def work(lo: int, hi: int) -> None:
         found = squared_distances(keys, queries[lo:hi], candidates[lo:hi])
+        distances[lo:hi], ids[lo:hi] = nearest_first(found, candidates[lo:hi], k)
+
+    in_slices(work, len(queries))
+    return distances, ids
+
+
+def partly_rescored(
+    keys: Keys, queries: Float32, estimates: Float32, candidates: Int64, k: int, nearest: int
+) -> tuple[Float32, Int64]:
+    """The k nearest of every query's candidates, as `nearest_first` gives them, the first `nearest` of them by their
+    distances to keys, the others by their estimates.
+
+    estimates: (n, c), ascending, of the distances of candidates (n, c). Those that are not rescored are shifted by
+    what a query's estimates miss in the mean, over the farther half of those that are: dimensions that an index leaves
+    out, above all.
+    """
+    k = min(k, candidates.shape[1])
+    distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+
+    def work(lo: int, hi: int) -> None:
+        near = np.ascontiguousarray(candidates[lo:hi, :nearest])
+        exact = squared_distances(keys, queries[lo:hi], near)
+        found = shifted(exact, estimates[lo:hi], candidates[lo:hi])
         distances[lo:hi], ids[lo:hi] = nearest_first(found, candidates[lo:hi], k)
 
     in_slices(work, len(queries))

@@ -25,8 +25,8 @@ from knnlm.index.followed import followed
 from knnlm.index.freeing import drop_maps, drop_pages
 from knnlm.index.kernels import gather
 from knnlm.index.memory import require
-from knnlm.index.requests import check_lookup, check_request, rescoring
-from knnlm.index.rescore import nearest_first, rescored
+from knnlm.index.requests import SPARE, Candidates, check_lookup, check_request
+from knnlm.index.rescore import nearest_first, partly_rescored, rescored
 from knnlm.index.table import family
 from knnlm.index.tombstones import NO_TOMBSTONES, Tombstones
 from knnlm.messages import DomainInfo, Memory, ModelInfo, Passage, PassagesRequest, SearchRequest, SearchResult
@@ -36,7 +36,6 @@ from knnlm.options import SearchOptions
 __all__ = ["Searcher"]
 
 WARM_QUERIES = 16
-SPARE_CANDIDATES = 8  # beyond those wanted: which one is the last must not hang on the rounding of its distance
 BLOCK_BYTES = 1 << 26  # that finding and rescoring the candidates of some queries may take at once
 CANDIDATE_BYTES = 64  # of one candidate, in FAISS's heaps, in arrays and while they are sorted
 EFFORT_BYTES = 64  # bytes for one list that is visited, or one candidate that a graph keeps: its number and distance
@@ -182,7 +181,9 @@ class Searcher:
         timings = {"search": 0.0, "rescore": 0.0}
 
         def nearest(queries: Float32, k: int) -> tuple[Float32, Int64]:
-            return self._nearest(queries, k, request, timings)
+            # excluded ones among the nearest would leave no rescored ones
+            wanted = Candidates.of(k, request.options, self._index, all_rescored=exclusion is not None)
+            return self._nearest(queries, k, wanted, request, timings)
 
         if not k or not len(queries):
             distances, ids = _nothing(len(queries), k)
@@ -257,22 +258,19 @@ class Searcher:
         store.close()
 
     def _nearest(
-        self, queries: Float32, k: int, request: SearchRequest, timings: dict[str, float]
+        self, queries: Float32, k: int, wanted: Candidates, request: SearchRequest, timings: dict[str, float]
     ) -> tuple[Float32, Int64]:
         """Distances and ids (n, k) of queries (n, d), nearest first, found in blocks of rows that take BLOCK_BYTES.
 
         Adds its seconds to timings. Raises TooLarge when a query would have more than max_candidates.
         """
-        options, rescores = request.options, rescoring(request, self._index)
-        overfetch = self._index.overfetch if options.overfetch is None else options.overfetch
-        wanted = math.ceil(min(k * overfetch, self._datastore.entries))
-        self._refuse_too_many(wanted, options)
-        candidates = wanted + SPARE_CANDIDATES if rescores else k
+        options = request.options
+        self._refuse_too_many(min(wanted.wanted, self._datastore.entries), options)
         efforts = sum(min(self._index.effort(name, options), self._base) for name in self._index.efforts)
-        row_bytes = candidates * CANDIDATE_BYTES + efforts * EFFORT_BYTES
+        row_bytes = min(wanted.found, self._datastore.entries) * CANDIDATE_BYTES + efforts * EFFORT_BYTES
         step = max(1, BLOCK_BYTES // row_bytes)
         blocks = [
-            self._nearest_of_block(queries[lo : lo + step], k, candidates, request, timings)
+            self._nearest_of_block(queries[lo : lo + step], k, wanted, request, timings)
             for lo in range(0, len(queries), step)
         ]
         if len(blocks) == 1:
@@ -294,15 +292,15 @@ class Searcher:
         )
 
     def _nearest_of_block(
-        self, queries: Float32, k: int, candidates: int, request: SearchRequest, timings: dict[str, float]
+        self, queries: Float32, k: int, wanted: Candidates, request: SearchRequest, timings: dict[str, float]
     ) -> tuple[Float32, Int64]:
-        """`_nearest` of all queries at once, among `candidates` entries of the index for each."""
+        """`_nearest` of all queries at once."""
         begun = time.perf_counter()
-        rescores = rescoring(request, self._index)
+        rescores = wanted.rescored != 0
         projected = self._index.project(queries)
         found, ids = _nothing(len(queries), 0)
         if self._base:
-            found, ids = self._index.search_projected(projected, min(candidates, self._base), request.options)
+            found, ids = self._index.search_projected(projected, min(wanted.found, self._base), request.options)
             self._refuse_unknown(ids)
         searched = time.perf_counter()
         timings["search"] += searched - begun
@@ -312,11 +310,12 @@ class Searcher:
             found = np.nan_to_num(found, copy=False, nan=float(MISSING_DISTANCE))  # NaN: beyond float32
         elif in_space and self._index.reduced is not None:
             found, ids = rescored(self._index.reduced, projected, ids, k)
-        else:
+        elif wanted.rescored is None:
             found, ids = rescored(self._keys, queries, ids, k)
+        else:
+            found, ids = partly_rescored(self._keys, queries, found, ids, k, wanted.rescored)
         if self._added is not None:
-            wanted = max(candidates, k + SPARE_CANDIDATES)
-            beside = self._added.search(queries, projected, k, wanted, in_space=in_space)
+            beside = self._added.search(queries, projected, k, max(wanted.found, k + SPARE), in_space=in_space)
             found, ids = np.concatenate([found, beside[0]], axis=1), np.concatenate([ids, beside[1]], axis=1)
         if self._added is not None or not rescores:
             found, ids = nearest_first(found, ids, k)

@@ -79,10 +79,11 @@ def add_shard(folder: Path, trained: Path, index: IndexRecord) -> Added:
 
 
 def joined(added: Sequence[Added], index: IndexRecord) -> IndexRecord:
-    """`index` with the defaults of its searches: how many lists are visited follows from all keys together."""
+    """`index` with the defaults of its searches: how many lists are visited follows from all keys together. All
+    candidates are rescored, since shards are merged by distance."""
     if not added:
         return index
-    parameters = dict(added[0].index.parameters)
+    parameters = {name: value for name, value in added[0].index.parameters.items() if name != "rescored"}
     sizes = [part.sizes for part in added if part.sizes is not None]
     if "nprobe" in parameters and sizes:
         parameters["nprobe"] = default_nprobe(np.sum(sizes, axis=0, dtype=np.int64))

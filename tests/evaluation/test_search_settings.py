@@ -203,6 +203,7 @@ class Defaults(Index):
     efforts: Mapping[str, int] = field(default_factory=dict)
     overfetch: float = 1.0
     reduced: npt.NDArray[np.float16] | None = None
+    rescored: int | None = None
 
     def search(
         self, queries: object, k: int, options: object = None
@@ -232,6 +233,7 @@ def test_settings_follow_the_defaults_of_the_index() -> None:
     assert options["ef_search=256"] == SearchOptions(ef_search=256)
     assert options["rescore=true,overfetch=2"] == SearchOptions(rescore=True, overfetch=2.0)
     assert [steps[0] for steps in names(Defaults())] == ["default", "rescore=false"]
+    assert [steps[0] for steps in names(Defaults(rescored=256))] == ["default", "rescore=true", "rescore=false"]
 
 
 def row(name: str, perplexity: float, speed: float) -> SearchQuality:

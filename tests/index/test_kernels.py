@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from knnlm.index.kernels import gather, project, squared_distances
+from knnlm.index.kernels import all_squared_distances, gather, project, squared_distances
 
 MISSING_DISTANCE = np.finfo(np.float32).max
 DTYPES = [np.float16, np.float32]
@@ -47,6 +47,16 @@ def test_a_row_is_the_same_alone_and_at_any_place(dtype: type[np.floating]) -> N
         np.testing.assert_array_equal(
             squared_distances(keys, queries[row : row + 1], ids[row : row + 1])[0], whole[row]
         )
+
+
+@pytest.mark.parametrize("points", [1, 31, 32, 33, 200])
+def test_distances_to_all_points_are_true_and_the_same_alone(points: int) -> None:
+    centroids, queries = some(0, points, 37), some(1, 9, 37)
+    every = np.tile(np.arange(points), (9, 1))
+    distances = all_squared_distances(centroids, queries)
+    np.testing.assert_allclose(distances, true(centroids, queries, every), rtol=1e-5)
+    for row in range(9):
+        np.testing.assert_array_equal(all_squared_distances(centroids, queries[row : row + 1])[0], distances[row])
 
 
 def test_values_of_added_entries_follow_those_of_the_others() -> None:
