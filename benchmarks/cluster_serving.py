@@ -5,7 +5,7 @@
 The same keys and lists everywhere, batches of 64 queries with k = 1024, all asked in turn, call by call. Every shard is
 a replica, a process, on one Ray node of this machine: with more shards than cores, what they compute for one batch is
 divided among them, and only takes less time where there are cores. So the processor time of all replicas for a batch is
-shown beside the time of the batch: that is what does not depend on the cores. `cluster_model`
+shown beside the time of the batch: that is what does not depend on the cores. `cluster_simulation`
 is fitted to what this writes into build/bench/. Needs the extra `cluster`; without it nothing is measured.
 """
 
@@ -39,7 +39,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "RAY_worker_niceness": "0",
 }
-MODEL = FOLDER / "cluster-model.json"  # what cluster_model is fitted to
+MODEL = FOLDER / "cluster-model.json"  # what cluster_simulation is fitted to
 PROCESSES = 64  # that Ray may take this machine to have
 
 

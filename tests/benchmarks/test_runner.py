@@ -70,3 +70,10 @@ def test_results_become_a_table_with_goals_and_machines() -> None:
 def test_the_last_result_of_a_figure_at_a_size_counts() -> None:
     text = markdown([row(value=1.0), row(value=2.0), row(value=3.0, size=10)])
     assert [line.split(" | ")[1] for line in text.splitlines()[2:4]] == ["2", "3"]
+
+
+@pytest.mark.parametrize("ray", [None, object()])
+def test_what_a_cluster_measured_is_calculated_with_after_it(ray: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "find_spec", {"ray": ray}.get)
+    cluster = [name for name in runner.programs() if name.startswith("cluster_")]
+    assert cluster == ([] if ray is None else ["cluster_build", "cluster_serving", "cluster_simulation"])

@@ -1,6 +1,6 @@
 """Latency of a batch against the number of shards, drawn to 1,000: calculated, fitted to what cluster_serving measured.
 
-    python -m benchmarks.cluster_model [--measured FILE] [--out docs/scale.svg]
+    python -m benchmarks.cluster_simulation [--measured FILE] [--out docs/scale.svg]
 
 For a version of N keys cut into S shards, each replica on a core of its own:
 
@@ -15,7 +15,7 @@ the time that the replicas need on the cores there were gives call, and merge is
 Assumptions: shards of one size, cores that are free, no slowest shard (with 1,000 shards half of the batches wait for
 one that is as slow as its p99.93), a network that carries every shard's 512 KiB in the time that this machine needs
 for it. One gateway receives the answers of all shards: at 1,000 shards 0.5 GiB for a batch, which is what the curve
-ends in.
+ends in. Runs after cluster_serving, which needs `pip install 'knnlm[cluster]'`.
 """
 
 import argparse
