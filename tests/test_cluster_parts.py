@@ -66,7 +66,18 @@ def test_sources_are_those_of_one_process(text: Path, as_url: bool) -> None:
         assert list(read_files(files)) == list(read_documents([source]))
 
 
-@pytest.mark.parametrize("source", ["-", "nowhere", "file:///nowhere/at/all", "odd://host/x"])
+@pytest.mark.parametrize("name", ["50%.txt", "a b.txt", "w?x=1.txt", "a#b.txt", "a%20b.txt", "ünï/ä.txt", "+&;.md"])
+def test_files_of_any_name_are_read_at_a_url(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("pyarrow")
+    for file, text in ((name, "this one"), ("a", "another"), ("w", "another"), ("a b", "another")):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    assert list(read_files(source_files([tmp_path.as_uri()]))) == list(read_documents([tmp_path]))
+
+
+@pytest.mark.parametrize(
+    "source", ["", "-", "nowhere", "file:///nowhere/at/all", "odd://host/x", "s3://", "gs:///folder"]
+)
 def test_sources_that_cannot_be_read_are_named(source: str) -> None:
     if "://" in source:
         pytest.importorskip("pyarrow")

@@ -102,6 +102,8 @@ def build(
                 sources, Catalog(store), domain, wanted, Workers(address, workers, worker_cpus), activate=activate,
                 on_progress=on_progress,
             )  # fmt: skip
+    except InvalidRequest:  # the same command would be refused again
+        raise
     except (KnnlmError, KeyboardInterrupt):
         remark("stopped: the same command continues where it was")
         raise

@@ -2,7 +2,7 @@
 
 import re
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from knnlm.errors import DatastoreCorrupt, InvalidRequest
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*://")
+BUCKETS = ("s3", "gs", "gcs")  # schemes whose address begins with a bucket
 
 
 def located(url: str, param: str) -> tuple[Any, str]:  # Any: pyarrow has no types
@@ -18,9 +19,12 @@ def located(url: str, param: str) -> tuple[Any, str]:  # Any: pyarrow has no typ
     from pyarrow import ArrowException, fs
 
     try:
-        secret = urlsplit(url).password
+        parts = urlsplit(url)
+        secret = parts.password
     except ValueError as err:
         raise InvalidRequest(f"{param} is no address of files: {err}", param=param) from err
+    if parts.scheme in BUCKETS and not parts.netloc:
+        raise InvalidRequest(f"{url} names no bucket: expected {parts.scheme}://BUCKET/FOLDER", param=param)
     if secret is not None:
         raise InvalidRequest(
             f"{param} holds a password: give keys by the environment (AWS_ACCESS_KEY_ID) or the store's own files",
@@ -36,9 +40,10 @@ def located(url: str, param: str) -> tuple[Any, str]:  # Any: pyarrow has no typ
 
 
 def below(url: str, name: str) -> str:
-    """The URL of `name` in the folder at `url`; options after a question mark stay where they are."""
+    """The URL of the file `name`, whatever its characters, in the folder at `url`; options after a question mark stay
+    where they are."""
     folder, mark, options = url.partition("?")
-    return f"{folder.rstrip('/')}/{name}{mark}{options}"
+    return f"{folder.rstrip('/')}/{quote(name)}{mark}{options}"
 
 
 def make_folder(url: str, param: str) -> None:

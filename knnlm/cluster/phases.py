@@ -9,7 +9,7 @@ from typing import Any
 
 from knnlm.cluster.parts import Done, Job, PartPlan, Place, make_shard, plan
 from knnlm.cluster.plan import Plan, Workers
-from knnlm.cluster.pool import START_SECONDS, Pool, resources, run_tasks, stored
+from knnlm.cluster.pool import START_SECONDS, Pool, free_processors, resources, run_tasks, stored
 from knnlm.cluster.sources import SourceFile, units
 from knnlm.cluster.worker import Described, KeyMaker, add, checked, describe, tokenize, train
 from knnlm.datastore.corpus import Sources
@@ -148,7 +148,7 @@ class Phases:
                 return found.index
         self.report(Progress("train", 0, 0, 0, 0.0, detail=recipe))
         trained: list[IndexRecord] = []
-        cpus = max(1, min(self._node_cpus, MAX_TRAINING_CPUS))
+        cpus = free_processors(max(1, min(self._node_cpus, MAX_TRAINING_CPUS)))
         work = [(list(folders), recipe, self.wanted.seed, folder)]
         run_tasks(train, work, lambda _, made: trained.append(made), cpus=cpus)
         write_atomic(file, Trained(identity=identity, index=trained[0]).model_dump_json().encode())

@@ -6,6 +6,7 @@ process stays as small as it is, however much there is to do. Errors of this pro
 is tried again, a few times.
 """
 
+import math
 import os
 import sys
 import time
@@ -21,6 +22,8 @@ T = TypeVar("T")
 ATTEMPTS = 4  # workers that may die of one piece of work
 WAIT_SECONDS = 1.0  # between two looks at the clock
 START_SECONDS = 900.0  # until the first worker answers: a large model takes minutes to load
+FREEING_SECONDS = 10.0  # that Ray takes to give back what ended workers had
+MAX_STARTING = 32  # workers that are started at once
 PIECE_SECONDS = 3600.0  # the longest that a piece may take: then its worker is ended and another one tries
 LOCAL = "local"
 
@@ -57,6 +60,21 @@ def resources() -> tuple[int, int, int]:
     total = ray.cluster_resources()
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     return int(total.get("CPU", 0)), int(total.get("GPU", 0)), int(max(nodes, default=0))
+
+
+def free_processors(wanted: int) -> int:
+    """How many of `wanted` processors, which one node has, a task can have now, at least 1: others may have taken some.
+    Waits FREEING_SECONDS for those that workers of this process are giving back."""
+    import ray
+
+    processors, _, largest = resources()
+    until = time.monotonic() + FREEING_SECONDS
+    while True:
+        taken = math.ceil(processors - ray.available_resources().get("CPU", 0))
+        free = max(1, min(wanted, largest - taken))
+        if free == wanted or time.monotonic() > until:
+            return free
+        time.sleep(FREEING_SECONDS / 20)
 
 
 def stored(value: T) -> T:
@@ -131,7 +149,7 @@ class Pool(Generic[T]):
                 self._busy[actor.do.remote(piece)] = (actor, piece, attempts, time.monotonic())
             if not self._busy and not again and not more:
                 return
-            while (more or again) and len(self._starting) + len(self._idle) + len(self._busy) < self._size:
+            while (more or again) and len(self._starting) < min(MAX_STARTING, self._size - self._working):
                 actor = self._make()
                 self._starting[actor.ready.remote()] = actor
             done, _ = ray.wait([*self._busy, *self._starting], num_returns=1, timeout=WAIT_SECONDS)
@@ -157,6 +175,10 @@ class Pool(Generic[T]):
                     ray.kill(actor)
             if not self._busy and not self._idle and now - heard > START_SECONDS:
                 raise _no_worker(f"could be started for {START_SECONDS:.0f} seconds")
+
+    @property
+    def _working(self) -> int:
+        return len(self._idle) + len(self._busy)
 
     def close(self) -> None:
         import ray

@@ -32,6 +32,8 @@ def source_files(sources: Sequence[str]) -> list[SourceFile]:
     """The files of `sources` in the order of knnlm.datastore.text.read_documents, which says what is raised."""
     found: list[SourceFile] = []
     for source in sources:
+        if not source:
+            raise InvalidRequest("sources must be files, folders or URLs, got an empty one", param="sources")
         if source == "-":
             raise InvalidRequest("standard input is read by one process: give files or URLs", param="sources")
         try:

@@ -8,8 +8,10 @@ that was added has such a file of its own, whose documents, tokens and entries a
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -105,14 +107,25 @@ class DocumentTable:
         return np.array([number for number in live if self.id(int(number)) == name], np.int64)
 
     def id(self, document: int) -> str:
+        """Raises DatastoreCorrupt where its line cannot be read any more."""
         part = self.part(document)
-        with self._paths[part].open("rb") as file:
+        with _opened(self._paths[part]) as file:
             file.seek(int(self._offsets[document]))
             return _row(file.readline(), self._paths[part], document - int(self._first[part]) + 1).id
 
     def part(self, document: int) -> int:
         """Which of the files tells of a document: 0 is the first."""
         return int(np.searchsorted(self._first, document, side="right")) - 1
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file, for reading. Raises DatastoreCorrupt where it is gone or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as err:
+        raise DatastoreCorrupt(f"{path} cannot be read: {err.strerror or err}") from err
 
 
 def _table(path: Path) -> Int64:
@@ -123,7 +136,7 @@ def _table(path: Path) -> Int64:
     wrong = np.flatnonzero(table[:, 0] != expected)
     if len(wrong):
         at = int(wrong[0])
-        with path.open("rb") as file:
+        with _opened(path) as file:
             file.seek(int(table[at, 3]))
             _refuse_gap(path, _row(file.readline(), path, at + 1).id, int(table[at, 0]), int(expected[at]))
     return table
@@ -142,7 +155,7 @@ def _hash(name: str) -> int:
 
 def rows_with_offsets(path: Path, offset: int = 0) -> Iterator[tuple[Row, int]]:
     """The documents and where their lines begin, in bytes; from the line at `offset` on. Raises DatastoreCorrupt."""
-    with path.open("rb") as lines:
+    with _opened(path) as lines:
         lines.seek(offset)
         for number, line in enumerate(lines, start=1):
             yield _row(line, path, number), offset

@@ -72,6 +72,16 @@ def test_missing_file_is_refused(path: Path) -> None:
         Datastore.open(path)
 
 
+@pytest.mark.parametrize("read_before", [False, True])
+def test_a_list_of_documents_that_goes_while_it_is_read_is_named(path: Path, read_before: bool) -> None:
+    datastore = Datastore.open(path)
+    if read_before:
+        datastore.passages(np.array([0]), 2, 2)
+    (path / "documents.jsonl").unlink()
+    with pytest.raises(DatastoreCorrupt, match=r"documents\.jsonl cannot be read: No such file"):
+        datastore.passages(np.array([0]), 2, 2)
+
+
 @pytest.mark.parametrize(("old", "new"), [(b"<f2", b"<i2"), (b"(290, 16)", b"(290, 61)"), (b"NUMPY", b"NUMPI")])
 def test_header_that_disagrees_with_the_manifest_is_refused(path: Path, old: bytes, new: bytes) -> None:
     data = (path / "keys.npy").read_bytes()
