@@ -70,7 +70,7 @@ def free_processors(wanted: int) -> int:
     processors, _, largest = resources()
     until = time.monotonic() + FREEING_SECONDS
     while True:
-        taken = math.ceil(processors - ray.available_resources().get("CPU", 0))
+        taken: int = math.ceil(processors - ray.available_resources().get("CPU", 0))
         free = max(1, min(wanted, largest - taken))
         if free == wanted or time.monotonic() > until:
             return free
