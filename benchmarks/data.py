@@ -52,7 +52,7 @@ TUNED_K = 1024
 HELD_OUT = "held_out.jsonl"
 NEAR = 0.0005  # of the size may be missing: then the next document is not looked for any more
 LINE_SECONDS = 10.0
-FORMAT = 2  # of what is kept: another one is made anew
+FORMAT = 2  # version of the folders under build/bench: a new one has all of them made again
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from knnlm.evaluation.tuning import Observations, fit
 from knnlm.index.auto_recipe import auto_recipe
 from knnlm.index.contract import Index, Keys
 from knnlm.index.requests import Candidates
-from knnlm.index.rescore import partly_rescored, rescored
+from knnlm.index.rescore import partly_rescored
 from knnlm.index.table import family
 from knnlm.mixture import Component, mix
 from knnlm.neighbors import Neighbors
@@ -100,10 +100,7 @@ def neighbors(
     for start in range(0, len(queries), BATCH):
         batch = np.ascontiguousarray(queries[start : start + BATCH])
         estimates, ids = index.search(batch, candidates.found, options)
-        if candidates.rescored is None:
-            distances, ids = rescored(keys, batch, ids, K)
-        else:
-            distances, ids = partly_rescored(keys, batch, estimates, ids, K, candidates.rescored)
+        distances, ids = partly_rescored(keys, batch, estimates, ids, K, candidates.rescored)
         parts.append(Neighbors(distances, np.where(ids >= 0, values[ids], -1).astype(np.int32)))
     return joined(parts)
 

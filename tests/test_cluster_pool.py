@@ -29,7 +29,7 @@ def test_work_that_no_worker_takes_does_not_wait_for_ever(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("free", "expected"), [(8.0, 6), (7.9, 5), (4.0, 2), (0.0, 1)])
 def test_a_task_asks_for_what_is_free_of_one_node(monkeypatch: pytest.MonkeyPatch, free: float, expected: int) -> None:
-    """Of nodes with 6 and 2 processors: what others took may all be of the larger one."""
+    """The nodes have 6 and 2 processors, and whatever others took may be on the larger node."""
     nodes = [{"Alive": True, "Resources": {"CPU": count}} for count in (6.0, 2.0)]
     ray = SimpleNamespace(
         cluster_resources=lambda: {"CPU": 8.0}, available_resources=lambda: {"CPU": free}, nodes=lambda: nodes

@@ -107,7 +107,7 @@ class DocumentTable:
         return np.array([number for number in live if self.id(int(number)) == name], np.int64)
 
     def id(self, document: int) -> str:
-        """Raises DatastoreCorrupt where its line cannot be read any more."""
+        """The id of a document. Raises DatastoreCorrupt where its line cannot be read any more."""
         part = self.part(document)
         with _opened(self._paths[part]) as file:
             file.seek(int(self._offsets[document]))

@@ -227,7 +227,9 @@ def settings(index: Index) -> list[Ladder]:
         kinds.append(({"rescore": True}, False))
     ladders = []
     for kind, costlier in kinds:
-        steps = [kind if more == 1 else {**kind, "overfetch": index.overfetch * more} for more in OVERFETCH]
+        # where all are rescored by the stored keys as soon as more are asked for, the default's steps are the same ones
+        factors = OVERFETCH[:1] if "rescore" in kind and index.reduced is None else OVERFETCH
+        steps = [kind if more == 1 else {**kind, "overfetch": index.overfetch * more} for more in factors]
         ladders.append(Ladder({_named(step): SearchOptions(**step) for step in steps}, costlier))
     return [*ladders, Ladder({"rescore=false": SearchOptions(rescore=False)})]
 

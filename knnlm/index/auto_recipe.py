@@ -51,10 +51,12 @@ def auto_recipe(entries: int, dim: int, memory_bytes: int | None = None) -> Choi
         reasons.append(
             f"codes of 4 bits for {dim // parts} dimensions each, scanned in registers, {held / 1e9:.2g} GB in memory"
         )
-    near = f"of the nearest {RESCORED} " if code != "sq8" else ""
-    reasons.append(
-        f"distances {near}are those to the stored keys: what codes lose decides only which candidates there are"
-    )
+    if code == "sq8":
+        reasons.append(
+            "distances are those to the stored keys: what codes lose decides only which candidates there are"
+        )
+    else:
+        reasons.append(f"the nearest {RESCORED} are at their distances to the stored keys, farther ones at estimates")
     return Choice(f"{pre_transform}ivf{lists},{code}", tuple(reasons))
 
 

@@ -163,7 +163,7 @@ class IvfIndex(FaissIndex):
         """The nprobe nearest centroids of each query and their distances. Not by a matrix product, whose rounding
         depends on the batch and would decide which lists are visited."""
         near, lists = np.empty((len(queries), nprobe), np.float32), np.empty((len(queries), nprobe), np.int64)
-        step = max(1, DISTANCES_BYTES // (12 * self._nlist))  # of float32, and a place of 8 bytes
+        step = max(1, DISTANCES_BYTES // (12 * self._nlist))  # 12: a float32 distance and an int64 position
 
         def work(begin: int, end: int) -> None:
             for lo in range(begin, end, step):

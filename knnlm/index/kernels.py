@@ -23,7 +23,7 @@ NONE = np.empty(0, np.int32)
 ROWS_AHEAD = 4  # rows between the one that is fetched and the one that is worked on
 LINE_BYTES = 64  # bytes the processor fetches at once
 VALUES_AHEAD = 16
-POINTS_TOGETHER = 32
+POINTS_TOGETHER = 32  # points whose distances to all queries are computed before those of the next
 # sums may be taken in any order, which then is the same for every row; infinity and NaN keep their meaning
 RELAXED = {"reassoc", "contract", "nsz"}
 

@@ -27,17 +27,18 @@ class Candidates:
 
     @classmethod
     def of(cls, k: int, options: SearchOptions, index: Index, *, all_rescored: bool = False) -> "Candidates":
-        """For k neighbors. all_rescored: none by the index's own distance, unless the search asks for that."""
+        """The candidates for k neighbors. all_rescored: rescore every one, but for a search that asks for none."""
         if not rescoring(options, index):
             return cls(k, 0)
         overfetched = math.ceil(k * (index.overfetch if options.overfetch is None else options.overfetch))
         asked = options.rescore is not None or options.overfetch is not None
         if index.rescored is None or asked or all_rescored or overfetched <= index.rescored:
             return cls(overfetched, None)
-        return cls(k, index.rescored)
+        return cls(max(k, index.rescored), index.rescored)
 
     @property
     def found(self) -> int:
+        """Candidates that the index is asked for, SPARE included."""
         return self.wanted if self.rescored == 0 else self.wanted + SPARE
 
 

@@ -33,15 +33,17 @@ def rescored(keys: Keys, queries: Float32, candidates: Int64, k: int) -> tuple[F
 
 
 def partly_rescored(
-    keys: Keys, queries: Float32, estimates: Float32, candidates: Int64, k: int, nearest: int
+    keys: Keys, queries: Float32, estimates: Float32, candidates: Int64, k: int, nearest: int | None
 ) -> tuple[Float32, Int64]:
     """The k nearest of every query's candidates, as `nearest_first` gives them, the first `nearest` of them by their
-    distances to keys, the others by their estimates.
+    distances to keys, the others by their estimates; all as `rescored` where `nearest` is None.
 
     estimates: (n, c), ascending, of the distances of candidates (n, c). Those that are not rescored are shifted by
     what a query's estimates miss in the mean, over the farther half of those that are: dimensions that an index leaves
     out, above all.
     """
+    if nearest is None:
+        return rescored(keys, queries, candidates, k)
     k = min(k, candidates.shape[1])
     distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
 

@@ -310,8 +310,6 @@ class Searcher:
             found = np.nan_to_num(found, copy=False, nan=float(MISSING_DISTANCE))  # NaN: beyond float32
         elif in_space and self._index.reduced is not None:
             found, ids = rescored(self._index.reduced, projected, ids, k)
-        elif wanted.rescored is None:
-            found, ids = rescored(self._keys, queries, ids, k)
         else:
             found, ids = partly_rescored(self._keys, queries, found, ids, k, wanted.rescored)
         if self._added is not None:

@@ -234,6 +234,7 @@ def test_settings_follow_the_defaults_of_the_index() -> None:
     assert options["rescore=true,overfetch=2"] == SearchOptions(rescore=True, overfetch=2.0)
     assert [steps[0] for steps in names(Defaults())] == ["default", "rescore=false"]
     assert [steps[0] for steps in names(Defaults(rescored=256))] == ["default", "rescore=true", "rescore=false"]
+    assert names(Defaults(rescored=256))[1] == ["rescore=true"]  # more candidates of all are the default's steps
 
 
 def row(name: str, perplexity: float, speed: float) -> SearchQuality:

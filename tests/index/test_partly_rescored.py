@@ -10,7 +10,7 @@ import pytest
 from knnlm.datastore.manifest import Manifest
 from knnlm.index.build import build_index
 from knnlm.index.ivf import RESCORED
-from knnlm.index.requests import SPARE
+from knnlm.index.requests import SPARE, Candidates
 from knnlm.index.rescore import partly_rescored
 from knnlm.index.searcher import Searcher
 from knnlm.messages import SearchRequest
@@ -123,6 +123,13 @@ def test_all_are_rescored_where_that_is_asked_for_and_where_few_are(
     queries = asked()
     distances, ids = search(searcher, queries, **options)
     np.testing.assert_allclose(distances, true_distances(queries, ids), rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 204, 205, 256, 257, 1024])
+def test_no_fewer_candidates_than_are_rescored(searcher: Searcher, k: int) -> None:
+    candidates = Candidates.of(k, SearchOptions(), searcher.index)
+    assert candidates.wanted >= min(max(k, RESCORED), 1.25 * k)
+    assert (candidates.rescored is None) == (k <= 204)
 
 
 def test_all_are_rescored_beside_excluded_ones(searcher: Searcher) -> None:
