@@ -211,7 +211,8 @@ class SearchRequest:
         rows = ("queries", "exclude_entries", "follow")
         same = (getattr(self, f.name) for f in fields(self) if f.name not in rows)
         followed = None if self.follow is None else self.follow.shape[1:]
-        return (*same, self.queries.shape[1:], self.queries.dtype, followed)
+        excluded = self.exclude_entries is not None  # such a search rescores all candidates
+        return (*same, self.queries.shape[1:], self.queries.dtype, excluded, followed)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,13 @@ def test_searches_with_different_options_are_not_answered_together(name: str, va
     assert asking(REQUEST, queries=QUERIES + 1).batch_key == REQUEST.batch_key
 
 
+def test_searches_that_exclude_entries_are_not_answered_with_those_that_do_not() -> None:
+    """They rescore all candidates: a row's answer would hang on who else asked."""
+    own = asking(REQUEST, exclude_entries=np.full(len(QUERIES), -1))
+    assert own.batch_key != REQUEST.batch_key
+    assert own.batch_key == asking(REQUEST, exclude_entries=np.arange(len(QUERIES))).batch_key
+
+
 def test_every_public_option_is_one_of_the_public_schema_and_of_the_commands() -> None:
     public = {name for name, option in SEARCH_OPTIONS.items() if option.public}
     assert public < SEARCH_OPTIONS.keys() <= SearchBody.model_fields.keys()

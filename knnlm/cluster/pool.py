@@ -63,8 +63,11 @@ def resources() -> tuple[int, int, int]:
 
 
 def free_processors(wanted: int) -> int:
-    """How many of `wanted` processors, which one node has, a task can have now, at least 1: others may have taken some.
-    Waits FREEING_SECONDS for those that workers of this process are giving back."""
+    """How many of `wanted` processors one node can give a task now, at least 1.
+
+    Ray tells what is taken of all nodes together: all of it is reckoned with the largest node. Waits FREEING_SECONDS
+    for what workers of this process are giving back.
+    """
     import ray
 
     processors, _, largest = resources()

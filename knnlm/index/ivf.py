@@ -39,9 +39,9 @@ MIN_VISITED = 16_384  # entries: what 16 sqrt(n) is of a million
 QUANTIZER_EF_SEARCH = 64  # candidates among the centroids, where a graph finds the lists
 OVERSIZED = 10  # times the average list
 LARGE_SHARE = 0.2  # a list that holds this part of all entries is remarked
-DISTANCES_BYTES = 1 << 24  # between some queries and all centroids, in one thread at once
+DISTANCES_BYTES = 1 << 24  # bytes of the distances between queries and all centroids that one thread holds at once
 # candidates: what farther ones add to p_kNN is a sum of many, which the distances of their codes give as well; with
-# 1024 neighbors perplexity changed by -1.3 to +0.11 % on five sets of keys (benchmarks/README.md)
+# 1024 neighbors perplexity changed by -1.3 to +0.12 % on five sets of keys (benchmarks/README.md)
 RESCORED = 256
 FAISS_BLAS_DIM = 16  # dimensions of one code from which on its tables are a matrix product, rounded with the batch
 FASTSCAN_IMPLEMENTATION = 11  # of FAISS's FastScan, with a reservoir of candidates: fastest at k around a thousand

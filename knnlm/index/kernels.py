@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from knnlm.index.contract import MISSING_DISTANCE, Float32, Int64, Keys
 
-__all__ = ["all_squared_distances", "gather", "project", "shifted", "squared_distances"]
+__all__ = ["all_squared_distances", "gather", "project", "squared_distances", "with_shifted_estimates"]
 
 Int32 = npt.NDArray[np.int32]
 
@@ -129,7 +129,7 @@ def _all_squared_distances(points: Any, queries: Any, out: Any) -> None:
 
 
 @njit(nogil=True)
-def _shifted(exact: Any, estimates: Any, ids: Any, out: Any) -> None:
+def _with_shifted_estimates(exact: Any, estimates: Any, ids: Any, out: Any) -> None:
     rows, columns = ids.shape
     nearest = exact.shape[1]
     for row in range(rows):
@@ -158,8 +158,8 @@ def _project(vectors: Any, matrix: Any, offset: Any, out: Any) -> None:
 
 
 def squared_distances(keys: Keys, queries: Float32, ids: Int64) -> Float32:
-    """(n, c) squared L2 between queries (n, d) and keys[ids], ids being (n, c) with -1 for padding, which is
-    MISSING_DISTANCE.
+    """(n, c) float32 squared L2 between queries (n, d) float32 and keys[ids], ids being (n, c) int64 with -1 for
+    padding, which is MISSING_DISTANCE.
 
     keys: (entries, d) float16 or float32, C-contiguous. What is too far for float32 is MISSING_DISTANCE. Nothing is
     checked: an id that is no entry reads memory that is not the keys'.
@@ -174,18 +174,18 @@ def squared_distances(keys: Keys, queries: Float32, ids: Int64) -> Float32:
 
 
 def all_squared_distances(points: Float32, queries: Float32) -> Float32:
-    """(n, m) squared L2 between queries (n, d) and points (m, d), each summed in one order."""
+    """(n, m) float32 squared L2 between queries (n, d) and points (m, d), both float32, each summed in one order."""
     out = np.empty((len(queries), len(points)), np.float32)
     _all_squared_distances(points, queries, out)
     return out
 
 
-def shifted(exact: Float32, estimates: Float32, ids: Int64) -> Float32:
-    """(n, c): the distances `exact` (n, m) of the first m of ids (n, c), then the estimates (n, c) of the others,
-    shifted by what a row's estimates of the farther half of the m miss in the mean. What is too far for float32, or
-    NaN, is MISSING_DISTANCE."""
+def with_shifted_estimates(exact: Float32, estimates: Float32, ids: Int64) -> Float32:
+    """(n, c) float32 distances of the candidates ids (n, c) int64, -1 = none: the first m are `exact` (n, m) float32,
+    the others their estimates (n, c) float32 plus a shift, one for each row. The shift is the mean of exact - estimate
+    over the farther half of the m. What is too far for float32, or NaN, is MISSING_DISTANCE."""
     out = np.empty(ids.shape, np.float32)
-    _shifted(exact, estimates, ids, out)
+    _with_shifted_estimates(exact, estimates, ids, out)
     return out
 
 

@@ -12,15 +12,25 @@ from knnlm.index.contract import Index
 from knnlm.messages import PassagesRequest, SearchRequest
 from knnlm.options import SEARCH_OPTIONS, SearchOptions
 
-__all__ = ["SPARE", "Candidates", "check_lookup", "check_queries", "check_request", "check_version", "rescoring"]
+__all__ = [
+    "SPARE",
+    "Candidates",
+    "check_lookup",
+    "check_queries",
+    "check_request",
+    "check_version",
+    "overfetched",
+    "rescoring",
+]
 
 SPARE = 8  # candidates beyond those wanted: which one is the last must not hang on the rounding of its distance
+MAX_CANDIDATES = 1 << 62  # of a query, which a version's entries bound: whatever is asked for stays an int64
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """How many candidates of each query an index is asked for, beside SPARE, and how many of them, the nearest, are
-    rescored; None = all."""
+    """How many candidates of each query an index is asked for, beside SPARE (wanted), and how many of them, the
+    nearest, are rescored: None = all, 0 = none, and then no SPARE is asked for."""
 
     wanted: int
     rescored: int | None
@@ -30,16 +40,22 @@ class Candidates:
         """The candidates for k neighbors. all_rescored: rescore every one, but for a search that asks for none."""
         if not rescoring(options, index):
             return cls(k, 0)
-        overfetched = math.ceil(k * (index.overfetch if options.overfetch is None else options.overfetch))
+        wanted = overfetched(k, options, index)
         asked = options.rescore is not None or options.overfetch is not None
-        if index.rescored is None or asked or all_rescored or overfetched <= index.rescored:
-            return cls(overfetched, None)
+        if index.rescored is None or asked or all_rescored or wanted <= index.rescored:
+            return cls(wanted, None)
         return cls(max(k, index.rescored), index.rescored)
 
     @property
     def found(self) -> int:
         """Candidates that the index is asked for, SPARE included."""
         return self.wanted if self.rescored == 0 else self.wanted + SPARE
+
+
+def overfetched(k: int, options: SearchOptions, index: Index) -> int:
+    """Candidates that k neighbors are chosen from when all are rescored."""
+    factor = index.overfetch if options.overfetch is None else options.overfetch
+    return math.ceil(min(k * factor, MAX_CANDIDATES))
 
 
 def rescoring(options: SearchOptions, index: Index) -> bool:

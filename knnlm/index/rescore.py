@@ -7,7 +7,7 @@ answered does not depend on the queries that happen to be searched with it.
 import numpy as np
 
 from knnlm.index.contract import MISSING_DISTANCE, Float32, Int64, Keys
-from knnlm.index.kernels import shifted, squared_distances
+from knnlm.index.kernels import squared_distances, with_shifted_estimates
 from knnlm.index.parallel import in_slices
 
 __all__ = ["nearest_first", "partly_rescored", "rescored"]
@@ -17,9 +17,10 @@ HALF = np.uint64(32)
 
 
 def rescored(keys: Keys, queries: Float32, candidates: Int64, k: int) -> tuple[Float32, Int64]:
-    """The k nearest of every query's candidates, as `nearest_first` gives them.
+    """The min(k, c) nearest of every query's c candidates, as `nearest_first` gives them.
 
-    keys: (entries, d) float16 or float32. queries: (n, d). candidates: (n, c) distinct rows of keys, -1 = none.
+    keys: (entries, d) float16 or float32. queries: (n, d) float32. candidates: (n, c) int64, distinct rows of keys,
+    -1 = none.
     """
     k = min(k, candidates.shape[1])
     distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
@@ -35,12 +36,12 @@ def rescored(keys: Keys, queries: Float32, candidates: Int64, k: int) -> tuple[F
 def partly_rescored(
     keys: Keys, queries: Float32, estimates: Float32, candidates: Int64, k: int, nearest: int | None
 ) -> tuple[Float32, Int64]:
-    """The k nearest of every query's candidates, as `nearest_first` gives them, the first `nearest` of them by their
-    distances to keys, the others by their estimates; all as `rescored` where `nearest` is None.
+    """The min(k, c) nearest of every query's c candidates, as `nearest_first` gives them: the first `nearest`
+    candidates by their distances to keys, the others by their estimates. `nearest` None is `rescored`.
 
-    estimates: (n, c), ascending, of the distances of candidates (n, c). Those that are not rescored are shifted by
-    what a query's estimates miss in the mean, over the farther half of those that are: dimensions that an index leaves
-    out, above all.
+    estimates: (n, c) float32, ascending: an index's distances of the candidates. Those that are used are shifted by
+    what the query's estimates miss in the mean over the farther half of the rescored candidates: dimensions that an
+    index leaves out, above all.
     """
     if nearest is None:
         return rescored(keys, queries, candidates, k)
@@ -50,7 +51,7 @@ def partly_rescored(
     def work(lo: int, hi: int) -> None:
         near = np.ascontiguousarray(candidates[lo:hi, :nearest])
         exact = squared_distances(keys, queries[lo:hi], near)
-        found = shifted(exact, estimates[lo:hi], candidates[lo:hi])
+        found = with_shifted_estimates(exact, estimates[lo:hi], candidates[lo:hi])
         distances[lo:hi], ids[lo:hi] = nearest_first(found, candidates[lo:hi], k)
 
     in_slices(work, len(queries))
@@ -58,8 +59,8 @@ def partly_rescored(
 
 
 def nearest_first(distances: Float32, ids: Int64, k: int) -> tuple[Float32, Int64]:
-    """The k nearest of every row of (n, c), padding (id -1) last at MISSING_DISTANCE; of equal distances the lower
-    id comes first.
+    """The min(k, c) nearest of every row of distances (n, c) float32 and ids (n, c) int64, padding (id -1) last at
+    MISSING_DISTANCE; of equal distances the lower id comes first.
 
     Distances below zero, which an index may find by cancellation, are zero.
     """

@@ -4,7 +4,6 @@ One Searcher is one version of one domain, opened. It never changes; switching v
 What was added to a version is searched beside its index and merged; what was removed from it is never returned.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,7 +24,7 @@ from knnlm.index.followed import followed
 from knnlm.index.freeing import drop_maps, drop_pages
 from knnlm.index.kernels import gather
 from knnlm.index.memory import require
-from knnlm.index.requests import SPARE, Candidates, check_lookup, check_request
+from knnlm.index.requests import SPARE, Candidates, check_lookup, check_request, overfetched
 from knnlm.index.rescore import nearest_first, partly_rescored, rescored
 from knnlm.index.table import family
 from knnlm.index.tombstones import NO_TOMBSTONES, Tombstones
@@ -179,10 +178,12 @@ class Searcher:
         k = min(request.k, self.manifest.live_entries)
         exclusion = Exclusion.of(request, self._datastore, self._removed)
         timings = {"search": 0.0, "rescore": 0.0}
+        # those rescored may be the excluded ones; decided by the request, whatever its rows name: a row's answer does
+        # not depend on the others
+        all_rescored = exclusion is not None or request.exclude_entries is not None
 
         def nearest(queries: Float32, k: int) -> tuple[Float32, Int64]:
-            # excluded ones among the nearest would leave no rescored ones
-            wanted = Candidates.of(k, request.options, self._index, all_rescored=exclusion is not None)
+            wanted = Candidates.of(k, request.options, self._index, all_rescored=all_rescored)
             return self._nearest(queries, k, wanted, request, timings)
 
         if not k or not len(queries):
@@ -280,7 +281,7 @@ class Searcher:
     def _refuse_too_many(self, candidates: int, options: SearchOptions) -> None:
         if self._max_candidates is None or candidates <= self._max_candidates:
             return
-        if candidates <= math.ceil((options.k or 0) * (options.overfetch or self._index.overfetch)):
+        if candidates <= overfetched(options.k or 0, options, self._index):
             raise TooLarge(
                 f"k times overfetch must be at most {self._max_candidates} candidates, got {candidates}",
                 param="k" if options.overfetch is None else "overfetch",

@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 from prometheus_client import Counter, Histogram
 
 from knnlm.errors import DeadlineExceeded, InvalidRequest, TooLarge, Unavailable
@@ -230,9 +229,15 @@ class Engine:
         request, sizes = requests[0], [len(request.queries) for request in requests]
         if len(requests) > 1:
             queries = np.concatenate([request.queries for request in requests])
-            follows = [request.follow for request in requests if request.follow is not None]  # of all, or of none
-            follow = np.concatenate(follows) if follows else None
-            request = replace(request, queries=queries, exclude_entries=_excluded(requests), follow=follow)
+            # each given by all of them, or by none
+            excluded = [request.exclude_entries for request in requests if request.exclude_entries is not None]
+            followed = [request.follow for request in requests if request.follow is not None]
+            request = replace(
+                request,
+                queries=queries,
+                exclude_entries=np.concatenate(excluded) if excluded else None,
+                follow=np.concatenate(followed) if followed else None,
+            )
         self._queries.labels(request.domain).inc(sum(sizes))
         with self._seconds.labels(request.domain).time():
             result = loaded.search(request)
@@ -249,14 +254,3 @@ def _look_up(loaded: Loaded, requests: Sequence[PassagesRequest]) -> list[Sequen
 def _group(asked: _QueuedRequest) -> tuple[object, ...]:
     """What can be answered together: of one loaded version, of one kind, and equal in all but the rows."""
     return (id(asked.loaded), type(asked.request), *asked.request.batch_key)
-
-
-def _excluded(requests: Sequence[SearchRequest]) -> npt.NDArray[np.int64] | None:
-    """An entry for every query of all of them, -1 for those of a request that excludes none."""
-    given = [request.exclude_entries for request in requests]
-    if all(entries is None for entries in given):
-        return None
-    sizes = [len(request.queries) for request in requests]
-    return np.concatenate(
-        [np.full(n, -1, np.int64) if entries is None else entries for n, entries in zip(sizes, given, strict=True)]
-    )

@@ -12,6 +12,7 @@ from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
 from knnlm.index.build import build_index
 from knnlm.index.kernels import project, squared_distances
+from knnlm.index.rescore import nearest_first
 from knnlm.index.searcher import Searcher
 from knnlm.messages import Document, SearchRequest
 from knnlm.options import SearchOptions
@@ -109,6 +110,27 @@ def test_stored_keys_are_rescored_by_in_both_parts(half: Path, tmp_path: Path, r
     request = SearchRequest("toy", queries(), SearchOptions(k=50, rescore=True), ids=True)
     found = Searcher.open(path, index=recipe).search(asking(request, **generous(recipe))).neighbors
     assert_same(found, twin.search(request).neighbors, live(path))
+
+
+def test_far_estimates_of_the_base_stand_beside_true_distances_of_what_was_added(tmp_path: Path) -> None:
+    """An index that rescores its nearest candidates alone: added entries are all rescored."""
+    path = base(tmp_path / "store", BASE, LM)
+    build_index(path, "pcar16,ivf8,pq4x4fs")
+    fields = {**generous("ivf"), "overfetch": None, "k": 450}
+    alone = Searcher.open(path)
+    assert alone.index.rescored == 256
+    of_base = alone.search(search("toy", queries(), **fields)).neighbors
+    store = Datastore.open(grow(path, LM, *GROWTHS["added"]))
+    numbers = np.arange(alone.manifest.entries, store.entries)
+    assert len(numbers) < 450  # all of them are candidates
+    everything = np.tile(numbers, (len(queries()), 1))
+    beside = squared_distances(store.added_keys(), queries(), everything - numbers[0])
+    assert of_base.ids is not None
+    both = np.concatenate([of_base.distances, beside], axis=1), np.concatenate([of_base.ids, everything], axis=1)
+    expected = nearest_first(*both, 450)
+    found = Searcher.open(store.path).search(search("toy", queries(), **fields)).neighbors
+    np.testing.assert_array_equal(found.distances, expected[0])
+    np.testing.assert_array_equal(found.ids, expected[1])
 
 
 @pytest.mark.parametrize("recipe", [*REDUCED, "pca16,ivf8,sq8"])

@@ -132,6 +132,29 @@ def test_no_fewer_candidates_than_are_rescored(searcher: Searcher, k: int) -> No
     assert (candidates.rescored is None) == (k <= 204)
 
 
+def test_every_factor_of_candidates_can_be_asked_for(searcher: Searcher) -> None:
+    """Up to the largest that a float can be."""
+    distances, ids = search(searcher, asked(2), overfetch=1e308)
+    expected, nearest = brute_force(keys(), asked(2), K)
+    np.testing.assert_array_equal(ids, nearest)
+    np.testing.assert_allclose(distances, expected, rtol=1e-5)
+
+
+def test_what_rows_exclude_changes_no_other_row(searcher: Searcher) -> None:
+    """All candidates are rescored because entries may be excluded, not because one row does."""
+    queries, none = asked(), np.full(12, -1)
+    some = none.copy()
+    some[0] = 7
+    expected, given = [
+        searcher.search(SearchRequest("toy", queries, SearchOptions(k=K), ids=True, exclude_entries=own)).neighbors
+        for own in (none, some)
+    ]
+    np.testing.assert_array_equal(given.distances[1:], expected.distances[1:])
+    assert given.ids is not None
+    assert expected.ids is not None
+    np.testing.assert_array_equal(given.ids[1:], expected.ids[1:])
+
+
 def test_all_are_rescored_beside_excluded_ones(searcher: Searcher) -> None:
     """Those that would have been rescored may be the excluded ones."""
     queries, own = asked(), np.arange(12)
@@ -142,7 +165,9 @@ def test_all_are_rescored_beside_excluded_ones(searcher: Searcher) -> None:
     np.testing.assert_allclose(found.distances, true_distances(queries, found.ids), rtol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", ["ivf8,pq16", "pcar8,ivf8,pq4x4fs+fp16", "pq8x4fs", "ivf8,sq8", "ivf8,rabitqfs"])
+@pytest.mark.parametrize(
+    "recipe", ["ivf8,pq16", "pcar8,ivf8,pq4x4fs+fp16", "pq8x4fs", "ivf8,sq8", "ivf8,rabitqfs", "ivf8,pq1x4fs"]
+)
 def test_other_indexes_rescore_all(recipe: str, tmp_path: Path) -> None:
     path = datastore(tmp_path, keys()[:600])
     build_index(path, recipe)

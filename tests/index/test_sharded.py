@@ -16,6 +16,7 @@ from knnlm.errors import InvalidRequest, KnnlmError, UnknownDomain, UnknownVersi
 from knnlm.index import sharding
 from knnlm.index.build import build_index
 from knnlm.index.exact import exact_neighbors
+from knnlm.index.kernels import squared_distances
 from knnlm.index.searcher import Searcher
 from knnlm.index.sharded_searcher import ShardedSearcher, open_searcher
 from knnlm.index.sharding import ShardResult
@@ -163,6 +164,19 @@ def test_neighbors_are_never_farther_than_those_of_one_index(whole: Path, recipe
     assert (found <= near).all()
     if recipe in ("flat", "ivf24", "ivf24,sq8"):
         np.testing.assert_array_equal(found, near)
+
+
+def test_shards_rescore_all_candidates_of_an_index_that_rescores_the_nearest_alone(whole: Path) -> None:
+    """Their answers are merged by distance, and estimates of different shards are shifted differently."""
+    one, many = indexed(whole, "ivf16,pq4x4fs")
+    assert one.index.rescored == 256
+    assert many.index.rescored is None
+    found = many.search(search("toy", build_queries(2), 400, ids=True)).neighbors
+    near = one.search(search("toy", build_queries(2), 400, rescore=True)).neighbors.distances
+    assert (found.distances <= near).all()
+    assert found.ids is not None
+    keys = Datastore.open(whole).keys
+    np.testing.assert_array_equal(squared_distances(keys, build_queries(2), found.ids), found.distances)
 
 
 @pytest.mark.parametrize("nprobe", [1, 3, 24])
