@@ -12,6 +12,10 @@ from services.runtime.service import Service
 
 __all__ = ["service"]
 
+# some tenth of a millisecond: the operations of one pass follow each other faster, and to wake a thread for each takes
+# longer than a small one; passes do not
+OMP_SPINS = 20_000
+
 
 def service(settings: LmSettings, load: Callable[[LmSettings], LanguageModel] | None = None) -> Service:
     """load: where the model comes from; by default knnlm.lm.model.LanguageModel of settings.model."""
@@ -26,4 +30,5 @@ def service(settings: LmSettings, load: Callable[[LmSettings], LanguageModel] | 
         routers=[routes(engine)],
         rpc=[rpc_service(engine)],
         protobuf=protobuf_routes(engine),
+        omp_spins=OMP_SPINS,
     )

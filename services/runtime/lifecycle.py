@@ -40,7 +40,7 @@ def main(service: Service) -> NoReturn:
     settings = service.settings
     configure_logs(settings.log_format, settings.log_level)
     configure_malloc(os.environ)
-    set_omp_wait_policy(os.environ)
+    set_omp_wait_policy(os.environ, service.omp_spins)
     end_with_stdin(os.environ)
     for name in unknown_variables(type(settings), os.environ):
         event(LOG, "unknown_setting", logging.WARNING, variable=name)

@@ -51,7 +51,8 @@ class Service:
     """All that the runtime needs to know of a service.
 
     name: one word ("datastore"). rpc: needs GrpcSettings; without any, no gRPC port is opened. protobuf: routes of the
-    routers that take protobuf, too. public: paths of files that need no key and are answered while loading.
+    routers that take protobuf, too. public: paths of files that need no key and are answered while loading. omp_spins:
+    see runtime.process.set_omp_wait_policy.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Service:
     rpc: Sequence[RpcService] = ()
     protobuf: Sequence[ProtobufRoute] = ()
     public: Collection[str] = ()
+    omp_spins: int = 0
 
 
 Phase = Literal["loading", "ready", "draining"]

@@ -42,23 +42,28 @@ def test_what_the_environment_says_about_malloc_is_left_alone() -> None:
 
 
 PROGRAM = """
-import os
+import os, sys
 from services.runtime.process import set_omp_wait_policy
-set_omp_wait_policy(os.environ)
+set_omp_wait_policy(os.environ, int(sys.argv[1]))
 import torch
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="OMP_DISPLAY_ENV as libgomp prints it")
 @pytest.mark.parametrize(
-    ("given", "expected"),
-    [({}, "PASSIVE"), pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE", marks=pytest.mark.slow)],
+    ("given", "spins", "expected"),
+    [
+        ({}, 20_000, "GOMP_SPINCOUNT = '20000'"),
+        pytest.param({}, 0, "OMP_WAIT_POLICY = 'PASSIVE'", marks=pytest.mark.slow),
+        pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, 20_000, "OMP_WAIT_POLICY = 'ACTIVE'", marks=pytest.mark.slow),
+    ],
 )
-def test_what_is_said_reaches_the_library_that_torch_loads(given: dict[str, str], expected: str) -> None:
+def test_what_is_said_reaches_the_library_that_torch_loads(given: dict[str, str], spins: int, expected: str) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
-    environment = {**kept, "OMP_DISPLAY_ENV": "TRUE", "PYTHONPATH": os.getcwd(), **given}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
-    assert f"OMP_WAIT_POLICY = '{expected}'" in done.stderr
+    environment = {**kept, "OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": os.getcwd(), **given}
+    program = [sys.executable, "-c", PROGRAM, str(spins)]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    assert expected in done.stderr
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
@@ -69,6 +74,9 @@ def test_what_the_environment_says_is_kept(name: str) -> None:
     other: dict[str, str] = {}
     assert set_omp_wait_policy(other)
     assert other == {"OMP_WAIT_POLICY": "PASSIVE"}
+    spinning: dict[str, str] = {}
+    assert set_omp_wait_policy(spinning, 500)
+    assert spinning == {"GOMP_SPINCOUNT": "500", "KMP_BLOCKTIME": "1"}
 
 
 @pytest.mark.parametrize("service", ["lm", "datastore"])
