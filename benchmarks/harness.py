@@ -129,12 +129,11 @@ def commit() -> str:
 
 
 def machine() -> str:
-    """Processor, cores this process may use, memory and GPU, on one line."""
+    """Processor, cores this process may use, memory, GPU and what is set of OpenMP, on one line."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    threads = os.environ.get("OMP_NUM_THREADS")
-    parts = [_processor(), f"{cores} cores", f"{memory / 2**30:.0f} GiB", _gpu()]
-    return ", ".join(parts + ([f"OMP_NUM_THREADS={threads}"] if threads else []))
+    set_here = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ]
+    return ", ".join([_processor(), f"{cores} cores", f"{memory / 2**30:.0f} GiB", _gpu(), *set_here])
 
 
 def _processor() -> str:
