@@ -45,7 +45,7 @@ def main() -> None:
         )
         alone = apart(prepared.model, many, 0)
         found = {workers: apart(prepared.model, many, workers) for workers in options.workers}
-        small = apart(prepared.model, few, 1)
+        small = apart(prepared.model, few, options.workers[0])
     rows = [("one process", alone), *((f"{n} workers", one) for n, one in found.items())]
     table(["build", "tokens/s", "peak memory, MB"], [[w, f"{r:,.0f}", f"{m / 1e6:,.0f}"] for w, (r, m) in rows])
     for workers, (rate, _) in found.items():

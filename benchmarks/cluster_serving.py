@@ -13,6 +13,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from itertools import cycle
@@ -141,6 +142,14 @@ def _memory(pid: int) -> tuple[int, int]:
     return own, sizes["Rss"] - own
 
 
+def _visited(path: Path) -> int:
+    """Entries that a query visits by default, of lists of equal length; all where the index has no lists."""
+    manifest = Manifest.load(path)
+    lists = re.search(r"ivf(\d+)", manifest.index.recipe)
+    share = 1.0 if lists is None else manifest.index.parameters["nprobe"] / int(lists[1])
+    return round(manifest.entries * share)
+
+
 def _report(
     prepared: Prepared, shards: list[int], taken: Mapping[str, Latency], work: Mapping[int, Any], recipe: str
 ) -> None:
@@ -171,7 +180,8 @@ def _report(
     )  # fmt: skip
     MODEL.parent.mkdir(parents=True, exist_ok=True)
     fitted_to = {
-        "entries": entries, "batch": BATCH, "k": K, "index": recipe, "cores": len(os.sched_getaffinity(0)),
+        "entries": entries, "visited": _visited(prepared.path),
+        "batch": BATCH, "k": K, "index": recipe, "cores": len(os.sched_getaffinity(0)),
         "in_process": taken["in process"].p50, "direct": direct.p50, "gateway": gateway.p50,
         "shards": {count: {"p50": taken[f"{count} shards"].p50, **work[count]} for count in shards},
     }  # fmt: skip

@@ -7,7 +7,7 @@ For a version of N keys cut into S shards, each replica on a core of its own:
     latency(S) = gateway + S * call + shard(S) + merge * S log2(S + 1)
     shard(S)   = fixed + scan * N / S
 
-gateway, call: what the way to the gateway and each further shard cost the gateway, whose process asks and merges
+gateway, call: what the way to the gateway and each shard cost the gateway, whose process asks and merges
 alone;
 fixed, scan: what a batch costs a shard whatever its size, and for its share of the keys that are visited. The
 processor time of the replicas of 1, 2, 4, 8 shards gives fixed and scan (least squares); what the batch took beyond
@@ -32,7 +32,6 @@ from benchmarks.cluster_serving import BATCH, MODEL, K
 from benchmarks.harness import ROOT, figure, table
 
 SHARDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
-PROBED = 24_576  # entries that a query visited in what was measured, at a million keys
 
 
 @dataclass(frozen=True)
@@ -85,11 +84,12 @@ def drawn(model: Model, measured: dict[str, Any], out: Path) -> None:  # Any: JS
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    scanned = model.scan / min(PROBED, measured["entries"])  # seconds for each visited entry
+    usual = measured["visited"]
+    scanned = model.scan / usual  # seconds for each visited entry
     with rc_context({"svg.hashsalt": "knnlm", "svg.fonttype": "none"}):
         drawing = Figure(figsize=(7, 4), layout="constrained")
         axes = drawing.add_subplot()
-        for visited in (PROBED, 16 * PROBED, 256 * PROBED):
+        for visited in (usual, 16 * usual, 256 * usual):
             larger = Model(model.fixed, scanned * visited, model.call, model.gateway, model.merge)
             axes.plot(SHARDS, [1e3 * larger.latency(n) for n in SHARDS], label=f"{visited:,} entries visited, model")
         counts = sorted(map(int, measured["shards"]))

@@ -129,7 +129,7 @@ def commit() -> str:
 
 
 def machine() -> str:
-    """Processor, cores this process may use, memory, GPU and what is set of OpenMP, on one line."""
+    """Processor, cores this process may use, memory, GPU and the settings of OpenMP, on one line."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     set_here = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ]

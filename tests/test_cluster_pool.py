@@ -1,19 +1,22 @@
 """Work on a cluster that has no room, with a stand-in for Ray."""
 
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from knnlm.cluster import pool
+from knnlm.cluster import connection, pool
 from knnlm.errors import Unavailable
 
 
 def test_work_that_no_worker_takes_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when replicas of shards have reserved all processors: Ray waits, and says nothing."""
 
-    def remote(**_: Any) -> Any:
+    def remote(**options: Any) -> Any:
+        assert options["max_retries"] == 3
+        assert OSError in options["retry_exceptions"]  # of a file system; by itself Ray tries lost workers again alone
         return lambda function: SimpleNamespace(remote=lambda *arguments: (function, arguments))
 
     ray = SimpleNamespace(
@@ -62,3 +65,30 @@ def test_few_workers_start_at_once_however_many_are_asked_for(monkeypatch: pytes
     assert done == [("piece", "done")]
     assert pool.MAX_STARTING <= len(made) <= pool.MAX_STARTING + 1
     assert len(ended) == len(made)
+
+
+@pytest.mark.parametrize("address", ["local", "10.0.0.1:6379"])
+def test_a_cluster_of_its_own_is_on_the_loopback_address_alone(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """And so whether it builds or serves: both connect by this."""
+    given: dict[str, Any] = {}
+    ray = SimpleNamespace(init=lambda **options: given.update(options), exceptions=SimpleNamespace(RayError=OSError))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    connection.connect(address, 2, configure_logging=False)
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert (given["address"], given["configure_logging"]) == (address, False)
+    local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": 2}
+    assert {name: given.get(name) for name in local} == (local if address == "local" else dict.fromkeys(local))
+    assert os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == ("0" if address == "local" else None)
+
+
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise ConnectionError("nobody there\nand a page of what else")
+
+    ray = SimpleNamespace(init=init, exceptions=SimpleNamespace(RayError=RuntimeError))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(Unavailable, match=r"no Ray cluster answers at 'auto': nobody there$"):
+        connection.connect("auto")

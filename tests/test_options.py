@@ -71,7 +71,7 @@ def test_searches_with_different_options_are_not_answered_together(name: str, va
 
 
 def test_searches_that_exclude_entries_are_not_answered_with_those_that_do_not() -> None:
-    """They rescore all candidates: a row's answer would hang on who else asked."""
+    """They rescore all candidates: a row's answer would depend on who else asked."""
     own = asking(REQUEST, exclude_entries=np.full(len(QUERIES), -1))
     assert own.batch_key != REQUEST.batch_key
     assert own.batch_key == asking(REQUEST, exclude_entries=np.arange(len(QUERIES))).batch_key

@@ -8,6 +8,7 @@ import typer
 from knnlm.cli.cluster import AddressOption, cluster
 from knnlm.cli.common import DEFAULT_STORE, DomainArgument, JsonOption, StoreOption, print_json, print_table
 from knnlm.cli.serve import ServiceGroup, home, variables_of
+from knnlm.cluster.connection import configure
 from knnlm.errors import InvalidRequest, NotFound
 
 __all__ = ["cluster"]
@@ -59,6 +60,7 @@ def serve(
 @cluster.command()
 def status(address: AddressOption = "auto", as_json: JsonOption = False) -> None:
     """List the versions that the cluster serves, and the replicas of their shards."""
+    configure(address)
     from knnlm.cluster.applications import Applications, deployment
 
     applications = Applications(address)
@@ -100,6 +102,7 @@ def scale(
 ) -> None:
     """Change how many replicas the shards of a domain have, while they answer."""
     most = _most(replicas, max_replicas)
+    configure(address)
     from knnlm.cluster.applications import Applications
 
     applications = Applications(address)

@@ -10,6 +10,7 @@ All methods block. Nothing of Ray's is opened to the outside: no HTTP proxy of S
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -22,16 +23,16 @@ from ray.exceptions import RayError
 from ray.experimental import internal_kv
 from ray.serve.exceptions import RayServeException
 
+from knnlm.cluster.connection import NAMESPACE, connect, first_line
 from knnlm.cluster.registry import SCALE, Registry, Spec
 from knnlm.cluster.shard import ShardReplica
 from knnlm.errors import DatastoreError, NotFound, Unavailable
 
-NAMESPACE = "knnlm"
 RENEW_SECONDS = 10.0  # between two renewals of leases
 SWEEP_SECONDS = 60.0  # between two looks for applications that no gateway holds
-LOOK_SECONDS = 1.0
+STATUS_SECONDS = 1.0  # between two readings of what Serve says of all applications
 LOAD_SECONDS = 1800.0  # the longest that a version may take until every shard answers
-MAX_ONGOING = 4  # calls that a replica is given at once: one is searched, others are unpacked or wait
+MAX_CALLS_PER_REPLICA = 4  # at once: one is searched, others are unpacked or wait
 LOOK_BACK_SECONDS = 30.0  # over which Serve averages the requests of a replica, at most
 HEALTH_PERIOD_SECONDS, HEALTH_TIMEOUT_SECONDS = 3.0, 15.0
 LOG = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ def deployment(number: int) -> str:
 
 
 class Applications:
-    """One process's view of a Ray cluster. address: auto, local or HOST:PORT, as ray.init takes it."""
+    """One process's view of a Ray cluster. address: auto, local, HOST:PORT or ray://HOST:PORT. Call
+    knnlm.cluster.connection.configure before this module is imported, which imports Ray."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -54,22 +56,20 @@ class Applications:
         self._replicas: Mapping[str, Mapping[str, int]] = {}  # by application and deployment, those that answer
         self._lock = threading.Lock()
         self._deploying = threading.Lock()  # Serve's own deploying is not made for several threads
+        self._holding: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # one hold of an application
         self._leaving = threading.Event()
         self._ended = threading.Event()
         self._watcher: threading.Thread | None = None
 
     def connect(self) -> None:
-        """Raises Unavailable when no cluster answers. Further calls do nothing."""
+        """Connect to the cluster; further calls do nothing. Raises Unavailable when none answers."""
         with self._lock:
             if self._watcher is not None:
                 return
             for name in ("ray", "ray.serve"):
                 logging.getLogger(name).setLevel(logging.WARNING)
+            connect(self._address, configure_logging=False, ignore_reinit_error=True)
             try:
-                ray.init(
-                    address=self._address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False,
-                    ignore_reinit_error=True,
-                )  # fmt: skip
                 self._look()
             except (*FAILURES, RuntimeError, ValueError) as err:
                 raise Unavailable(f"no Ray cluster answers at {self._address}: {first_line(err)}") from err
@@ -99,9 +99,14 @@ class Applications:
         self.registry.take(name)
         try:
             self.registry.renew()  # before looking at what is there, or it might be deleted meanwhile
-            return self._deployed(name, spec)
+            with self._lock:
+                holding = self._holding[name]
+            with holding:
+                return self._deployed(name, spec)
         except BaseException as err:
             if self.registry.give_up(name):
+                with self._lock:
+                    self._held.pop(name, None)
                 with suppress(*FAILURES):  # it runs out
                     self.registry.withdraw(name)
             if isinstance(err, FAILURES):
@@ -128,8 +133,9 @@ class Applications:
             self._wait(name, spec, known)
         except BaseException:
             with self._lock:
-                self._held.pop(name)
-                if former is not None:
+                if former is None:
+                    del self._held[name]
+                else:
                     self._held[name] = former
             raise
         return spec
@@ -159,7 +165,7 @@ class Applications:
         return self._replicas.get(name, {})
 
     def _deploy(self, name: str, spec: Spec) -> None:
-        """The same of the same content changes nothing; other numbers of replicas leave the running ones alone."""
+        """Register the application and deploy it. Equal content, or other bounds, restarts no replica."""
         with self._deploying:
             self.registry.write(name, spec)
             # run_many would start it with proxies
@@ -168,8 +174,8 @@ class Applications:
             serve.run_many([target], wait_for_applications_running=False)
 
     def _wait(self, name: str, spec: Spec, known: Spec | None) -> None:
-        """Until every shard answers as `spec` says. known: what was deployed before; it is deployed again when another
-        one fails. What fails and is nobody else's is deleted, or Serve would not try it again."""
+        """Wait until every shard answers as `spec` says. known: what was deployed before; it is deployed again when
+        another one fails. What fails and is nobody else's is deleted, or Serve would not try it again."""
         until = time.monotonic() + LOAD_SECONDS
         problem = f"{name} was not ready within {LOAD_SECONDS:g} s: has the cluster room for all its shards?"
         while time.monotonic() < until:
@@ -181,8 +187,8 @@ class Applications:
                 problems = [one.message for one in status.deployments.values() if one.message]
                 problem = f"{name} cannot be served by the cluster: {' '.join(problems) or status.message}"
                 break
-            if self._leaving.wait(LOOK_SECONDS / 4):
-                raise Unavailable(f"{name} was being deployed when this gateway ended")
+            if self._leaving.wait(STATUS_SECONDS / 4):
+                raise Unavailable(f"{name} is still being deployed; this gateway is shutting down")
         if known is not None and known.content != spec.content:
             self._deploy(name, known)
         elif self.registry.holders(name) == 1:
@@ -192,7 +198,7 @@ class Applications:
     def _watch(self) -> None:
         renewed = swept = time.monotonic()
         told = False  # one outage is one warning
-        while not self._ended.wait(LOOK_SECONDS):
+        while not self._ended.wait(STATUS_SECONDS):
             try:
                 found = self._look()
                 with self._lock:
@@ -206,11 +212,11 @@ class Applications:
                         self._sweep(store)
                 for name in held.keys() - found.keys():  # Serve was shut down, or lost what it knew
                     LOG.warning("application %s is gone: deployed again", name)
-                    self._deploy(name, held[name])
+                    self._deploy(name, self.registry.spec(name) or held[name])  # its bounds may have been changed
                 told = False
             except Exception:  # the thread's edge: Ray says in many ways that it is away
                 if not told:
-                    LOG.warning("the Ray cluster does not tell its state", exc_info=True)
+                    LOG.warning("the state of the Ray cluster cannot be read", exc_info=True)
                 told = True
 
     def _look(self) -> Mapping[str, Mapping[str, int]]:
@@ -290,14 +296,9 @@ def _serve_options(spec: Spec, number: int) -> dict[str, Any]:  # Any: as Serve 
     return {
         **scale,
         "ray_actor_options": resources,
-        "max_ongoing_requests": MAX_ONGOING,
+        "max_ongoing_requests": MAX_CALLS_PER_REPLICA,
         "health_check_period_s": HEALTH_PERIOD_SECONDS,
         "health_check_timeout_s": HEALTH_TIMEOUT_SECONDS,
         "graceful_shutdown_wait_loop_s": 0.5,
         "max_constructor_retry_count": 3,
     }
-
-
-def first_line(err: BaseException) -> str:
-    """The first line of an error of Ray's, which have pages."""
-    return (str(err) or type(err).__name__).strip().splitlines()[0][:300]

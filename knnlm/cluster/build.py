@@ -80,9 +80,9 @@ def build(
     if activate:
         catalog.activate(domain, target.name)
     parts_at = wanted.parts_of(domain, target.name)
+    if parts_at is not None:
+        discard_objects(parts_at)
     with disk_errors(target):
-        if parts_at is not None:
-            discard_objects(parts_at)
         discard(target / ".build")
         (target / PUBLISHED).unlink(missing_ok=True)
     return target, reasons
@@ -167,11 +167,11 @@ def _planned(job: Job, shards: int, entries: int) -> tuple[list[ShardPlan], list
 def _shards(wanted: Plan, entries: int, dim: int, bytes_per_number: int) -> int:
     if wanted.shards is not None:
         return wanted.shards
-    size = entries * (dim * bytes_per_number + VALUE_BYTES)
-    number = math.ceil(size / (wanted.shard_bytes or SHARD_BYTES))
+    size, most = entries * (dim * bytes_per_number + VALUE_BYTES), wanted.shard_bytes or SHARD_BYTES
+    number = math.ceil(size / most)
     if number > MAX_SHARDS:
         raise InvalidRequest(
-            f"{size} bytes in shards of {wanted.shard_bytes} would be {number}, at most {MAX_SHARDS} are possible",
+            f"{size} bytes in shards of {most} would be {number}, at most {MAX_SHARDS} are possible",
             param="shard_bytes",
         )
     return number

@@ -7,7 +7,7 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from knnlm.errors import DatastoreCorrupt, InvalidRequest
+from knnlm.errors import DatastoreCorrupt, DatastoreError, InvalidRequest
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 BUCKETS = ("s3", "gs", "gcs")  # schemes whose address begins with a bucket
@@ -78,9 +78,12 @@ def read_object(url: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.N
 
 
 def discard_objects(url: str) -> None:
-    """Remove the folder at `url` and all that is in it; nothing where there is none. Raises OSError."""
+    """Remove the folder at `url` and all that is in it; nothing where there is none. Raises DatastoreError."""
     from pyarrow import fs
 
     system, path = located(url, "parts_at")
-    if system.get_file_info(path).type == fs.FileType.Directory:
-        system.delete_dir(path)
+    try:
+        if system.get_file_info(path).type == fs.FileType.Directory:
+            system.delete_dir(path)
+    except OSError as err:
+        raise DatastoreError(f"{url} cannot be removed: {err}") from err

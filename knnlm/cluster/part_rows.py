@@ -25,7 +25,7 @@ class PartRows(ABC):
 
     @abstractmethod
     def write(self, lo: int, rows: npt.NDArray[Any]) -> None:  # Any: float16, float32 or int32
-        """Write all rows; `lo` is the number of the first."""
+        """Write all rows. lo: the number of the first, as other writers of rows take it."""
 
     @abstractmethod
     def read(self) -> npt.NDArray[Any]:

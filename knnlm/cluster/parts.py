@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -94,7 +95,8 @@ class PartPlan:
 
 @dataclass(frozen=True)
 class Done:
-    """tokens: that were fed or read. entries: that are there now. resumed: by an earlier run. node: where."""
+    """What became of a piece of work. tokens: fed to the model by this call. entries: of the piece. resumed: whether an
+    earlier run had made it. node: where it was made, empty for shards."""
 
     node: str
     tokens: int = 0
@@ -160,8 +162,8 @@ def plan(job: Job, part_entries: int) -> Iterator[PartPlan]:
     """The parts of the build: those of `plan_parts`, each by where it begins."""
     for part in plan_parts(placed_rows(job), job.identity.windows, part_entries, job.bos_token_id):
         begin = part.pieces[0]
-        if isinstance(begin.document, PlacedRow):  # as all that were given
-            yield PartPlan(part.number, part.lo, part.hi, begin.document.place, begin.window.first)
+        place = cast(PlacedRow, begin.document).place  # as all that were given
+        yield PartPlan(part.number, part.lo, part.hi, place, begin.window.first)
 
 
 def part_of(job: Job, planned: PartPlan) -> Part:

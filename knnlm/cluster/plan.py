@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from knnlm.cluster.connection import LOCAL
 from knnlm.cluster.objects import below, located
-from knnlm.cluster.pool import LOCAL
 from knnlm.cluster.worker import ModelSource
 from knnlm.datastore.build import check_sizes
 from knnlm.datastore.manifest import FLAT

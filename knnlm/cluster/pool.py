@@ -7,7 +7,6 @@ is tried again, a few times.
 """
 
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, Generic, TypeVar
 
+from knnlm.cluster.connection import connect, first_line
 from knnlm.errors import DatastoreError, KnnlmError, Unavailable
 
 T = TypeVar("T")
@@ -22,31 +22,18 @@ T = TypeVar("T")
 ATTEMPTS = 4  # workers that may die of one piece of work
 WAIT_SECONDS = 1.0  # between two looks at the clock
 START_SECONDS = 900.0  # until the first worker answers: a large model takes minutes to load
-FREEING_SECONDS = 10.0  # that Ray takes to give back what ended workers had
+FREEING_SECONDS = 10.0  # within which Ray frees the processors of workers that ended
 MAX_STARTING = 32  # workers that are started at once
 PIECE_SECONDS = 3600.0  # the longest that a piece may take: then its worker is ended and another one tries
-LOCAL = "local"
 
 
 @contextmanager
 def connected(address: str, processors: int | None = None) -> Iterator[None]:
-    """Inside, this process belongs to a Ray cluster: one of its own for "local", on the loopback address alone, else
-    the one at `address` (auto, HOST:PORT, ray://HOST:PORT). processors: of one of its own, None = those of this
-    machine. Raises Unavailable when none answers."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address == LOCAL:
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # else Ray takes the host's own address
-    import ray
-
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "knnlm"}
-    if address == LOCAL:
-        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": processors}
+    """Inside, this process is connected to a Ray cluster. Arguments and errors: of knnlm.cluster.connection.connect."""
     with redirect_stdout(sys.stderr):  # what Ray prints of workers that die is no output of a command
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as err:
-            first = str(err).strip().partition("\n")[0]
-            raise Unavailable(f"no Ray cluster answers at {address!r}: {first}", param="address") from err
+        connect(address, processors, logging_level="ERROR")
+        import ray
+
         try:
             yield
         finally:
@@ -65,8 +52,8 @@ def resources() -> tuple[int, int, int]:
 def free_processors(wanted: int) -> int:
     """How many of `wanted` processors one node can give a task now, at least 1.
 
-    Ray tells what is taken of all nodes together: all of it is reckoned with the largest node. Waits FREEING_SECONDS
-    for what workers of this process are giving back.
+    Ray reports taken processors for all nodes together; all of them are counted against the largest node. Waits up to
+    FREEING_SECONDS for what workers of this process are giving back.
     """
     import ray
 
@@ -81,7 +68,7 @@ def free_processors(wanted: int) -> int:
 
 
 def stored(value: T) -> T:
-    """What tasks get as `value` when it is an argument of theirs, while it travels to each node once."""
+    """A reference that tasks receive as `value` itself; it is sent to each node once."""
     import ray
 
     reference: Any = ray.put(value)
@@ -92,15 +79,18 @@ def run_tasks(
     function: Callable[..., T], work: Iterable[tuple[Any, ...]], on_done: Callable[[int, T], None], *, cpus: int = 1,
     gpus: int = 0, within: float | None = None,
 ) -> None:  # fmt: skip
-    """function(*arguments) of each of `work` on the cluster; on_done hears its number and what it gave.
+    """Run function(*arguments) on the cluster for every arguments of `work`; on_done gets its number and its result.
 
-    As many at a time as the cluster has room for, and as many waiting. within: seconds until the first of them is done,
-    None = however long it takes. Raises what function raises, DatastoreError for what no worker could do, Unavailable
-    where nothing was done within that time.
+    As many run at a time as the cluster has room for, and as many wait. within: seconds until the first of them is
+    done, None = however long it takes. Raises what function raises, DatastoreError for what no worker could do in
+    ATTEMPTS attempts, lost workers and errors of file systems counted; Unavailable where nothing was done in time.
     """
     import ray
 
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=ATTEMPTS - 1, scheduling_strategy="SPREAD")(function)
+    task = ray.remote(
+        num_cpus=cpus, num_gpus=gpus, max_retries=ATTEMPTS - 1, retry_exceptions=[OSError, MemoryError],
+        scheduling_strategy="SPREAD",
+    )(function)  # fmt: skip
     limit = max(2, 2 * resources()[0] // cpus)
     rest = enumerate(work)
     running: dict[Any, int] = {}
@@ -233,4 +223,4 @@ def _result(reference: Any) -> Any:
             raise _WorkerDied(str(cause)) from err
         raise DatastoreError(f"a worker failed: {type(cause).__name__}: {cause}") from err
     except exceptions.RayError as err:
-        raise _WorkerDied(str(err).strip().partition("\n")[0]) from err
+        raise _WorkerDied(first_line(err)) from err

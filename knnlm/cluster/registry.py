@@ -78,7 +78,7 @@ class Spec:
 
     @classmethod
     def parse(cls, text: bytes) -> "Spec":
-        """Raises DatastoreError for what another version of this program wrote."""
+        """The spec that `text` holds. Raises DatastoreError for what another version of this program wrote."""
         try:
             fields = json.loads(text)
             return cls(**{**fields, "options": ShardOptions(**fields["options"])})
@@ -104,7 +104,7 @@ class KeyValues(Protocol):
 
 class Registry:
     """All applications, and the leases of this process, which may hold one several times: a version is opened anew,
-    beside the former opening, when its manifest changes. now: seconds on the calendar, which other machines compare."""
+    beside the former opening, when its manifest changes. now: seconds since the epoch, which other machines compare."""
 
     def __init__(self, values: KeyValues, now: Callable[[], float] = time.time) -> None:
         self._values = values

@@ -14,7 +14,8 @@ import ray
 from ray import serve
 
 from knnlm.clients.failures import rebuild
-from knnlm.cluster.applications import FAILURES, Applications, deployment, first_line
+from knnlm.cluster.applications import FAILURES, Applications, deployment
+from knnlm.cluster.connection import first_line
 from knnlm.cluster.registry import ShardOptions, Spec
 from knnlm.cluster.shard import unpack
 from knnlm.datastore.manifest import Manifest
@@ -26,9 +27,9 @@ from knnlm.v1 import datastore_pb2
 from knnlm.wire.protos import from_proto, to_proto
 
 SEARCH_SECONDS = 60.0  # the longest that a search may take where its caller says nothing
-ATTEMPT_SECONDS = 15.0  # until another replica is asked, which may take twice as long
+ATTEMPT_SECONDS = 15.0  # until a shard is asked again, which may then take twice as long
 SLICE_SECONDS = 0.25  # how often it is looked whether anybody may still answer
-MAX_FAILURES = 8  # replicas that may die of one request: it may be what kills them
+MAX_REPLICA_DEATHS = 8  # of one request: it may be what kills them
 PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.05, 2.0  # before the next try, twice as long each time: 5 s of all together
 INLINE_BYTES = 90_000  # a larger request to several shards lies in the object store once
 
@@ -82,10 +83,11 @@ class ClusterSearcher:
         self.memory = self._measured()
 
     def search(self, request: SearchRequest) -> SearchResult:
-        """As Searcher.search. Raises Unavailable, naming the shard, when one has no replica; DeadlineExceeded.
+        """Search as Searcher.search does. Raises Unavailable, naming the shard, when one has no replica;
+        DeadlineExceeded.
 
-        timings: `search` and `rescore` are those of the slowest shard, `shards` is what the way to all of them and
-        their queues took besides, `merge` that of their answers.
+        timings: `search` and `rescore` are those of the slowest shard, `shards` is all other time until the last
+        answer, merges of earlier answers included; `merge` is what follows.
         """
         self._refuse_closed()
         begun = time.perf_counter()
@@ -116,7 +118,7 @@ class ClusterSearcher:
         return replace(merged, timings=timings)
 
     def passages(self, request: PassagesRequest) -> Sequence[Passage]:
-        """As Searcher.passages. Raises Unavailable and DeadlineExceeded as `search`."""
+        """Look up passages as Searcher.passages does. Raises Unavailable and DeadlineExceeded as `search`."""
         self._refuse_closed()
         asked = {
             number: to_proto(part, datastore_pb2.GetPassagesRequest).SerializeToString()
@@ -127,7 +129,7 @@ class ClusterSearcher:
         return self._sharding.merge_lookup(request, found)
 
     def info(self, versions: Sequence[str], state: str = "ready") -> DomainInfo:
-        """state "ready" becomes "degraded: WHY" where shards have no replica."""
+        """The version's description; state "ready" becomes "degraded: WHY" where shards have no replica."""
         problems = self.problems()
         if state == "ready" and problems:
             state = f"degraded: {'; '.join(problems)}"
@@ -143,7 +145,7 @@ class ClusterSearcher:
         return {number: counts.get(deployment(number), 0) for number in range(len(self._handles))}
 
     def warm(self) -> None:
-        """Nothing: a replica warms its shard before it answers."""
+        """Do nothing: a replica warms its shard before it answers."""
 
     def close(self) -> None:
         """Give the application up; it is deleted when no gateway needs it."""
@@ -204,9 +206,10 @@ class ClusterSearcher:
                 call.response = None
                 self._refuse_missing(call.number)
                 call.failures += 1
-                if call.failures >= MAX_FAILURES:
+                if call.failures >= MAX_REPLICA_DEATHS:
                     raise Unavailable(
-                        f"{self._shard(call.number)} failed {MAX_FAILURES} times: {first_line(err)}", param="domain"
+                        f"{self._shard(call.number)} failed {MAX_REPLICA_DEATHS} times: {first_line(err)}",
+                        param="domain",
                     ) from err
                 time.sleep(min(PAUSE_SECONDS * 2 ** (call.failures - 1), MAX_PAUSE_SECONDS, left))
 
@@ -222,7 +225,7 @@ class ClusterSearcher:
         return f"shard {number} of {len(self._handles)} of {self.manifest.domain} {self.manifest.version}"
 
     def _measured(self) -> Memory:
-        """The memory of one replica of each shard together; none while a shard does not answer."""
+        """Bytes of one replica of each shard together, as of opening; zero when a shard did not answer then."""
         if self.problems():
             return Memory("none", 0, "mapped", 0)
         with closing(self._ask("describe", dict.fromkeys(range(len(self._handles)), b""))) as answers:

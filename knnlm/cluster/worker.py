@@ -3,6 +3,7 @@
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +18,26 @@ from knnlm.evaluation.splits import Part
 from knnlm.messages import ModelInfo, differs
 from knnlm.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from knnlm.lm.model import LanguageModel
+
 
 @dataclass(frozen=True)
 class ModelSource:
-    """As LanguageModel.load takes it."""
+    """The arguments of LanguageModel.load."""
 
     path_or_id: str
     device: str
     dtype: str
     key_function: str
+
+    def load(self) -> "LanguageModel":
+        """The model, without a prefix cache. Raises as LanguageModel.load does."""
+        from knnlm.lm.model import LanguageModel
+
+        return LanguageModel.load(
+            self.path_or_id, device=self.device, dtype=self.dtype, key_function=self.key_function, prefix_cache_bytes=0
+        )
 
 
 @dataclass(frozen=True)
@@ -39,13 +51,8 @@ class Described:
 
 def describe(source: ModelSource, folder: Path) -> Described:
     """Load the model, and see whether this node sees `folder`. Raises as LanguageModel.load does; DatastoreError."""
-    from knnlm.lm.model import LanguageModel
-
     _require_seen(folder)
-    lm = LanguageModel.load(
-        source.path_or_id, device=source.device, dtype=source.dtype, key_function=source.key_function,
-        prefix_cache_bytes=0,
-    )  # fmt: skip
+    lm = source.load()
     if lm.tokenizer.sha256 != lm.info.tokenizer_sha256:
         raise ModelError(f"the tokenizer of model {lm.info.model_id} is not the one that it says it has")
     return Described(lm.info, lm.tokenizer.json, knnlm.__version__)
@@ -60,16 +67,10 @@ class KeyMaker:
         self._node = node_name()
 
     def ready(self) -> str:
-        """Load the model; the node. Raises DatastoreMismatch for another model than the one that the build began with,
-        DatastoreError where the folder of the build is not seen."""
-        from knnlm.lm.model import LanguageModel
-
+        """Load the model and return the node's name. Raises DatastoreMismatch for another model than the one that the
+        build began with, DatastoreError where the folder of the build is not seen."""
         _require_seen(self._job.folder)
-        source = self._source
-        self._lm = LanguageModel.load(
-            source.path_or_id, device=source.device, dtype=source.dtype, key_function=source.key_function,
-            prefix_cache_bytes=0,
-        )  # fmt: skip
+        self._lm = self._source.load()
         identity = self._job.identity
         made_by = {**identity.model.model_dump(), "key_function": identity.key_function, "key_dim": identity.key_dim}
         name = differs(made_by, self._lm.info)

@@ -12,7 +12,7 @@ from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidRequest
 from knnlm.index.contract import Float32, Int64, Keys, to_float32
 from knnlm.index.flat import Flat
-from knnlm.index.requests import SPARE
+from knnlm.index.requests import SPARE_CANDIDATES
 from knnlm.index.rescore import nearest_first, rescored
 from knnlm.neighbors import Neighbors
 
@@ -50,7 +50,7 @@ def _scanned(
     keys: Keys, queries: Float32, k: int, removed: np.ndarray, done: int, on_progress: Callable[[int], None] | None
 ) -> tuple[Float32, Int64]:
     """The k nearest rows of keys (m, d) that are not removed (m,): distances and rows, both (n, k') with k' <= k."""
-    wanted = k + SPARE  # products of matrices round: the true distances may rank the last ones otherwise
+    wanted = k + SPARE_CANDIDATES  # products of matrices round: the true distances may rank the last ones otherwise
     near, found = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     step = max(1, BLOCK_BYTES // (4 * keys.shape[1]))
     for start in range(0, len(keys), step):

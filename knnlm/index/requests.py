@@ -13,7 +13,7 @@ from knnlm.messages import PassagesRequest, SearchRequest
 from knnlm.options import SEARCH_OPTIONS, SearchOptions
 
 __all__ = [
-    "SPARE",
+    "SPARE_CANDIDATES",
     "Candidates",
     "check_lookup",
     "check_queries",
@@ -23,14 +23,16 @@ __all__ = [
     "rescoring",
 ]
 
-SPARE = 8  # candidates beyond those wanted: which one is the last must not hang on the rounding of its distance
-MAX_CANDIDATES = 1 << 62  # of a query, which a version's entries bound: whatever is asked for stays an int64
+SPARE_CANDIDATES = (
+    8  # candidates beyond those wanted: which one is the last must not depend on the rounding of its distance
+)
+MAX_CANDIDATES = 1 << 62  # per query: keeps k times overfetch an int64
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """How many candidates of each query an index is asked for, beside SPARE (wanted), and how many of them, the
-    nearest, are rescored: None = all, 0 = none, and then no SPARE is asked for."""
+    """How many candidates of each query an index is asked for, beside SPARE_CANDIDATES (wanted), and how many of them,
+    the nearest, are rescored: None = all, 0 = none, and then no SPARE_CANDIDATES are asked for."""
 
     wanted: int
     rescored: int | None
@@ -48,8 +50,8 @@ class Candidates:
 
     @property
     def found(self) -> int:
-        """Candidates that the index is asked for, SPARE included."""
-        return self.wanted if self.rescored == 0 else self.wanted + SPARE
+        """Candidates that the index is asked for, SPARE_CANDIDATES included."""
+        return self.wanted if self.rescored == 0 else self.wanted + SPARE_CANDIDATES
 
 
 def overfetched(k: int, options: SearchOptions, index: Index) -> int:

@@ -24,7 +24,7 @@ from knnlm.index.followed import followed
 from knnlm.index.freeing import drop_maps, drop_pages
 from knnlm.index.kernels import gather
 from knnlm.index.memory import require
-from knnlm.index.requests import SPARE, Candidates, check_lookup, check_request, overfetched
+from knnlm.index.requests import SPARE_CANDIDATES, Candidates, check_lookup, check_request, overfetched
 from knnlm.index.rescore import nearest_first, partly_rescored, rescored
 from knnlm.index.table import family
 from knnlm.index.tombstones import NO_TOMBSTONES, Tombstones
@@ -178,8 +178,8 @@ class Searcher:
         k = min(request.k, self.manifest.live_entries)
         exclusion = Exclusion.of(request, self._datastore, self._removed)
         timings = {"search": 0.0, "rescore": 0.0}
-        # those rescored may be the excluded ones; decided by the request, whatever its rows name: a row's answer does
-        # not depend on the others
+        # excluded entries may be among the nearest. Decided by the request, not by its rows: a row's answer must not
+        # depend on the others
         all_rescored = exclusion is not None or request.exclude_entries is not None
 
         def nearest(queries: Float32, k: int) -> tuple[Float32, Int64]:
@@ -314,7 +314,9 @@ class Searcher:
         else:
             found, ids = partly_rescored(self._keys, queries, found, ids, k, wanted.rescored)
         if self._added is not None:
-            beside = self._added.search(queries, projected, k, max(wanted.found, k + SPARE), in_space=in_space)
+            beside = self._added.search(
+                queries, projected, k, max(wanted.found, k + SPARE_CANDIDATES), in_space=in_space
+            )
             found, ids = np.concatenate([found, beside[0]], axis=1), np.concatenate([ids, beside[1]], axis=1)
         if self._added is not None or not rescores:
             found, ids = nearest_first(found, ids, k)

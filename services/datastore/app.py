@@ -13,7 +13,7 @@ from services.runtime.service import Service
 def service(
     settings: DatastoreSettings, open_searcher: Opener | None = None, open_encoder: EncoderOpener | None = None
 ) -> Service:
-    """open_searcher: how a version's folder is opened; by default knnlm.index.searcher.Searcher.open. open_encoder:
+    """open_searcher: how a version's folder is opened; by default as the settings say. open_encoder:
     what makes the keys of documents that are added; by default the lm service of the settings."""
     metrics = Metrics("datastore")
     engine = Engine(settings, metrics, open_searcher, open_encoder)

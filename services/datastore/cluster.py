@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from knnlm.cluster.connection import configure
 from knnlm.errors import DatastoreError
 from knnlm.protocols import Searching
+from services.datastore.loaded import setting_errors
 from services.datastore.settings import DatastoreSettings
 
 if TYPE_CHECKING:
@@ -19,8 +21,10 @@ class ClusterOpener:
         self._applications: Applications | None = None
 
     def connect(self) -> "Applications":
-        """Raises Unavailable when no cluster answers, DatastoreError where Ray is not installed."""
+        """Connect to the cluster; further calls return the same. Raises Unavailable when none answers, DatastoreError
+        where Ray is not installed."""
         if self._applications is None:
+            configure(self._settings.cluster)
             try:
                 from knnlm.cluster.applications import Applications
             except ModuleNotFoundError as err:
@@ -31,8 +35,8 @@ class ClusterOpener:
         return self._applications
 
     def __call__(self, path: Path, memory_limit: int | None) -> Searching:
-        """memory_limit is that of this process, which holds nothing of the version. Raises as `connect` and
-        knnlm.cluster.serving.open_version."""
+        """Open the version on the cluster. memory_limit is ignored: this process holds nothing of it. Raises as
+        `connect` and knnlm.cluster.serving.open_version."""
         del memory_limit
         applications = self.connect()
         from knnlm.cluster.registry import ShardOptions
@@ -53,7 +57,8 @@ class ClusterOpener:
             cpus=settings.shard_cpus,
             replicas_per_node=settings.shard_replicas_per_node,
         )
-        return open_version(applications, path, options)
+        with setting_errors(settings):
+            return open_version(applications, path, options)
 
     def leave(self) -> None:
         """Wait no longer for versions that are being deployed; does not block."""

@@ -30,13 +30,22 @@ class Replicated(Protocol):
         ...
 
 
+@contextmanager
+def setting_errors(settings: DatastoreSettings) -> Iterator[None]:
+    """Turns InvalidRequest about this service's own settings, which is no fault of a caller, into a DatastoreError."""
+    try:
+        yield
+    except InvalidRequest as err:
+        raise DatastoreError(f"{err.message} (this service is set to index {settings.index!r})") from err
+
+
 def opener(settings: DatastoreSettings) -> Opener:
     """Opens versions as the settings say. It raises as Searcher.open does."""
 
     def open_searcher(path: Path, memory_limit: int | None) -> Searching:
         from knnlm.index.sharded_searcher import open_searcher  # faiss: slow to import, while /livez answers already
 
-        try:
+        with setting_errors(settings):
             return open_searcher(
                 path,
                 index=settings.index or None,
@@ -46,8 +55,6 @@ def opener(settings: DatastoreSettings) -> Opener:
                 max_candidates=settings.max_candidates,
                 check=settings.check,
             )
-        except InvalidRequest as err:  # our setting, and no fault of the caller
-            raise DatastoreError(f"{err.message} (this service is set to index {settings.index!r})") from err
 
     return open_searcher
 

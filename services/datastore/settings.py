@@ -62,7 +62,7 @@ class DatastoreSettings(GrpcSettings):
     lm_tls_key_file: OptionalPath = Field(None, description="PEM key of lm_tls_cert_file")
     cluster: str = Field(
         "",
-        description="Ray cluster whose nodes search, shard by shard: auto, local or HOST:PORT; empty: "
+        description="Ray cluster whose nodes search, shard by shard: auto, local, HOST:PORT or ray://HOST:PORT; empty: "
         "this process searches",
     )
     cluster_searches: int = Field(8, ge=1, le=256, description="batches that the cluster is asked for at once")
@@ -95,6 +95,14 @@ class DatastoreSettings(GrpcSettings):
     @model_validator(mode="after")
     def _upstream_is_consistent(self) -> Self:
         check_upstream(self, "lm")
+        return self
+
+    @model_validator(mode="after")
+    def _cluster_gives_the_gpu(self) -> Self:
+        if self.cluster and ":" in self.device:
+            raise ValueError(
+                f"device must be cpu or cuda where a cluster searches, got {self.device}: Ray gives a replica one GPU"
+            )
         return self
 
     @model_validator(mode="after")

@@ -12,8 +12,8 @@ from services.runtime.service import Service
 
 __all__ = ["service"]
 
-# some tenth of a millisecond: the operations of one pass follow each other faster, and to wake a thread for each takes
-# longer than a small one; passes do not
+# turns of a waiting thread, some tenths of a millisecond: longer than the gap between two operations of a pass, shorter
+# than that between two passes
 OMP_SPINS = 20_000
 
 

@@ -45,13 +45,14 @@ def end_with_stdin(environ: Mapping[str, str]) -> bool:
 
 
 def set_omp_wait_policy(environ: MutableMapping[str, str], spins: int = 0) -> bool:
-    """Let OpenMP threads that wait for work look for it `spins` times, then sleep. By default they spin for
-    milliseconds, and take the cores from the other services. False where the environment sets a policy already.
+    """Let waiting OpenMP threads spin `spins` times (GNU's library) or one millisecond (LLVM's), then sleep; 0: sleep
+    at once. By default they spin for many milliseconds, and take the cores from the other services. False where the
+    environment sets a policy already.
     """
     if any(name in environ for name in OMP_WAIT_VARIABLES):
         return False
     if spins == 0:
         environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    else:  # GNU's library, and LLVM's, which counts milliseconds
+    else:
         environ.update(GOMP_SPINCOUNT=str(spins), KMP_BLOCKTIME="1")
     return True

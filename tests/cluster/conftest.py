@@ -3,25 +3,26 @@
 Every test here has the marker `cluster`. Ray is imported by fixtures alone, so that the files can be read without it.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-# for the server that stands for an object store
-os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_EC2_METADATA_DISABLED="true")
 HERE = Path(__file__).parent
 STORE_BYTES = 100 << 20  # of each node's object store
 # a cluster on loopback addresses, and nothing that is sent anywhere
-os.environ.update(
-    RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S="0.5",
-    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
-    RAY_USAGE_STATS_ENABLED="0",
-    OMP_NUM_THREADS="1",
-    RAY_worker_niceness="0",
-)
+ENVIRONMENT = {
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+    "RAY_worker_niceness": "0",
+    # for the server that stands for an object store
+    "AWS_ACCESS_KEY_ID": "key",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,8 +32,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("ignore"))  # Ray's own are none of our business
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cluster_environment() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        yield
+
+
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Any]:  # Any: ray.cluster_utils.Cluster
+def cluster(cluster_environment: None) -> Iterator[Any]:
     """The head and two nodes of two processors each; `cluster.address` is theirs. Nodes can be added and removed."""
     from ray.cluster_utils import Cluster
 

@@ -194,7 +194,6 @@ def test_the_same_as_one_process(cluster: Any, given: Given, tmp_path: Path) -> 
         path, encode = driver.finish()
     manifest = Manifest.load(path)
     assert len(manifest.shards) == 3
-    assert len({said[3].partition(" ")[0] for said in encode}) >= 1
     assert encode[-1][1] == manifest.entries
     assert not encode[-1][2]
     assert Catalog(tmp_path).current("toy") == path.name
@@ -215,8 +214,7 @@ def test_killed_workers_cost_what_they_were_doing(cluster: Any, given: Given, tm
 
 
 def test_a_killed_driver_goes_on_and_loses_no_finished_part(cluster: Any, given: Given, tmp_path: Path) -> None:
-    killed_at = random.randrange(1, Manifest.load(given.whole).entries - 2000)  # entries; another moment every time
-    print(f"killed at {killed_at}")
+    killed_at = Manifest.load(given.whole).entries // 3
     with Driver(given, tmp_path, cluster.address) as driver:
         driver.until("encode", killed_at)
     time.sleep(2)  # its workers end with it

@@ -43,12 +43,12 @@ class Serve:
 
     RunTarget = SimpleNamespace
 
-    def put(self, status: str, *replicas: int) -> None:
+    def put(self, status: str, *replicas: int, name: str = NAME) -> None:
         shards = {
             f"shard-{n}": SimpleNamespace(message="no such file", replica_states={"RUNNING": count})
             for n, count in enumerate(replicas or (0, 0))
         }
-        self.known[NAME] = SimpleNamespace(status=status, message="", deployments=shards)
+        self.known[name] = SimpleNamespace(status=status, message="", deployments=shards)
 
     def start(self, **_: Any) -> None: ...
 
@@ -56,8 +56,9 @@ class Serve:
         return SimpleNamespace(applications=dict(self.known))
 
     def run_many(self, targets: Sequence[Any], **_: Any) -> None:
-        self.deployed += [target.target for target in targets]
-        self.put(self.outcome)
+        for target in targets:
+            self.deployed.append(target.target)
+            self.put(self.outcome, name=target.name)
 
     def delete(self, name: str, **_: Any) -> None:
         self.deleted.append(name)
@@ -71,7 +72,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     fake = Serve()
     monkeypatch.setattr(applications, "serve", fake)
     monkeypatch.setattr(applications, "_graph", lambda spec: spec)
-    monkeypatch.setattr(applications, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(applications, "STATUS_SECONDS", 0.02)
     monkeypatch.setattr(applications.Applications, "connect", lambda _: None)
     fake.RunTarget = lambda spec, **more: SimpleNamespace(target=spec, **more)  # type: ignore[assignment]
     return fake
@@ -126,9 +127,67 @@ def test_applications_are_deployed_one_after_another(
     monkeypatch.setattr(applications, "_graph", graph)
     one = new()
     with ThreadPoolExecutor() as pool:  # a gateway opens several versions at once
-        assert list(pool.map(lambda _: one.hold(NAME, SPEC), range(3))) == [SPEC] * 3
-    assert len(serve.deployed) > 1
+        assert list(pool.map(lambda n: one.hold(f"law@v{n}", SPEC), range(3))) == [SPEC] * 3
+    assert len(serve.deployed) == 3
     assert most == 1
+
+
+def test_a_version_that_is_opened_twice_at_once_and_cannot_be_is_held_by_nobody(
+    serve: Serve, new: Callable[[], Any]
+) -> None:
+    serve.outcome = "DEPLOYING"
+    one = new()
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(one.hold, NAME, SPEC) for _ in range(2)]
+        while not serve.deployed:
+            time.sleep(0.01)
+        serve.outcome = "DEPLOY_FAILED"
+        serve.put("DEPLOY_FAILED")
+        for held in both:
+            with pytest.raises(DatastoreError, match="no such file"):
+                held.result(60)
+    assert one._held == {}
+    assert one.registry.holders(NAME) == 0
+    assert NAME not in serve.known
+
+
+def test_a_former_opening_that_ends_while_the_next_one_fails_is_not_deployed_again(
+    serve: Serve, new: Callable[[], Any]
+) -> None:
+    one = new()
+    one.hold(NAME, SPEC)
+    serve.outcome = "DEPLOYING"
+    with ThreadPoolExecutor() as pool:
+        held = pool.submit(one.hold, NAME, replace(SPEC, content="another index"))
+        while len(serve.deployed) < 2:
+            time.sleep(0.01)
+        one.release(NAME)
+        serve.put("DEPLOY_FAILED")
+        with pytest.raises(DatastoreError, match="no such file"):
+            held.result(60)
+    assert one._held == {}
+    assert one.registry.holders(NAME) == 0
+
+
+def test_what_vanished_is_deployed_again_with_the_replicas_it_was_scaled_to(
+    serve: Serve, new: Callable[[], Any]
+) -> None:
+    one = new()
+    one.hold(NAME, SPEC)
+    new().scale(NAME, 4, 5)
+    serve.known.clear()
+    deployed = len(serve.deployed)
+    watcher = threading.Thread(target=one._watch)
+    watcher.start()
+    try:
+        while len(serve.deployed) == deployed:
+            time.sleep(0.01)
+    finally:
+        one._ended.set()
+        watcher.join(60)
+    options = serve.deployed[-1].options
+    assert (options.min_replicas, options.max_replicas) == (4, 5)
+    assert one.registry.spec(NAME) == serve.deployed[-1]
 
 
 def test_what_cannot_replace_a_version_leaves_the_former_one(serve: Serve, new: Callable[[], Any]) -> None:
@@ -167,7 +226,7 @@ def test_a_gateway_that_ends_while_a_version_is_deployed_deletes_nothing(serve: 
         while not serve.deployed:
             time.sleep(0.01)
         one.leave()
-        with pytest.raises(Unavailable, match="when this gateway ended"):
+        with pytest.raises(Unavailable, match="this gateway is shutting down"):
             held.result(60)
     assert not serve.deleted
     assert one.registry.holders(NAME) == 0
@@ -186,7 +245,7 @@ def test_a_version_that_was_opened_anew_is_held_when_the_former_opening_is_close
     assert serve.deleted == [NAME]  # the store does not know it
 
 
-def test_a_cluster_that_is_away_is_told_once_each_time(
+def test_each_outage_is_logged_once(
     serve: Serve, new: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     looks = []
@@ -213,7 +272,20 @@ def test_a_cluster_that_is_away_is_told_once_each_time(
         one._ended.set()
         watcher.join(60)
     assert sum(looks) >= 16
-    assert [record.message for record in caplog.records] == ["the Ray cluster does not tell its state"] * 2
+    assert [record.message for record in caplog.records] == ["the state of the Ray cluster cannot be read"] * 2
+
+
+def test_an_index_that_the_gateway_is_set_to_and_a_version_has_not_is_no_fault_of_the_caller(
+    serve: Serve, tmp_path: Path
+) -> None:
+    from services.datastore.cluster import ClusterOpener
+    from services.datastore.settings import DatastoreSettings
+
+    del serve
+    path = sharded(toy_datastore(tmp_path), 2)
+    opener = ClusterOpener(DatastoreSettings(store=tmp_path, cluster="nowhere", index="ivf16"))
+    with pytest.raises(DatastoreError, match="this service is set to index 'ivf16'"):
+        opener(path, None)
 
 
 # ---- searches
@@ -309,7 +381,7 @@ def test_only_shards_that_have_entries_to_follow_are_asked(searching: Searching)
 def test_a_request_that_every_replica_dies_of_ends(searching: Searching) -> None:
     from ray.exceptions import ActorDiedError
 
-    from knnlm.cluster.serving import MAX_FAILURES
+    from knnlm.cluster.serving import MAX_REPLICA_DEATHS
 
     def trouble(_: int) -> float:
         raise ActorDiedError
@@ -317,7 +389,7 @@ def test_a_request_that_every_replica_dies_of_ends(searching: Searching) -> None
     searching.replicas[1].trouble = trouble
     with pytest.raises(Unavailable, match=r"shard 1 of 3 .* failed 8 times"):
         searching.searcher.search(searching.request)
-    assert searching.replicas[1].attempts == MAX_FAILURES + 1
+    assert searching.replicas[1].attempts == MAX_REPLICA_DEATHS + 1
 
 
 def test_a_search_that_takes_long_is_finished(searching: Searching) -> None:

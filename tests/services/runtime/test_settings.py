@@ -94,3 +94,9 @@ def test_settings_cannot_be_changed() -> None:
     settings = DatastoreSettings(store=Path("x"))
     with pytest.raises(ValueError, match="frozen"):
         settings.max_k = 3  # type: ignore[misc]
+
+
+def test_a_replica_on_a_cluster_has_the_one_gpu_that_it_is_given() -> None:
+    with pytest.raises(ValueError, match="device must be cpu or cuda where a cluster searches, got cuda:1"):
+        DatastoreSettings(store=Path("x"), cluster="auto", device="cuda:1")
+    assert DatastoreSettings(store=Path("x"), cluster="auto", device="cuda").device == "cuda"
