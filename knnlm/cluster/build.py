@@ -26,7 +26,7 @@ from knnlm.datastore.build import identity_of
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.corpus import Sources
 from knnlm.datastore.files import discard, disk_errors, write_atomic
-from knnlm.datastore.layout import TOKENIZER, TOKENS, FileRecord, Record, shard_name
+from knnlm.datastore.layout import BUILD_FOLDER, TOKENIZER, TOKENS, FileRecord, Record, shard_name
 from knnlm.datastore.manifest import IndexRecord, Manifest
 from knnlm.datastore.progress import Progress, Report, silent
 from knnlm.datastore.shards import MAX_SHARDS, ShardPlan, plan_shards, sharded_manifest
@@ -69,7 +69,7 @@ def build(
     report(Progress("start", 0, 0, 0, 0.0))
     with connected(workers.address, workers.processors):
         run = Phases(wanted, workers, report)
-        model = run.described(catalog.store)
+        model = run.describe(catalog.store)
         identity = identity_of(model.info, wanted.context_length, wanted.min_context, wanted.bos, wanted.key_dtype)
         asked = _asked(wanted, identity, files)
         published = _published(catalog, domain, wanted.version, asked)
@@ -83,7 +83,7 @@ def build(
     if parts_at is not None:
         discard_objects(parts_at)
     with disk_errors(target):
-        discard(target / ".build")
+        discard(target / BUILD_FOLDER)
         (target / PUBLISHED).unlink(missing_ok=True)
     return target, reasons
 
@@ -95,7 +95,7 @@ def _made(
     with workspace(target, identity) as space:
         if (space.folder / TOKENS).exists():
             raise Conflict(f"{space.folder} was begun by `knnlm build`: continue with that, or remove the folder")
-        sources_of = run.tokenized(space, model, files)
+        sources_of = run.tokenize(space, model, files)
         units = tuple(s.tokens for s in sources_of)
         parts_at = run.wanted.parts_of(target.parent.name, target.name)
         job = Job(space.folder, identity, units, run.wanted.batch_tokens, parts_at)
@@ -111,13 +111,13 @@ def _made(
             space.complete_sources(total)
         if parts_at is not None:
             make_folder(parts_at, "parts_at")
-        run.encoded(job, total.entries)
+        run.encode(job, total.entries)
         names = {"domain": target.parent.name, "version": target.name}
-        run.sharded(job, shards, places, model.tokenizer, names, total.entries)
+        run.write_shards(job, shards, places, model.tokenizer, names, total.entries)
         folders = [space.folder / shard_name(n) for n in range(number)]
         write_atomic(space.folder / TOKENIZER, model.tokenizer.encode())
-        index, reasons = run.indexed(space.folder, folders, total.entries, identity.key_dim)
-        run.verified(folders, total.entries)
+        index, reasons = run.index(space.folder, folders, total.entries, identity.key_dim)
+        run.verify(folders, total.entries)
         run.report(Progress("publish", total.entries, total.entries, 0, 0.0))
         made = Published(asked=asked, reasons=tuple(reasons))
         write_atomic(space.folder / PUBLISHED, made.model_dump_json().encode())
@@ -181,7 +181,7 @@ def _refuse_other_shards(space: Workspace, shards: int) -> None:
     """Shards that another number of them was begun with are made anew; the keys stay. What killed workers left goes."""
     for draft in space.folder.glob(".shard-*"):
         discard(draft)
-    file = space.folder / ".build" / "shards"
+    file = space.folder / BUILD_FOLDER / "shards"
     if file.exists() and file.read_text(encoding="utf-8") == str(shards):
         return
     for former in space.folder.glob("shard-*"):

@@ -27,9 +27,9 @@ from knnlm.cluster.sources import SourceFile, read_files
 from knnlm.datastore.arrays import open_array
 from knnlm.datastore.corpus import Sources, write_corpus
 from knnlm.datastore.document_table import Row, rows_with_offsets
-from knnlm.datastore.encode import Encoder, Part, PartRecord, Piece, plan_parts
+from knnlm.datastore.encode import Encoder, Part, PartRecord, Piece, plan_parts, record_path
 from knnlm.datastore.files import disk_errors, sync_folder, write_atomic
-from knnlm.datastore.layout import DOCUMENTS, MANIFEST, TOKENS, Record, shard_name
+from knnlm.datastore.layout import BUILD_FOLDER, DOCUMENTS, MANIFEST, TOKENS, Record, shard_name
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.shards import ShardPlan, write_shard
 from knnlm.datastore.workspace import Identity
@@ -40,7 +40,7 @@ from knnlm.evaluation.splits import select
 from knnlm.protocols import LanguageModel
 from knnlm.tokenizer import Tokenizer
 
-UNITS, PARTS = Path(".build/units"), Path(".build/parts")
+UNITS, PARTS = Path(BUILD_FOLDER, "units"), Path(BUILD_FOLDER, "parts")
 
 
 class UnitRecord(Record):
@@ -273,7 +273,7 @@ def _texts(job: Job, shard: ShardPlan, place: Place) -> Iterator[tuple[Row, npt.
 def _keys(job: Job, shard: ShardPlan, parts: Sequence[PartPlan]) -> Iterator[npt.NDArray[np.floating]]:
     lo, hi = shard.entries
     for part in parts:
-        record = job.folder / PARTS / f"{part.number:05d}.json"
+        record = record_path(job.folder / PARTS, part.number)
         found = PartRecord.model_validate_json(record.read_bytes())
         keys = part_rows(job, part, "keys").read()
         if found.keys_sha256 != hashlib.sha256(keys.data).hexdigest():

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from knnlm.cluster.parts import Done, Job, PartPlan, Place, make_shard, plan
+from knnlm.cluster.parts import Done, Job, PartPlan, Place, make_shard, plan, unit_folder
 from knnlm.cluster.plan import Plan, Workers
 from knnlm.cluster.pool import START_SECONDS, Pool, free_processors, resources, run_tasks, stored
 from knnlm.cluster.sources import SourceFile, units
 from knnlm.cluster.worker import Described, KeyMaker, add, checked, describe, tokenize, train
 from knnlm.datastore.corpus import Sources
 from knnlm.datastore.files import discard, write_atomic
-from knnlm.datastore.layout import Record
+from knnlm.datastore.layout import BUILD_FOLDER, Record
 from knnlm.datastore.manifest import IndexRecord, Manifest
 from knnlm.datastore.progress import Clock, Progress, Report
 from knnlm.datastore.shards import ShardPlan
@@ -47,14 +47,14 @@ class Phases:
             )
         self._size = workers.count or self._gpus or max(1, processors // workers.cpus)
 
-    def described(self, store: Path) -> Described:
+    def describe(self, store: Path) -> Described:
         """The model, as one worker sees it."""
         found: list[Described] = []
         work = [(self.wanted.model, store)]
         run_tasks(describe, work, lambda _, made: found.append(made), **self._needs(), within=START_SECONDS)
         return found[0]
 
-    def tokenized(self, space: Workspace, model: Described, files: Sequence[SourceFile]) -> list[Sources]:
+    def tokenize(self, space: Workspace, model: Described, files: Sequence[SourceFile]) -> list[Sources]:
         """The counts of every unit, in order."""
         cut = list(units(files))
         found: dict[int, Sources] = {}
@@ -70,12 +70,12 @@ class Phases:
         once = stored(model)
         work = ((space.folder, n, unit, self.wanted.part, once, parse_special) for n, unit in enumerate(cut))
         run_tasks(tokenize, work, done)
-        extra = space.folder / ".build" / "units" / f"{len(cut):05d}"
+        extra = unit_folder(space.folder, len(cut))
         if extra.exists():
             raise Conflict(f"{space.folder} was begun with more documents: continue it with them, or remove the folder")
         return [found[number] for number in range(len(cut))]
 
-    def encoded(self, job: Job, entries: int) -> None:
+    def encode(self, job: Job, entries: int) -> None:
         tokens: Counter[str] = Counter()
         clock, done_entries, resumed = Clock(), 0, 0
 
@@ -95,7 +95,7 @@ class Phases:
         finally:
             pool.close()
 
-    def sharded(
+    def write_shards(
         self, job: Job, shards: Sequence[ShardPlan], places: Sequence[Place], tokenizer: str, names: dict[str, str],
         entries: int,
     ) -> None:  # fmt: skip
@@ -115,13 +115,13 @@ class Phases:
         )
         run_tasks(make_shard, work, done)
 
-    def indexed(self, folder: Path, folders: Sequence[Path], entries: int, dim: int) -> tuple[IndexRecord, list[str]]:
+    def index(self, folder: Path, folders: Sequence[Path], entries: int, dim: int) -> tuple[IndexRecord, list[str]]:
         """The index of all shards, and why this one."""
         from knnlm.index.build import suiting
         from knnlm.index.sharded_build import Added, joined, settle, share_parameters
 
         choice = suiting(entries, dim, self.wanted.index, str(folder))
-        index = self._trained(folder, folders, choice.recipe)
+        index = self._train(folder, folders, choice.recipe)
         clock, done_entries, parts = Clock(), 0, {}
 
         def done(number: int, made: Any) -> None:
@@ -138,9 +138,9 @@ class Phases:
         settle(folders, index.recipe, [index.recipe])
         return index, list(choice.reasons)
 
-    def _trained(self, folder: Path, folders: Sequence[Path], recipe: str) -> IndexRecord:
+    def _train(self, folder: Path, folders: Sequence[Path], recipe: str) -> IndexRecord:
         """What all shards' indexes begin with; what an earlier run learned of the same keys is taken."""
-        file, identity = folder / ".build" / "trained.json", f"{recipe} {self.wanted.seed} {len(folders)}"
+        file, identity = folder / BUILD_FOLDER / "trained.json", f"{recipe} {self.wanted.seed} {len(folders)}"
         if file.exists():
             found = Trained.model_validate_json(file.read_bytes())
             name = found.index.file
@@ -154,7 +154,7 @@ class Phases:
         write_atomic(file, Trained(identity=identity, index=trained[0]).model_dump_json().encode())
         return trained[0]
 
-    def verified(self, folders: Sequence[Path], entries: int) -> None:
+    def verify(self, folders: Sequence[Path], entries: int) -> None:
         clock, done_entries = Clock(), 0
         problems: list[str] = []
 

@@ -168,7 +168,12 @@ class Encoder:
         return keys
 
     def _record(self, part: Part) -> Path:
-        return self._records / f"{part.number:05d}.json"
+        return record_path(self._records, part.number)
+
+
+def record_path(records: Path, number: int) -> Path:
+    """The file of a part's PartRecord."""
+    return records / f"{number:05d}.json"
 
 
 def _batches(pieces: Iterable[Piece], batch_tokens: int) -> Iterator[list[Piece]]:

@@ -20,6 +20,7 @@ VALUES = "values.npy"  # (n,) int32
 TOKENS = "tokens.npy"  # (t,) int32
 DOCUMENTS = "documents.jsonl"
 TOKENIZER = "tokenizer.json"  # as the tokenizers library writes it: text can be shown without the model
+BUILD_FOLDER = ".build"  # in a version that is being made: what a command that was killed continues with
 CURRENT = "CURRENT"  # one level up: the name of the version that answers
 HIGHEST = ".highest"  # beside it: the highest number that a version had when one was removed
 REMOVED = "removed.npy"  # (m,) int64, ascending: documents that do not count any more, numbered over all segments

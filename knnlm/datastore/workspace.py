@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from knnlm.datastore.corpus import Sources
 from knnlm.datastore.files import discard, disk_errors, locked, sync_folder, write_atomic
-from knnlm.datastore.layout import FileName, FileRecord, Record
+from knnlm.datastore.layout import BUILD_FOLDER, FileName, FileRecord, Record
 from knnlm.datastore.manifest import KeyDtype, ModelRecord, WindowsRecord
 from knnlm.errors import Conflict, DatastoreCorrupt
 
@@ -45,8 +45,8 @@ class Workspace:
     def __init__(self, folder: Path, identity: Identity) -> None:
         """Raises Conflict, naming the field and both values, when `folder` was begun as something else."""
         self.folder = folder
-        self.records = folder / ".build" / "parts"
-        self._file = folder / ".build" / "build.json"
+        self.records = folder / BUILD_FOLDER / "parts"
+        self._file = folder / BUILD_FOLDER / "build.json"
         with disk_errors(self.records):
             self.records.mkdir(exist_ok=True)
         self.state = self._load() or State(identity=identity)
@@ -103,7 +103,7 @@ class Workspace:
             sync_folder(self.folder)
             self.folder.rename(target)
             sync_folder(target.parent)
-            shutil.rmtree(target / ".build")
+            shutil.rmtree(target / BUILD_FOLDER)
 
     def _save(self) -> None:
         write_atomic(self._file, self.state.model_dump_json(indent=2).encode())
@@ -161,7 +161,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _lock(folder: Path) -> Path:
-    return folder / ".build" / "lock"
+    return folder / BUILD_FOLDER / "lock"
 
 
 def _refuse_published(target: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.files import discard, disk_errors, locked, share, sync_folder
+from knnlm.datastore.layout import BUILD_FOLDER
 from knnlm.datastore.manifest import Manifest
 from knnlm.errors import Conflict, DatastoreError, UnknownVersion
 
@@ -141,7 +142,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what additions to the domain in `folder` left that were stopped more than a day ago and not continued."""
     for space in folder.glob(f"{ADDING}*"):
         try:
-            with locked(space / ".build" / "lock", wait=False, doing="adding to the domain"):
+            with locked(space / BUILD_FOLDER / "lock", wait=False, doing="adding to the domain"):
                 if _age(space) > LEFTOVER_SECONDS:
                     discard(space)
         except FileNotFoundError:  # half removed already
@@ -170,5 +171,5 @@ def _unchanged(manifest: Manifest) -> Manifest:
 
 def _age(space: Path) -> float:
     """Seconds since something was last finished in a workspace."""
-    places = (space, space / ".build", space / ".build" / "parts")
+    places = (space, space / BUILD_FOLDER, space / BUILD_FOLDER / "parts")
     return time.time() - max(place.stat().st_mtime for place in places if place.exists())
