@@ -1,5 +1,6 @@
 """What the workers of a cluster do, in this process and without Ray: pieces done in any order, and again."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -204,6 +205,18 @@ def test_other_documents_do_not_continue_a_build(tmp_path: Path, text: Path) -> 
     lm, unit = ToyLanguageModel(), next(units(source_files([str(text)]), 1))
     with pytest.raises(Conflict, match="other documents"):
         tokenize_unit(work.folder, 0, (replace(unit[0], stamp="0"),), Part.STORE, lm.tokenizer, 300, False)
+
+
+def test_files_that_were_touched_continue_a_build_when_they_are_the_same(tmp_path: Path, text: Path) -> None:
+    work = job(tmp_path / "work", text)
+    before = (text / "a.txt").read_text()
+    (text / "a.txt").write_text(before.swapcase())
+    with pytest.raises(Conflict, match="was begun with other documents"):
+        job(tmp_path / "work", text)
+    (text / "a.txt").write_text(before)
+    os.utime(text / "a.txt", ns=(1, 1))
+    assert job(tmp_path / "work", text) == work
+    assert not list((tmp_path / "work" / ".build" / "units").glob(".*"))
 
 
 def test_files_are_cut_into_units_by_size_and_by_number(monkeypatch: pytest.MonkeyPatch) -> None:

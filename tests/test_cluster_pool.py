@@ -1,6 +1,7 @@
 """Work on a cluster that has no room, with a stand-in for Ray."""
 
 import os
+import socket
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -67,7 +68,7 @@ def test_few_workers_start_at_once_however_many_are_asked_for(monkeypatch: pytes
     assert len(ended) == len(made)
 
 
-@pytest.mark.parametrize("address", ["local", "10.0.0.1:6379"])
+@pytest.mark.parametrize("address", ["local", "auto"])
 def test_a_cluster_of_its_own_is_on_the_loopback_address_alone(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     """And so whether it builds or serves: both connect by this."""
     given: dict[str, Any] = {}
@@ -92,3 +93,11 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "ray", ray)
     with pytest.raises(Unavailable, match=r"no Ray cluster answers at 'auto': nobody there$"):
         connection.connect("auto")
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_port_at_which_nothing_listens_is_named_at_once(scheme: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(Unavailable, match=rf"no Ray cluster answers at '{address}': .*refused"):
+        connection.connect(address)

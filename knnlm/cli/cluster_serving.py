@@ -9,13 +9,14 @@ from knnlm.cli.cluster import AddressOption, cluster
 from knnlm.cli.common import DEFAULT_STORE, DomainArgument, JsonOption, StoreOption, print_json, print_table
 from knnlm.cli.serve import ServiceGroup, home, variables_of
 from knnlm.cluster.connection import configure
+from knnlm.cluster.registry import MAX_REPLICAS
 from knnlm.errors import InvalidRequest, NotFound
 
 __all__ = ["cluster"]
 
-Replicas = Annotated[int, typer.Option(min=1, help="Replicas that each shard has at least.")]
+Replicas = Annotated[int, typer.Option(min=1, max=MAX_REPLICAS, help="Replicas that each shard has at least.")]
 MaxReplicas = Annotated[
-    int | None, typer.Option(min=1, help="Replicas that each shard has at most; as many as at least.")
+    int | None, typer.Option(min=1, max=MAX_REPLICAS, help="Replicas that each shard has at most; as many as at least.")
 ]
 
 
@@ -92,7 +93,9 @@ def status(address: AddressOption = "auto", as_json: JsonOption = False) -> None
 @cluster.command()
 def scale(
     domain: DomainArgument,
-    replicas: Annotated[int, typer.Argument(min=1, help="Replicas that each shard is to have, at least.")],
+    replicas: Annotated[
+        int, typer.Argument(min=1, max=MAX_REPLICAS, help="Replicas that each shard is to have, at least.")
+    ],
     max_replicas: MaxReplicas = None,
     version: Annotated[
         str | None, typer.Option(help="Scale this version alone; by default all that are served.")

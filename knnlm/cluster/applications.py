@@ -165,13 +165,22 @@ class Applications:
         return self._replicas.get(name, {})
 
     def _deploy(self, name: str, spec: Spec) -> None:
-        """Register the application and deploy it. Equal content, or other bounds, restarts no replica."""
+        """Register the application and deploy it. Equal content, or other bounds, restarts no replica. Raises
+        DatastoreError for options that Serve refuses; then what was registered before stays."""
         with self._deploying:
-            self.registry.write(name, spec)
-            # run_many would start it with proxies
-            serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
-            target = serve.RunTarget(_graph(spec), name=name, route_prefix=None)
-            serve.run_many([target], wait_for_applications_running=False)
+            former = self.registry.spec(name)
+            self.registry.write(name, spec)  # before Serve has it: what it has and nobody registered is deployed over
+            try:
+                # run_many would start it with proxies
+                serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+                target = serve.RunTarget(_graph(spec), name=name, route_prefix=None)
+                serve.run_many([target], wait_for_applications_running=False)
+            except (ValueError, TypeError) as err:
+                if former is None:
+                    self.registry.erase(name)
+                else:
+                    self.registry.write(name, former)
+                raise DatastoreError(f"Ray Serve does not take {name} so: {first_line(err)}") from err
 
     def _wait(self, name: str, spec: Spec, known: Spec | None) -> None:
         """Wait until every shard answers as `spec` says. known: what was deployed before; it is deployed again when

@@ -1,6 +1,7 @@
 """This process's connection to a Ray cluster, whether it builds, serves or asks what is served."""
 
 import os
+import socket
 from typing import Any
 
 from knnlm.errors import Unavailable
@@ -9,6 +10,7 @@ __all__ = ["LOCAL", "NAMESPACE", "configure", "connect", "first_line"]
 
 LOCAL = "local"  # the address of a cluster of this process's own
 NAMESPACE = "knnlm"
+ANSWER_SECONDS = 10.0  # within which a cluster's port takes a connection
 
 
 def configure(address: str) -> None:
@@ -25,6 +27,7 @@ def connect(address: str, processors: int | None = None, **options: Any) -> None
     processors: of the one that is started, None = those of this machine. Raises Unavailable when none answers.
     """
     configure(address)
+    _require_listening(address)
     import ray
 
     if address == LOCAL:
@@ -33,6 +36,17 @@ def connect(address: str, processors: int | None = None, **options: Any) -> None
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as err:
         raise Unavailable(f"no Ray cluster answers at {address!r}: {first_line(err)}", param="address") from err
+
+
+def _require_listening(address: str) -> None:
+    """Raise Unavailable where nothing listens at HOST:PORT or ray://HOST:PORT: Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except OSError as err:
+        raise Unavailable(f"no Ray cluster answers at {address!r}: {err.strerror or err}", param="address") from err
 
 
 def first_line(err: BaseException) -> str:

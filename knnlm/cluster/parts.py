@@ -28,7 +28,7 @@ from knnlm.datastore.arrays import open_array
 from knnlm.datastore.corpus import Sources, write_corpus
 from knnlm.datastore.document_table import Row, rows_with_offsets
 from knnlm.datastore.encode import Encoder, Part, PartRecord, Piece, plan_parts, record_path
-from knnlm.datastore.files import disk_errors, sync_folder, write_atomic
+from knnlm.datastore.files import discard, disk_errors, sync_folder, write_atomic
 from knnlm.datastore.layout import BUILD_FOLDER, DOCUMENTS, MANIFEST, TOKENS, Record, shard_name
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.shards import ShardPlan, write_shard
@@ -112,27 +112,40 @@ def tokenize_unit(
     folder: Path, number: int, files: tuple[SourceFile, ...], part: CorpusPart, tokenizer: Tokenizer, vocab_size: int,
     parse_special: bool,
 ) -> Sources:  # fmt: skip
-    """Tokenize the documents of some files, unless that was done. Raises Conflict when the unit was begun with other
-    files, and as `write_corpus` and reading documents do."""
+    """Tokenize the documents of some files, unless that was done. Files that were touched since are read again, to see
+    whether they are the same. Raises Conflict when the unit was begun with other documents, and as `write_corpus` and
+    reading documents do."""
     target = unit_folder(folder, number)
     record = _unit_record(target)
+    other = Conflict(
+        f"{folder} was begun with other documents, or they have changed since: at {files[0].where}; "
+        "continue it with those it was begun with, or remove the folder",
+        param="sources",
+    )
     if record is not None:
-        if (record.files, record.part) != (files, part):
-            raise Conflict(
-                f"{folder} was begun with other documents, or they have changed since: at {files[0].where}; "
-                "continue it with those it was begun with, or remove the folder",
-                param="sources",
-            )
-        return record.sources
+        if (record.files, record.part) == (files, part):
+            return record.sources
+        if record.part != part or _unstamped(record.files) != _unstamped(files):
+            raise other
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     with disk_errors(draft):
         draft.mkdir(parents=True)
     documents = select(read_files(files), part)
     sources = write_corpus(documents, tokenizer, vocab_size, draft, _ignore, parse_special=parse_special)
-    made = UnitRecord(files=files, part=part, sources=sources)
-    write_atomic(draft / "unit.json", made.model_dump_json().encode())
+    made = UnitRecord(files=files, part=part, sources=sources).model_dump_json().encode()
+    if record is not None:
+        discard(draft)
+        if sources != record.sources:
+            raise other
+        write_atomic(target / "unit.json", made)
+        return sources
+    write_atomic(draft / "unit.json", made)
     _rename(draft, target)
     return sources
+
+
+def _unstamped(files: Sequence[SourceFile]) -> list[tuple[str, str, int]]:
+    return [(file.where, file.name, file.size) for file in files]
 
 
 def _ignore(tokens: int) -> None:

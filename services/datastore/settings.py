@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from knnlm.cluster.registry import MAX_REPLICAS
 from services.runtime.settings import GrpcSettings, Names, OptionalPath
 from services.runtime.upstream import check_upstream
 
@@ -66,10 +67,17 @@ class DatastoreSettings(GrpcSettings):
         "this process searches",
     )
     cluster_searches: int = Field(8, ge=1, le=256, description="batches that the cluster is asked for at once")
-    shard_min_replicas: int = Field(1, ge=1, description="replicas that each shard has on the cluster at least")
-    shard_max_replicas: int = Field(1, ge=1, description="replicas that each shard has on the cluster at most")
+    shard_min_replicas: int = Field(
+        1, ge=1, le=MAX_REPLICAS, description="replicas that each shard has on the cluster at least"
+    )
+    shard_max_replicas: int = Field(
+        1, ge=1, le=MAX_REPLICAS, description="replicas that each shard has on the cluster at most"
+    )
     shard_target_requests: float = Field(
-        2.0, gt=0, description="batches at a time beyond which a replica of a shard gets another one beside it"
+        2.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="batches at a time beyond which a replica of a shard gets another one beside it",
     )
     shard_upscale_delay_s: float = Field(
         30.0,
@@ -83,9 +91,11 @@ class DatastoreSettings(GrpcSettings):
         allow_inf_nan=False,
         description="how long there are fewer before a replica of a shard is taken away",
     )
-    shard_cpus: float = Field(1.0, ge=0, description="processors that Ray reserves for a replica of a shard")
+    shard_cpus: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="processors that Ray reserves for a replica of a shard"
+    )
     shard_replicas_per_node: int | None = Field(
-        None, ge=1, description="replicas of one shard on one node of the cluster at most; none: any number"
+        None, ge=1, le=100, description="replicas of one shard on one node of the cluster at most; none: any number"
     )
     watch_interval_s: float = Field(1.0, gt=0, description="how often the store is looked at for changes")
     grace_s: float = Field(

@@ -288,6 +288,29 @@ def test_an_index_that_the_gateway_is_set_to_and_a_version_has_not_is_no_fault_o
         opener(path, None)
 
 
+def test_what_serve_does_not_take_is_not_registered(
+    serve: Serve, new: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next gateway would deploy it, and so on."""
+    from knnlm.cluster import applications
+
+    def graph(spec: Spec) -> Spec:
+        if spec.options.min_replicas > 1:
+            raise ValueError("Value out of range: 999999999999")
+        return spec
+
+    monkeypatch.setattr(applications, "_graph", graph)
+    many = replace(SPEC, options=replace(SPEC.options, min_replicas=2, max_replicas=2))
+    one = new()
+    with pytest.raises(DatastoreError, match="does not take law@v1 so: Value out of range"):
+        one.hold(NAME, many)
+    assert one.registry.spec(NAME) is None
+    one.hold(NAME, SPEC)
+    with pytest.raises(DatastoreError, match="out of range"):
+        one.scale(NAME, 2, 2)
+    assert one.registry.spec(NAME) == SPEC
+
+
 # ---- searches
 
 
