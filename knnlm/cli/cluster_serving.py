@@ -8,8 +8,7 @@ import typer
 from knnlm.cli.cluster import AddressOption, cluster
 from knnlm.cli.common import DEFAULT_STORE, DomainArgument, JsonOption, StoreOption, print_json, print_table
 from knnlm.cli.serve import ServiceGroup, home, variables_of
-from knnlm.cluster.connection import configure
-from knnlm.cluster.registry import MAX_REPLICAS
+from knnlm.cluster.connection import MAX_REPLICAS, configure
 from knnlm.errors import InvalidRequest, NotFound
 
 __all__ = ["cluster"]

@@ -6,10 +6,11 @@ from typing import Any
 
 from knnlm.errors import Unavailable
 
-__all__ = ["LOCAL", "NAMESPACE", "configure", "connect", "first_line"]
+__all__ = ["LOCAL", "MAX_REPLICAS", "NAMESPACE", "configure", "connect", "first_line"]
 
 LOCAL = "local"  # the address of a cluster of this process's own
 NAMESPACE = "knnlm"
+MAX_REPLICAS = 10_000  # replicas of one shard that may be asked for
 ANSWER_SECONDS = 10.0  # within which a cluster's port takes a connection
 
 

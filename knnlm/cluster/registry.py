@@ -20,10 +20,9 @@ from knnlm.datastore.layout import Checksums
 from knnlm.datastore.manifest import Manifest
 from knnlm.errors import DatastoreError, KnnlmError
 
-__all__ = ["LEASE_SECONDS", "MAX_REPLICAS", "SCALE", "KeyValues", "Registry", "ShardOptions", "Spec"]
+__all__ = ["LEASE_SECONDS", "SCALE", "KeyValues", "Registry", "ShardOptions", "Spec"]
 
 SPECS, LEASES = "application/", "lease/"  # prefixes of keys: the application; the application and who holds it
-MAX_REPLICAS = 10_000  # of a shard
 LEASE_SECONDS = 60.0  # a gateway that does not renew its lease for this long is gone
 
 

@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from knnlm.cluster.registry import MAX_REPLICAS
+from knnlm.cluster.connection import MAX_REPLICAS
 from services.runtime.settings import GrpcSettings, Names, OptionalPath
 from services.runtime.upstream import check_upstream
 
