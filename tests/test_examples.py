@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import knnlm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +21,7 @@ def code() -> list[str]:
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_retrieval_helps_in_it() -> None:
     environment = {**os.environ, "DOCUMENTS": "15", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
