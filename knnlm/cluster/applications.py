@@ -4,7 +4,8 @@ Ray places, restarts and scales the replicas of each shard. What is deployed, an
 the cluster's own key-value store: any gateway may deploy, and what is there is used as it is. Gateways delete the
 applications that none of them holds any more (registry.py), unless the store says that the version is current.
 
-All methods block. Nothing of Ray's is opened to the outside: no HTTP proxy of Serve is started.
+All methods block. No HTTP proxy of Serve is started. Replicas listen on every interface for one another: see
+docs/scale.md.
 """
 
 import logging
