@@ -17,7 +17,7 @@ def test_work_that_no_worker_takes_does_not_wait_for_ever(monkeypatch: pytest.Mo
 
     def remote(**options: Any) -> Any:
         assert options["max_retries"] == 3
-        assert OSError in options["retry_exceptions"]  # of a file system; by itself Ray tries lost workers again alone
+        assert OSError in options["retry_exceptions"]  # by default Ray repeats only what lost its worker
         return lambda function: SimpleNamespace(remote=lambda *arguments: (function, arguments))
 
     ray = SimpleNamespace(

@@ -57,7 +57,7 @@ class Applications:
         self._replicas: Mapping[str, Mapping[str, int]] = {}  # by application and deployment, those that answer
         self._lock = threading.Lock()
         self._deploying = threading.Lock()  # Serve's own deploying is not made for several threads
-        self._holding: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # one hold of an application
+        self._holding: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # one hold of each at a time
         self._leaving = threading.Event()
         self._ended = threading.Event()
         self._watcher: threading.Thread | None = None

@@ -117,16 +117,11 @@ def tokenize_unit(
     reading documents do."""
     target = unit_folder(folder, number)
     record = _unit_record(target)
-    other = Conflict(
-        f"{folder} was begun with other documents, or they have changed since: at {files[0].where}; "
-        "continue it with those it was begun with, or remove the folder",
-        param="sources",
-    )
     if record is not None:
         if (record.files, record.part) == (files, part):
             return record.sources
         if record.part != part or _unstamped(record.files) != _unstamped(files):
-            raise other
+            raise _other_documents(folder, files)
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     with disk_errors(draft):
         draft.mkdir(parents=True)
@@ -136,12 +131,20 @@ def tokenize_unit(
     if record is not None:
         discard(draft)
         if sources != record.sources:
-            raise other
+            raise _other_documents(folder, files)
         write_atomic(target / "unit.json", made)
         return sources
     write_atomic(draft / "unit.json", made)
     _rename(draft, target)
     return sources
+
+
+def _other_documents(folder: Path, files: Sequence[SourceFile]) -> Conflict:
+    return Conflict(
+        f"{folder} was begun with other documents, or they have changed since: at {files[0].where}; "
+        "continue it with those it was begun with, or remove the folder",
+        param="sources",
+    )
 
 
 def _unstamped(files: Sequence[SourceFile]) -> list[tuple[str, str, int]]:

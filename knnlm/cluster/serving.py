@@ -29,7 +29,7 @@ from knnlm.wire.protos import from_proto, to_proto
 SEARCH_SECONDS = 60.0  # the longest that a search may take where its caller says nothing
 ATTEMPT_SECONDS = 15.0  # until a shard is asked again, which may then take twice as long
 SLICE_SECONDS = 0.25  # how often it is looked whether anybody may still answer
-MAX_REPLICA_DEATHS = 8  # of one request: it may be what kills them
+MAX_REPLICA_DEATHS = 8  # replicas of a shard that may die while they answer one request: it may be what kills them
 PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.05, 2.0  # before the next try, twice as long each time: 5 s of all together
 INLINE_BYTES = 90_000  # a larger request to several shards lies in the object store once
 

@@ -23,9 +23,7 @@ __all__ = [
     "rescoring",
 ]
 
-SPARE_CANDIDATES = (
-    8  # candidates beyond those wanted: which one is the last must not depend on the rounding of its distance
-)
+SPARE_CANDIDATES = 8  # beyond those wanted: which one is the last must not depend on the rounding of its distance
 MAX_CANDIDATES = 1 << 62  # per query: keeps k times overfetch an int64
 
 
