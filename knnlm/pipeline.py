@@ -284,9 +284,17 @@ def _options(knn: Options | str, memory: MemoryOptions | str | None) -> Options:
 
 
 def _run(call: Coroutine[Any, Any, T]) -> T:  # Any: what a coroutine is sent and yields is its loop's affair
+    results: list[T] = []
+
+    async def keep() -> None:
+        """A task without a result: asyncio.run formats that of its task twice, arrays and all."""
+        results.append(await call)
+
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(call)
-    with ThreadPoolExecutor(1, thread_name_prefix="knnlm") as thread:
-        return thread.submit(asyncio.run, call).result()
+        asyncio.run(keep())
+    else:
+        with ThreadPoolExecutor(1, thread_name_prefix="knnlm") as thread:
+            thread.submit(asyncio.run, keep()).result()
+    return results[0]

@@ -6,9 +6,11 @@ else is a bug and keeps its traceback. Importing this loads no model code, so th
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 import typer
+from typer.main import get_command
 
 from knnlm import __version__
 from knnlm.cli.add import add
@@ -82,10 +84,16 @@ def _root(
     """Nearest-neighbour language models: train, build datastores, tune, evaluate, ask, serve."""
 
 
+@cache
+def _command() -> Any:
+    """All commands, made from their signatures; Any: of a class that typer keeps to itself."""
+    return get_command(app)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; see the epilog of `knnlm --help`."""
     try:
-        code = app(args=list(arguments), prog_name="knnlm", standalone_mode=False)
+        code = _command()(args=list(arguments), prog_name="knnlm", standalone_mode=False)
     except typer.TyperException as err:  # what the command line itself gets wrong
         return _fail(err.format_message(), err.exit_code)
     except InvalidRequest as err:

@@ -3,8 +3,14 @@
 They hold no lock of the interpreter, and each row's arithmetic is the same whatever the other rows are. Rows of stored
 keys are fetched from memory a few rows ahead of their use: a candidate lies anywhere in the keys, and waiting for
 memory, not arithmetic, is what rescoring costs.
+
+Compiling takes a second or two, so numba keeps the code for the next process: in `__pycache__` here or, where that
+cannot be written, in the user's cache folder (NUMBA_CACHE_DIR names another). Each loop is compiled for one signature
+only: two processes that keep code of two signatures of one function at once can mix up its files.
 """
 
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,15 +36,17 @@ RELAXED = {"reassoc", "contract", "nsz"}
 # Any: numba's and llvmlite's objects, which have no types
 
 
-def _half_of(context: Any, bits: Any) -> Any:
-    """float32 of a float16 that is given as its 16 bits."""
-    del context, bits
+def _single_of(context: Any, number: Any) -> Any:
+    """float32 of a float32, or of a float16 that is given as its 16 bits: a uint16."""
+    del context
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        del context, signature
+        del context
+        if signature.args[0] == types.float32:
+            return arguments[0]
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
 
-    return types.float32(types.uint16), generate
+    return types.float32(number), generate
 
 
 def _prefetch_place(context: Any, array: Any, place: Any) -> Any:
@@ -58,46 +66,67 @@ def _prefetch_place(context: Any, array: Any, place: Any) -> Any:
     return types.void(array, types.intp), generate
 
 
-_half: Any = intrinsic(_half_of)
+_single: Any = intrinsic(_single_of)
 _prefetch: Any = intrinsic(_prefetch_place)
 
 
-@njit(nogil=True)
-def _single(number: Any) -> Any:
-    return number
+def _compiled(fastmath: Any = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: the loop as machine code, kept on disk where there is a folder for it, and room."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        def compiled(cache: bool) -> Any:
+            return njit(function, nogil=True, fastmath=fastmath, cache=cache)
+
+        try:
+            loop = compiled(cache=True)
+        except RuntimeError:  # no folder can be written
+            loop = compiled(cache=False)
+
+        def run(*arrays: Any) -> None:
+            nonlocal loop
+            try:
+                loop(*arrays)
+            except (OSError, EOFError, pickle.UnpicklingError):  # the disk is full, or what was kept is damaged
+                loop = compiled(cache=False)
+                loop(*arrays)
+
+        return run
+
+    return decorate
 
 
-def _squared_distances(widened: Any, per_line: int) -> Any:
-    """The loop for one dtype of keys. widened: float32 of a stored number; per_line: stored numbers in LINE_BYTES
-    bytes."""
-
-    @njit(nogil=True, fastmath=RELAXED)
-    def loop(keys: Any, queries: Any, ids: Any, out: Any) -> None:
-        rows, columns = ids.shape
-        dim = queries.shape[1]
-        flat = keys.reshape(-1)
-        for row in range(rows):
-            for column in range(columns):
-                if column + ROWS_AHEAD < columns and ids[row, column + ROWS_AHEAD] >= 0:
-                    begin = ids[row, column + ROWS_AHEAD] * dim
-                    for place in range(begin, begin + dim, per_line):
-                        _prefetch(flat, place)
-                entry = ids[row, column]
-                total = np.float32(0)
-                if entry >= 0:
-                    for i in range(dim):
-                        difference = widened(keys[entry, i]) - queries[row, i]
-                        total += difference * difference
-                out[row, column] = total if entry >= 0 and total <= MISSING_DISTANCE else MISSING_DISTANCE
-
-    return loop
+@njit(nogil=True, fastmath=RELAXED)
+def _squared_distances(keys: Any, queries: Any, ids: Any, out: Any) -> None:
+    rows, columns = ids.shape
+    dim = queries.shape[1]
+    flat = keys.reshape(-1)
+    per_line = LINE_BYTES // keys.itemsize
+    for row in range(rows):
+        for column in range(columns):
+            if column + ROWS_AHEAD < columns and ids[row, column + ROWS_AHEAD] >= 0:
+                begin = ids[row, column + ROWS_AHEAD] * dim
+                for place in range(begin, begin + dim, per_line):
+                    _prefetch(flat, place)
+            entry = ids[row, column]
+            total = np.float32(0)
+            if entry >= 0:
+                for i in range(dim):
+                    difference = _single(keys[entry, i]) - queries[row, i]
+                    total += difference * difference
+            out[row, column] = total if entry >= 0 and total <= MISSING_DISTANCE else MISSING_DISTANCE
 
 
-_of_halves = _squared_distances(_half, LINE_BYTES // 2)
-_of_singles = _squared_distances(_single, LINE_BYTES // 4)
+@_compiled(RELAXED)
+def _squared_distances_of_halves(keys: Any, queries: Any, ids: Any, out: Any) -> None:
+    _squared_distances(keys, queries, ids, out)
 
 
-@njit(nogil=True)
+@_compiled(RELAXED)
+def _squared_distances_of_singles(keys: Any, queries: Any, ids: Any, out: Any) -> None:
+    _squared_distances(keys, queries, ids, out)
+
+
+@_compiled()
 def _gather(values: Any, added: Any, ids: Any, out: Any) -> None:
     rows, columns = ids.shape
     most = len(values)
@@ -114,7 +143,7 @@ def _gather(values: Any, added: Any, ids: Any, out: Any) -> None:
                 out[row, column] = added[entry - most]
 
 
-@njit(nogil=True, fastmath=RELAXED)
+@_compiled(RELAXED)
 def _all_squared_distances(points: Any, queries: Any, out: Any) -> None:
     dim = queries.shape[1]
     for begin in range(0, len(points), POINTS_TOGETHER):  # they stay in the processor's cache for all rows
@@ -128,7 +157,7 @@ def _all_squared_distances(points: Any, queries: Any, out: Any) -> None:
                 out[row, point] = total
 
 
-@njit(nogil=True)
+@_compiled()
 def _with_shifted_estimates(exact: Any, estimates: Any, ids: Any, out: Any) -> None:
     rows, columns = ids.shape
     nearest = exact.shape[1]
@@ -147,7 +176,7 @@ def _with_shifted_estimates(exact: Any, estimates: Any, ids: Any, out: Any) -> N
                 out[row, column] = distance if distance <= MISSING_DISTANCE else MISSING_DISTANCE
 
 
-@njit(nogil=True, fastmath=RELAXED)
+@_compiled(RELAXED)
 def _project(vectors: Any, matrix: Any, offset: Any, out: Any) -> None:
     for row in range(len(vectors)):
         for j in range(len(matrix)):
@@ -165,18 +194,17 @@ def squared_distances(keys: Keys, queries: Float32, ids: Int64) -> Float32:
     checked: an id that is no entry reads memory that is not the keys'.
     """
     out = np.empty(ids.shape, np.float32)
-    raw = np.asarray(keys)  # numba knows no maps
-    if raw.dtype == np.float16:
-        _of_halves(raw.view(np.uint16), queries, ids, out)
+    if keys.dtype == np.float16:
+        _squared_distances_of_halves(_plain(keys.view(np.uint16)), _plain(queries), _plain(ids), out)
     else:
-        _of_singles(raw, queries, ids, out)
+        _squared_distances_of_singles(_plain(keys), _plain(queries), _plain(ids), out)
     return out
 
 
 def all_squared_distances(points: Float32, queries: Float32) -> Float32:
     """(n, m) float32 squared L2 between queries (n, d) and points (m, d), both float32, each summed in one order."""
     out = np.empty((len(queries), len(points)), np.float32)
-    _all_squared_distances(points, queries, out)
+    _all_squared_distances(_plain(points), _plain(queries), out)
     return out
 
 
@@ -185,7 +213,7 @@ def with_shifted_estimates(exact: Float32, estimates: Float32, ids: Int64) -> Fl
     the others their estimates (n, c) float32 plus a shift, one for each row. The shift is the mean of exact - estimate
     over the farther half of the m. What is too far for float32, or NaN, is MISSING_DISTANCE."""
     out = np.empty(ids.shape, np.float32)
-    _with_shifted_estimates(exact, estimates, ids, out)
+    _with_shifted_estimates(_plain(exact), _plain(estimates), _plain(ids), out)
     return out
 
 
@@ -193,13 +221,13 @@ def gather(values: Int32, ids: Int64, added: Int32 = NONE) -> Int32:
     """(n, k) values[ids], -1 where the id is -1. added: values of the entries after those of `values`. As in
     `squared_distances`, nothing is checked."""
     out = np.empty(ids.shape, np.int32)
-    _gather(_read_only(values), _read_only(added), ids, out)
+    _gather(_plain(values), _plain(added), _plain(ids), out)
     return out
 
 
-def _read_only(array: Int32) -> Int32:
-    """A view: maps are read-only already, and every other kind is compiled for anew."""
-    view = np.asarray(array).view()
+def _plain(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A read-only view, C-contiguous and of no subclass: every other kind of array is compiled for anew."""
+    view = np.ascontiguousarray(array).view()
     view.flags.writeable = False
     return view
 
@@ -207,5 +235,5 @@ def _read_only(array: Int32) -> Int32:
 def project(vectors: Float32, matrix: Float32, offset: Float32) -> Float32:
     """(n, m) of vectors (n, d): matrix (m, d) times each, plus offset (m,). In one order, unlike a matrix product."""
     out = np.empty((len(vectors), len(matrix)), np.float32)
-    _project(vectors, matrix, offset, out)
+    _project(_plain(vectors), _plain(matrix), _plain(offset), out)
     return out

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.main import get_command
 
 from knnlm import __version__
 from knnlm.cli import main
@@ -93,7 +94,7 @@ def test_what_is_no_error_of_ours_keeps_its_traceback(monkeypatch: pytest.Monkey
     def broken(**_: object) -> int:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(main, "app", broken)
+    monkeypatch.setattr(main, "_command", lambda: broken)
     with pytest.raises(ZeroDivisionError):
         main.run([])
 
@@ -105,5 +106,5 @@ def test_an_interrupted_command_exits_with_130(monkeypatch: pytest.MonkeyPatch) 
     def wait() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "app", app)
+    monkeypatch.setattr(main, "_command", lambda: get_command(app))
     assert main.run([]) == 130

@@ -187,7 +187,7 @@ async def test_a_template_that_never_ends_holds_up_no_other_route(store: Path) -
     async with system(store, lm=chatting(endless)) as running:
         asked = running.client.post
         chats = [
-            asyncio.create_task(asked("/v1/chat/completions", json=body(), headers={"X-Request-Timeout": "4"}))
+            asyncio.create_task(asked("/v1/chat/completions", json=body(), headers={"X-Request-Timeout": "2"}))
             for _ in range(40)  # more than there are threads
         ]
         await asyncio.sleep(0.2)

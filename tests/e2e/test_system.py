@@ -85,10 +85,11 @@ def system(store: Path) -> Iterator[System]:
 
 def wait_until_ready(running: Running) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if httpx.get(running.http + "/readyz", timeout=10).status_code == 200:
-            return
-        time.sleep(0.1)
+    with httpx.Client(timeout=10) as client:
+        while time.monotonic() < deadline:
+            if client.get(running.http + "/readyz").status_code == 200:
+                return
+            time.sleep(0.2)
     raise AssertionError("not ready after two minutes")
 
 

@@ -1,12 +1,37 @@
 """Loops that check nothing: every tail, every half, padding, and what lies beyond float32."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from knnlm.index import kernels
 from knnlm.index.kernels import all_squared_distances, gather, project, squared_distances
+
+# every loop once with the arrays that searches give it, and with slices, maps and arrays that may be written
+EVERY_LOOP = """
+import sys, numpy as np
+from knnlm.index import kernels
+from knnlm.index.kernels import all_squared_distances, gather, project, squared_distances, with_shifted_estimates
+if sys.argv[1:]:
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+points, ids = np.ones((9, 4), np.float32), np.zeros((9, 8), np.int64)
+view = points[:]; view.flags.writeable = False
+for array in (points, view, points[::2]):
+    for kind in (np.float16, np.float32):
+        distances = squared_distances(array.astype(kind), array, ids[: len(array), ::2])
+        squared_distances(np.memmap("keys", kind, "w+", shape=(9, 4)), array, ids[: len(array)])
+    all_squared_distances(points, array)
+    project(array, points, points[:, 0])
+    gather(np.arange(9, dtype=np.int32), ids, np.arange(3, dtype=np.int32))
+    with_shifted_estimates(distances[:, :2], distances, ids[: len(array), :4])
+print(distances.sum())
+"""
+LOOPS = 6
 
 MISSING_DISTANCE = np.finfo(np.float32).max
 DTYPES = [np.float16, np.float32]
@@ -132,3 +157,38 @@ def test_projection_is_a_matrix_product_row_by_row(dim: int, out: int) -> None:
     np.testing.assert_allclose(whole, vectors @ matrix.T + offset, rtol=1e-4, atol=1e-5)
     for row in range(9):
         np.testing.assert_array_equal(project(vectors[row : row + 1], matrix, offset)[0], whole[row])
+
+
+def run_every_loop(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, "-B", "-c", EVERY_LOOP, *arguments]
+    told = {"NUMBA_CACHE_DIR": str(folder / "kept"), "NUMBA_DEBUG_CACHE": "1", "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(command, cwd=folder, env=told, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("0.0\n")
+    return done.stdout
+
+
+def test_machine_code_is_kept_of_one_signature_of_every_loop(tmp_path: Path) -> None:
+    """Two processes that keep code of two signatures of one function at once can mix up its files. Damaged ones, and
+    a full disk, only cost the time to compile."""
+    run_every_loop(tmp_path)
+    damaged, lost, *whole = sorted((tmp_path / "kept").rglob("*.nbc"))
+    assert 2 + len(whole) == LOOPS
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    lost.unlink()
+    said = run_every_loop(tmp_path, "1000")  # bytes a file may have
+    assert all(f"data loaded from '{path}'" in said for path in whole)
+    assert not lost.exists()
+
+
+def test_loops_are_compiled_where_no_folder_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    doubled = np.zeros(3)
+
+    @kernels._compiled()
+    def double(numbers: npt.NDArray[np.float64], out: npt.NDArray[np.float64]) -> None:
+        for i in range(len(numbers)):
+            out[i] = 2 * numbers[i]
+
+    double(np.arange(3.0), doubled)
+    assert doubled.tolist() == [0, 2, 4]

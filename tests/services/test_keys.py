@@ -9,7 +9,6 @@ import grpc
 import httpx
 import pytest
 from google.protobuf.descriptor import FileDescriptor
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pydantic import SecretStr
 
 from knnlm.testing import ToyLanguageModel
@@ -21,8 +20,9 @@ from services.datastore.app import service as datastore_service
 from services.datastore.settings import DatastoreSettings
 from services.lm.app import service as lm_service
 from services.lm.settings import LmSettings
-from services.runtime.lifecycle import running
+from services.runtime.lifecycle import Host, running
 from services.runtime.service import Service
+from tests.services.reflected import reflected_services
 
 KEYS: Any = {"api_keys": (SecretStr("ordinary"),), "admin_api_keys": (SecretStr("admin"),), "port": 0}
 PUBLIC = {"/livez", "/readyz", "/metrics"}
@@ -92,13 +92,10 @@ async def test_every_rpc_needs_a_key(make: Make, file: FileDescriptor, tmp_path:
             return err.code()
         return grpc.StatusCode.OK
 
-    async def reflected(channel: grpc.aio.Channel, key: str | None) -> grpc.StatusCode:
-        metadata = () if key is None else (("authorization", f"Bearer {key}"),)
-        requests = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-        replies = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(requests, metadata=metadata)
+    async def reflected(host: Host, key: str | None) -> grpc.StatusCode:
         try:
-            assert [reply async for reply in replies]
-        except grpc.aio.AioRpcError as err:
+            assert await reflected_services(host, key)
+        except grpc.RpcError as err:
             return err.code()
         return grpc.StatusCode.OK
 
@@ -116,9 +113,9 @@ async def test_every_rpc_needs_a_key(make: Make, file: FileDescriptor, tmp_path:
         for key in (None, "wrong"):
             for method in methods:
                 assert await code(channel, method, key) == grpc.StatusCode.UNAUTHENTICATED, method
-            assert await reflected(channel, key) == grpc.StatusCode.UNAUTHENTICATED
+            assert await reflected(host, key) == grpc.StatusCode.UNAUTHENTICATED
         for method in methods:
             with_key = await code(channel, method, "ordinary")
             assert with_key != grpc.StatusCode.UNAUTHENTICATED, method
             assert (with_key == grpc.StatusCode.PERMISSION_DENIED) == method.endswith(ADMIN_RPCS), method
-        assert await reflected(channel, "ordinary") == grpc.StatusCode.OK
+        assert await reflected(host, "ordinary") == grpc.StatusCode.OK

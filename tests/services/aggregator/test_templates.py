@@ -99,7 +99,7 @@ async def test_a_template_that_cannot_be_compiled_is_a_problem_from_the_start(
 
 
 async def test_who_waits_behind_a_slow_rendering_waits_no_longer_than_asked() -> None:
-    async with started(ON_DEMAND, seconds=3.0) as template:
+    async with started(ON_DEMAND, seconds=1.5) as template:
         slow = asyncio.create_task(template.render(said("spin"), 60))
         await asyncio.sleep(0)
         for _ in range(3):

@@ -7,7 +7,6 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pydantic import SecretStr
 
 from knnlm.errors import Overloaded, UnknownVersion
@@ -15,6 +14,7 @@ from knnlm.transport.context import PROBE
 from knnlm.v1 import lm_pb2, lm_pb2_grpc
 from services.runtime.lifecycle import Host, running
 from tests.services.echo import EchoCore, EchoSettings, echo_service
+from tests.services.reflected import reflected_services
 from tests.services.waiting import until
 
 NAME = "knnlm.v1.LanguageModel"
@@ -95,31 +95,23 @@ async def test_bytes_that_are_no_message_are_the_callers_fault() -> None:
         assert code == grpc.StatusCode.UNIMPLEMENTED
 
 
-async def services(channel: grpc.aio.Channel, key: str | None = None) -> set[str]:
-    metadata = () if key is None else (("authorization", f"Bearer {key}"),)
-    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-    request = reflection_pb2.ServerReflectionRequest(list_services="")
-    replies = stub.ServerReflectionInfo(iter([request]), metadata=metadata)
-    return {service.name async for reply in replies for service in reply.list_services_response.service}
-
-
 async def test_health_and_reflection_answer() -> None:
-    async with echo_grpc(EchoCore()) as (_, channel):
+    async with echo_grpc(EchoCore()) as (host, channel):
         stub = health_pb2_grpc.HealthStub(channel)
         for name in ("", NAME):
             status = (await stub.Check(health_pb2.HealthCheckRequest(service=name))).status
             assert status == health_pb2.HealthCheckResponse.SERVING
-        assert NAME in await services(channel)
+        assert NAME in await reflected_services(host)
 
 
 async def test_every_rpc_but_health_needs_a_key_once_keys_are_set() -> None:
-    async with echo_grpc(EchoCore(), api_keys=(SecretStr("k"),)) as (_, channel):
+    async with echo_grpc(EchoCore(), api_keys=(SecretStr("k"),)) as (host, channel):
         stub = lm_pb2_grpc.LanguageModelStub(channel)
         for call in (stub.GetModel(lm_pb2.GetModelRequest()), stub.Forward(lm_pb2.ForwardRequest())):
             assert (await failure(call))[0] == grpc.StatusCode.UNAUTHENTICATED
-        with pytest.raises(grpc.aio.AioRpcError, match="API key"):
-            await services(channel)
-        assert NAME in await services(channel, "k")
+        with pytest.raises(grpc.RpcError, match="API key"):
+            await reflected_services(host)
+        assert NAME in await reflected_services(host, "k")
         key = (("authorization", "Bearer k"),)
         assert (await stub.GetModel(lm_pb2.GetModelRequest(), metadata=key)).model_id
         await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
