@@ -39,21 +39,16 @@ def check(request: ForwardRequest, *, vocab_size: int, context_length: int) -> N
             param="positions",
         )
     tokens, lengths = _joined(request.tokens, "tokens")
-    wrong = np.flatnonzero((lengths < 1) | (lengths > context_length))
-    if len(wrong):
+    if lengths.min() < 1 or lengths.max() > context_length:
+        wrong = np.flatnonzero((lengths < 1) | (lengths > context_length))
         raise InvalidRequest(
             f"tokens[{wrong[0]}] has {lengths[wrong[0]]} tokens, expected 1 ... {context_length}", param="tokens"
         )
     _refuse_outside(tokens, lengths, vocab_size, "tokens")
     positions, counts = _joined(request.positions, "positions")
     _refuse_outside(positions, counts, np.repeat(lengths, counts), "positions")
-    sequence = np.repeat(np.arange(len(counts)), counts)
-    falls = np.flatnonzero((np.diff(positions) <= 0) & (np.diff(sequence) == 0))
-    if len(falls):
-        i = sequence[falls[0]]
-        raise InvalidRequest(
-            f"positions[{i}] must be ascending, got {request.positions[i].tolist()[:16]}", param="positions"
-        )
+    if counts.max() > 1:
+        _refuse_falling(positions, counts, request)
     if request.targets is not None:
         targets, count = _joined([request.targets], "targets")
         if len(targets) != len(positions):
@@ -71,6 +66,16 @@ def check(request: ForwardRequest, *, vocab_size: int, context_length: int) -> N
         _refuse_outside(candidates, counts, vocab_size, "candidates")
     if request.temperatures is not None:
         _check_temperatures(request.temperatures, len(positions))
+
+
+def _refuse_falling(positions: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], request: ForwardRequest) -> None:
+    sequence = np.repeat(np.arange(len(counts)), counts)
+    falls = np.flatnonzero((np.diff(positions) <= 0) & (np.diff(sequence) == 0))
+    if len(falls):
+        i = sequence[falls[0]]
+        raise InvalidRequest(
+            f"positions[{i}] must be ascending, got {request.positions[i].tolist()[:16]}", param="positions"
+        )
 
 
 def plan(request: ForwardRequest, *, vocab_size: int, context_length: int) -> list[Feed]:
@@ -120,17 +125,16 @@ def _joined(parts: Sequence[npt.NDArray[np.int32]], name: str) -> tuple[npt.NDAr
             raise InvalidRequest(f"{_part(name, i)} must have 1 dimension, got shape {part.shape}", param=name)
         if part.dtype.kind not in "iu" and len(part):
             raise InvalidRequest(f"{_part(name, i)} must hold integers, got {part.dtype}", param=name)
-    flat = np.concatenate([np.empty(0, np.int32), *parts]).astype(np.int64, copy=False)
-    return flat, np.array([len(part) for part in parts], np.int64)
+    flat = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *parts])
+    return flat.astype(np.int64, copy=False), np.array([len(part) for part in parts], np.int64)
 
 
 def _refuse_outside(
     flat: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], upper: int | npt.NDArray[np.int64], name: str
 ) -> None:
     """upper: one for all numbers, or (n,) one for each; the first number that is not in 0 ... upper - 1 is named."""
-    outside = np.flatnonzero((flat < 0) | (flat >= upper))
-    if len(outside):
-        at = int(outside[0])
+    if len(flat) and (flat.min() < 0 or (flat >= upper).any()):
+        at = int(np.flatnonzero((flat < 0) | (flat >= upper))[0])
         part = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
         largest = np.broadcast_to(upper, flat.shape)[at] - 1
         raise InvalidRequest(f"{_part(name, part)} holds {flat[at]}, expected 0 ... {largest}", param=name)

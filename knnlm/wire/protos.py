@@ -6,7 +6,7 @@ A ForwardRequest alone is written otherwise: its sequences are joined into one a
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -203,12 +203,12 @@ def _joined(parts: Sequence[Ids]) -> Ids:
 
 
 def _split(flat: Ids, sizes: Sequence[int], name: str, sizes_name: str) -> list[Ids]:
-    if any(size < 0 for size in sizes) or sum(sizes) != len(flat):
+    ends = [0, *accumulate(sizes)]
+    if min(sizes, default=0) < 0 or ends[-1] != len(flat):
         raise InvalidRequest(
-            f"{sizes_name} must be >= 0 and add up to the {len(flat)} of {name}, got a sum of {sum(sizes)}",
+            f"{sizes_name} must be >= 0 and add up to the {len(flat)} of {name}, got a sum of {ends[-1]}",
             param=sizes_name,
         )
-    ends = np.cumsum([0, *sizes])
     return [flat[start:end] for start, end in pairwise(ends)]
 
 
