@@ -8,6 +8,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from knnlm.errors import InvalidRequest, TooLarge
+from knnlm.sources import computed
 
 MAX_LISTED = 1 << 18  # numbers in a body of JSON lists, parsed in a tenth of a second
 
@@ -29,7 +30,7 @@ def bounded(max_bytes: int | None, max_values: int, settings: str) -> type[APIRo
                     raise TooLarge(f"the body may have {max_bytes} bytes here, got {len(body)} ({settings})")
                 if b"\0" in body:  # UTF-16 and UTF-32 cannot do without: commas and quotes could not be counted
                     raise InvalidRequest("the body is not JSON in UTF-8: it has a zero byte", param="body")
-                if has_more_values(body, max_values):
+                if await computed(len(body), has_more_values, body, max_values):
                     raise TooLarge(f"the body may hold {max_values} values and keys here, got more ({settings})")
                 return await handle(request)
 
