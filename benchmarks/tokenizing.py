@@ -116,7 +116,7 @@ def _ids(tokens: Sequence[int]) -> bytes:
 
 
 def all_cores_busy(seconds: float) -> None:
-    spinning = "import time; end = time.monotonic() + " + str(seconds) + "\nwhile time.monotonic() < end: pass"
+    spinning = f"import time; end = time.monotonic() + {seconds}\nwhile time.monotonic() < end: pass"
     for process in [subprocess.Popen([sys.executable, "-c", spinning]) for _ in range(os.cpu_count() or 1)]:
         process.wait()
 

@@ -57,7 +57,9 @@ class Applications:
         self._replicas: Mapping[str, Mapping[str, int]] = {}  # by application and deployment, those that answer
         self._lock = threading.Lock()
         self._deploying = threading.Lock()  # Serve's own deploying is not made for several threads
-        self._holding: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # one hold of each at a time
+        self._holding: defaultdict[str, threading.Lock] = defaultdict(
+            threading.Lock
+        )  # by application, while it is held
         self._leaving = threading.Event()
         self._ended = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -170,7 +172,7 @@ class Applications:
         DatastoreError for options that Serve refuses; then what was registered before stays."""
         with self._deploying:
             former = self.registry.spec(name)
-            self.registry.write(name, spec)  # before Serve has it: what it has and nobody registered is deployed over
+            self.registry.write(name, spec)  # first: what Serve has and is not registered would be deployed again
             try:
                 # run_many would start it with proxies
                 serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})

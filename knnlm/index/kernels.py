@@ -4,9 +4,11 @@ They hold no lock of the interpreter, and each row's arithmetic is the same what
 keys are fetched from memory a few rows ahead of their use: a candidate lies anywhere in the keys, and waiting for
 memory, not arithmetic, is what rescoring costs.
 
-Compiling takes a second or two, so numba keeps the code for the next process: in `__pycache__` here or, where that
+Compiling all takes seconds, so numba keeps the code for the next process: in `__pycache__` here or, where that
 cannot be written, in the user's cache folder (NUMBA_CACHE_DIR names another). Each loop is compiled for one signature
-only: two processes that keep code of two signatures of one function at once can mix up its files.
+only: two processes that keep code of two signatures of one function at once can mix up its files. What is kept is
+found again while this file is unchanged, so nothing that may change elsewhere is compiled into it: MISSING_DISTANCE is
+the largest float32.
 """
 
 import pickle
@@ -70,7 +72,7 @@ _single: Any = intrinsic(_single_of)
 _prefetch: Any = intrinsic(_prefetch_place)
 
 
-def _compiled(fastmath: Any = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _compiled(fastmath: bool | set[str] = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator: the loop as machine code, kept on disk where there is a folder for it, and room."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -86,7 +88,7 @@ def _compiled(fastmath: Any = False) -> Callable[[Callable[..., None]], Callable
             nonlocal loop
             try:
                 loop(*arrays)
-            except (OSError, EOFError, pickle.UnpicklingError):  # the disk is full, or what was kept is damaged
+            except (OSError, EOFError, pickle.UnpicklingError):  # the disk is full, or a file was cut off
                 loop = compiled(cache=False)
                 loop(*arrays)
 

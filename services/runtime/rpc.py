@@ -204,7 +204,7 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         answer = cast("Answer", next(kind for kind in kinds if kind is not None))
 
         async def guarded(messages: AsyncIterator[bytes], context: Context) -> Any:
-            started, loop = time.monotonic(), asyncio.get_running_loop()
+            started = time.monotonic()
             given = _metadata(context)
             left = cast("float | None", context.time_remaining())  # the stubs forget calls without a deadline
             seconds = self._limit if left is None else min(left, self._limit)
@@ -238,8 +238,8 @@ class _Interceptor(grpc.aio.ServerInterceptor):
                     code, call.error = grpc.StatusCode.INTERNAL, errors.Internal.code
                     return await _abort(context, call, errors.Internal("internal error; see the log of the service"))
                 finally:
-                    # counted and logged when the answer is on its way
-                    loop.call_soon(self._note, method, code, call, time.monotonic() - started)
+                    # at the loop's next turn: the answer need not wait for it
+                    asyncio.get_running_loop().call_soon(self._note, method, code, call, time.monotonic() - started)
 
         streams = handler.response_streaming
         made = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler

@@ -259,9 +259,15 @@ def test_settings_of_memory_are_read() -> None:
         (["--memory", "disk"], "--memory"),
         (["--max-memory-bytes", "0"], "--max-memory-bytes"),
         (["--max-memory-bytes", "4GB"], "--max-memory-bytes"),
+        (["--shard-max-replicas", "10001"], "--shard-max-replicas"),
+        (["--shard-replicas-per-node", "101"], "--shard-replicas-per-node"),
+        (["--shard-target-requests", "inf"], "--shard-target-requests"),
+        (["--shard-cpus", "inf"], "--shard-cpus"),
     ],
 )
-def test_bad_settings_of_memory_stop_the_start(argv: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_settings_of_memory_and_shards_stop_the_start(
+    argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         settings(*argv)
     assert caught.value.code == 2
