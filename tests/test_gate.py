@@ -60,6 +60,14 @@ def test_the_descent_goes_down_to_the_bottom() -> None:
     np.testing.assert_allclose(places[-1], [1, 1], atol=1e-5)
 
 
+def test_a_descent_where_the_squares_of_slopes_are_zero_divides_by_none_of_them() -> None:
+    def almost_flat(at: Array) -> tuple[float, Array]:
+        return 5e-4 * float(at @ at), 1e-3 * at
+
+    for at in descent(almost_flat, np.array([1e-157])):
+        assert np.isfinite(at).all()
+
+
 @pytest.mark.parametrize("hidden", [0, 4])
 def test_what_is_fitted_is_better_than_one_weight_and_holds_for_inputs_as_they_are(hidden: int) -> None:
     inputs, ratio = data(2, n=2000)
