@@ -7,6 +7,7 @@ with 0. A second signal ends it at once.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -21,7 +22,13 @@ from knnlm.errors import KnnlmError
 from services.runtime.http import build_app
 from services.runtime.http_server import HttpServer, StartupFailed, bind
 from services.runtime.observability import configure_logs, event
-from services.runtime.process import configure_malloc, end_with_stdin, set_omp_wait_policy
+from services.runtime.process import (
+    SWITCH_INTERVAL_S,
+    configure_malloc,
+    end_with_stdin,
+    keep_loaded,
+    set_omp_wait_policy,
+)
 from services.runtime.rpc import RpcServer, address
 from services.runtime.security import FileReloader, Reloadable, is_loopback
 from services.runtime.service import Admission, Service
@@ -40,6 +47,8 @@ def main(service: Service) -> NoReturn:
     settings = service.settings
     configure_logs(settings.log_format, settings.log_level)
     configure_malloc(os.environ)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.disable()  # until `keep_loaded`: what is imported and loaded is no garbage
     set_omp_wait_policy(os.environ, service.omp_spins)
     end_with_stdin(os.environ)
     for name in unknown_variables(type(settings), os.environ):
@@ -110,10 +119,11 @@ class Host:
         except RuntimeError as err:
             raise StartupFailed(f"cannot listen on {settings.host}:{settings.grpc_port} (--grpc-port): {err}") from err
 
-    async def load(self) -> None:
-        """Load and start the core, then take requests."""
+    async def load(self, loaded: Callable[[], None] = lambda: None) -> None:
+        """Load and start the core, then take requests. loaded: called in between."""
         await _in_daemon_thread(self.service.core.load, "load")
         await self.service.core.start()
+        loaded()
         self.admission.readiness.enter("ready")
         if self._rpc is not None:
             await self._rpc.serving()
@@ -153,7 +163,7 @@ async def until_signal(service: Service) -> None:
         await service.core.close()
         raise StartupFailed(err.message) from err
     await host.listen()
-    loading = asyncio.create_task(host.load())
+    loading = asyncio.create_task(host.load(keep_loaded))
     waiting = asyncio.create_task(asked.wait())
     try:
         await asyncio.wait((loading, waiting), return_when=asyncio.FIRST_COMPLETED)

@@ -1,6 +1,7 @@
 """What is set for the whole process of a service, before torch or FAISS is loaded."""
 
 import ctypes
+import gc
 import os
 import signal
 import threading
@@ -9,6 +10,9 @@ from collections.abc import Mapping, MutableMapping
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 MMAP_THRESHOLD_BYTES = 32 << 20  # glibc allows no more
 TRIM_THRESHOLD_BYTES = 256 << 20
+# after which a thread that runs Python lets another: the event loop gives its turn up several times in a request, and
+# would wait for 5 ms, Python's own, each time
+SWITCH_INTERVAL_S = 0.001
 OMP_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
@@ -26,6 +30,15 @@ def configure_malloc(environ: Mapping[str, str]) -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)) and bool(
         mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
     )
+
+
+def keep_loaded() -> None:
+    """Turn garbage collection on for what comes from now on: what is loaded stays until the process ends. A collection
+    stops every thread, and one of everything that torch and transformers define takes some 200 ms.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def end_with_stdin(environ: Mapping[str, str]) -> bool:

@@ -85,3 +85,29 @@ def test_nothing_with_threads_is_loaded_before_the_policy_is_set(service: str) -
     program = f"import sys, services.{service}.app; print([m for m in ('torch', 'faiss', 'numba') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.strip() == "[]"
+
+
+COLLECTED = """
+import asyncio, gc, os, signal, sys
+from services.runtime.lifecycle import main
+from tests.services.echo import EchoCore, EchoSettings, echo_service
+
+class Core(EchoCore):
+    def load(self):
+        print("loading:", gc.isenabled())
+
+    async def start(self):
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
+
+    async def close(self):
+        objects = len(gc.get_objects())
+        print("serving:", gc.isenabled(), gc.get_freeze_count() > 20 * objects, sys.getswitchinterval())
+
+main(echo_service(Core(), EchoSettings(port=0, grpc_port=0)))
+"""
+
+
+def test_neither_garbage_collection_nor_another_thread_keeps_the_event_loop_waiting_for_long() -> None:
+    """What has been loaded is not looked through, and threads take turns more often than Python lets them."""
+    run = subprocess.run([sys.executable, "-c", COLLECTED], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.splitlines() == ["loading: False", "serving: True True 0.001"]
