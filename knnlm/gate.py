@@ -19,8 +19,8 @@ Parameters = Mapping[str, float | Sequence[float]]
 Loss = Callable[[Array], tuple[float, Array]]  # its value and gradient
 
 STEPS = 200  # of the descent, at most
-FLAT = 1e-10  # the descent ends where every slope is as small: nothing beyond changes the loss but by rounding
-TINY = float(np.finfo(np.float64).tiny)  # smaller squares have lost their digits: nothing is divided by them
+FLAT_SLOPE = 1e-10  # the descent ends where no slope is larger
+TINY = float(np.finfo(np.float64).tiny)  # smaller products have lost digits: L-BFGS divides by none of them
 PATIENCE = 20  # steps without a better likelihood of the held-out documents
 MEMORY = 10  # pairs of steps and gradients that L-BFGS keeps
 SHRINK, ENOUGH, HALVINGS = 0.5, 1e-4, 30  # of the line search: a step must gain this share of what the slope promises
@@ -189,7 +189,7 @@ def descent(function: Loss, start: Array) -> Iterator[Array]:
     pairs: list[tuple[Array, Array]] = []
     yield at
     for _ in range(STEPS):
-        if np.abs(gradient).max() <= FLAT:
+        if np.abs(gradient).max() <= FLAT_SLOPE:
             return
         direction = -_times_inverse_hessian(gradient, pairs)
         promised = float(direction @ gradient)
@@ -203,8 +203,8 @@ def descent(function: Loss, start: Array) -> Iterator[Array]:
         if not new_value < value:
             return
         moved, turned = there - at, new_gradient - gradient
-        squared = float(turned @ turned)
-        if squared > TINY and float(moved @ turned) > 1e-12 * squared:
+        bend, squared = float(moved @ turned), float(turned @ turned)
+        if min(bend, squared) > TINY and bend > 1e-12 * squared:
             pairs = [*pairs[-MEMORY + 1 :], (moved, turned)]
         at, value, gradient = there, new_value, new_gradient
         yield at

@@ -2,7 +2,8 @@
 library's Pipeline.generate run it."""
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -147,8 +148,8 @@ class Generator:
 
     async def generate(
         self, prompt: Ids, options: GenerationOptions, sources: Options | Plan = None, *, seed: int = 0, choice: int = 0
-    ) -> AsyncIterator[NewToken]:
-        """The new tokens, each as soon as it is known.
+    ) -> AsyncGenerator[NewToken, None]:
+        """The new tokens, each as soon as it is known. Close it where it is left before its end.
 
         prompt: (t,) int32 with its BOS. sources: a plan, or options as for Mixer.plan, which is made before the first
         token; it holds for all. seed, choice: all that the draws depend on. Raises as Mixer.plan and Rounds.step;
@@ -201,13 +202,14 @@ class Generator:
         tokens: list[int] = []
         log_probs: list[tuple[float, float]] = []
         finish, stopped_at, degraded = FINISHED_LENGTH, None, plan.degraded
-        async for new in self.generate(prompt, options, plan, seed=seed):
-            texts.append(new.text)
-            tokens.append(new.token)
-            log_probs.append((new.log_prob, new.lm_log_prob))
-            finish, stopped_at, degraded = new.finish or finish, new.stopped_at, degraded or new.degraded
-            if on_token is not None:
-                on_token(new)
+        async with aclosing(self.generate(prompt, options, plan, seed=seed)) as made:
+            async for new in made:
+                texts.append(new.text)
+                tokens.append(new.token)
+                log_probs.append((new.log_prob, new.lm_log_prob))
+                finish, stopped_at, degraded = new.finish or finish, new.stopped_at, degraded or new.degraded
+                if on_token is not None:
+                    on_token(new)
         mixed, lm = [p for p, _ in log_probs], [p for _, p in log_probs]
         return Completion("".join(texts), tokens, mixed, lm, finish, stopped_at, plan.domains, degraded, plan.memories)
 
@@ -263,10 +265,9 @@ class _Sequence:
             length = self._length + len(drafted)
             if length + 1 >= len(self._tokens):
                 return None
-            counts = self.counts + Counter(drafted)
             if self.options.sampling.penalises or self.options.sampling.logit_bias:
                 return None  # the tokens they are about may not be known
-            token = choose(known, self.options.sampling, counts, uniform(seed, choice, self.generated + len(drafted)))
+            token = choose(known, self.options.sampling, {}, uniform(seed, choice, self.generated + len(drafted)))
             if token is None or token in self._ends:
                 return None
             context = np.append(self._tokens[: self._length], np.array([*drafted, token], np.int32))

@@ -137,13 +137,15 @@ class Rounds:
         """The row of a request, complete. Raises what the lm service raises."""
         if row.complete:
             return row
-        forward = await self._mixer.forward(_forward_request([request], full=True, keys=False), row.timings)
+        timings = dict(row.timings)  # the other rows of the round share theirs
+        forward = await self._mixer.forward(_forward_request([request], full=True, keys=False), timings)
         lm = required(forward.log_probs)
         tokens = np.arange(lm.shape[1])
         return replace(
             row,
             known=Known(tokens, mixed_at(lm[0], row.shares, row.at, tokens)),
             lm_log_probs=lm[0].astype(np.float64),
+            timings=timings,
         )
 
     async def _run(self) -> None:

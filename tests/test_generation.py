@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from knnlm.ahead import StepsAhead
 from knnlm.errors import InvalidRequest, Unavailable
 from knnlm.generation import GenerationOptions, Generator, NewToken
 from knnlm.joined import JoinedSearches
@@ -118,6 +119,21 @@ async def test_a_version_holds_for_the_whole_completion() -> None:
         datastore.current = "v2"
     assert new == expected
     assert {request.version for request in datastore.asked} == {"v1"}
+
+
+async def test_one_that_is_left_by_an_error_is_closed_before_the_error_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    async def close(self: StepsAhead) -> None:
+        closed.append(self)
+
+    def interrupted(_new: NewToken) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StepsAhead, "close", close)
+    with pytest.raises(KeyboardInterrupt):
+        await generator().complete(PROMPT, LONG, KNN, on_token=interrupted)
+    assert len(closed) == 1
 
 
 async def test_a_version_that_is_let_go_meanwhile_ends_it_with_an_error() -> None:

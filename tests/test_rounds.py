@@ -100,6 +100,17 @@ async def test_a_part_of_a_row_agrees_with_the_whole(lmbda: float) -> None:
     assert row.components(255) == completed.components(255)
 
 
+async def test_what_one_row_takes_to_be_completed_is_not_counted_for_the_others() -> None:
+    mixer, rounds, _, _ = made(partly=True)
+    plan = await mixer.plan(knn())
+    asked = [StepRequest(plan, context) for context in CONTEXTS[:2]]
+    one, other = await asyncio.gather(*map(rounds.step, asked))
+    before = dict(other.timings)
+    completed = await rounds.completed(one, asked[0])
+    assert completed.timings["lm"] > before["lm"]
+    assert other.timings == one.timings == before
+
+
 class Slow(Lm):
     """Waits until it is let go, when it is held."""
 

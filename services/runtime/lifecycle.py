@@ -120,10 +120,11 @@ class Host:
             raise StartupFailed(f"cannot listen on {settings.host}:{settings.grpc_port} (--grpc-port): {err}") from err
 
     async def load(self, loaded: Callable[[], None] = lambda: None) -> None:
-        """Load and start the core, then take requests. loaded: called in between."""
+        """Load and start the core, then take requests. loaded: called when the core is loaded, before it starts:
+        that may wait for another service without end."""
         await _in_daemon_thread(self.service.core.load, "load")
-        await self.service.core.start()
         loaded()
+        await self.service.core.start()
         self.admission.readiness.enter("ready")
         if self._rpc is not None:
             await self._rpc.serving()
@@ -174,8 +175,9 @@ async def until_signal(service: Service) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)  # a second signal does what it does to any program
         loading.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):  # reported above
-            await loading
+        (failure,) = await asyncio.gather(loading, return_exceptions=True)
+        if isinstance(failure, Exception) and asked.is_set():  # else it is raised by now
+            event(LOG, "load_failed", logging.WARNING, reason=f"{type(failure).__name__}: {failure}")
         await host.shut()
 
 

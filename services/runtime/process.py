@@ -1,4 +1,4 @@
-"""What is set for the whole process of a service, before torch or FAISS is loaded."""
+"""What is set for the whole process of a service: memory, garbage collection, threads, and when it ends."""
 
 import ctypes
 import gc
@@ -10,8 +10,8 @@ from collections.abc import Mapping, MutableMapping
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 MMAP_THRESHOLD_BYTES = 32 << 20  # glibc allows no more
 TRIM_THRESHOLD_BYTES = 256 << 20
-# after which a thread that runs Python lets another: the event loop gives its turn up several times in a request, and
-# would wait for 5 ms, Python's own, each time
+# after which a thread that runs Python must let a waiting one run. The event loop lets others run several times in a
+# request, and may wait this long each time before it goes on; Python's default is 0.005
 SWITCH_INTERVAL_S = 0.001
 OMP_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
@@ -33,8 +33,9 @@ def configure_malloc(environ: Mapping[str, str]) -> bool:
 
 
 def keep_loaded() -> None:
-    """Turn garbage collection on for what comes from now on: what is loaded stays until the process ends. A collection
-    stops every thread, and one of everything that torch and transformers define takes some 200 ms.
+    """Turn garbage collection on, for objects made from now on. Those made before are never looked through again: a
+    collection stops every thread, and one of all that torch and transformers define takes some 200 ms. What of them is
+    let go of later, such as a version of a domain, must therefore be in no reference cycle.
     """
     gc.collect()
     gc.freeze()
@@ -60,7 +61,7 @@ def end_with_stdin(environ: Mapping[str, str]) -> bool:
 def set_omp_wait_policy(environ: MutableMapping[str, str], spins: int = 0) -> bool:
     """Let waiting OpenMP threads spin `spins` times (GNU's library) or one millisecond (LLVM's), then sleep; 0: sleep
     at once. By default they spin for many milliseconds, and take the cores from the other services. False where the
-    environment sets a policy already.
+    environment sets a policy already. Call it before torch or FAISS is loaded: OpenMP reads the variables then.
     """
     if any(name in environ for name in OMP_WAIT_VARIABLES):
         return False

@@ -16,6 +16,8 @@ from knnlm.datastore.updates.revise import with_tuning
 from knnlm.errors import Unavailable
 from knnlm.messages import ForwardRequest, ForwardResult
 from knnlm.testing import ToyLanguageModel, toy_datastore
+from services.aggregator.completions import stream
+from services.aggregator.completions.stream import DONE
 from services.aggregator.core import AggregatorCore
 from tests.contract.system import TUNING, System, system
 from tests.services.waiting import until
@@ -104,6 +106,15 @@ async def test_a_client_that_leaves_is_in_one_more_round_at_most(tmp_path: Path)
         assert sum(size == 2 for size in lm.sequences[seen:]) <= 1
 
 
+def scope(**headers: str) -> dict[str, Any]:
+    named = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    return {
+        "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions",
+        "query_string": b"", "headers": [(name.encode(), value.encode()) for name, value in named.items()],
+        "http_version": "1.1", "scheme": "http", "asgi": {"version": "3.0"},
+    }  # fmt: skip
+
+
 async def test_one_that_does_not_read_holds_up_nobody(tmp_path: Path) -> None:
     async with served(tmp_path) as (running, _, _):
         app = running.hosts["aggregator"].app
@@ -120,17 +131,34 @@ async def test_one_that_does_not_read_holds_up_nobody(tmp_path: Path) -> None:
             if message["type"] == "http.response.body":
                 await asyncio.Event().wait()
 
-        scope = {
-            "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions",
-            "query_string": b"", "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
-            "scheme": "http", "asgi": {"version": "3.0"},
-        }  # fmt: skip
-        reader = asyncio.ensure_future(app(scope, receive, send))
+        reader = asyncio.ensure_future(app(scope(), receive, send))
         made = await running.post("/v1/completions", BODY | {"stream": False})
         assert made["usage"]["completion_tokens"] == 200
         assert not reader.done()
         left.set()
         await asyncio.wait_for(reader, 10)
+        assert inflight(running) == 0
+
+
+@pytest.mark.parametrize("unread", [None, DONE], ids=["status", "end"])
+async def test_one_that_does_not_read_is_let_go_of_when_its_time_is_over(
+    tmp_path: Path, unread: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "READER_SECONDS", 0.1)
+    async with served(tmp_path) as (running, _, _):
+        bodies = [{"type": "http.request", "body": json.dumps(BODY | {"max_tokens": 3}).encode()}]
+
+        async def receive() -> dict[str, Any]:
+            if not bodies:
+                await asyncio.Event().wait()
+            return bodies.pop()
+
+        async def send(message: Any) -> None:
+            if message.get("body") == unread:
+                await asyncio.Event().wait()
+
+        app = running.hosts["aggregator"].app
+        await asyncio.wait_for(app(scope(x_request_timeout="2"), receive, send), 20)
         assert inflight(running) == 0
 
 

@@ -7,6 +7,7 @@ else's.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -125,15 +126,17 @@ class Choices:
         prompt = checked.prompts[number]
         before = await self._echoed(index, number) if checked.echo else Piece(index, "")
         shown, finished, last = len(before.text), False, None
-        async for new in self.generator.generate(prompt, checked.options, self.plan, seed=checked.seed, choice=choice):
-            now = time.perf_counter()
-            self.metrics.generated(now - (self.started if last is None else last), first=last is None)
-            last = now
-            if index == 0:
-                for stage, seconds in new.row.timings.items():
-                    self.timings[stage] = self.timings.get(stage, 0.0) + seconds
-            await self._queue.put(_joined(before, await self._piece(index, shown, new)))
-            before, finished = Piece(index, ""), new.finish is not None
+        generated = self.generator.generate(prompt, checked.options, self.plan, seed=checked.seed, choice=choice)
+        async with aclosing(generated) as tokens:
+            async for new in tokens:
+                now = time.perf_counter()
+                self.metrics.generated(now - (self.started if last is None else last), first=last is None)
+                last = now
+                if index == 0:
+                    for stage, seconds in new.row.timings.items():
+                        self.timings[stage] = self.timings.get(stage, 0.0) + seconds
+                await self._queue.put(_joined(before, await self._piece(index, shown, new)))
+                before, finished = Piece(index, ""), new.finish is not None
         if not finished:
             await self._queue.put(replace(before, finish=FINISHED_LENGTH))
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -39,23 +40,27 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  ASGI
         async with aclosing(self._chunks) as chunks:
             first = await anext(chunks)
-            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             try:
-                async with asyncio.timeout(self._call.remaining() + READER_SECONDS):
-                    await _send(send, _event(first))
-                    async for chunk in chunks:
-                        await _send(send, _event(chunk))
+                async with asyncio.timeout(self._call.deadline - time.monotonic() + READER_SECONDS):
+                    await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+                    await self._send_all(first, chunks, scope, send)
+                    await send({"type": "http.response.body", "body": DONE})
             except TimeoutError:  # it does not read: nothing can be told to it
                 self._call.error = DeadlineExceeded.code
-                return
-            except KnnlmError as err:
-                self._call.error = err.code
-                await _send(send, _told(err))
-            except Exception:  # noqa: BLE001  an edge: the answer has begun, and nobody behind this can say it
-                event(LOG, "unhandled", logging.ERROR, path=scope["path"])
-                self._call.error = errors.Internal.code
-                await _send(send, _told(errors.Internal("internal error; the log has it under the id in X-Request-Id")))
-            await send({"type": "http.response.body", "body": DONE})
+
+    async def _send_all(self, first: bytes, chunks: AsyncGenerator[bytes, None], scope: Scope, send: Send) -> None:
+        """Send the chunks, and what goes wrong between them as an event."""
+        try:
+            await _send(send, _event(first))
+            async for chunk in chunks:
+                await _send(send, _event(chunk))
+        except KnnlmError as err:
+            self._call.error = err.code
+            await _send(send, _told(err))
+        except Exception:  # noqa: BLE001  an edge: the answer has begun, and nobody behind this can say it
+            event(LOG, "unhandled", logging.ERROR, path=scope["path"])
+            self._call.error = errors.Internal.code
+            await _send(send, _told(errors.Internal("internal error; the log has it under the id in X-Request-Id")))
 
 
 async def _send(send: Send, body: bytes) -> None:

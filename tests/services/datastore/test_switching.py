@@ -100,23 +100,19 @@ async def test_a_pinned_version_answers_through_its_grace_and_not_after(store: P
         await until(lambda: refuses(datastore_, replace(REQUEST, version="v2"), UnknownVersion))
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps")
 async def test_a_version_is_let_go_without_garbage_collection(store: Path) -> None:
     def maps(version: str) -> bool:
         return str(store / "toy" / version) in Path("/proc/self/maps").read_text()
 
-    gc.disable()  # what a service has loaded when it starts is never looked through (keep_loaded)
+    gc.disable()  # stands for `keep_loaded`: a version that a service loads first is left out of collections
     try:
         async with running(datastore(store, grace_s=0.0)) as host, client(host) as datastore_:
             await datastore_.search(REQUEST)
             assert maps("v1")
             await datastore_.activate("toy", "v2")
             await datastore_.search(REQUEST)
-
-            async def gone() -> bool:
-                return not maps("v1")
-
-            await until(gone)
+            await until(lambda: not maps("v1"))
             assert maps("v2")
     finally:
         gc.enable()

@@ -97,6 +97,7 @@ class Core(EchoCore):
         print("loading:", gc.isenabled())
 
     async def start(self):
+        print("starting:", gc.isenabled())
         asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
 
     async def close(self):
@@ -110,4 +111,26 @@ main(echo_service(Core(), EchoSettings(port=0, grpc_port=0)))
 def test_neither_garbage_collection_nor_another_thread_keeps_the_event_loop_waiting_for_long() -> None:
     """What has been loaded is not looked through, and threads take turns more often than Python lets them."""
     run = subprocess.run([sys.executable, "-c", COLLECTED], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert run.stdout.splitlines() == ["loading: False", "serving: True True 0.001"]
+    assert run.stdout.splitlines() == ["loading: False", "starting: True", "serving: True True 0.001"]
+
+
+FAILING = """
+import asyncio, os, signal
+from services.runtime.lifecycle import main
+from tests.services.echo import EchoCore, EchoSettings, echo_service
+
+class Core(EchoCore):
+    async def start(self):
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise ValueError("the other service said no")
+
+main(echo_service(Core(), EchoSettings(port=0, grpc_port=0)))
+"""
+
+
+def test_a_load_that_fails_while_the_service_is_told_to_end_is_logged() -> None:
+    run = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert 'event=load_failed reason="ValueError: the other service said no"' in run.stderr
