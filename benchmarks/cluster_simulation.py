@@ -1,6 +1,6 @@
 """Latency of a batch against the number of shards, drawn to 1,000: calculated, fitted to what cluster_serving measured.
 
-    python -m benchmarks.cluster_simulation [--measured FILE] [--out docs/scale.svg]
+    python -m benchmarks.cluster_simulation [--measured FILE] [--out FILE]
 
 For a version of N keys cut into S shards, each replica on a core of its own:
 
@@ -30,6 +30,8 @@ import numpy as np
 
 from benchmarks.cluster_serving import BATCH, MODEL, K
 from benchmarks.harness import ROOT, figure, table
+
+DRAWING = MODEL.with_name("scale.svg")
 
 SHARDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
 
@@ -109,7 +111,7 @@ def drawn(model: Model, measured: dict[str, Any], out: Path) -> None:  # Any: JS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measured", type=Path, default=MODEL)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "scale.svg")
+    parser.add_argument("--out", type=Path, default=DRAWING, help=f"the drawing (default {DRAWING.relative_to(ROOT)})")
     options, _ = parser.parse_known_args()  # others, as --size, are given by `python -m benchmarks`
     if not options.measured.is_file():
         print(f"no {options.measured}: `python -m benchmarks.cluster_serving` writes it; nothing is drawn")
