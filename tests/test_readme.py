@@ -18,7 +18,7 @@ from tests.contract.system import TUNING, system
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TEXT_CHARACTERS = 6_000  # of each document: enough to retrieve from, and read by the model in seconds
+TEXT_CHARACTERS = 6_000  # characters kept of each document: the model reads them in seconds
 
 
 def blocks(language: str, page: str = README) -> list[str]:

@@ -57,9 +57,8 @@ class Applications:
         self._replicas: Mapping[str, Mapping[str, int]] = {}  # by application and deployment, those that answer
         self._lock = threading.Lock()
         self._deploying = threading.Lock()  # Serve's own deploying is not made for several threads
-        self._holding: defaultdict[str, threading.Lock] = defaultdict(
-            threading.Lock
-        )  # by application, while it is held
+        # by application, while it is held
+        self._holding: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._leaving = threading.Event()
         self._ended = threading.Event()
         self._watcher: threading.Thread | None = None

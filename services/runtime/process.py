@@ -10,8 +10,8 @@ from collections.abc import Mapping, MutableMapping
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 MMAP_THRESHOLD_BYTES = 32 << 20  # glibc allows no more
 TRIM_THRESHOLD_BYTES = 256 << 20
-# after which a thread that runs Python must let a waiting one run. The event loop lets others run several times in a
-# request, and may wait this long each time before it goes on; Python's default is 0.005
+# seconds after which a thread that runs Python must let a waiting one run. The event loop lets others run several times
+# in a request, and may wait this long each time before it goes on; Python's default is 0.005
 SWITCH_INTERVAL_S = 0.001
 OMP_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
