@@ -3,7 +3,7 @@
 uvicorn's protocol takes headers of any length, for any time, before anything of ours hears of the request: a caller
 without a key could fill the memory, or hold connections forever. From the first byte of a request, or from connecting,
 to the end of its headers the bytes and seconds are bounded here; what comes after is bounded in middleware.py. A caller
-who takes nothing of its answer is bounded here as well: what is written waits behind the application's back.
+who takes nothing of its answer is bounded here as well, by the system: what is written waits behind the application.
 """
 
 import asyncio
@@ -20,8 +20,7 @@ from services.runtime.settings import HttpSettings
 
 TICK_SECONDS = 1.0
 SETTLE_SECONDS = 0.01  # in which a socket that was accepted a moment ago is among the connections
-WATCH_SECONDS = 1.0  # seconds between two looks at what a connection has still to send
-CLOSING_SECONDS = 5.0  # seconds in which a caller must take some of the rest, once its connection is to be closed
+MAX_USER_TIMEOUT_MS = 2**31 - 1  # what the system can keep
 MAX_HEAD_BYTES = 1 << 16  # bytes of request line and headers; what most servers take is less
 
 
@@ -91,37 +90,25 @@ def bind(host: str, port: int, flag: str) -> socket.socket:
 
 
 def bounded_protocol(seconds: float) -> type[asyncio.Protocol]:
-    """uvicorn's protocol, closing connections whose next request's headers do not end within `seconds`, or whose caller
-    takes nothing of what is sent for as long."""
+    """uvicorn's protocol, closing connections whose next request's headers do not end within `seconds`, or, on
+    Linux, whose caller acknowledges nothing of what is sent for as long."""
 
     class BoundedProtocol(HttpToolsProtocol):
         _in_head = True
         _head_bytes = 0
         _timer: asyncio.TimerHandle | None = None
-        _unsent_bytes = 0
-        _unchanged_since = 0.0
-        _watch: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
             super().connection_made(transport)
             self._timer = self.loop.call_later(seconds, transport.close)
-            self._watch = self.loop.call_later(WATCH_SECONDS, self._look)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux: ends a connection that acknowledges nothing (RFC 5482)
+                milliseconds = max(1, min(round(1000 * seconds), MAX_USER_TIMEOUT_MS))
+                connection = transport.get_extra_info("socket")
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
-            if self._watch is not None:
-                self._watch.cancel()
             super().connection_lost(exc)
-
-        def _look(self) -> None:
-            """Abort the connection where its caller has taken nothing for too long: closing would wait for it."""
-            now, unsent = self.loop.time(), self.transport.get_write_buffer_size()
-            if not unsent or unsent != self._unsent_bytes:
-                self._unsent_bytes, self._unchanged_since = unsent, now
-            elif now - self._unchanged_since >= (CLOSING_SECONDS if self.transport.is_closing() else seconds):
-                self.transport.abort()
-                return
-            self._watch = self.loop.call_later(WATCH_SECONDS, self._look)
 
         def data_received(self, data: bytes) -> None:
             if self._in_head:
